@@ -1,0 +1,55 @@
+"""Budget dropout: which K a micro-batch runs at. A pure function of (seed, step, micro-step).
+
+Every rank evaluates it for itself, so all agree without a message, and a resumed run draws what it would have drawn.
+The paper's recipe (ES-SSM, arXiv 2601.22488): K_max during warm-up and at every 8th update, otherwise one of the
+listed budgets, with a bias towards large ones.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+from typing import assert_never
+
+from megassm.config import BudgetConfig, Config
+
+
+def budget_at(config: Config, step: int, micro_step: int) -> int:
+    """K, 1 <= K <= K_max, of one micro-step.
+
+    Args:
+        config: its `budget` section, K_max, the seed and the length of the warm-up are used.
+        step: update, from 0.
+        micro_step: micro-step within the update, from 0; the same on every rank.
+    """
+    budget, k_max = config.budget, config.model.num_channels
+    draw = _uniform(config.run.seed, step, micro_step)
+    match budget.strategy:
+        case "fixed":
+            return k_max if budget.k is None else budget.k
+        case "uniform":
+            return budget.min_k + int(draw * (k_max + 1 - budget.min_k))
+        case "log_uniform":
+            # K with probability log((K+1)/K) / log((K_max+1)/min_k)
+            return min(k_max, int(budget.min_k * ((k_max + 1) / budget.min_k) ** draw))
+        case "paper":
+            if step < config.full_budget_steps() or _is_full_update(budget, step):
+                return k_max
+            return _listed(budget, draw)
+    assert_never(budget.strategy)
+
+
+def _is_full_update(budget: BudgetConfig, step: int) -> bool:
+    return budget.full_every is not None and (step + 1) % budget.full_every == 0
+
+
+def _listed(budget: BudgetConfig, draw: float) -> int:
+    cumulative = list(itertools.accumulate(k**budget.bias for k in budget.budgets))
+    return budget.budgets[bisect.bisect_right(cumulative, draw * cumulative[-1])]
+
+
+def _uniform(seed: int, step: int, micro_step: int) -> float:
+    """A number in [0, 1) from a cryptographic hash: the same in every version of every library."""
+    digest = hashlib.sha256(f"budget {seed} {step} {micro_step}".encode()).digest()
+    return int.from_bytes(digest[:6], "little") / 2.0**48

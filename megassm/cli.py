@@ -1,0 +1,85 @@
+"""What the command lines share: the guard around `main`, the parser's shape, tables that are also JSON.
+
+Imports nothing heavy: a refusal must reach the user in under a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megassm.errors import UserError
+
+Row = Mapping[str, Any]
+
+
+def is_rank_zero() -> bool:
+    """Whether this process speaks for the job; launchers set RANK."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def refuse(message: str, code: int) -> NoReturn:
+    """Prints `message` on rank 0 only and leaves with `code` on every rank."""
+    if is_rank_zero():
+        print(message, file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def run_tool(main: Callable[[], None]) -> None:
+    """Runs a tool's `main`: a `UserError` or a file-system refusal becomes one message and exit code 1."""
+    try:
+        main()
+    except UserError as error:
+        refuse(f"error: {error}", 1)
+    except OSError as error:
+        refuse(f"error: {error.filename or 'file system'}: {error.strerror or error}", 1)
+    except BrokenPipeError:
+        raise SystemExit(0) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def tool_parser(description: str, example: str) -> argparse.ArgumentParser:
+    """A parser whose `--help` ends with a runnable example; every tool takes `--json FILE`."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the printed table there, as JSON")
+    return parser
+
+
+def print_table(title: str, rows: Sequence[Row], json_path: Path | None = None) -> None:
+    """Prints rows (all with the keys of the first) as a table; writes them as JSON where asked."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in rows[0] if rows else ():
+        numeric = isinstance(rows[0][name], (int, float))
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(list(rows), indent=2) + "\n", encoding="utf-8")
+
+
+def _cell(value: Any) -> str:
+    match value:
+        case bool() | str() | None:
+            return str(value)
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+        case _:
+            return str(value)

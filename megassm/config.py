@@ -1,0 +1,342 @@
+"""Every knob of a run, in one place: frozen sections with type, unit and meaning; rules that span sections.
+
+A run is one `Config`. It is read from YAML by `megassm.configfile`, which turns every violation found here
+into a message with file and line. Nothing here imports torch: a refusal costs milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Budgets = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of knobs: no coercion, no unknown key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    """Where the run lives and what makes it reproducible."""
+
+    dir: Annotated[str, Field(min_length=1)]
+    """Run directory; everything the run writes is below it."""
+    seed: NonNegativeInt = 0
+    """Seeds the weights, the sample order and the budgets."""
+
+
+class ModelConfig(Section):
+    """The network. Equations: `megassm.layers.spectral`."""
+
+    vocab_size: PositiveInt
+    """Rows of the embedding; at least the tokenizer's vocabulary."""
+    d_model: PositiveInt
+    """Width d of the residual stream."""
+    n_layers: PositiveInt
+    """Number of blocks."""
+    pattern: Annotated[str, Field(pattern=r"^[SA]+$")] = "S"
+    """Mixers, tiled over depth: S is an elastic spectral layer, A is causal attention ("SSSA")."""
+    seq_len: PositiveInt
+    """Training sequence length L, tokens; also the length the filters are derived for."""
+    num_channels: PositiveInt = 32
+    """Spectral channels K_max; every budget is K <= K_max."""
+    sigma_scale: Literal["quarter_power", "none"] = "quarter_power"
+    """Weight of channel k: sigma_k^(1/4) as in the paper, or 1."""
+    gate: bool = True
+    """Input-adaptive gate; false is the ablation with equal weights 1/K."""
+    gate_rescale: bool = True
+    """RMS rescaling of the gate's scores (paper, Eq. 8b); false is the ablation."""
+    filterbank: Literal["auto", "direct", "fft"] = "auto"
+    """How the causal filter bank is computed; the results agree to rounding."""
+    channel_init_std: Positive | None = None
+    """Standard deviation of the channel matrices M_k at the start; null means 1/sqrt(d_model)."""
+    n_heads: PositiveInt = 8
+    """Query heads of an attention layer."""
+    n_kv_heads: PositiveInt | None = None
+    """Key-value heads (grouped-query attention); null means n_heads."""
+    window: PositiveInt | None = None
+    """Sliding attention window, tokens; null attends to the whole past."""
+    rope_theta: Positive = 10_000.0
+    """Base of the rotary position frequencies."""
+    d_ffn: PositiveInt
+    """Hidden width of the gated feed-forward layer."""
+    tie_embeddings: bool = True
+    """Use the embedding matrix as the output head too."""
+    norm_eps: Positive = 1e-6
+    """Epsilon of RMSNorm."""
+    embed_init_std: Positive = 0.02
+    """Standard deviation of the embeddings at the start. Other matrices start at 1/sqrt(inputs)."""
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def mixers(self) -> str:
+        """One letter a layer: the pattern tiled over the depth."""
+        return (self.pattern * self.n_layers)[: self.n_layers]
+
+
+class BudgetConfig(Section):
+    """How many channels K a micro-batch may use (budget dropout)."""
+
+    strategy: Literal["fixed", "uniform", "log_uniform", "paper"] = "paper"
+    """fixed: always `k`; uniform, log_uniform: any K in [min_k, K_max]; paper: the listed budgets."""
+    k: PositiveInt | None = None
+    """The K of `fixed`; null is K_max, the static baseline."""
+    min_k: PositiveInt = 1
+    """Smallest K that `uniform` and `log_uniform` draw."""
+    budgets: Budgets = (2, 3, 4, 6, 8, 12, 16, 24, 32)
+    """The budgets of `paper`, increasing; those beyond K_max are a violation."""
+    full_every: PositiveInt | None = 8
+    """`paper`: every n-th update runs at K_max; null never."""
+    full_steps: NonNegativeInt | None = None
+    """`paper`: updates at the start that run at K_max; null means optim.warmup_steps."""
+    bias: NonNegative = 0.5
+    """`paper`: a listed budget K is drawn with weight K^bias; 0 is log-uniform over the default list."""
+
+
+class OptimConfig(Section):
+    """AdamW and its learning rate."""
+
+    lr: Positive = 3e-4
+    """Peak learning rate."""
+    min_lr_ratio: Fraction = 0.1
+    """Final learning rate over the peak."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the linear warm-up: cosine decay, or constant and a linear decay at the end (warm-up-stable-decay)."""
+    warmup_steps: NonNegativeInt = 100
+    """Updates of linear warm-up."""
+    decay_steps: PositiveInt | None = None
+    """wsd: updates of the final decay; null is a tenth of train.steps."""
+    beta1: Fraction = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: Fraction = 0.95
+    """AdamW's decay of the second moment."""
+    eps: Positive = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
+    grad_clip: Positive | None = 1.0
+    """Largest global gradient norm; null does not clip."""
+
+
+class TrainConfig(Section):
+    """How much to train, and in what arithmetic."""
+
+    steps: PositiveInt
+    """Optimizer updates."""
+    batch_sequences: PositiveInt
+    """Global batch, sequences an update."""
+    micro_batch_sequences: PositiveInt
+    """Sequences one rank processes at a time; one budget K is drawn for each micro-step."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Arithmetic of weights and activations; filters, gates' softmax and losses stay float32."""
+    recompute: bool = False
+    """Recompute each block's activations in the backward pass."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where torch finds it."""
+
+
+class ParallelConfig(Section):
+    """How the run is spread over ranks."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage."""
+    tensor: PositiveInt = 1
+    """Tensor-parallel ranks."""
+    timeout_s: PositiveInt = 600
+    """Seconds a collective may wait for a rank before the job fails."""
+
+
+class DataConfig(Section):
+    """What is read."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """Data set made by tools/prepare_data.py: holds train/ and valid/."""
+    tokenizer: str | None = None
+    """"bytes" or a SentencePiece model; null is the one the data set was made with."""
+
+
+class CheckpointConfig(Section):
+    """What is kept."""
+
+    every_steps: PositiveInt = 1000
+    """Updates between checkpoints; the last update always saves."""
+    keep: PositiveInt = 3
+    """Complete checkpoints kept; older ones are removed."""
+
+
+class EvalConfig(Section):
+    """Validation over budgets while training."""
+
+    every_steps: PositiveInt | None = 1000
+    """Updates between validations; null validates after the last update only."""
+    sequences: PositiveInt = 64
+    """Validation sequences, global; every K sees the same ones."""
+    budgets: Budgets = (2, 4, 8, 16, 32)
+    """The K at which validation runs."""
+
+
+class LogConfig(Section):
+    """Who is told, and how often. metrics.jsonl always has every update."""
+
+    every_steps: PositiveInt = 10
+    """Updates between printed lines."""
+    wandb: Literal["online", "offline", "disabled"] = "offline"
+    """offline needs no account; online falls back to offline, with one warning, where it cannot log in."""
+    wandb_project: str = "megassm"
+    """Project under which the run appears."""
+    peak_tflops: Positive | None = None
+    """Peak rate of one device, TFLOP/s, for model FLOPs utilisation; null is looked up, or measured on a CPU."""
+
+
+class Config(Section):
+    """One run."""
+
+    run: RunConfig
+    model: ModelConfig
+    budget: BudgetConfig = BudgetConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    def tokens_per_step(self) -> int:
+        return self.train.batch_sequences * self.model.seq_len
+
+    def micro_steps(self, data_ranks: int) -> int:
+        """Micro-steps an update (gradient accumulation) on each of `data_ranks` ranks."""
+        return self.train.batch_sequences // (self.train.micro_batch_sequences * data_ranks)
+
+    def full_budget_steps(self) -> int:
+        """Updates at the start that run at K_max under the paper's recipe."""
+        return self.optim.warmup_steps if self.budget.full_steps is None else self.budget.full_steps
+
+
+class Violation(NamedTuple):
+    """A broken rule: the knobs it is about, the first being the one to point at."""
+
+    knobs: tuple[str, ...]
+    rule: str
+
+
+def violations(config: Config, world_size: int) -> Iterator[Violation]:
+    """Every rule that spans knobs and is broken by `config` on `world_size` ranks."""
+    yield from _model_violations(config.model)
+    yield from _budget_violations(config)
+    yield from _schedule_violations(config)
+    yield from _rank_violations(config, world_size)
+
+
+def _model_violations(model: ModelConfig) -> Iterator[Violation]:
+    if model.num_channels > model.seq_len:
+        yield Violation(
+            ("model.num_channels", "model.seq_len"),
+            f"at most model.seq_len = {model.seq_len}: a Hankel matrix of that size has no more eigenvectors",
+        )
+    if model.n_layers % len(model.pattern):
+        yield Violation(
+            ("model.n_layers", "model.pattern"),
+            f"a multiple of the pattern's length, {len(model.pattern)} for {model.pattern!r}",
+        )
+    if "A" not in model.pattern:
+        return
+    if model.d_model % model.n_heads:
+        yield Violation(("model.d_model", "model.n_heads"), f"divisible by model.n_heads = {model.n_heads}")
+    elif (model.d_model // model.n_heads) % 2:
+        yield Violation(
+            ("model.d_model", "model.n_heads"),
+            f"an even number of dimensions a head, for rotary positions; model.n_heads = {model.n_heads} "
+            f"gives {model.d_model // model.n_heads}",
+        )
+    if model.n_heads % model.kv_heads:
+        yield Violation(
+            ("model.n_kv_heads", "model.n_heads"), f"a divisor of model.n_heads = {model.n_heads}"
+        )
+
+
+def _budget_violations(config: Config) -> Iterator[Violation]:
+    limit, budget = config.model.num_channels, config.budget
+    rule = f"at most model.num_channels = {limit}, the K_max of this model"
+    listed = [("eval.budgets", config.eval.budgets)]
+    if budget.strategy == "paper":
+        listed.append(("budget.budgets", budget.budgets))
+    for name, budgets in listed:
+        if max(budgets) > limit:
+            yield Violation((name, "model.num_channels"), rule)
+        if list(budgets) != sorted(set(budgets)):
+            yield Violation((name,), "increasing, each once")
+    if budget.k is not None and budget.k > limit:
+        yield Violation(("budget.k", "model.num_channels"), rule)
+    if budget.k is not None and budget.strategy != "fixed":
+        yield Violation(
+            ("budget.k", "budget.strategy"),
+            f"null: budget.strategy = {budget.strategy!r} draws K; set budget.strategy: fixed to use it",
+        )
+    if budget.min_k > limit:
+        yield Violation(("budget.min_k", "model.num_channels"), rule)
+
+
+def _schedule_violations(config: Config) -> Iterator[Violation]:
+    optim, steps = config.optim, config.train.steps
+    if optim.warmup_steps >= steps:
+        yield Violation(("optim.warmup_steps", "train.steps"), f"less than train.steps = {steps}")
+    if optim.decay_steps is not None and optim.warmup_steps + optim.decay_steps > steps:
+        yield Violation(
+            ("optim.decay_steps", "optim.warmup_steps", "train.steps"),
+            f"at most train.steps - optim.warmup_steps = {steps - optim.warmup_steps}",
+        )
+    if optim.decay_steps is not None and optim.schedule != "wsd":
+        yield Violation(
+            ("optim.decay_steps", "optim.schedule"),
+            f"null: optim.schedule = {optim.schedule!r} has no decay phase; set optim.schedule: wsd to use it",
+        )
+    for name in ("beta1", "beta2"):
+        if getattr(optim, name) == 1:
+            yield Violation((f"optim.{name}",), "less than 1")
+
+
+def _rank_violations(config: Config, world_size: int) -> Iterator[Violation]:
+    train, tensor = config.train, config.parallel.tensor
+    if config.parallel.zero_stage == 0 and train.precision == "bf16":
+        yield Violation(
+            ("parallel.zero_stage", "train.precision"),
+            "1, 2 or 3 with train.precision = bf16: at stage 0 DeepSpeed's bf16 optimizer makes a wrong first "
+            "update. Stage 1 is the same on one rank",
+        )
+    if tensor > 1:
+        yield Violation(("parallel.tensor",), "1: this version does not split a model over tensor ranks")
+    if "A" in config.model.pattern and config.model.n_heads % tensor:
+        yield Violation(
+            ("model.n_heads", "parallel.tensor"), f"divisible by parallel.tensor = {tensor}, the tensor ranks"
+        )
+    if config.model.d_model % tensor:
+        yield Violation(
+            ("model.d_model", "parallel.tensor"), f"divisible by parallel.tensor = {tensor}, the tensor ranks"
+        )
+    if world_size % tensor:
+        yield Violation(("parallel.tensor",), f"a divisor of the world size, {world_size} ranks")
+        return
+    data_ranks = world_size // tensor
+    share = train.micro_batch_sequences * data_ranks
+    if train.batch_sequences % share:
+        yield Violation(
+            ("train.batch_sequences", "train.micro_batch_sequences", "parallel.tensor"),
+            f"a multiple of train.micro_batch_sequences x data-parallel ranks = "
+            f"{train.micro_batch_sequences} x {data_ranks} = {share}",
+        )
+    if config.eval.sequences % data_ranks:
+        yield Violation(("eval.sequences",), f"a multiple of the {data_ranks} data-parallel ranks")

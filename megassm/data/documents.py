@@ -1,0 +1,139 @@
+"""Finds input files and reads documents from them, one at a time: text files, .jsonl, .jsonl.gz.
+
+A text file is one document, a line of JSON is one document. Text is kept exactly as it is (no newline
+translation); documents of whitespace only are dropped and counted. Memory: one document.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from megassm.errors import UserError
+
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
+DEFAULT_PATTERNS = ("*.txt", *(f"*{suffix}" for suffix in JSONL_SUFFIXES))
+UNREADABLE_SUFFIXES = (".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".parquet", ".arrow")
+WAY_OUT_OF_BAD_UTF8 = "repair it, or pass --on-bad-utf8 skip"
+
+BadUtf8 = Literal["error", "skip"]
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """What to read. A file is read whatever its suffix; a directory is searched, hidden files apart."""
+
+    inputs: tuple[Path, ...]
+    glob: str | None = None  # in directories; default: *.txt, *.jsonl, *.jsonl.gz
+    text_field: str = "text"  # of a line of JSON
+    on_bad_utf8: BadUtf8 = "error"
+
+    def __post_init__(self) -> None:
+        if self.on_bad_utf8 not in get_args(BadUtf8):
+            raise UserError(f"on_bad_utf8 is {self.on_bad_utf8!r}; it is 'error' or 'skip'")
+
+
+@dataclass
+class ReadCounts:
+    """What `read_documents` has met so far."""
+
+    documents: int = 0
+    empty: int = 0
+    bad_utf8: int = 0
+    file_bytes: int = 0  # read from disk; compressed bytes where the file is
+
+
+def list_files(source: TextSource) -> list[Path]:
+    """The files to read: inputs in the order given, each directory sorted, none twice. UserError if none."""
+    found: dict[Path, None] = {}
+    for path in source.inputs:
+        if path.is_dir():
+            found.update(dict.fromkeys(_search(path, source.glob)))
+        elif path.is_file():
+            if not path.name.endswith(JSONL_SUFFIXES) and path.name.endswith(UNREADABLE_SUFFIXES):
+                raise UserError(f"--input {path}: cannot read this format; give text, .jsonl or .jsonl.gz")
+            found[path] = None
+        else:
+            raise UserError(f"--input {path}: no such file or directory")
+    return list(found)
+
+
+def _search(directory: Path, glob: str | None) -> list[Path]:
+    patterns = (glob,) if glob else DEFAULT_PATTERNS
+    matches = {path for pattern in patterns for path in directory.rglob(pattern) if path.is_file()}
+    visible = [p for p in matches if not any(part.startswith(".") for part in p.relative_to(directory).parts)]
+    if not visible:
+        way_out = "give another --glob" if glob else "pass --glob, for example '*.py'"
+        raise UserError(f"--input {directory}: holds no file named {' or '.join(patterns)}; {way_out}")
+    return sorted(visible)
+
+
+def read_documents(source: TextSource, files: list[Path], counts: ReadCounts) -> Iterator[str]:
+    """The documents in order; updates `counts` as it goes. UserError naming file and line or byte."""
+    for path in files:
+        bytes_before = counts.file_bytes
+        texts = _read_jsonl if path.name.endswith(JSONL_SUFFIXES) else _read_whole
+        for text in texts(path, source, counts):
+            if text is None:
+                counts.bad_utf8 += 1
+            elif not text.strip():
+                counts.empty += 1
+            else:
+                counts.documents += 1
+                yield text
+        counts.file_bytes = bytes_before + path.stat().st_size
+
+
+def _read_whole(path: Path, source: TextSource, counts: ReadCounts) -> Iterator[str | None]:
+    raw = path.read_bytes()
+    try:
+        yield raw.decode()
+    except UnicodeDecodeError as error:
+        yield _bad_utf8(f"{path}: byte {error.start}", f"0x{raw[error.start]:02x}", source)
+
+
+def _read_jsonl(path: Path, source: TextSource, counts: ReadCounts) -> Iterator[str | None]:
+    bytes_before = counts.file_bytes
+    with open(path, "rb") as file:
+        lines = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+        number = 0
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _text_of_line(line, f"{path}:{number}", source)
+                counts.file_bytes = bytes_before + file.tell()
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{path}: damaged gzip after line {number}: {error}; fetch the file again") from None
+
+
+def _text_of_line(line: bytes, place: str, source: TextSource) -> str | None:
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        return _bad_utf8(f"{place}: byte {error.start} of the line", f"0x{line[error.start]:02x}", source)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not JSON: {error}; a .jsonl file has one JSON object a line") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: {type(record).__name__}, a .jsonl file has one JSON object a line")
+    if source.text_field not in record:
+        fields = ", ".join(sorted(record)) or "none"
+        raise UserError(f"{place}: no field {source.text_field!r}; pass --text-field (fields here: {fields})")
+    text = record[source.text_field]
+    if not isinstance(text, str):
+        raise UserError(f"{place}: field {source.text_field!r} is {type(text).__name__}, it must be a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, written as \ud83d
+        return _bad_utf8(f"{place}: character {error.start} of the text", f"U+{ord(text[error.start]):04X}", source)
+    return text
+
+
+def _bad_utf8(place: str, what: str, source: TextSource) -> None:
+    """None stands for a document to skip."""
+    if source.on_bad_utf8 == "error":
+        raise UserError(f"{place}: {what} is not UTF-8; {WAY_OUT_OF_BAD_UTF8}")

@@ -1,0 +1,195 @@
+"""The middle of data preparation: tokenized parts on disk, so that a killed run loses little.
+
+A part is a run of documents with at least `PART_BYTES` of text: where it begins and ends depends on the
+documents alone, never on the number of workers. Its documents are sorted by shuffle key, so that the
+global shuffle reads a range of keys from each part and holds only that range in memory.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megassm.data.order import splitmix64
+from megassm.data.shards import token_dtype
+from megassm.data.tokenizer import Tokenizer, load_tokenizer
+from megassm.errors import UserError
+
+PART_BYTES = 32 << 20
+ENCODE_CHARS = 1 << 20  # tokenized at once: bounds the memory of a worker
+DOCUMENT_DTYPE = np.dtype(
+    [
+        ("key", "<u8"),  # place in the global shuffle, hashed from content and seed
+        ("split", "<u8"),  # hashed from content alone: duplicates fall in one split, whatever the seed
+        ("tokens", "<u8"),  # without EOD
+        ("text_bytes", "<u8"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class PartStore:
+    """The parts of one job in a directory. A part exists once its documents file does."""
+
+    directory: Path
+
+    def documents_path(self, part: int) -> Path:
+        """Structured array of DOCUMENT_DTYPE, sorted by key."""
+        return self.directory / f"part-{part:06d}.documents.npy"
+
+    def ids_path(self, part: int) -> Path:
+        """The documents' ids end to end, in the same order."""
+        return self.directory / f"part-{part:06d}.ids.npy"
+
+    def has(self, part: int) -> bool:
+        return self.documents_path(part).exists()
+
+    def read(self, part: int) -> tuple[npt.NDArray[np.void], npt.NDArray[Any]]:
+        """(documents, ids), both mapped from disk: slices read what they touch."""
+        documents = np.load(self.documents_path(part), mmap_mode="r")
+        ids_path = self.ids_path(part)
+        return documents, np.load(ids_path, mmap_mode="r")
+
+    def write(self, part: int, documents: npt.NDArray[np.void], ids: npt.NDArray[Any]) -> None:
+        _save_durably(self.ids_path(part), ids)
+        _save_durably(self.documents_path(part), documents)
+
+
+def cut_parts(texts: Iterable[str], part_bytes: int) -> Iterator[list[str]]:
+    """Runs of documents, each run with at least `part_bytes` of text but the last."""
+    part: list[str] = []
+    size = 0
+    for text in texts:
+        part.append(text)
+        size += len(text.encode())
+        if size >= part_bytes:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def tokenize_part(texts: list[str], tokenizer: Tokenizer, seed: int) -> tuple[npt.NDArray[np.void], Any]:
+    """(documents, ids) of a part, sorted by shuffle key."""
+    documents = np.empty(len(texts), dtype=DOCUMENT_DTYPE)
+    stored = np.uint16 if token_dtype(tokenizer.vocab_size) == "u16" else np.uint32
+    ids = [ids.astype(stored) for batch in _encode_batches(texts) for ids in tokenizer.encode(batch)]
+    for row, text in enumerate(texts):
+        content = text.encode()
+        split, shuffle = np.frombuffer(blake2b(content, digest_size=16).digest(), dtype="<u8").tolist()
+        documents[row] = (shuffle, split, ids[row].size, len(content))
+    documents["key"] = splitmix64(documents["key"] ^ splitmix64(np.array([seed % 2**64], dtype=np.uint64)))
+    order = np.argsort(documents["key"], kind="stable")
+    return documents[order], np.concatenate([ids[row] for row in order])
+
+
+def _encode_batches(texts: list[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    chars = 0
+    for text in texts:
+        batch.append(text)
+        chars += len(text)
+        if chars >= ENCODE_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True)
+class TokenizeJob:
+    """What a worker needs to turn texts into a part."""
+
+    store: PartStore
+    tokenizer: str  # as given to load_tokenizer
+    seed: int
+    workers: int
+
+
+def tokenize_parts(parts: Iterable[list[str]], job: TokenizeJob, on_progress: Callable[[], None]) -> int:
+    """Tokenizes every part that is not in the store yet; returns how many parts there are.
+
+    At most two parts a worker are in flight: that bounds the memory of this process.
+    """
+    total = 0
+    if job.workers == 1:
+        tokenizer = load_tokenizer(job.tokenizer)
+        for total, texts in enumerate(parts, start=1):
+            if not job.store.has(total - 1):
+                job.store.write(total - 1, *tokenize_part(texts, tokenizer, job.seed))
+            on_progress()
+        return total
+    with _worker_pool(job) as pool:
+        in_flight: set[Future[None]] = set()
+        try:
+            for total, texts in enumerate(parts, start=1):
+                if not job.store.has(total - 1):
+                    in_flight.add(pool.submit(_work, total - 1, texts))
+                while len(in_flight) >= 2 * job.workers:
+                    in_flight = _collect(in_flight)
+                on_progress()
+            while in_flight:
+                in_flight = _collect(in_flight)
+        except BrokenProcessPool:
+            way_out = "run the same command again with fewer --workers: finished parts are kept"
+            raise UserError(f"a worker process was killed (out of memory?); {way_out}") from None
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return total
+
+
+def _collect(in_flight: set[Future[None]]) -> set[Future[None]]:
+    done, rest = wait(in_flight, return_when=FIRST_COMPLETED)
+    for future in done:
+        future.result()
+    return rest
+
+
+_worker: tuple[TokenizeJob, Tokenizer] | None = None  # of a worker process; set once when it starts
+
+
+def _worker_pool(job: TokenizeJob) -> Executor:
+    # Spawned, not forked: this process runs the threads of the progress bar.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(job.workers, mp_context=context, initializer=_start_worker, initargs=(job,))
+
+
+def _start_worker(job: TokenizeJob) -> None:
+    global _worker
+    _worker = (job, load_tokenizer(job.tokenizer))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker of a killed parent would wait for work for ever: it holds both ends of the pipe."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(part: int, texts: list[str]) -> None:
+    assert _worker is not None
+    job, tokenizer = _worker
+    job.store.write(part, *tokenize_part(texts, tokenizer, job.seed))
+
+
+def _save_durably(path: Path, array: npt.NDArray[Any]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

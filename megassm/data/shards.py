@@ -1,0 +1,345 @@
+"""The data set on disk: tar shards of token ids, and the index that makes them addressable.
+
+    DIR/index.json              version, dtype, eod, tokenizer, totals, one entry a shard, sha256 of index.npz
+    DIR/index.npz               the blocks: what a reader fetches at once (columns of BLOCK_DTYPE)
+    DIR/shard-00000.tar ...     plain tar; members 00000000.u16 (or .u32), little-endian ids
+
+A member is whole documents end to end, each closed by EOD. A block is a run of whole members. Stock
+`webdataset.WebDataset` reads the shards; the index adds random access, counts and checksums. The sha256
+of index.json is the data set's fingerprint: a run resumes only on the data it began with.
+The index is written last, so a directory without one holds no data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from megassm.data.tokenizer import Tokenizer
+from megassm.errors import UserError
+
+INDEX_VERSION = 1
+INDEX_NAME = "index.json"
+BLOCKS_NAME = "index.npz"
+BLOCK_DTYPE = np.dtype(
+    [
+        ("shard", "<u4"),  # which of the shards
+        ("offset", "<u8"),  # first byte in the shard
+        ("size", "<u8"),  # bytes, tar headers and padding included
+        ("tokens", "<u8"),
+        ("members", "<u4"),
+        ("crc32", "<u4"),  # of the `size` raw bytes
+    ]
+)
+TAR_RECORD_BYTES = 512
+PREPARE_AGAIN = "prepare the data again (tools/prepare_data.py)"
+
+TokenDtype = Literal["u16", "u32"]
+Blocks = npt.NDArray[np.void]
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One shard as the index describes it."""
+
+    name: str
+    bytes: int
+    sha256: str
+    tokens: int
+    documents: int
+
+
+@dataclass(frozen=True, eq=False)
+class ShardSet:
+    """A data set: its index, read and checked. Tokens include each document's EOD; `text_bytes` do not."""
+
+    directory: Path
+    fingerprint: str  # sha256 of index.json, which holds the sha256 of index.npz and of every shard
+    dtype: TokenDtype
+    eod: int
+    vocab_size: int
+    tokenizer: str
+    tokenizer_sha256: str
+    tokens: int
+    documents: int
+    text_bytes: int  # UTF-8
+    shards: tuple[ShardFile, ...]
+    blocks: Blocks  # structured, one element of BLOCK_DTYPE a block, in the order written
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """Of the ids in the members."""
+        return np.dtype(f"<u{2 if self.dtype == 'u16' else 4}")
+
+
+def token_dtype(vocab_size: int) -> TokenDtype:
+    """The narrowest dtype that holds every id."""
+    return "u16" if vocab_size <= 1 << 16 else "u32"
+
+
+def load_index(directory: Path) -> ShardSet:
+    """Reads and checks a data set's index, and that every shard is there with its size.
+
+    UserError naming the file, what is wrong and the way out. Contents are checked as they are read.
+    """
+    raw, index = _read_index_json(directory / INDEX_NAME)
+    blocks = _read_blocks(directory / BLOCKS_NAME, str(index.get("blocks_sha256")))
+    try:
+        shards = tuple(ShardFile(**shard) for shard in index["shards"])
+        shard_set = ShardSet(
+            directory=directory,
+            fingerprint=hashlib.sha256(raw).hexdigest(),
+            dtype=index["dtype"],
+            eod=index["eod"],
+            vocab_size=index["vocab_size"],
+            tokenizer=index["tokenizer"],
+            tokenizer_sha256=index["tokenizer_sha256"],
+            tokens=index["tokens"],
+            documents=index["documents"],
+            text_bytes=index["text_bytes"],
+            shards=shards,
+            blocks=blocks,
+        )
+        consistent = _is_consistent(shard_set)
+    except (KeyError, TypeError) as error:
+        raise _damaged_index(directory / INDEX_NAME, f"missing or malformed entry: {error}") from None
+    if not consistent:
+        raise _damaged_index(directory / INDEX_NAME, "its blocks, shards and totals disagree")
+    _check_sizes(shard_set)
+    return shard_set
+
+
+def _read_index_json(path: Path) -> tuple[bytes, dict[str, Any]]:
+    try:
+        raw = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file; make the data set with tools/prepare_data.py") from None
+    try:
+        index = json.loads(raw)
+    except ValueError as error:
+        raise _damaged_index(path, f"not JSON: {error}") from None
+    if not isinstance(index, dict):
+        raise _damaged_index(path, "not a JSON object")
+    version = index.get("version")
+    if version != INDEX_VERSION:
+        raise UserError(f"{path}: index version {version}, this program reads {INDEX_VERSION}; {PREPARE_AGAIN}")
+    return raw, index
+
+
+def _read_blocks(path: Path, expected_sha256: str) -> Blocks:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise _damaged_index(path, "no such file") from None
+    sha256 = hashlib.sha256(raw).hexdigest()
+    if sha256 != expected_sha256:
+        raise _damaged_index(path, f"sha256 {sha256}, {INDEX_NAME} says {expected_sha256}")
+    with np.load(path, allow_pickle=False) as columns:
+        blocks = np.empty(len(columns["shard"]), dtype=BLOCK_DTYPE)
+        for name in BLOCK_DTYPE.names or ():
+            blocks[name] = columns[name]
+    return blocks
+
+
+def _is_consistent(shard_set: ShardSet) -> bool:
+    blocks, shards = shard_set.blocks, shard_set.shards
+    tokens_per_shard = np.zeros(len(shards), dtype=np.uint64)
+    if np.any(blocks["shard"] >= len(shards)):
+        return False
+    np.add.at(tokens_per_shard, blocks["shard"], blocks["tokens"])
+    return (
+        tokens_per_shard.tolist() == [shard.tokens for shard in shards]
+        and shard_set.tokens == sum(shard.tokens for shard in shards)
+        and shard_set.documents == sum(shard.documents for shard in shards)
+        and shard_set.dtype == token_dtype(shard_set.vocab_size)
+        and 0 <= shard_set.eod < shard_set.vocab_size
+    )
+
+
+def _check_sizes(shard_set: ShardSet) -> None:
+    """A missing or cut shard shows at the start of a run, not on its third day."""
+    for shard in shard_set.shards:
+        path = shard_set.directory / shard.name
+        got = path.stat().st_size if path.is_file() else None
+        if got != shard.bytes:
+            what = "no such file" if got is None else f"the file ends at offset {got}"
+            raise UserError(f"{path}: {what}, expected {shard.bytes} bytes from offset 0; {PREPARE_AGAIN}")
+
+
+def _damaged_index(path: Path, what: str) -> UserError:
+    return UserError(f"{path}: damaged index: {what}; {PREPARE_AGAIN}")
+
+
+class ShardWriter:
+    """Writes one data set: documents in, shards and index out. A context manager.
+
+    The bytes are a function of the documents, their order and the three sizes. Leaving the `with` block
+    by an exception, or being killed, leaves no index; the next writer clears what was left.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        tokenizer: Tokenizer,
+        shard_tokens: int = 1 << 28,
+        member_tokens: int = 1 << 20,
+        block_tokens: int = 1 << 20,
+    ) -> None:
+        """Each size is reached, not kept below: it is exceeded by less than one document (a shard: one
+        block). UserError where `directory` holds a data set already."""
+        if (directory / INDEX_NAME).exists():
+            raise UserError(f"{directory}: holds a data set already; choose another directory or remove it")
+        directory.mkdir(parents=True, exist_ok=True)
+        for pattern in ("shard-*.tar", "*.tmp", BLOCKS_NAME):
+            for leftover in directory.glob(pattern):
+                leftover.unlink()
+        self.directory = directory
+        self._tokenizer = tokenizer
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._shard_tokens, self._member_tokens, self._block_tokens = shard_tokens, member_tokens, block_tokens
+        self._eod_ids = self._as_stored(np.array([tokenizer.eod]))
+        self._shards: list[ShardFile] = []
+        self._blocks: list[tuple[int, ...]] = []
+        self._members = 0
+        self._text_bytes = 0
+        self._pending: list[npt.NDArray[Any]] = []  # the member being gathered
+        self._pending_tokens = 0
+        self._file: IO[bytes] | None = None
+
+    def add(self, ids: npt.NDArray[Any], text_bytes: int) -> None:
+        """Adds one document: its ids without EOD, and the UTF-8 bytes they stand for."""
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._tokenizer.vocab_size:
+            limit = f"[0, {self._tokenizer.vocab_size})"
+            raise UserError(f"{self.directory}: ids {ids.min()} to {ids.max()} leave the vocabulary {limit}")
+        self._pending += [self._as_stored(ids), self._eod_ids]
+        self._pending_tokens += ids.size + 1
+        self._text_bytes += text_bytes
+        if self._file is None:
+            self._open_shard()
+        self._shard_documents += 1
+        if self._pending_tokens >= self._member_tokens:
+            self._write_member()
+
+    def _as_stored(self, ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return ids.astype("<u2" if self._dtype == "u16" else "<u4", copy=False)
+
+    def _open_shard(self) -> None:
+        self._shard_name = f"shard-{len(self._shards):05d}.tar"
+        self._file = open(self.directory / f"{self._shard_name}.tmp", "wb")  # noqa: SIM115
+        self._shard_sha256 = hashlib.sha256()
+        self._shard_bytes = self._shard_written_tokens = self._shard_documents = 0
+        self._open_block()
+
+    def _open_block(self) -> None:
+        self._block_offset, self._block_crc32 = self._shard_bytes, 0
+        self._block_written_tokens = self._block_members = 0
+
+    def _write(self, data: bytes) -> None:
+        assert self._file is not None
+        self._file.write(data)
+        self._shard_sha256.update(data)
+        self._block_crc32 = zlib.crc32(data, self._block_crc32)
+        self._shard_bytes += len(data)
+
+    def _write_member(self) -> None:
+        data = np.concatenate(self._pending).tobytes()
+        header = tarfile.TarInfo(f"{self._members:08d}.{self._dtype}")  # mtime, uid, names: all zero or empty
+        header.size = len(data)
+        self._write(header.tobuf(tarfile.GNU_FORMAT))
+        self._write(data + bytes(-len(data) % TAR_RECORD_BYTES))
+        self._members += 1
+        self._block_members += 1
+        self._block_written_tokens += self._pending_tokens
+        self._shard_written_tokens += self._pending_tokens
+        self._pending, self._pending_tokens = [], 0
+        if self._block_written_tokens >= self._block_tokens:
+            self._close_block()
+            if self._shard_written_tokens >= self._shard_tokens:
+                self._close_shard()
+
+    def _close_block(self) -> None:
+        size = self._shard_bytes - self._block_offset
+        counts = (self._block_written_tokens, self._block_members, self._block_crc32)
+        self._blocks.append((len(self._shards), self._block_offset, size, *counts))
+        self._open_block()
+
+    def _close_shard(self) -> None:
+        assert self._file is not None
+        self._write(bytes(2 * TAR_RECORD_BYTES))  # the end-of-archive mark, in no block
+        _close_durably(self._file, self.directory / self._shard_name)
+        self._file = None
+        sha256 = self._shard_sha256.hexdigest()
+        counts = (self._shard_written_tokens, self._shard_documents)
+        self._shards.append(ShardFile(self._shard_name, self._shard_bytes, sha256, *counts))
+
+    def finish(self) -> ShardSet:
+        """Writes what is pending and then the index; UserError where no document was added."""
+        if self._pending:
+            self._write_member()
+        if self._file is not None:
+            if self._block_members:
+                self._close_block()
+            self._close_shard()
+        if not self._shards:
+            raise UserError(f"{self.directory}: no document to write; give text that is not empty")
+        self._write_index()
+        return load_index(self.directory)
+
+    def _write_index(self) -> None:
+        blocks = np.array(self._blocks, dtype=BLOCK_DTYPE)
+        with open(self.directory / f"{BLOCKS_NAME}.tmp", "wb") as file:
+            np.savez(file, **{name: blocks[name] for name in BLOCK_DTYPE.names or ()})
+            _close_durably(file, self.directory / BLOCKS_NAME)
+        index = {
+            "version": INDEX_VERSION,
+            "dtype": self._dtype,
+            "eod": self._tokenizer.eod,
+            "vocab_size": self._tokenizer.vocab_size,
+            "tokenizer": self._tokenizer.name,
+            "tokenizer_sha256": self._tokenizer.sha256,
+            "tokens": sum(shard.tokens for shard in self._shards),
+            "documents": sum(shard.documents for shard in self._shards),
+            "text_bytes": self._text_bytes,
+            "blocks_sha256": hashlib.sha256((self.directory / BLOCKS_NAME).read_bytes()).hexdigest(),
+            "shards": [asdict(shard) for shard in self._shards],
+        }
+        write_atomically(self.directory / INDEX_NAME, json.dumps(index, indent=1).encode() + b"\n")
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """`path` holds either what it held or all of `data`, also after a kill or a power cut."""
+    with open(path.with_name(f"{path.name}.tmp"), "wb") as file:
+        file.write(data)
+        _close_durably(file, path)
+
+
+def _close_durably(file: IO[bytes], path: Path) -> None:
+    """Flushes `file` to disk, closes it and gives it its final name."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.replace(file.name, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,71 @@
+"""Causal attention: grouped queries (arXiv 2305.13245), rotary positions (arXiv 2104.09864), optional window.
+
+Shapes: B batch, L length, D width, H query heads, G key-value heads, P dimensions a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megassm.layers.context import Context
+
+
+def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (L, P/2) of t * theta^(-2i/P), float32."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHLP: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates the pairs (i, i + P/2) of every head by the position's angles."""
+    cos, sin = (table.to(x_BHLP.dtype) for table in rope)
+    first, second = x_BHLP.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+
+
+def window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """(L, L), true where query t may see key s: t - window < s <= t."""
+    time = torch.arange(length, device=device)
+    age = time[:, None] - time
+    return (age >= 0) & (age < window)
+
+
+class Attention(nn.Module):
+    """u (B, L, D) -> (B, L, D).
+
+    Args:
+        d_model: D, divisible by n_heads.
+        n_heads: H, divisible by n_kv_heads.
+        n_kv_heads: G.
+        window: tokens a query may look back on, itself included; None for all.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, window: int | None) -> None:
+        super().__init__()
+        self.head_dim = d_model // n_heads
+        self.window = window
+        self.query = nn.Linear(d_model, d_model, bias=False)
+        self.key = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=False)
+        self.value = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, u_BLD: Tensor, context: Context) -> Tensor:
+        assert context.rope is not None
+        query_BHLP = rotate(self._heads(self.query(u_BLD)), context.rope)
+        key_BGLP = rotate(self._heads(self.key(u_BLD)), context.rope)
+        value_BGLP = self._heads(self.value(u_BLD))
+        length = u_BLD.shape[1]
+        mask = None
+        if self.window is not None and self.window < length:
+            mask = window_mask(length, self.window, u_BLD.device)
+        mixed_BHLP = F.scaled_dot_product_attention(
+            query_BHLP, key_BGLP, value_BGLP, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
+        mixed: Tensor = self.out(mixed_BHLP.transpose(1, 2).flatten(2))
+        return mixed
+
+    def _heads(self, x_BLE: Tensor) -> Tensor:
+        return x_BLE.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

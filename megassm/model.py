@@ -1,0 +1,176 @@
+"""The language model: embedding, blocks from the pattern, head; its initialisation; cutting it to a budget.
+
+    x = E[ids];  for each block:  x = x + mixer(norm(x));  x = x + ffn(norm(x));  logits = norm(x) H^T
+
+Shapes: B batch, L length, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from megassm.config import ModelConfig
+from megassm.errors import UserError
+from megassm.layers.attention import Attention, rope_tables
+from megassm.layers.context import Context
+from megassm.layers.ffn import FeedForward
+from megassm.layers.filterbank import FilterBank
+from megassm.layers.spectral import SpectralMixer
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, config: ModelConfig, mixer: str) -> None:
+        super().__init__()
+        d_model = config.d_model
+        self.mixer_norm = nn.RMSNorm(d_model, eps=config.norm_eps)
+        self.mixer = (
+            SpectralMixer(d_model, config.num_channels, config.gate, config.gate_rescale)
+            if mixer == "S"
+            else Attention(d_model, config.n_heads, config.kv_heads, config.window)
+        )
+        self.ffn_norm = nn.RMSNorm(d_model, eps=config.norm_eps)
+        self.ffn = FeedForward(d_model, config.d_ffn)
+
+    def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
+        x_BLD = x_BLD + self.mixer(self.mixer_norm(x_BLD), context)
+        return x_BLD + self.ffn(self.ffn_norm(x_BLD))
+
+
+class LanguageModel(nn.Module):
+    """An elastic spectral language model, or a hybrid with attention.
+
+    Embedding and head are parameters of this module itself: under ZeRO-3 they are then gathered for the whole
+    forward pass, which is what tied embeddings need.
+
+    A new model is uninitialised memory (or on the meta device): call `initialise`, or load weights and call
+    `reset_filters`.
+    """
+
+    def __init__(self, config: ModelConfig, recompute: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = recompute
+        self.embedding_VD = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
+        self.head_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head_VD = (
+            None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        )
+        self.filterbank = (
+            FilterBank(config.seq_len, config.num_channels, config.sigma_scale, config.filterbank)
+            if "S" in config.mixers
+            else None
+        )
+
+    def forward(self, ids_BL: Tensor, k: int, targets_BL: Tensor | None = None) -> Tensor:
+        """Logits (B, L, V), or with `targets_BL` the negative log-likelihood in nats of each, (B, L) float32.
+
+        Args:
+            ids_BL: token ids.
+            k: the budget, 1 <= k <= K_max.
+            targets_BL: the ids to predict, ids_BL one step later.
+
+        Raises:
+            UserError: a budget out of range, or a sequence longer than the filters.
+        """
+        if not 1 <= k <= self.config.num_channels:
+            raise UserError(f"budget K = {k}: must be between 1 and this model's K_max = {self.config.num_channels}")
+        context = self._context(ids_BL.shape[1], k)
+        x_BLD = F.embedding(ids_BL, self.embedding_VD)
+        for block in self.blocks:
+            if self.recompute and self.training:
+                x_BLD = checkpoint(block, x_BLD, context, use_reentrant=False)
+            else:
+                x_BLD = block(x_BLD, context)
+        head_VD = self.embedding_VD if self.head_VD is None else self.head_VD
+        logits_BLV = F.linear(self.head_norm(x_BLD), head_VD)
+        if targets_BL is None:
+            return logits_BLV
+        return F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten(), reduction="none").view_as(
+            targets_BL
+        )
+
+    def _context(self, length: int, k: int) -> Context:
+        rope = None
+        if "A" in self.config.mixers:
+            head_dim = self.config.d_model // self.config.n_heads
+            rope = rope_tables(length, head_dim, self.config.rope_theta, self.embedding_VD.device)
+        return Context(k, self.filterbank, rope)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draws every parameter from its own stream, keyed by (seed, name), and derives the filters.
+
+        Matrices start at standard deviation 1/sqrt(inputs); those that write into the residual stream are divided by
+        sqrt(2 n_layers), so that its variance does not grow with depth. Biases start at 0, norm gains at 1.
+        """
+        for name, parameter in self.named_parameters():
+            std = _initial_std(name, parameter, self.config)
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif std == 0.0:
+                parameter.zero_()
+            else:
+                digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        self.reset_filters()
+
+    def reset_filters(self) -> None:
+        if self.filterbank is not None:
+            self.filterbank.reset()
+
+    def check_filters(self) -> None:
+        if self.filterbank is not None:
+            self.filterbank.check_dtype()
+
+
+def _initial_std(name: str, parameter: Tensor, config: ModelConfig) -> float:
+    depth = 1.0 / math.sqrt(2 * config.n_layers)
+    inputs = 1.0 / math.sqrt(parameter.shape[-1])
+    match name.rpartition("blocks.")[2].partition(".")[2] or name:
+        case "embedding_VD" | "head_VD":
+            return config.embed_init_std
+        case "mixer.channels_KDD":
+            return (config.channel_init_std or inputs) * depth
+        case "mixer.direct_DD" | "mixer.out.weight" | "ffn.down.weight":
+            return inputs * depth
+        case _:
+            return inputs if parameter.ndim > 1 else 0.0
+
+
+def build_model(config: ModelConfig, seed: int, recompute: bool = False) -> LanguageModel:
+    """An initialised float32 model on the CPU."""
+    model = LanguageModel(config, recompute)
+    model.initialise(seed)
+    return model
+
+
+@torch.no_grad()
+def truncate(model: LanguageModel, k: int) -> LanguageModel:
+    """A smaller model that computes what `model` computes at budget k, and at every budget below.
+
+    Raises:
+        UserError: k is not within 1..K_max.
+    """
+    if not 1 <= k <= model.config.num_channels:
+        raise UserError(f"K = {k}: must be between 1 and this model's K_max = {model.config.num_channels}")
+    small = LanguageModel(model.config.model_copy(update={"num_channels": k}), model.recompute)
+    small.to(device=model.embedding_VD.device, dtype=model.embedding_VD.dtype)
+    source = dict(model.named_parameters())
+    for name, parameter in small.named_parameters():
+        whole = source[name]
+        parameter.copy_(whole if whole.shape == parameter.shape else whole[:k])
+    if small.filterbank is not None and model.filterbank is not None:
+        # `.to(dtype)` above casts buffers too; filters are taken as they are
+        small.filterbank.filters_LK = model.filterbank.filters_LK[:, :k].clone()
+        small.filterbank.scale_K = model.filterbank.scale_K[:k].clone()
+    return small

@@ -1,0 +1,1 @@
+"""Functions of tensors: no knobs, no modules, no ranks."""

@@ -44,16 +44,37 @@ def run_tool(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
 
 
-def tool_parser(description: str, example: str) -> argparse.ArgumentParser:
-    """A parser whose `--help` ends with a runnable example; every tool takes `--json FILE`."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+class Parser(argparse.ArgumentParser):
+    """A parser whose `--help` ends with a runnable example and whose refusals are printed by rank 0 only."""
+
+    def __init__(self, description: str, example: str) -> None:
+        super().__init__(
+            description=description,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        refuse(f"{self.format_usage()}{self.prog}: {message}; --help has an example", 2)
+
+
+def tool_parser(description: str, example: str) -> Parser:
+    """The parser of a tool under tools/: every one takes `--json FILE`."""
+    parser = Parser(description, example)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the printed table there, as JSON")
     return parser
+
+
+def budget_list(text: str) -> list[int]:
+    """Budgets K from "2,4,8", increasing; for argparse's `type`."""
+    try:
+        budgets = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of budgets such as 2,4,8") from None
+    if budgets[0] < 1:
+        raise argparse.ArgumentTypeError(f"budget {budgets[0]}: must be at least 1")
+    return budgets
 
 
 def print_table(title: str, rows: Sequence[Row], json_path: Path | None = None) -> None:

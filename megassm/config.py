@@ -263,9 +263,7 @@ def _model_violations(model: ModelConfig) -> Iterator[Violation]:
             f"gives {model.d_model // model.n_heads}",
         )
     if model.n_heads % model.kv_heads:
-        yield Violation(
-            ("model.n_kv_heads", "model.n_heads"), f"a divisor of model.n_heads = {model.n_heads}"
-        )
+        yield Violation(("model.n_kv_heads", "model.n_heads"), f"a divisor of model.n_heads = {model.n_heads}")
 
 
 def _budget_violations(config: Config) -> Iterator[Violation]:

@@ -91,7 +91,7 @@ def dump_config(config: Config) -> str:
     """YAML of the resolved configuration; valid as `--config` itself."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     text = io.StringIO()
     yaml.dump(config.model_dump(mode="json"), text)
     return "# Resolved configuration of a run: every knob with its value. Usable as --config.\n" + text.getvalue()

@@ -41,7 +41,8 @@ class Block(nn.Module):
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         x_BLD = x_BLD + self.mixer(self.mixer_norm(x_BLD), context)
-        return x_BLD + self.ffn(self.ffn_norm(x_BLD))
+        out_BLD: Tensor = x_BLD + self.ffn(self.ffn_norm(x_BLD))
+        return out_BLD
 
 
 class LanguageModel(nn.Module):
@@ -61,9 +62,7 @@ class LanguageModel(nn.Module):
         self.embedding_VD = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
         self.head_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.head_VD = (
-            None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        )
+        self.head_VD = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.filterbank = (
             FilterBank(config.seq_len, config.num_channels, config.sigma_scale, config.filterbank)
             if "S" in config.mixers

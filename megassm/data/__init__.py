@@ -1,1 +1,5 @@
-"""From files of text to batches of token ids: tokenizer, documents, shards, order, stream. Imports no torch."""
+"""From files of text to batches of token ids. Imports no torch.
+
+documents -> tokenizer -> parts -> prepare -> shards      once, by tools/prepare_data.py
+shards -> blocks -> order -> stream                       in every run
+"""

@@ -6,11 +6,14 @@ translation); documents of whitespace only are dropped and counted. Memory: one 
 
 from __future__ import annotations
 
+import argparse
 import gzip
+import heapq
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,7 +22,6 @@ from megassm.errors import UserError
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
 DEFAULT_PATTERNS = ("*.txt", *(f"*{suffix}" for suffix in JSONL_SUFFIXES))
 UNREADABLE_SUFFIXES = (".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".parquet", ".arrow")
-WAY_OUT_OF_BAD_UTF8 = "repair it, or pass --on-bad-utf8 skip"
 
 BadUtf8 = Literal["error", "skip"]
 
@@ -89,12 +91,38 @@ def read_documents(source: TextSource, files: list[Path], counts: ReadCounts) ->
         counts.file_bytes = bytes_before + path.stat().st_size
 
 
+def sample_documents(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
+    """A sample of at most `max_bytes` of UTF-8: the documents with the smallest hashes of (content, seed).
+
+    The same for the same documents in any order. Holds the sample and one document; of a document larger
+    than `max_bytes` the beginning stands for it.
+    """
+    if max_bytes < 1:
+        raise UserError(f"a sample of {max_bytes} bytes: it must be at least 1")
+    key = (seed % 2**64).to_bytes(8, "little")
+    kept: list[tuple[int, str]] = []  # a heap; hashes negated, so that the largest is on top
+    kept_bytes, limit = 0, 1 << 64  # of what lies above a document once dropped, nothing is kept
+    for text in texts:
+        content = text.encode()[:max_bytes]
+        digest = int.from_bytes(blake2b(content, digest_size=8, key=key).digest(), "little")
+        if digest >= limit:
+            continue
+        heapq.heappush(kept, (-digest, content.decode(errors="ignore")))
+        kept_bytes += len(content)
+        while kept_bytes > max_bytes:
+            dropped, dropped_text = heapq.heappop(kept)
+            kept_bytes -= len(dropped_text.encode())
+            limit = -dropped
+    return [text for _, text in sorted(kept)]
+
+
 def _read_whole(path: Path, source: TextSource, counts: ReadCounts) -> Iterator[str | None]:
     raw = path.read_bytes()
     try:
         yield raw.decode()
     except UnicodeDecodeError as error:
-        yield _bad_utf8(f"{path}: byte {error.start}", f"0x{raw[error.start]:02x}", source)
+        _check_may_skip(f"{path}: byte {error.start}: 0x{raw[error.start]:02x}", source)
+        yield None
 
 
 def _read_jsonl(path: Path, source: TextSource, counts: ReadCounts) -> Iterator[str | None]:
@@ -108,14 +136,17 @@ def _read_jsonl(path: Path, source: TextSource, counts: ReadCounts) -> Iterator[
                     yield _text_of_line(line, f"{path}:{number}", source)
                 counts.file_bytes = bytes_before + file.tell()
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{path}: damaged gzip after line {number}: {error}; fetch the file again") from None
+            what = f"damaged gzip after line {number}: {error}"
+            raise UserError(f"{path}: {what}; fetch the file again") from None
 
 
 def _text_of_line(line: bytes, place: str, source: TextSource) -> str | None:
+    """None: not UTF-8, and to be skipped."""
     try:
         record = json.loads(line)
     except UnicodeDecodeError as error:
-        return _bad_utf8(f"{place}: byte {error.start} of the line", f"0x{line[error.start]:02x}", source)
+        _check_may_skip(f"{place}: byte {error.start} of the line: 0x{line[error.start]:02x}", source)
+        return None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not JSON: {error}; a .jsonl file has one JSON object a line") from None
     if not isinstance(record, dict):
@@ -129,11 +160,36 @@ def _text_of_line(line: bytes, place: str, source: TextSource) -> str | None:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, written as \ud83d
-        return _bad_utf8(f"{place}: character {error.start} of the text", f"U+{ord(text[error.start]):04X}", source)
+        what = f"U+{ord(text[error.start]):04X}"
+        _check_may_skip(f"{place}: character {error.start} of the text: {what}", source)
+        return None
     return text
 
 
-def _bad_utf8(place: str, what: str, source: TextSource) -> None:
-    """None stands for a document to skip."""
+def _check_may_skip(bad: str, source: TextSource) -> None:
     if source.on_bad_utf8 == "error":
-        raise UserError(f"{place}: {what} is not UTF-8; {WAY_OUT_OF_BAD_UTF8}")
+        raise UserError(f"{bad} is not UTF-8; repair it, or pass --on-bad-utf8 skip")
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every tool that reads documents; `source_of` takes them from the parsed arguments."""
+    add = parser.add_argument
+    formats = ", ".join(DEFAULT_PATTERNS)
+    add(
+        "--input",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help=f"files or directories: {formats}",
+    )
+    add("--glob", metavar="PATTERN", help="files to take from directories instead, for example '*.py'")
+    add("--text-field", default="text", metavar="NAME", help="of a JSON line (default: %(default)s)")
+    skip_help = "refuse, or skip the document and count it (default: %(default)s)"
+    add("--on-bad-utf8", choices=get_args(BadUtf8), default="error", help=skip_help)
+
+
+def source_of(arguments: argparse.Namespace) -> TextSource:
+    """What `add_source_options` was given."""
+    inputs = tuple(arguments.input)
+    return TextSource(inputs, arguments.glob, arguments.text_field, arguments.on_bad_utf8)

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megassm.data.durable import commit, open_temporary
 from megassm.data.order import splitmix64
-from megassm.data.shards import token_dtype
+from megassm.data.shards import stored_dtype, token_dtype
 from megassm.data.tokenizer import Tokenizer, load_tokenizer
 from megassm.errors import UserError
 
@@ -58,8 +59,7 @@ class PartStore:
     def read(self, part: int) -> tuple[npt.NDArray[np.void], npt.NDArray[Any]]:
         """(documents, ids), both mapped from disk: slices read what they touch."""
         documents = np.load(self.documents_path(part), mmap_mode="r")
-        ids_path = self.ids_path(part)
-        return documents, np.load(ids_path, mmap_mode="r")
+        return documents, np.load(self.ids_path(part), mmap_mode="r")
 
     def write(self, part: int, documents: npt.NDArray[np.void], ids: npt.NDArray[Any]) -> None:
         _save_durably(self.ids_path(part), ids)
@@ -83,7 +83,7 @@ def cut_parts(texts: Iterable[str], part_bytes: int) -> Iterator[list[str]]:
 def tokenize_part(texts: list[str], tokenizer: Tokenizer, seed: int) -> tuple[npt.NDArray[np.void], Any]:
     """(documents, ids) of a part, sorted by shuffle key."""
     documents = np.empty(len(texts), dtype=DOCUMENT_DTYPE)
-    stored = np.uint16 if token_dtype(tokenizer.vocab_size) == "u16" else np.uint32
+    stored = stored_dtype(token_dtype(tokenizer.vocab_size))
     ids = [ids.astype(stored) for batch in _encode_batches(texts) for ids in tokenizer.encode(batch)]
     for row, text in enumerate(texts):
         content = text.encode()
@@ -187,9 +187,6 @@ def _work(part: int, texts: list[str]) -> None:
 
 
 def _save_durably(path: Path, array: npt.NDArray[Any]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    with open_temporary(path) as file:
         np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+        commit(file, path)

@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tarfile
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from megassm.data.durable import TEMPORARY_SUFFIX, commit, open_temporary, write_atomically
 from megassm.data.tokenizer import Tokenizer
 from megassm.errors import UserError
 
@@ -79,12 +79,17 @@ class ShardSet:
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
         """Of the ids in the members."""
-        return np.dtype(f"<u{2 if self.dtype == 'u16' else 4}")
+        return stored_dtype(self.dtype)
 
 
 def token_dtype(vocab_size: int) -> TokenDtype:
     """The narrowest dtype that holds every id."""
     return "u16" if vocab_size <= 1 << 16 else "u32"
+
+
+def stored_dtype(dtype: TokenDtype) -> np.dtype[Any]:
+    """The numpy dtype of ids on disk: little-endian."""
+    return np.dtype("<u2" if dtype == "u16" else "<u4")
 
 
 def load_index(directory: Path) -> ShardSet:
@@ -132,7 +137,8 @@ def _read_index_json(path: Path) -> tuple[bytes, dict[str, Any]]:
         raise _damaged_index(path, "not a JSON object")
     version = index.get("version")
     if version != INDEX_VERSION:
-        raise UserError(f"{path}: index version {version}, this program reads {INDEX_VERSION}; {PREPARE_AGAIN}")
+        rule = f"this program reads {INDEX_VERSION}"
+        raise UserError(f"{path}: index version is {version}, {rule}; {PREPARE_AGAIN}")
     return raw, index
 
 
@@ -180,126 +186,98 @@ def _damaged_index(path: Path, what: str) -> UserError:
     return UserError(f"{path}: damaged index: {what}; {PREPARE_AGAIN}")
 
 
-class ShardWriter:
-    """Writes one data set: documents in, shards and index out. A context manager.
+@dataclass(frozen=True)
+class ShardSizes:
+    """Tokens a shard, block and member are filled to. Each is exceeded by less than one of the next
+    smaller (a member: by less than one document), never kept below."""
 
-    The bytes are a function of the documents, their order and the three sizes. Leaving the `with` block
-    by an exception, or being killed, leaves no index; the next writer clears what was left.
+    shard_tokens: int = 1 << 28
+    block_tokens: int = 1 << 20
+    member_tokens: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        for name in ("shard_tokens", "block_tokens", "member_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, it must be at least 1")
+
+
+class ShardWriter:
+    """Writes one data set: `add` documents, then `finish`. A context manager.
+
+    The bytes are a function of the documents, their order and the sizes. Leaving the `with` block
+    without `finish`, or being killed, leaves no index; the next writer clears what was left.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        tokenizer: Tokenizer,
-        shard_tokens: int = 1 << 28,
-        member_tokens: int = 1 << 20,
-        block_tokens: int = 1 << 20,
-    ) -> None:
-        """Each size is reached, not kept below: it is exceeded by less than one document (a shard: one
-        block). UserError where `directory` holds a data set already."""
+    def __init__(self, directory: Path, tokenizer: Tokenizer, sizes: ShardSizes | None = None) -> None:
+        """UserError where `directory` holds a data set already."""
         if (directory / INDEX_NAME).exists():
             raise UserError(f"{directory}: holds a data set already; choose another directory or remove it")
         directory.mkdir(parents=True, exist_ok=True)
-        for pattern in ("shard-*.tar", "*.tmp", BLOCKS_NAME):
+        for pattern in ("shard-*.tar", f"*{TEMPORARY_SUFFIX}", BLOCKS_NAME):
             for leftover in directory.glob(pattern):
                 leftover.unlink()
         self.directory = directory
-        self._tokenizer = tokenizer
-        self._dtype = token_dtype(tokenizer.vocab_size)
-        self._shard_tokens, self._member_tokens, self._block_tokens = shard_tokens, member_tokens, block_tokens
-        self._eod_ids = self._as_stored(np.array([tokenizer.eod]))
-        self._shards: list[ShardFile] = []
-        self._blocks: list[tuple[int, ...]] = []
-        self._members = 0
+        self.documents = 0
         self._text_bytes = 0
-        self._pending: list[npt.NDArray[Any]] = []  # the member being gathered
-        self._pending_tokens = 0
-        self._file: IO[bytes] | None = None
+        self._tokenizer = tokenizer
+        self._sizes = sizes or ShardSizes()
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._eod_ids = np.array([tokenizer.eod], dtype=stored_dtype(self._dtype))
+        self._member: list[npt.NDArray[Any]] = []  # documents gathered for the next member
+        self._member_tokens = 0
+        self._members = 0
+        self._open: _OpenShard | None = None
+        self._shards: list[ShardFile] = []
+        self._blocks: list[tuple[int, ...]] = []  # in the order of BLOCK_DTYPE
 
     def add(self, ids: npt.NDArray[Any], text_bytes: int) -> None:
         """Adds one document: its ids without EOD, and the UTF-8 bytes they stand for."""
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._tokenizer.vocab_size:
             limit = f"[0, {self._tokenizer.vocab_size})"
             raise UserError(f"{self.directory}: ids {ids.min()} to {ids.max()} leave the vocabulary {limit}")
-        self._pending += [self._as_stored(ids), self._eod_ids]
-        self._pending_tokens += ids.size + 1
+        if self._open is None:
+            self._open = _OpenShard(self.directory, len(self._shards))
+        self._member += [ids.astype(self._eod_ids.dtype, copy=False), self._eod_ids]
+        self._member_tokens += ids.size + 1
+        self._open.documents += 1
+        self.documents += 1
         self._text_bytes += text_bytes
-        if self._file is None:
-            self._open_shard()
-        self._shard_documents += 1
-        if self._pending_tokens >= self._member_tokens:
-            self._write_member()
-
-    def _as_stored(self, ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return ids.astype("<u2" if self._dtype == "u16" else "<u4", copy=False)
-
-    def _open_shard(self) -> None:
-        self._shard_name = f"shard-{len(self._shards):05d}.tar"
-        self._file = open(self.directory / f"{self._shard_name}.tmp", "wb")  # noqa: SIM115
-        self._shard_sha256 = hashlib.sha256()
-        self._shard_bytes = self._shard_written_tokens = self._shard_documents = 0
-        self._open_block()
-
-    def _open_block(self) -> None:
-        self._block_offset, self._block_crc32 = self._shard_bytes, 0
-        self._block_written_tokens = self._block_members = 0
-
-    def _write(self, data: bytes) -> None:
-        assert self._file is not None
-        self._file.write(data)
-        self._shard_sha256.update(data)
-        self._block_crc32 = zlib.crc32(data, self._block_crc32)
-        self._shard_bytes += len(data)
-
-    def _write_member(self) -> None:
-        data = np.concatenate(self._pending).tobytes()
-        header = tarfile.TarInfo(f"{self._members:08d}.{self._dtype}")  # mtime, uid, names: all zero or empty
-        header.size = len(data)
-        self._write(header.tobuf(tarfile.GNU_FORMAT))
-        self._write(data + bytes(-len(data) % TAR_RECORD_BYTES))
-        self._members += 1
-        self._block_members += 1
-        self._block_written_tokens += self._pending_tokens
-        self._shard_written_tokens += self._pending_tokens
-        self._pending, self._pending_tokens = [], 0
-        if self._block_written_tokens >= self._block_tokens:
-            self._close_block()
-            if self._shard_written_tokens >= self._shard_tokens:
-                self._close_shard()
-
-    def _close_block(self) -> None:
-        size = self._shard_bytes - self._block_offset
-        counts = (self._block_written_tokens, self._block_members, self._block_crc32)
-        self._blocks.append((len(self._shards), self._block_offset, size, *counts))
-        self._open_block()
-
-    def _close_shard(self) -> None:
-        assert self._file is not None
-        self._write(bytes(2 * TAR_RECORD_BYTES))  # the end-of-archive mark, in no block
-        _close_durably(self._file, self.directory / self._shard_name)
-        self._file = None
-        sha256 = self._shard_sha256.hexdigest()
-        counts = (self._shard_written_tokens, self._shard_documents)
-        self._shards.append(ShardFile(self._shard_name, self._shard_bytes, sha256, *counts))
+        if self._member_tokens >= self._sizes.member_tokens:
+            self._close_member(self._open)
 
     def finish(self) -> ShardSet:
         """Writes what is pending and then the index; UserError where no document was added."""
-        if self._pending:
-            self._write_member()
-        if self._file is not None:
-            if self._block_members:
-                self._close_block()
-            self._close_shard()
+        if self._open is not None:
+            if self._member:
+                self._close_member(self._open)
+            if self._open is not None:
+                self._close_shard(self._open)
         if not self._shards:
             raise UserError(f"{self.directory}: no document to write; give text that is not empty")
         self._write_index()
         return load_index(self.directory)
 
+    def _close_member(self, shard: _OpenShard) -> None:
+        shard.write_member(f"{self._members:08d}.{self._dtype}", np.concatenate(self._member))
+        self._members += 1
+        self._member, self._member_tokens = [], 0
+        if shard.block_tokens >= self._sizes.block_tokens:
+            self._blocks.append(shard.close_block())
+            if shard.tokens >= self._sizes.shard_tokens:
+                self._close_shard(shard)
+
+    def _close_shard(self, shard: _OpenShard) -> None:
+        if shard.block_members:
+            self._blocks.append(shard.close_block())
+        self._shards.append(shard.close())
+        self._open = None
+
     def _write_index(self) -> None:
-        blocks = np.array(self._blocks, dtype=BLOCK_DTYPE)
-        with open(self.directory / f"{BLOCKS_NAME}.tmp", "wb") as file:
-            np.savez(file, **{name: blocks[name] for name in BLOCK_DTYPE.names or ()})
-            _close_durably(file, self.directory / BLOCKS_NAME)
+        columns = np.array(self._blocks, dtype=BLOCK_DTYPE)
+        by_name: dict[str, Any] = {name: columns[name] for name in BLOCK_DTYPE.names or ()}
+        with open_temporary(self.directory / BLOCKS_NAME) as file:
+            np.savez(file, **by_name)
+            commit(file, self.directory / BLOCKS_NAME)
         index = {
             "version": INDEX_VERSION,
             "dtype": self._dtype,
@@ -308,7 +286,7 @@ class ShardWriter:
             "tokenizer": self._tokenizer.name,
             "tokenizer_sha256": self._tokenizer.sha256,
             "tokens": sum(shard.tokens for shard in self._shards),
-            "documents": sum(shard.documents for shard in self._shards),
+            "documents": self.documents,
             "text_bytes": self._text_bytes,
             "blocks_sha256": hashlib.sha256((self.directory / BLOCKS_NAME).read_bytes()).hexdigest(),
             "shards": [asdict(shard) for shard in self._shards],
@@ -321,25 +299,48 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._open is not None:
+            self._open.file.close()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """`path` holds either what it held or all of `data`, also after a kill or a power cut."""
-    with open(path.with_name(f"{path.name}.tmp"), "wb") as file:
-        file.write(data)
-        _close_durably(file, path)
+class _OpenShard:
+    """A shard being written: its file and the running counts of it and of its last block."""
 
+    def __init__(self, directory: Path, number: int) -> None:
+        self.number = number
+        self.path = directory / f"shard-{number:05d}.tar"
+        self.file = open_temporary(self.path)
+        self.sha256 = hashlib.sha256()
+        self.bytes = self.tokens = self.documents = 0
+        self.block_offset = self.block_tokens = self.block_members = self.block_crc32 = 0
 
-def _close_durably(file: IO[bytes], path: Path) -> None:
-    """Flushes `file` to disk, closes it and gives it its final name."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    os.replace(file.name, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    def write_member(self, name: str, ids: npt.NDArray[Any]) -> None:
+        data = ids.tobytes()
+        header = tarfile.TarInfo(name)  # times, owners: all zero or empty
+        header.size = len(data)
+        self._write(header.tobuf(tarfile.GNU_FORMAT))
+        self._write(data)
+        self._write(bytes(-len(data) % TAR_RECORD_BYTES))
+        self.tokens += ids.size
+        self.block_tokens += ids.size
+        self.block_members += 1
+
+    def close_block(self) -> tuple[int, ...]:
+        """The block's row of the index; the next begins here."""
+        size = self.bytes - self.block_offset
+        counts = (self.block_tokens, self.block_members, self.block_crc32)
+        row = (self.number, self.block_offset, size, *counts)
+        self.block_offset = self.bytes
+        self.block_tokens = self.block_members = self.block_crc32 = 0
+        return row
+
+    def close(self) -> ShardFile:
+        self._write(bytes(2 * TAR_RECORD_BYTES))  # the end-of-archive mark, in no block
+        commit(self.file, self.path)
+        return ShardFile(self.path.name, self.bytes, self.sha256.hexdigest(), self.tokens, self.documents)
+
+    def _write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.sha256.update(data)
+        self.block_crc32 = zlib.crc32(data, self.block_crc32)
+        self.bytes += len(data)

@@ -54,9 +54,10 @@ class StreamPlan:
             raise UserError(f"data stream: rank {self.rank} is not in [0, world_size = {self.world_size})")
         together = self.micro_batch_sequences * self.world_size
         if self.batch_sequences % together:
+            product = f"{self.micro_batch_sequences} (micro-batch) x {self.world_size} (ranks) = {together}"
             raise UserError(
-                f"data stream: a batch of {self.batch_sequences} sequences is not a multiple of "
-                f"{self.micro_batch_sequences} (micro-batch) x {self.world_size} (ranks) = {together}; change one"
+                f"data stream: a batch of {self.batch_sequences} sequences is not a multiple of {product}; "
+                "change one of the three"
             )
 
 
@@ -74,7 +75,7 @@ class SampleReader:
 
     def __init__(self, shards: ShardSet, seq_len: int, fetch: Fetch | None, cache_bytes: int) -> None:
         if shards.tokens < 2:
-            raise UserError(f"{shards.directory}: {shards.tokens} token holds nothing to predict; give more text")
+            raise UserError(f"{shards.directory}: 1 token leaves nothing to predict; give more text")
         self.shards, self.seq_len = shards, seq_len
         self.epoch_samples = epoch_samples(shards.tokens, seq_len)
         self.cache = BlockCache(shards, fetch or local_fetch(shards.directory), cache_bytes)

@@ -29,6 +29,7 @@ CHUNK_CHARS = 1 << 18  # SentencePiece's memory grows with the length of one cal
 TRAINING_LINE_CHARS = 4096
 TRAINING_LINE_MAX_BYTES = 4 * TRAINING_LINE_CHARS  # SentencePiece drops longer lines silently: none is
 TRAINING_THREADS = 8  # part of the result (the order of sums, a field of the model file): never cpu_count()
+TRAIN_ONE = "train one with tools/train_tokenizer.py"
 PROBE = "  def f(x):\n\t return  'caf\u00e9 \ufb01 \u2581 \u4e16\u754c\U0001f642 \u3000'\r\n \x00"
 
 
@@ -82,7 +83,7 @@ class BytesTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model that loses nothing (see `train_sentencepiece`); others are refused when loaded."""
+    """A SentencePiece model that loses nothing (see `train_sentencepiece`); others are refused."""
 
     def __init__(self, path: Path) -> None:
         """Reads a `.model` file. UserError where it is missing, not a model, lossy or without EOD."""
@@ -97,15 +98,15 @@ class SentencePieceTokenizer:
         self.name = f"sentencepiece-{self.vocab_size}"
         self.eod: int = self._processor.eos_id()
         if self.eod < 0:
-            raise UserError(f"tokenizer {path}: has no end-of-text piece; train one with tools/train_tokenizer.py")
+            raise UserError(f"tokenizer {path}: has no end-of-text piece; {TRAIN_ONE}")
         self._pieces = [_piece_bytes(self._processor, i) for i in range(self.vocab_size)]
         space_mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self._space_mark_ids: list[int] = space_mark_ids
         returned = self.decode(self.encode([PROBE])[0].tolist())
         if returned != PROBE:
             raise UserError(
-                f"tokenizer {path}: loses text ({PROBE!r} comes back as {returned!r}); it must keep whitespace, "
-                "normalise nothing and fall back to bytes: train one with tools/train_tokenizer.py"
+                f"tokenizer {path}: loses text ({PROBE!r} comes back as {returned!r}); it must keep "
+                f"whitespace, normalise nothing and fall back to bytes: {TRAIN_ONE}"
             )
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:

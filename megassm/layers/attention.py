@@ -68,4 +68,4 @@ class Attention(nn.Module):
         return mixed
 
     def _heads(self, x_BLE: Tensor) -> Tensor:
-        return x_BLE.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x_BLE.view(*x_BLE.shape[:-1], -1, self.head_dim).transpose(1, 2)

@@ -30,9 +30,7 @@ class FilterBank(nn.Module):
         super().__init__()
         self.method = method
         self.sigma_scale = sigma_scale
-        self.register_buffer(
-            "filters_LK", torch.empty(seq_len, num_channels, dtype=torch.float64), persistent=False
-        )
+        self.register_buffer("filters_LK", torch.empty(seq_len, num_channels, dtype=torch.float64), persistent=False)
         self.register_buffer("scale_K", torch.empty(num_channels, dtype=torch.float64), persistent=False)
 
     @torch.no_grad()

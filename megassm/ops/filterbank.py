@@ -26,7 +26,8 @@ def direct_filterbank(u_BLD: Tensor, filters_LK: Tensor) -> Tensor:
     time = torch.arange(length, device=u_BLD.device)
     toeplitz_LSK = padded_SK[time[:, None] - time + length - 1]
     toeplitz_LKS = toeplitz_LSK.transpose(1, 2).reshape(length * num_filters, length)
-    return (toeplitz_LKS @ u_BLD).unflatten(1, (length, num_filters))
+    features: Tensor = toeplitz_LKS @ u_BLD
+    return features.view(u_BLD.shape[0], length, num_filters, -1)
 
 
 def fft_filterbank(u_BLD: Tensor, filters_LK: Tensor) -> Tensor:
@@ -35,5 +36,5 @@ def fft_filterbank(u_BLD: Tensor, filters_LK: Tensor) -> Tensor:
     size = 2 * length  # no wrap-around
     u_BFD = torch.fft.rfft(u_BLD, n=size, dim=1)
     filters_FK = torch.fft.rfft(filters_LK[:length], n=size, dim=0)
-    features_BSKD = torch.fft.irfft(filters_FK[:, :, None] * u_BFD[:, :, None, :], n=size, dim=1)
+    features_BSKD: Tensor = torch.fft.irfft(filters_FK[:, :, None] * u_BFD[:, :, None, :], n=size, dim=1)
     return features_BSKD[:, :length]

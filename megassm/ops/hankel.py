@@ -62,9 +62,7 @@ def spectral_filters(seq_len: int, num_channels: int) -> tuple[Array, Array]:
     return cached
 
 
-def compute_filters(
-    seq_len: int, num_channels: int, nodes_per_panel: int = NODES_PER_PANEL
-) -> tuple[Array, Array]:
+def compute_filters(seq_len: int, num_channels: int, nodes_per_panel: int = NODES_PER_PANEL) -> tuple[Array, Array]:
     """`spectral_filters` without the cache, on a quadrature with `nodes_per_panel` nodes a dyadic panel."""
     factor_LN = _hankel_factor(seq_len, nodes_per_panel)
     q_LR, r_RN, pivots = qr(factor_LN, mode="economic", pivoting=True, overwrite_a=True, check_finite=False)

@@ -5,8 +5,11 @@ Tried with deepspeed 0.19.8; docs/LOG.md has what was seen.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +57,13 @@ class Engine:
         self._positions = config.train.micro_batch_sequences * config.model.seq_len
         model.to(world.device)
         deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(model, config.optim),
-            config=deepspeed_config(config, world.size),
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # the bf16 optimizer prints its memory use, unasked
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=build_optimizer(model, config.optim),
+                config=deepspeed_config(config, world.size),
+                dist_init_required=False,
+            )
         self.model: LanguageModel = self._engine.module
         self.model.check_filters()
 
@@ -67,6 +71,15 @@ class Engine:
         """Negative log-likelihood in nats (B, L) of the tokens that follow each of the first L = T - 1."""
         nll: Tensor = self._engine(ids_BT[:, :-1], k, ids_BT[:, 1:])
         return nll
+
+    @torch.no_grad()
+    def eval_losses(self, ids_BT: Tensor, k: int) -> Tensor:
+        """`losses` for validation. Under ZeRO-3 all ranks must call it equally often."""
+        self._engine.eval()
+        try:
+            return self.losses(ids_BT, k)
+        finally:
+            self._engine.train()
 
     def backward(self, nll_BL: Tensor, mask_BL: Tensor) -> None:
         """Accumulates the gradient of the mean loss over the global batch's positions.
@@ -121,6 +134,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     import deepspeed
     import deepspeed.ops
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed would compile a shared-memory collective with c++ (minutes), and leaves a lock that hangs every
     # later job where a rank is killed meanwhile. gloo serves.

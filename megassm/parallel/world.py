@@ -36,12 +36,16 @@ def join_world(device: Literal["auto", "cpu", "cuda"], timeout_s: int) -> World:
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     place = _pick_device(device, int(os.environ.setdefault("LOCAL_RANK", "0")))  # DeepSpeed insists on it
+    if place.type == "cpu":
+        _share_cores(size)
     backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(
+            backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
     return World(dist.get_rank(), dist.get_world_size(), place)
 
 
@@ -62,6 +66,14 @@ def _pick_device(device: Literal["auto", "cpu", "cuda"], local_rank: int) -> tor
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _share_cores(world_size: int) -> None:
+    """Divides this machine's cores among its ranks, where nobody has said otherwise; torch takes all for each."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        # torchrun calls the ranks on this machine LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE
+        local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(world_size)))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(local)))
 
 
 def gather_rows(row: Sequence[float], world: World) -> list[list[float]]:

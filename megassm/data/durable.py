@@ -1,0 +1,34 @@
+"""Files that are whole or not there: written under another name, synced to disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import IO
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def open_temporary(path: Path) -> IO[bytes]:
+    """A file to write what `commit` will put at `path`."""
+    return open(path.with_name(path.name + TEMPORARY_SUFFIX), "wb")
+
+
+def commit(file: IO[bytes], path: Path) -> None:
+    """Flushes `file` to disk, closes it and gives it its final name; lasts through a power cut."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.replace(file.name, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """`path` holds either what it held or all of `data`."""
+    with open_temporary(path) as file:
+        file.write(data)
+        commit(file, path)

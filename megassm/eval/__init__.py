@@ -1,0 +1,1 @@
+"""Quality and cost of a trained model at each budget K."""

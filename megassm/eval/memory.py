@@ -1,0 +1,61 @@
+"""Peak memory of a computation: of the device on CUDA, of the tensors on a CPU."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of every storage an operator returns, while it lives."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.peak = 0
+        self._seen: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+
+        def freed(_: object) -> None:
+            self.live -= size
+            del self._seen[key]
+
+        self._seen[key] = weakref.ref(storage, freed)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+def peak_tensor_bytes(model: nn.Module, compute: Callable[[], object], device: torch.device) -> int:
+    """The model's weights and buffers, and the most that `compute` keeps besides.
+
+    On a CPU these are the bytes of live tensors (workspace inside an operator does not show), so that the figure
+    repeats exactly; on CUDA what the allocator had to hold.
+    """
+    own = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        compute()
+        torch.cuda.synchronize(device)
+        return int(own + torch.cuda.max_memory_allocated(device) - before)
+    with _LiveBytes() as counter:
+        compute()
+    return own + counter.peak

@@ -1,0 +1,75 @@
+"""How well a model predicts text, at a budget K: bits per byte, whatever the tokenizer.
+
+    bits per byte = sum of -log2 p(token) / UTF-8 bytes of text
+
+An end-of-document token costs its bits and stands for no bytes. Perplexity is per token, so it compares only models
+with the same tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megassm.data.stream import MicroBatch
+
+Losses = Callable[[Tensor, int], Tensor]
+"""(ids (B, T), K) -> negative log-likelihood in nats (B, T - 1) of the tokens after the first."""
+
+
+class Score(NamedTuple):
+    """Sums over text; scores of parts add up."""
+
+    nll: float
+    """Negative log-likelihood, nats."""
+    tokens: float
+    """Predicted tokens."""
+    text_bytes: float
+    """UTF-8 bytes that these tokens stand for."""
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nll / max(1.0, self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nll / math.log(2) / max(1.0, self.text_bytes)
+
+    @property
+    def perplexity(self) -> float:
+        """Per token."""
+        return math.exp(min(self.loss, 700.0))
+
+    @staticmethod
+    def total(parts: Iterable[Iterable[float]]) -> Score:
+        """The score of all parts together."""
+        return Score(*(sum(column) for column in zip(*parts, strict=True)))
+
+
+def text_bytes(batch: MicroBatch, token_bytes: npt.NDArray[np.int64]) -> int:
+    """UTF-8 bytes of the batch's predicted tokens."""
+    return int(token_bytes[batch.ids_BT[:, 1:]][batch.mask_BL].sum())
+
+
+@torch.no_grad()
+def score(
+    losses: Losses,
+    batches: Iterable[MicroBatch],
+    k: int,
+    token_bytes: npt.NDArray[np.int64],
+    device: torch.device,
+) -> Score:
+    """The score of `batches` at budget k. `token_bytes` (V,) is the tokenizer's."""
+    parts = [Score(0.0, 0.0, 0.0)]
+    for batch in batches:
+        nll_BL = losses(torch.from_numpy(batch.ids_BT).to(device), k)
+        nll = (nll_BL.double() * torch.from_numpy(batch.mask_BL).to(device)).sum().item()
+        parts.append(Score(nll, float(batch.mask_BL.sum()), float(text_bytes(batch, token_bytes))))
+    return Score.total(parts)

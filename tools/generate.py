@@ -1,0 +1,37 @@
+"""Continues a prompt with a trained model, at one or several budgets K."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megassm.cli import Parser, budget_list, print_table, run_tool, tool_parser
+
+
+def parser() -> Parser:
+    result = tool_parser(__doc__ or "", "python tools/generate.py runs/tiny --prompt 'def main(' --budgets 4,32")
+    result.add_argument("run", type=Path, metavar="RUN_DIR", help="run directory, or one of its checkpoints/step-*")
+    result.add_argument("--prompt", required=True, metavar="TEXT")
+    result.add_argument("--budgets", type=budget_list, metavar="LIST", help="K to sample at (default: K_max)")
+    result.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to draw (default: 64)")
+    result.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return result
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    from megassm.eval.generate import Sampling, sample_text
+    from megassm.eval.session import open_session
+
+    session = open_session(arguments.run, None, arguments.device)
+    sampling = Sampling(arguments.tokens, arguments.temperature, arguments.seed)
+    rows = []
+    for k in arguments.budgets or [session.config.model.num_channels]:
+        text = sample_text(session.model, session.tokenizer, arguments.prompt, k, sampling)
+        rows.append({"k": k, "text": arguments.prompt + text})
+    print_table(f"{arguments.run}, step {session.checkpoint.manifest.step}", rows, arguments.json)
+
+
+if __name__ == "__main__":
+    run_tool(main)

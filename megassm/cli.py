@@ -85,7 +85,7 @@ def print_table(title: str, rows: Sequence[Row], json_path: Path | None = None) 
     table = Table(title=title, title_justify="left")
     for name in rows[0] if rows else ():
         numeric = isinstance(rows[0][name], (int, float))
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     Console(width=None if sys.stdout.isatty() else 120).print(table)

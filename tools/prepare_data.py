@@ -85,14 +85,14 @@ def _progress_bar() -> Progress:
     from rich import progress
     from rich.console import Console
 
-    what = progress.TextColumn("{task.description:8}")
-    size, rate, left = (
+    columns = (
+        progress.TextColumn("{task.description:8}"),
+        progress.BarColumn(),
         progress.DownloadColumn(),
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    columns = (what, progress.BarColumn(), size, rate, left)
     return progress.Progress(*columns, console=console, disable=not sys.stderr.isatty())
 
 

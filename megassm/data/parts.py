@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -168,6 +169,7 @@ def _worker_pool(job: TokenizeJob) -> Executor:
 
 def _start_worker(job: TokenizeJob) -> None:
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer, once
     _worker = (job, load_tokenizer(job.tokenizer))
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -225,9 +225,11 @@ class _Shuffle:
         keys = np.ascontiguousarray(documents["key"])
         first = int(np.searchsorted(keys, np.uint64(low), side="left"))
         stop = int(np.searchsorted(keys, np.uint64(high), side="right"))
+        if first == stop:
+            return _Bucket(np.empty(0, dtype=documents.dtype), [])
         ends = np.cumsum(documents["tokens"][:stop], dtype=np.int64)
         start = int(ends[first - 1]) if first else 0
-        wanted = np.array(ids[start : int(ends[-1]) if stop else 0])  # a copy: lets go of the file
+        wanted = np.array(ids[start : int(ends[-1])])  # a copy: lets go of the file
         return _Bucket(np.array(documents[first:stop]), np.split(wanted, ends[first:-1] - start))
 
 
@@ -245,10 +247,10 @@ def _write_splits(job: PrepareJob, tokenizer: Tokenizer, shuffle: _Shuffle, prog
             shutil.rmtree(directory, ignore_errors=True)
             writers[split] = stack.enter_context(ShardWriter(directory, tokenizer, job.sizes))
         for bucket in shuffle.buckets():
-            hashes, text_bytes = bucket.documents["split"].tolist(), bucket.documents["text_bytes"].tolist()
-            for row, ids in enumerate(bucket.ids):
-                is_valid = VALID in writers and hashes[row] <= last_valid
-                writers[VALID if is_valid else TRAIN].add(ids, text_bytes[row])
+            splits_and_bytes = bucket.documents[["split", "text_bytes"]].tolist()
+            for (split_hash, text_bytes), ids in zip(splits_and_bytes, bucket.ids, strict=True):
+                is_valid = VALID in writers and split_hash <= last_valid
+                writers[VALID if is_valid else TRAIN].add(ids, text_bytes)
                 done_bytes += ids.nbytes
             progress.update(done_bytes)
         if writers[TRAIN].documents == 0:

@@ -1,0 +1,70 @@
+"""Shared by all tests: a small data set made by the real tool, and configurations that train on it in seconds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megassm.config import Config
+from megassm.configfile import load_config
+
+ROOT = Path(__file__).parents[1]
+
+SMALL = (
+    "model.vocab_size=257", "model.d_model=32", "model.n_layers=2", "model.seq_len=64", "model.num_channels=8",
+    "model.d_ffn=64", "model.n_heads=4", "budget.budgets=[1,2,4,8]", "optim.warmup_steps=2", "train.steps=8",
+    "train.batch_sequences=4", "train.micro_batch_sequences=2", "eval.sequences=4", "eval.budgets=[1,2,8]",
+    "log.wandb=disabled", "parallel.timeout_s=60", "log.peak_tflops=0.1",
+)  # fmt: skip
+"""configs/tiny.yaml made smaller still: a training run takes seconds."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> None:
+    # the filters' cache of this test session only; children inherit it
+    os.environ["MEGASSM_CACHE"] = str(tmp_path_factory.mktemp("filters"))
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of bytes: some of the standard library's source, through tools/prepare_data.py."""
+    folder = tmp_path_factory.mktemp("data")
+    library = Path(sysconfig.get_paths()["stdlib"])
+    sources = [str(library / name) for name in ("argparse.py", "ast.py", "bdb.py", "calendar.py", "csv.py", "dis.py")]
+    run_python("tools/prepare_data.py", "--input", *sources, "--glob", "*.py", "--output", str(folder / "set"),
+               "--valid-fraction", "0.3", "--block-tokens", "8192", "--member-tokens", "8192")  # fmt: skip
+    return folder / "set"
+
+
+@pytest.fixture
+def small_config(tmp_path: Path, data_path: Path) -> Callable[..., Config]:
+    """Makes a configuration: configs/tiny.yaml, `SMALL`, then the given overrides."""
+
+    def make(*overrides: str, world_size: int = 1) -> Config:
+        own = (f"run.dir={tmp_path / 'run'}", f"data.path={data_path}")
+        return load_config(ROOT / "configs/tiny.yaml", (*SMALL, *own, *overrides), world_size)
+
+    return make
+
+
+def run_python(*arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the project's Python from its root, as a user would."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert not check or done.returncode == 0, f"{arguments} -> {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done

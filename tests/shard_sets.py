@@ -1,0 +1,42 @@
+"""Small data sets for tests: random documents of byte ids, written by the real writer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from megassm.data.shards import ShardSet, ShardSizes, ShardWriter
+from megassm.data.tokenizer import BytesTokenizer, Ids
+
+SMALL = ShardSizes(shard_tokens=1200, block_tokens=400, member_tokens=150)
+
+
+class WideTokenizer(BytesTokenizer):
+    """As many ids as a test needs, so that every token of a data set can be another one."""
+
+    name = "wide"
+    vocab_size = 1 << 20
+    eod = vocab_size - 1
+
+
+def random_documents(count: int, seed: int = 0, longest: int = 90) -> list[Ids]:
+    random = np.random.default_rng(seed)
+    return [random.integers(0, 256, random.integers(1, longest)) for _ in range(count)]
+
+
+def write_documents(directory: Path, documents: list[Ids], sizes: ShardSizes = SMALL) -> ShardSet:
+    """Documents of byte ids."""
+    with ShardWriter(directory, BytesTokenizer(), sizes) as writer:
+        for ids in documents:
+            writer.add(ids, text_bytes=ids.size)
+        return writer.finish()
+
+
+def write_unique_ids(directory: Path, tokens: int, sizes: ShardSizes = SMALL) -> ShardSet:
+    """`tokens` ids, all different but the EOD after every 49th: exactly-once can be counted."""
+    with ShardWriter(directory, WideTokenizer(), sizes) as writer:
+        for start in range(0, tokens, 50):
+            ids = np.arange(start, min(start + 49, tokens - 1))
+            writer.add(ids, text_bytes=ids.size)
+        return writer.finish()

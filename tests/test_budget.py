@@ -1,0 +1,64 @@
+"""Budget dropout: a pure function with the promised distributions."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from megassm.budget import budget_at
+from megassm.config import Config
+
+Make = Callable[..., Config]
+DRAWS = 20_000
+
+
+def draw(config: Config, count: int = DRAWS) -> Counter[int]:
+    return Counter(budget_at(config, step, 0) for step in range(count))
+
+
+def test_pure_and_pinned(small_config: Make) -> None:
+    config = small_config("model.num_channels=32", "budget.strategy=uniform")
+    first = [budget_at(config, step, micro) for step in range(4) for micro in range(2)]
+    assert first == [budget_at(config, step, micro) for step in range(4) for micro in range(2)]
+    assert first == [18, 30, 5, 18, 2, 6, 29, 30], "the draws of existing runs have changed"
+    other = small_config("model.num_channels=32", "budget.strategy=uniform", "run.seed=1")
+    assert first != [budget_at(other, step, micro) for step in range(4) for micro in range(2)]
+
+
+def test_fixed(small_config: Make) -> None:
+    assert set(draw(small_config("budget.strategy=fixed"), 50)) == {8}
+    assert set(draw(small_config("budget.strategy=fixed", "budget.k=3"), 50)) == {3}
+
+
+def test_uniform(small_config: Make) -> None:
+    counts = draw(small_config("budget.strategy=uniform", "budget.min_k=3"))
+    assert set(counts) == set(range(3, 9))
+    for k in counts:
+        assert counts[k] / DRAWS == pytest.approx(1 / 6, abs=0.015)
+
+
+def test_log_uniform(small_config: Make) -> None:
+    counts = draw(small_config("budget.strategy=log_uniform"))
+    assert set(counts) == set(range(1, 9))
+    for k in counts:
+        assert counts[k] / DRAWS == pytest.approx(math.log((k + 1) / k) / math.log(9), abs=0.015)
+
+
+def test_paper_recipe(small_config: Make) -> None:
+    config = small_config("budget.full_every=4", "budget.bias=1.0", "optim.warmup_steps=6")
+    drawn = [budget_at(config, step, 0) for step in range(DRAWS)]
+    assert set(drawn[:6]) == {8}, "full budget during warm-up"
+    assert set(drawn[3::4]) == {8}, "full budget at every fourth update"
+    assert all(budget_at(config, 7, micro) == 8 for micro in range(9)), "in all its micro-steps"
+    rest = Counter(k for step, k in enumerate(drawn) if step >= 6 and (step + 1) % 4)
+    assert set(rest) == {1, 2, 4, 8}
+    for k in rest:  # weight K^bias
+        assert rest[k] / rest.total() == pytest.approx(k / 15, abs=0.015)
+
+
+def test_paper_without_full_updates(small_config: Make) -> None:
+    config = small_config("budget.full_every=null", "budget.full_steps=0", "budget.budgets=[1,2]")
+    assert set(draw(config, 200)) == {1, 2}

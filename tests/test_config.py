@@ -1,0 +1,195 @@
+"""Configuration: what ships is right, and what is wrong is refused with its place."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import BaseModel
+
+from megassm.config import Config, RunConfig
+from megassm.configfile import ConfigError, dump_config, load_config
+from megassm.cost import parameters
+from megassm.model import LanguageModel
+from tests.conftest import ROOT, run_python
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+PROMISED = {"125m": 125e6, "350m_hybrid": 350e6, "1b_hybrid": 1e9}
+
+MINIMAL = """\
+run:
+  dir: runs/x
+data: {path: data/x}
+model:
+  vocab_size: 257
+  d_model: 64
+  n_layers: 4
+  seq_len: 128
+  d_ffn: 128
+train:
+  steps: 200
+  batch_sequences: 8
+  micro_batch_sequences: 2
+"""
+
+
+def mistakes(tmp_path: Path, text: str, *overrides: str, world_size: int = 1) -> list[str]:
+    path = tmp_path / "c.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as refusal:
+        load_config(path, overrides, world_size)
+    return [line.removeprefix(f"{tmp_path}/") for line in refusal.value.mistakes]
+
+
+def knobs() -> list[tuple[str, type[BaseModel], str]]:
+    return [
+        (section, field.annotation, name)
+        for section, field in Config.model_fields.items()
+        for name in field.annotation.model_fields
+    ]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_the_size_their_names_promise(path: Path) -> None:
+    model = load_config(path, world_size=8 if path.stem != "tiny" else 1).model
+    with torch.device("meta"):
+        built = sum(p.numel() for p in LanguageModel(model).parameters())
+    assert built == parameters(model, model.num_channels)
+    if path.stem != "tiny":
+        assert built == pytest.approx(PROMISED[path.stem], rel=0.1)
+
+
+def test_all_promised_configs_ship() -> None:
+    assert {path.stem for path in CONFIGS} >= {"tiny", *PROMISED}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_resolved_config_is_a_config(path: Path, tmp_path: Path) -> None:
+    config = load_config(path, ["optim.lr=1e-3"])
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(resolved) == config
+    assert config.optim.lr == 1e-3
+
+
+def test_every_knob_is_described_and_read_somewhere() -> None:
+    assert len(knobs()) <= 80
+    code = "\n".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "megassm").rglob("*.py") if path.name != "config.py"
+    )
+    for section, model, name in knobs():
+        description = model.model_fields[name].description
+        assert description, f"{section}.{name} has no description"
+        read = re.search(rf"\.{name}\b", code)
+        in_config = re.search(rf"(self|\.{section})\.{name}\b", (ROOT / "megassm/config.py").read_text(encoding="utf-8"))
+        assert read or in_config, f"nobody reads {section}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("change", "place", "expected"),
+    [
+        ("  n_layers: 4", "c.yaml:7", "no key 'model.n_layer'; did you mean 'model.n_layers'?"),
+        ("  seq_len: 128", "c.yaml:8", "model.seq_len = 'many': must be a whole number"),
+        ("  d_ffn: 128", "c.yaml:9", "model.d_ffn = -1: must be at least 1"),
+        ("  steps: 200", "c.yaml:11", "train.steps = true: must be a whole number"),
+        ("  dir: runs/x", "c.yaml:2", "run.dir = 7: must be text"),
+    ],
+)
+def test_one_mistake_is_named_with_its_place(tmp_path: Path, change: str, place: str, expected: str) -> None:
+    wrong = {
+        "  n_layers: 4": "  n_layer: 4",
+        "  seq_len: 128": "  seq_len: many",
+        "  d_ffn: 128": "  d_ffn: -1",
+        "  steps: 200": "  steps: true",
+        "  dir: runs/x": "  dir: 7",
+    }[change]
+    found = mistakes(tmp_path, MINIMAL.replace(change, wrong))
+    assert f"{place}: {expected}" in found
+
+
+def test_duplicate_key(tmp_path: Path) -> None:
+    found = mistakes(tmp_path, MINIMAL + "  steps: 300\n")
+    assert found == ["c.yaml:14: key 'train.steps' stands twice, first in line 11; keep one of them"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.num_channels=129", "model.num_channels = 129: must be at most model.seq_len = 128"),
+        ("budget.budgets=[2,64]", "budget.budgets = [2, 64]: must be at most model.num_channels = 32"),
+        ("budget.budgets=[4,2]", "budget.budgets = [4, 2]: must be increasing"),
+        ("eval.budgets=[33]", "eval.budgets = [33]: must be at most model.num_channels = 32"),
+        ("budget.min_k=40", "budget.min_k = 40: must be at most model.num_channels = 32"),
+        ("budget.k=3", "budget.k = 3: must be null"),
+        ("model.pattern=SSA", "model.n_layers = 4: must be a multiple of the pattern's length, 3"),
+        ("model.pattern=SSX", "model.pattern = 'SSX': must be text of the form"),
+        ("model.pattern=A model.n_heads=7", "model.d_model = 64: must be divisible by model.n_heads = 7"),
+        ("model.pattern=A model.n_heads=64", "an even number of dimensions a head"),
+        ("model.pattern=A model.n_kv_heads=3", "model.n_kv_heads = 3: must be a divisor of model.n_heads = 8"),
+        ("parallel.tensor=3 model.pattern=A", "model.n_heads = 8: must be divisible by parallel.tensor = 3"),
+        ("parallel.tensor=3", "parallel.tensor = 3: must be a divisor of the world size, 2 ranks"),
+        ("parallel.tensor=2", "parallel.tensor = 2: must be 1"),
+        ("train.batch_sequences=6", "train.batch_sequences = 6: must be a multiple of"),
+        ("eval.sequences=3", "eval.sequences = 3: must be a multiple of the 2 data-parallel ranks"),
+        ("optim.warmup_steps=200", "optim.warmup_steps = 200: must be less than train.steps = 200"),
+        ("optim.schedule=wsd optim.decay_steps=150", "optim.decay_steps = 150: must be at most"),
+        ("optim.decay_steps=10", "optim.decay_steps = 10: must be null"),
+        ("optim.beta1=1", "optim.beta1 = 1.0: must be less than 1"),
+        ("optim.lr=.nan", "optim.lr = nan: must be"),
+        ("parallel.zero_stage=0", "parallel.zero_stage = 0: must be 1, 2 or 3 with train.precision = bf16"),
+        ("parallel.zero_stage=4", "parallel.zero_stage = 4: must be one of 0, 1, 2 or 3"),
+        ("train.steps", "an override is section.key=value"),
+        ("train.stps=3", "no key 'train.stps'; did you mean 'train.steps'?"),
+        ("train.seq_len=3", "no key 'train.seq_len'; did you mean 'model.seq_len'?"),
+    ],
+)
+def test_broken_rules(tmp_path: Path, override: str, expected: str) -> None:
+    found = mistakes(tmp_path, MINIMAL, *override.split(), world_size=2)
+    assert any(expected in line for line in found), found
+
+
+def test_all_mistakes_at_once(tmp_path: Path) -> None:
+    text = MINIMAL.replace("n_layers: 4", "n_layer: 4").replace("batch_sequences: 8", "batch_sequences: 7")
+    found = mistakes(tmp_path, text + "optim: {lr: fast}\nextra: 1\n", "model.num_channels=1000")
+    places = [line.split(": ")[0] for line in found]
+    assert places == ["c.yaml:4", "c.yaml:7", "c.yaml:12", "c.yaml:14", "c.yaml:15", "command line 'model.num_channels=1000'"]
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "run: [", "run: 3\n", "\tx: 1\n", "run: {dir: !foo x}\n"])
+def test_what_is_no_configuration_at_all(tmp_path: Path, text: str) -> None:
+    assert all(line.startswith("c.yaml:") for line in mistakes(tmp_path, text))
+
+
+def test_numbers_follow_yaml_1_2(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(MINIMAL + "optim: {lr: 3e-4}\n", encoding="utf-8")
+    assert load_config(path).optim.lr == 3e-4
+
+
+def test_sections_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        RunConfig(dir="x").seed = 3  # type: ignore[misc]
+
+
+def test_refusal_needs_no_torch_and_speaks_once(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(MINIMAL.replace("steps: 200", "steps: -1"), encoding="utf-8")
+    for rank, speaks in (("0", True), ("1", False)):
+        done = run_python("-X", "importtime", "launch/pretrain.py", "--config", str(path), check=False, RANK=rank)
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
+        assert done.returncode == 2
+        assert ("train.steps = -1" in done.stderr) is speaks
+        assert "pydantic" in imported
+        assert not {"torch", "deepspeed", "numpy"} & imported
+
+
+def test_command_line_mistakes_exit_with_2() -> None:
+    done = subprocess.run(
+        [sys.executable, "launch/pretrain.py"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "--config" in done.stderr

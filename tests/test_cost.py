@@ -1,0 +1,58 @@
+"""Cost formulas against what torch counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megassm.cost import forward_flops_per_token, mixer_parameters, parameters, training_flops_per_token
+from megassm.model import build_model, truncate
+from tests.test_model import K_MAX, config
+
+LENGTH, BATCH = 24, 2
+
+
+def counted(pattern: str, k: int, backward: bool = False, **changes: object) -> float:
+    """FLOPs a token that torch counts, less those of the filter bank, which model FLOPs leave out."""
+    model = build_model(config(pattern=pattern, filterbank="direct", **changes), 0)
+    text = torch.randint(0, 50, (BATCH, LENGTH))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss = model(text, k).sum()
+        if backward:
+            loss.backward()
+    filterbank = 2 * LENGTH * k * 16 * model.config.mixers.count("S") * (2 if backward else 1)
+    return counter.get_total_flops() / (BATCH * LENGTH) - filterbank
+
+
+@pytest.mark.parametrize("k", range(1, K_MAX + 1))
+@pytest.mark.parametrize("gate", [True, False])
+def test_spectral_flops(k: int, gate: bool) -> None:
+    settings = config(pattern="S", gate=gate)
+    assert counted("S", k, gate=gate) == pytest.approx(forward_flops_per_token(settings, k, LENGTH), rel=1e-9)
+    assert counted("S", k, True, gate=gate) == pytest.approx(training_flops_per_token(settings, k, LENGTH), rel=1e-9)
+
+
+@pytest.mark.parametrize("pattern", ["A", "SA"])
+def test_attention_flops(pattern: str) -> None:
+    settings = config(pattern=pattern, n_kv_heads=4)
+    unseen = 4.0 * 16 * (LENGTH - (LENGTH + 1) / 2) * settings.mixers.count("A")  # torch counts the masked half too
+    expected = forward_flops_per_token(settings, 3, LENGTH)
+    assert counted(pattern, 3, n_kv_heads=4) - unseen == pytest.approx(expected, rel=1e-9)
+
+
+def test_window_bounds_attention_flops() -> None:
+    short, whole = config(pattern="A", window=4), config(pattern="A")
+    saved = whole.n_layers * 4.0 * 16 * ((1000 + 1) / 2 - (4 - 4 * 3 / 2000))
+    found = forward_flops_per_token(whole, 1, 1000) - forward_flops_per_token(short, 1, 1000)
+    assert found == pytest.approx(saved)
+
+
+@pytest.mark.parametrize("changes", [{}, {"gate": False}, {"tie_embeddings": False}, {"pattern": "A"}])
+@pytest.mark.parametrize("k", [1, 4, K_MAX])
+def test_parameters_at_k(changes: dict[str, object], k: int) -> None:
+    model = truncate(build_model(config(**changes), 0), k)
+    assert sum(p.numel() for p in model.parameters()) == parameters(config(**changes), k)
+    mixer = model.blocks[0].mixer
+    assert sum(p.numel() for p in mixer.parameters()) == mixer_parameters(config(**changes), model.config.mixers[0], k)

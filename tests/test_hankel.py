@@ -1,0 +1,98 @@
+"""Spectral filters against a 70-digit eigensolver, against themselves, and their cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megassm.errors import UserError
+from megassm.ops import hankel
+from megassm.ops.hankel import cache_path, compute_filters, spectral_filters
+
+REFERENCE = Path(__file__).parents[2] / "shared/reference/hankel_L96.json"
+
+
+def hankel_matrix(length: int) -> np.ndarray:
+    total = np.arange(1, length + 1)[:, None] + np.arange(1, length + 1)
+    return 2.0 / (total**3.0 - total)
+
+
+@pytest.mark.skipif(not REFERENCE.exists(), reason=f"the 70-digit reference is not beside the project: {REFERENCE}")
+def test_against_seventy_digits() -> None:
+    reference = json.loads(REFERENCE.read_text(encoding="utf-8"))
+    sigma, phi = spectral_filters(96, 32)
+    exact_sigma = np.array([float(text) for text in reference["eigenvalues"]])
+    exact_phi = np.array(reference["eigenvectors"]).T
+    assert np.abs(sigma / exact_sigma - 1)[:20].max() < 1e-9
+    assert np.abs(phi - exact_phi)[:, :20].max() < 1e-8
+
+
+def test_leading_pairs_satisfy_the_eigenvalue_equation() -> None:
+    # no reference needed: for the few eigenvalues far above rounding the matrix itself is a witness
+    matrix = hankel_matrix(200)
+    sigma, phi = spectral_filters(200, 8)
+    assert np.abs(matrix @ phi - phi * sigma).max() < 1e-15
+    assert np.allclose(sigma, np.linalg.eigvalsh(matrix)[::-1][:8], rtol=0, atol=1e-15)
+
+
+def test_two_quadratures_agree_at_2048() -> None:
+    sigma, phi = compute_filters(2048, 32, nodes_per_panel=20)
+    other_sigma, other_phi = compute_filters(2048, 32, nodes_per_panel=24)
+    assert np.abs(phi - other_phi).max() < 1e-8
+    assert np.abs(sigma / other_sigma - 1).max() < 1e-8
+
+
+@pytest.mark.parametrize(("length", "channels"), [(1, 1), (2, 2), (3, 1), (33, 16), (100, 32), (1000, 24)])
+def test_form(length: int, channels: int) -> None:
+    sigma, phi = spectral_filters(length, channels)
+    assert sigma.shape == (channels,)
+    assert phi.shape == (length, channels)
+    assert sigma.dtype == phi.dtype == np.float64
+    assert (phi[0] > 0).all()
+    assert (np.diff(sigma) < 0).all()
+    assert (sigma > 0).all()
+    assert np.abs(phi.T @ phi - np.eye(channels)).max() < 1e-9
+
+
+def test_fewer_channels_are_the_leading_ones() -> None:
+    sigma, phi = spectral_filters(128, 16)
+    few_sigma, few_phi = spectral_filters(128, 5)
+    assert np.array_equal(sigma[:5], few_sigma)
+    assert np.array_equal(phi[:, :5], few_phi)
+
+
+@pytest.mark.parametrize(("length", "channels"), [(4, 5), (4, 0), (0, 0), (-1, 1)])
+def test_impossible_sizes_are_refused(length: int, channels: int) -> None:
+    with pytest.raises(UserError, match="between 1 and seq_len"):
+        spectral_filters(length, channels)
+
+
+def test_cache_serves_and_survives_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(hankel.CACHE_VARIABLE, str(tmp_path))
+    first = spectral_filters(64, 8)
+    path = cache_path(64, 8)
+    assert path.parent == tmp_path
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+    def no_computing(*_: object) -> None:
+        raise AssertionError("not served from the cache")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hankel, "compute_filters", no_computing)
+        assert np.array_equal(spectral_filters(64, 8)[1], first[1])
+
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    assert np.array_equal(spectral_filters(64, 8)[1], first[1])
+    assert bytes(raw) != path.read_bytes(), "the damaged file was not replaced"
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way", encoding="utf-8")
+    monkeypatch.setenv(hankel.CACHE_VARIABLE, str(blocked / "cache"))
+    assert spectral_filters(32, 4)[1].shape == (32, 4)

@@ -1,0 +1,156 @@
+"""The whole model: causality, attention, truncation, initialisation, recomputation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from megassm.config import ModelConfig
+from megassm.errors import UserError
+from megassm.layers.attention import Attention, rope_tables
+from megassm.layers.context import Context
+from megassm.model import LanguageModel, build_model, truncate
+
+K_MAX = 6
+
+
+def config(**changes: object) -> ModelConfig:
+    base: dict[str, object] = {
+        "vocab_size": 50, "d_model": 16, "n_layers": 4, "pattern": "SA", "seq_len": 24, "num_channels": K_MAX,
+        "n_heads": 4, "n_kv_heads": 2, "d_ffn": 32,
+    }  # fmt: skip
+    return ModelConfig(**(base | changes))  # type: ignore[arg-type]
+
+
+def ids(length: int = 24, batch: int = 2) -> Tensor:
+    return torch.randint(0, 50, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("pattern", ["S", "A", "SA", "SSSA"])
+@pytest.mark.parametrize("window", [None, 5])
+def test_no_position_sees_the_future(pattern: str, window: int | None) -> None:
+    model = build_model(config(pattern=pattern, window=window), seed=0)
+    original = ids()
+    changed = original.clone()
+    changed[:, 13:] = (changed[:, 13:] + 1) % 50
+    before, after = model(original, K_MAX), model(changed, K_MAX)
+    assert torch.allclose(before[:, :13], after[:, :13], atol=1e-5)
+    assert not torch.allclose(before[:, 13:], after[:, 13:], atol=1e-3)
+
+
+@pytest.mark.parametrize("k", range(1, K_MAX + 1))
+@pytest.mark.parametrize("changes", [{}, {"gate": False}, {"tie_embeddings": False, "sigma_scale": "none"}])
+def test_model_cut_to_k_equals_the_masked_model(k: int, changes: dict[str, object]) -> None:
+    model = build_model(config(**changes), seed=1)
+    small = truncate(model, k)
+    assert small.config.num_channels == k
+    for budget in range(1, k + 1):
+        assert torch.allclose(small(ids(), budget), model(ids(), budget), atol=1e-6)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters()) or k == K_MAX
+    with pytest.raises(UserError, match=f"between 1 and this model's K_max = {k}"):
+        small(ids(), k + 1)
+
+
+@pytest.mark.parametrize("k", [0, K_MAX + 1])
+def test_budget_out_of_range_is_refused(k: int) -> None:
+    model = build_model(config(), seed=0)
+    with pytest.raises(UserError, match="K_max = 6"):
+        model(ids(), k)
+    with pytest.raises(UserError, match="K_max = 6"):
+        truncate(model, k)
+
+
+def test_losses_are_the_negative_log_likelihoods() -> None:
+    model = build_model(config(), seed=0)
+    text = ids(25)
+    losses = model(text[:, :-1], 3, text[:, 1:])
+    logits = model(text[:, :-1], 3).double()
+    expected = -(logits.log_softmax(-1).gather(-1, text[:, 1:, None])[..., 0])
+    assert torch.allclose(losses.double(), expected, atol=1e-5)
+    assert losses.mean().item() == pytest.approx(math.log(50), rel=0.05)  # nothing learned yet
+
+
+def test_recomputation_changes_nothing() -> None:
+    text = ids(25)
+    gradients = []
+    for recompute in (False, True):
+        model = build_model(config(), seed=0, recompute=recompute)
+        model(text[:, :-1], 4, text[:, 1:]).mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert plain is not None
+        assert torch.equal(plain, recomputed)
+
+
+def test_every_parameter_gets_a_gradient_at_every_budget() -> None:
+    for k in (1, K_MAX):
+        model = build_model(config(), seed=0)
+        model(ids(), k, ids()).mean().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_initialisation_depends_on_seed_and_name_only() -> None:
+    first, again, other = (build_model(config(), seed) for seed in (5, 5, 6))
+    deeper = build_model(config(n_layers=8), 5)
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+        if parameter.ndim > 1:
+            assert not torch.equal(parameter, other.get_parameter(name))
+    assert torch.equal(first.embedding_VD, deeper.embedding_VD)
+
+
+def test_depth_scaling_keeps_the_residual_stream_bounded() -> None:
+    def growth(n_layers: int) -> float:
+        model = build_model(config(d_model=64, n_layers=n_layers, embed_init_std=1.0), 0)
+        seen: list[Tensor] = []
+        model.head_norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        model(ids(), K_MAX)
+        return float(seen[0].detach().std())
+
+    assert growth(32) < 1.5 * growth(2)
+
+
+def naive_attention(layer: Attention, u_LD: Tensor, theta: float) -> Tensor:
+    """Heads, positions and dimensions one at a time, from the papers."""
+    length, size = u_LD.shape[0], layer.head_dim
+    groups = layer.query.out_features // layer.key.out_features
+
+    def rotated(x: Tensor, t: int) -> Tensor:
+        y = x.clone()
+        for i in range(size // 2):
+            angle = t * theta ** (-2 * i / size)
+            a, b = x[i], x[i + size // 2]
+            y[i] = a * math.cos(angle) - b * math.sin(angle)
+            y[i + size // 2] = a * math.sin(angle) + b * math.cos(angle)
+        return y
+
+    queries, keys, values = (linear(u_LD).view(length, -1, size) for linear in (layer.query, layer.key, layer.value))
+    out = torch.zeros(length, queries.shape[1], size, dtype=u_LD.dtype)
+    for head in range(queries.shape[1]):
+        for t in range(length):
+            first = 0 if layer.window is None else max(0, t - layer.window + 1)
+            query = rotated(queries[t, head], t)
+            scores = [query @ rotated(keys[s, head // groups], s) / math.sqrt(size) for s in range(first, t + 1)]
+            weights = torch.stack(scores).softmax(0)
+            out[t, head] = sum(w * values[first + i, head // groups] for i, w in enumerate(weights))
+    return layer.out(out.flatten(1))
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_attention_equals_its_equations(window: int | None, n_kv_heads: int) -> None:
+    torch.manual_seed(0)
+    layer = Attention(16, 4, n_kv_heads, window).double()
+    u_LD = torch.randn(9, 16, dtype=torch.float64)
+    rope = rope_tables(9, layer.head_dim, 100.0, torch.device("cpu"))
+    found = layer(u_LD[None], Context(1, None, rope))[0]
+    assert torch.allclose(found, naive_attention(layer, u_LD, 100.0), atol=1e-6)  # the tables are float32
+
+
+def test_untied_head_is_its_own_matrix() -> None:
+    tied, untied = LanguageModel(config()), LanguageModel(config(tie_embeddings=False))
+    assert tied.head_VD is None
+    assert untied.head_VD is not None

@@ -1,0 +1,397 @@
+"""Preparation: same bytes whatever happens on the way, nothing lost, clear refusals; and both tools."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gzip
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megassm.data import prepare as prepare_module
+from megassm.data.blocks import local_fetch, read_block, verify
+from megassm.data.documents import ReadCounts, TextSource, list_files, read_documents, sample_documents
+from megassm.data.prepare import Prepared, PrepareJob, prepare
+from megassm.data.shards import ShardSet, ShardSizes
+from megassm.data.tokenizer import load_tokenizer
+from megassm.errors import UserError
+
+REPOSITORY = Path(__file__).parent.parent
+SIZES = ShardSizes(shard_tokens=20_000, block_tokens=4000, member_tokens=1000)
+
+
+class Notes:
+    """A Progress that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.updates: list[int] = []
+
+    def start(self, phase: str, total_bytes: int) -> None:
+        self.total_bytes = total_bytes
+
+    def update(self, done_bytes: int) -> None:
+        self.updates.append(done_bytes)
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def some_texts(count: int = 300) -> list[str]:
+    random = np.random.default_rng(0)
+    words = ["alpha", "b\u00e9ta", "gamma\n", "  delta", "\u4e16\u754c", "\tx = 1\r\n"]
+    return [f"{n} " + " ".join(random.choice(words, random.integers(1, 60))) for n in range(count)]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """300 documents in three formats, 20 of them twice, and 5 empty ones."""
+    directory, texts = tmp_path / "corpus", some_texts()
+    (directory / "deep").mkdir(parents=True)
+    for n, text in enumerate(texts[:100]):
+        (directory / "deep" / f"{n:03d}.txt").write_bytes(text.encode())
+    lines = [json.dumps({"text": text, "id": n}) + "\n" for n, text in enumerate(texts[100:200] + texts[:20])]
+    (directory / "a.jsonl").write_text("".join(lines) + "\n")
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts[200:] + [" \n"] * 5]
+    (directory / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+    (directory / "ignored.md").write_text("not asked for")
+    (directory / ".hidden.txt").write_text("hidden")
+    return directory
+
+
+def job_of(corpus: Path, output: Path, **changes: object) -> PrepareJob:
+    job = PrepareJob(TextSource((corpus,)), output, sizes=SIZES, valid_fraction=0.2, part_bytes=3000)
+    return replace(job, **changes)  # type: ignore[arg-type]
+
+
+def texts_of(shards: ShardSet, tokenizer: str | Path = "bytes") -> list[str]:
+    blocks = (read_block(shards, block, local_fetch(shards.directory)) for block in range(len(shards.blocks)))
+    ids = np.concatenate(list(blocks))
+    ends = np.flatnonzero(ids == shards.eod)
+    assert ends[-1] == ids.size - 1
+    return [load_tokenizer(tokenizer).decode(document.tolist()) for document in np.split(ids, ends + 1)[:-1]]
+
+
+def tree_of(directory: Path) -> dict[str, bytes]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def done(job: PrepareJob) -> Prepared:
+    return prepare(job, Notes())
+
+
+def test_every_document_arrives_once_in_one_split(corpus: Path, tmp_path: Path) -> None:
+    prepared = done(job_of(corpus, tmp_path / "out"))
+    train, valid = (texts_of(prepared.splits[split]) for split in ("train", "valid"))
+    texts = some_texts()
+    assert Counter(train + valid) == Counter(texts + texts[:20])
+    assert not set(train) & set(valid)
+    assert 0.1 < len(valid) / 320 < 0.3
+    assert train != sorted(train, key=texts.index)
+    assert (prepared.empty, prepared.bad_utf8, prepared.was_there) == (5, 0, False)
+    assert sum(shards.text_bytes for shards in prepared.splits.values()) == sum(len(t.encode()) for t in train + valid)
+    for shards in prepared.splits.values():
+        assert verify(shards) == []
+    assert not (tmp_path / "out" / ".partial").exists()
+
+
+def test_the_bytes_do_not_depend_on_workers_or_on_the_memory_for_the_shuffle(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done(job_of(corpus, tmp_path / "one"))
+    done(job_of(corpus, tmp_path / "three", workers=3))
+    monkeypatch.setattr(prepare_module, "SHUFFLE_BYTES", 2000)
+    done(job_of(corpus, tmp_path / "tight"))
+    assert tree_of(tmp_path / "one") == tree_of(tmp_path / "three") == tree_of(tmp_path / "tight")
+
+
+def test_another_seed_shuffles_the_same_split_otherwise(corpus: Path, tmp_path: Path) -> None:
+    first, other = (done(job_of(corpus, tmp_path / str(seed), seed=seed)).splits for seed in (0, 1))
+    for split in ("train", "valid"):
+        left, right = texts_of(first[split]), texts_of(other[split])
+        assert left != right
+        assert sorted(left) == sorted(right)
+
+
+def test_a_trained_tokenizer_is_used_and_copied(corpus: Path, tmp_path: Path) -> None:
+    model = tmp_path / "a.model"
+    table = tmp_path / "table.json"
+    run_tool("train_tokenizer", "--input", corpus, "--vocab-size", 285, "--output", model, "--json", table)
+    assert json.loads(table.read_text())[0]["vocab_size"] == 285
+    prepared = done(job_of(corpus, tmp_path / "out", tokenizer=str(model), workers=2))
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == model.read_bytes()
+    train, valid = (texts_of(prepared.splits[split], model) for split in ("train", "valid"))
+    texts = some_texts()
+    assert Counter(train + valid) == Counter(texts + texts[:20])
+    assert prepared.splits["train"].tokenizer_sha256 == load_tokenizer(model).sha256
+    assert prepared.splits["train"].tokens < prepared.splits["train"].text_bytes
+
+
+KILLED_RUN = """
+import sys
+from pathlib import Path
+from megassm.data.documents import TextSource
+from megassm.data.prepare import PrepareJob, prepare
+from megassm.data.shards import ShardSizes
+from megassm.data import parts, shards
+import time
+
+class Slow:
+    def start(self, phase, total_bytes): print("phase", phase, flush=True)
+    def update(self, done_bytes): time.sleep({tokenize_seconds})
+    def note(self, message): print(message, flush=True)
+
+write_member = shards._OpenShard.write_member
+def slow_write_member(*arguments):
+    time.sleep({write_seconds})
+    write_member(*arguments)
+shards._OpenShard.write_member = slow_write_member
+
+if __name__ == "__main__":
+    sizes = ShardSizes(shard_tokens=20_000, block_tokens=4000, member_tokens=1000)
+    source = TextSource((Path(sys.argv[1]),))
+    job = PrepareJob(source, Path(sys.argv[2]), sizes=sizes, valid_fraction=0.2, part_bytes=3000, workers=2)
+    prepare(job, Slow())
+"""
+
+
+def children_of(process: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if f"PPid:\t{process}\n" in status.read_text():
+                found.append(int(status.parent.name))
+    return found
+
+
+def wait_until(holds: Iterator[bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    for held in holds:
+        if held:
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("phase", ["tokenize", "write"])
+def test_a_killed_run_goes_on_to_the_same_bytes(corpus: Path, tmp_path: Path, phase: str) -> None:
+    done(job_of(corpus, tmp_path / "whole"))
+    output, script = tmp_path / "killed", tmp_path / "run.py"
+    slow = {"tokenize_seconds": 0, "write_seconds": 0, f"{phase}_seconds": 0.1}
+    script.write_text(_fill(KILLED_RUN, slow))
+    run = subprocess.Popen([sys.executable, script, corpus, output])
+    pattern = "part-*.documents.npy" if phase == "tokenize" else "train/shard-*.tar"
+    wait_until(len(list((output / ".partial").glob(pattern))) >= 1 for _ in iter(int, 1))
+    workers = children_of(run.pid)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    parts = {path: path.stat().st_mtime_ns for path in (output / ".partial").glob("part-*.documents.npy")}
+    assert parts
+    assert not (output / "train").exists()
+    wait_until(not any(map(is_running, workers)) for _ in iter(int, 1))
+
+    notes = Notes()
+    kept: list[bool] = []
+    publish = prepare_module._publish
+
+    def publish_and_look(*arguments: object) -> None:
+        kept.extend(path.stat().st_mtime_ns == written for path, written in parts.items())
+        publish(*arguments)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "_publish", publish_and_look)
+        prepare(job_of(corpus, output), notes)
+    assert kept
+    assert all(kept)
+    assert "going on with the unfinished work" in notes.notes[0]
+    assert tree_of(output) == tree_of(tmp_path / "whole")
+
+
+def _fill(script: str, values: dict[str, float]) -> str:
+    return re.sub(r"\{(\w+)\}", lambda match: str(values[match[1]]), script)
+
+
+def is_running(process: int) -> bool:
+    status = Path(f"/proc/{process}/status")
+    try:
+        return "State:\tZ" not in status.read_text()
+    except OSError:
+        return False
+
+
+def test_a_killed_worker_is_a_refusal_with_a_way_out(corpus: Path, tmp_path: Path) -> None:
+    class Killer(Notes):
+        def update(self, done_bytes: int) -> None:
+            for child in children_of(os.getpid()):
+                name = Path(f"/proc/{child}/cmdline")
+                if name.exists() and b"spawn_main" in name.read_bytes():
+                    os.kill(child, signal.SIGKILL)
+
+    with pytest.raises(UserError, match=r"worker process was killed.*fewer --workers: finished parts are kept"):
+        prepare(job_of(corpus, tmp_path / "out", workers=2), Killer())
+
+
+def test_unfinished_work_of_another_job_is_discarded_and_said(corpus: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (corpus / "z.jsonl").write_text('{"text": "x"}\n{\n')
+    with pytest.raises(UserError, match=r"z\.jsonl:2: not JSON"):
+        done(job_of(corpus, output))
+    assert list((output / ".partial").glob("part-*"))
+    (corpus / "z.jsonl").unlink()
+    notes = Notes()
+    prepare(job_of(corpus, output), notes)
+    assert re.search(r"discarding unfinished work in .* \(other: files\)", notes.notes[0])
+    done(job_of(corpus, tmp_path / "clean"))
+    assert tree_of(output) == tree_of(tmp_path / "clean")
+
+
+def test_a_finished_job_is_not_done_again_and_another_is_refused(corpus: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done(job_of(corpus, output))
+    before = tree_of(output)
+    again = done(job_of(corpus, output, workers=2))
+    assert again.was_there
+    assert again.empty == 5
+    with pytest.raises(UserError, match=r"from another job \(other: seed\); give another directory or remove"):
+        done(job_of(corpus, output, seed=1))
+    (corpus / "deep" / "000.txt").write_text("changed")
+    with pytest.raises(UserError, match=r"\(other: files\)"):
+        done(job_of(corpus, output))
+    assert tree_of(output) == before
+
+
+def test_output_refusals(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "train").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds 'train', not made by this tool"):
+        done(job_of(corpus, tmp_path / "mine"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--output .*file/out: cannot write there: Not a directory"):
+        done(job_of(corpus, tmp_path / "file" / "out"))
+    (tmp_path / "busy" / ".partial").mkdir(parents=True)
+    with open(tmp_path / "busy" / ".partial" / "lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is preparing it"):
+            done(job_of(corpus, tmp_path / "busy"))
+
+
+def test_a_validation_set_is_never_empty_and_never_everything(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "b.txt").write_text("alone")
+    both = done(job_of(tmp_path / "a.jsonl", tmp_path / "two", valid_fraction=1e-9)).splits
+    assert [len(texts_of(both[split])) for split in ("train", "valid")] == [1, 1]
+    alone = job_of(tmp_path / "b.txt", tmp_path / "alone", valid_fraction=1e-9)
+    with pytest.raises(UserError, match=r"every document fell into validation.*--valid-fraction 0"):
+        done(alone)
+    assert list(done(replace(alone, valid_fraction=0)).splits) == ["train"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", r"no text in 1 files \(1 documents of whitespace only, 0 not UTF-8\); give files with text"),
+        ("a.txt", b"ab\xff", r"a\.txt: byte 2: 0xff is not UTF-8; repair it, or pass --on-bad-utf8 skip"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": "\xe9"}', r"a\.jsonl:3: byte \d+ of the line: 0xe9 is not UTF-8"),
+        ("a.jsonl", b'{"text": "a\\ud83d"}', r"a\.jsonl:1: character 1 of the text: U\+D83D is not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"text"\n', r"a\.jsonl:2: not JSON: .*one JSON object a line"),
+        ("a.jsonl", b"[1]", r"a\.jsonl:1: list, a \.jsonl file has one JSON object a line"),
+        ("a.jsonl", b'{"body": "x", "id": 1}', r"a\.jsonl:1: no field 'text'; pass --text-field .*body, id"),
+        ("a.jsonl", b'{"text": 5}', r"a\.jsonl:1: field 'text' is int, it must be a string"),
+        ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz: damaged gzip after line 0"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-12], r"a\.jsonl\.gz: damaged gzip after line \d"),
+        ("a.parquet", b"PAR1", r"a\.parquet: cannot read this format"),
+    ],
+)
+def test_input_refusals(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        done(job_of(tmp_path / name, tmp_path / "out"))
+
+
+def test_missing_inputs_are_refused(tmp_path: Path) -> None:
+    for source, message in (
+        (TextSource((tmp_path / "no",)), r"--input .*no: no such file or directory"),
+        (TextSource((tmp_path,)), r"holds no file named \*\.txt or .*pass --glob"),
+        (TextSource((tmp_path,), glob="*.py"), r"holds no file named \*\.py; give another --glob"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list_files(source)
+    with pytest.raises(UserError, match=r"valid fraction 1\.5: it must be in \[0, 1\)"):
+        job_of(tmp_path, tmp_path, valid_fraction=1.5)
+
+
+def test_bad_utf8_is_skipped_and_counted_where_asked(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n{"text": "\\udc00"}\n')
+    source, counts = TextSource((tmp_path,), on_bad_utf8="skip"), ReadCounts()
+    assert list(read_documents(source, list_files(source), counts)) == ["good"]
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert counts == ReadCounts(documents=1, empty=0, bad_utf8=3, file_bytes=size)
+
+
+def test_text_is_kept_exactly(tmp_path: Path) -> None:
+    text = "\ufeffline\r\nline\rline\u2028 \n\n"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    source = TextSource((tmp_path,))
+    assert list(read_documents(source, list_files(source), ReadCounts())) == [text]
+
+
+def test_a_sample_does_not_depend_on_order_and_keeps_its_bound() -> None:
+    texts = some_texts()
+    sample = sample_documents(texts, 5000, seed=1)
+    assert sample == sample_documents(reversed(texts), 5000, seed=1)
+    assert sample != sample_documents(texts, 5000, seed=2)
+    assert 4000 < sum(len(text.encode()) for text in sample) <= 5000
+    assert sample_documents(["\u00e9" * 10], 5, seed=0) == ["\u00e9\u00e9"]
+    assert sorted(sample_documents(texts, 10**9, seed=0)) == sorted(texts)
+
+
+def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "tools" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_prepare_data_the_tool(corpus: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    arguments = ("--input", corpus, "--output", tmp_path / "out", "--workers", 1, "--json", table)
+    first, again = run_tool("prepare_data", *arguments), run_tool("prepare_data", *arguments)
+    assert (first.returncode, again.returncode) == (0, 0), first.stderr
+    assert first.stderr == ""
+    assert "nothing to do" in again.stderr
+    rows = {row["split"]: row for row in json.loads(table.read_text())}
+    assert rows["train"]["documents"] + rows["valid"]["documents"] == 320
+    assert rows["dropped: empty"]["documents"] == 5
+
+    refused = run_tool("prepare_data", "--input", corpus, "--output", tmp_path / "x", "--tokenizer", "no.model")
+    assert refused.returncode == 1
+    assert re.fullmatch(r"error: tokenizer no\.model: No such file.*train_tokenizer\.py\n", refused.stderr)
+    assert not (tmp_path / "x").exists()
+
+
+def test_train_tokenizer_the_tool(corpus: Path, tmp_path: Path) -> None:
+    arguments = ("--input", corpus, "--vocab-size", 285, "--max-bytes", 20_000, "--model-type", "unigram")
+    for name in ("a", "b"):
+        assert run_tool("train_tokenizer", *arguments, "--output", tmp_path / f"{name}.model").returncode == 0
+    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
+    refused = run_tool("train_tokenizer", "--input", corpus, "--vocab-size", 90_000, "--output", tmp_path / "c")
+    assert re.search(r"error: vocabulary of 90000: the text allows \d+ at most", refused.stderr)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("tool", ["prepare_data", "train_tokenizer"])
+def test_help_ends_with_an_example(tool: str) -> None:
+    shown = run_tool(tool, "--help").stdout.strip().splitlines()
+    assert shown[-2] == "example:"
+    assert shown[-1].startswith(f"  python tools/{tool}.py --input ")

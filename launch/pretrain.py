@@ -29,9 +29,12 @@ def parse() -> Config:
 
 def main() -> None:
     config = parse()
+    # imported one after another, so that what is wrong early is refused early
     from megassm.data.dataset import open_dataset
+    from megassm.rundir import open_run_directory
 
     data = open_dataset(config)
+    open_run_directory(config)
     from megassm.train import pretrain
 
     pretrain(config, data)

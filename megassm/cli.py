@@ -34,14 +34,19 @@ def run_tool(main: Callable[[], None]) -> None:
     """Runs a tool's `main`: a `UserError` or a file-system refusal becomes one message and exit code 1."""
     try:
         main()
-    except UserError as error:
-        refuse(f"error: {error}", 1)
-    except OSError as error:
-        refuse(f"error: {error.filename or 'file system'}: {error.strerror or error}", 1)
     except BrokenPipeError:
         raise SystemExit(0) from None
+    except (UserError, OSError) as error:
+        refuse(f"error: {refusal_text(error)}", 1)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def refusal_text(error: UserError | OSError) -> str:
+    """What to tell the user; of an `OSError` the file and the system's reason."""
+    if isinstance(error, OSError):
+        return f"{error.filename or 'file system'}: {error.strerror or error}"
+    return str(error)
 
 
 class Parser(argparse.ArgumentParser):

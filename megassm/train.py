@@ -10,6 +10,7 @@ import json
 import math
 import platform
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ import torch
 from megassm import __version__
 from megassm.budget import budget_at
 from megassm.checkpoint import check_identity, newest_checkpoint, run_identity, save_checkpoint
+from megassm.cli import refusal_text
 from megassm.config import Config
-from megassm.configfile import dump_config
 from megassm.cost import parameters, training_flops_per_token
 from megassm.data.dataset import Dataset
 from megassm.data.stream import MicroBatch, StreamPlan, TokenStream, validation_batches
@@ -34,7 +35,7 @@ from megassm.metrics import Journal, Row, peak_flops, peak_memory_bytes
 from megassm.model import build_model
 from megassm.optim import learning_rate
 from megassm.parallel.engine import Engine
-from megassm.parallel.world import World, gather_rows, join_world, leave_world
+from megassm.parallel.world import World, gather_rows, is_first_to_refuse, is_lost_peer, join_world, leave_world
 
 
 class StopRequest:
@@ -88,11 +89,7 @@ class Run:
 
 
 def pretrain(config: Config, data: Dataset) -> None:
-    """Trains, or continues, the run of `config`.
-
-    Raises:
-        UserError: the run directory or its checkpoints do not fit, or training diverged.
-    """
+    """Trains, or continues, the run of `config`. Leaves with code 1 where it must refuse, after one message."""
     world = join_world(config.train.device, config.parallel.timeout_s)
     try:
         run = set_up(config, data, world)
@@ -101,6 +98,21 @@ def pretrain(config: Config, data: Dataset) -> None:
         finally:
             if run.journal is not None:
                 run.journal.close()
+    except (UserError, OSError) as error:
+        if is_first_to_refuse():
+            print(f"error: rank {world.rank}: {refusal_text(error)}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        if is_first_to_refuse():
+            print(
+                f"error: rank {world.rank} lost another rank, or waited longer than parallel.timeout_s = "
+                f"{config.parallel.timeout_s} for it ({error}). The same command continues from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise SystemExit(1) from None
     finally:
         leave_world()
 
@@ -203,16 +215,12 @@ def validate(run: Run, k: int) -> Score:
 def set_up(config: Config, data: Dataset, world: World) -> Run:
     """Builds the run, and continues from its newest complete checkpoint where there is one."""
     stop = StopRequest()
-    run_dir = Path(config.run.dir)
-    if world.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     engine = Engine(build_model(config.model, config.run.seed, config.train.recompute), config, world)
     done_steps = resume(engine, config, data)
     plan = stream_plan(config, world)
     peak, peak_source = peak_flops(config, world.device)
     if world.is_main:
-        write_environment(run_dir, world, peak, peak_source)
+        write_environment(Path(config.run.dir), world, peak, peak_source)
     introduce(config, data, world, done_steps)
     return Run(
         config=config,

@@ -85,7 +85,9 @@ def test_every_knob_is_described_and_read_somewhere() -> None:
         description = model.model_fields[name].description
         assert description, f"{section}.{name} has no description"
         read = re.search(rf"\.{name}\b", code)
-        in_config = re.search(rf"(self|\.{section})\.{name}\b", (ROOT / "megassm/config.py").read_text(encoding="utf-8"))
+        in_config = re.search(
+            rf"(self|\.{section})\.{name}\b", (ROOT / "megassm/config.py").read_text(encoding="utf-8")
+        )
         assert read or in_config, f"nobody reads {section}.{name}"
 
 
@@ -156,7 +158,14 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
     text = MINIMAL.replace("n_layers: 4", "n_layer: 4").replace("batch_sequences: 8", "batch_sequences: 7")
     found = mistakes(tmp_path, text + "optim: {lr: fast}\nextra: 1\n", "model.num_channels=1000")
     places = [line.split(": ")[0] for line in found]
-    assert places == ["c.yaml:4", "c.yaml:7", "c.yaml:12", "c.yaml:14", "c.yaml:15", "command line 'model.num_channels=1000'"]
+    assert places == [
+        "c.yaml:4",
+        "c.yaml:7",
+        "c.yaml:12",
+        "c.yaml:14",
+        "c.yaml:15",
+        "command line 'model.num_channels=1000'",
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "- a\n", "run: [", "run: 3\n", "\tx: 1\n", "run: {dir: !foo x}\n"])
@@ -188,8 +197,6 @@ def test_refusal_needs_no_torch_and_speaks_once(tmp_path: Path) -> None:
 
 
 def test_command_line_mistakes_exit_with_2() -> None:
-    done = subprocess.run(
-        [sys.executable, "launch/pretrain.py"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "launch/pretrain.py"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--config" in done.stderr

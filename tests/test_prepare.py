@@ -240,7 +240,9 @@ def test_a_killed_worker_is_a_refusal_with_a_way_out(corpus: Path, tmp_path: Pat
                 if name.exists() and b"spawn_main" in name.read_bytes():
                     os.kill(child, signal.SIGKILL)
 
-    with pytest.raises(UserError, match=r"worker process was killed.*fewer --workers: finished parts are kept"):
+    with pytest.raises(
+        UserError, match=r"worker process was killed or cannot start.*fewer --workers: finished parts are kept"
+    ):
         prepare(job_of(corpus, tmp_path / "out", workers=2), Killer())
 
 
@@ -271,6 +273,22 @@ def test_a_finished_job_is_not_done_again_and_another_is_refused(corpus: Path, t
     with pytest.raises(UserError, match=r"\(other: files\)"):
         done(job_of(corpus, output))
     assert tree_of(output) == before
+
+
+def test_a_run_overtaken_by_another_leaves_its_result_alone(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, locked = tmp_path / "out", prepare_module._locked
+
+    def overtaken(path: Path) -> object:
+        monkeypatch.setattr(prepare_module, "_locked", locked)
+        done(job_of(corpus, output, seed=1))
+        return locked(path)
+
+    monkeypatch.setattr(prepare_module, "_locked", overtaken)
+    with pytest.raises(UserError, match=r"from another job \(other: seed\)"):
+        done(job_of(corpus, output, seed=0))
+    assert done(job_of(corpus, output, seed=1)).was_there
 
 
 def test_output_refusals(corpus: Path, tmp_path: Path) -> None:
@@ -325,6 +343,7 @@ def test_missing_inputs_are_refused(tmp_path: Path) -> None:
         (TextSource((tmp_path / "no",)), r"--input .*no: no such file or directory"),
         (TextSource((tmp_path,)), r"holds no file named \*\.txt or .*pass --glob"),
         (TextSource((tmp_path,), glob="*.py"), r"holds no file named \*\.py; give another --glob"),
+        (TextSource((tmp_path,), glob="/etc/*"), r"--glob '/etc/\*': .*give a pattern of file names"),
     ):
         with pytest.raises(UserError, match=message):
             list_files(source)

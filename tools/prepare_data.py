@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from megassm.data.prepare import PrepareJob
 
+MOST_WORKERS = 16  # unless asked for more: each may hold two parts in memory, and one reader feeds them all
 EXAMPLE = "python tools/prepare_data.py --input corpus/ --glob '*.py' --output data/code --tokenizer bytes"
 
 
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--block-tokens", type=int, default=1 << 20, metavar="N", help=f"tokens read at once {default}")
     add("--member-tokens", type=int, default=1 << 20, metavar="N", help=f"tokens a tar member {default}")
     workers_help = f"processes; the result is the same for any number {default}"
-    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help=workers_help)
+    add("--workers", type=int, default=min(os.cpu_count() or 1, MOST_WORKERS), metavar="N", help=workers_help)
     return parser
 
 

@@ -20,6 +20,7 @@ def parser() -> Parser:
 
 def main() -> None:
     arguments = parser().parse_args()
+    from megassm.eval.score import best_unigram
     from megassm.eval.session import open_session
     from megassm.eval.sweep import sweep, write_sweep
 
@@ -29,6 +30,8 @@ def main() -> None:
     rows = sweep(session.model, batches, budgets, session.token_bytes, session.device)
     step = session.checkpoint.manifest.step
     print_table(f"{arguments.run}, step {step}", [asdict(row) for row in rows], arguments.json)
+    unigram = best_unigram(batches, session.token_bytes).bits_per_byte
+    print(f"for comparison: the best unigram model of the same tokens has {unigram:.3f} bits per byte")
     for path in write_sweep(rows, session.run_dir, f"{session.run_dir.name}, step {step}"):
         print(path)
 

@@ -67,7 +67,10 @@ def list_files(source: TextSource) -> list[Path]:
 
 def _search(directory: Path, glob: str | None) -> list[Path]:
     patterns = (glob,) if glob else DEFAULT_PATTERNS
-    matches = {path for pattern in patterns for path in directory.rglob(pattern) if path.is_file()}
+    try:
+        matches = {path for pattern in patterns for path in directory.rglob(pattern) if path.is_file()}
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(f"--glob {glob!r}: {error}; give a pattern of file names, for example '*.py'") from None
     visible = [p for p in matches if not any(part.startswith(".") for part in p.relative_to(directory).parts)]
     if not visible:
         way_out = "give another --glob" if glob else "pass --glob, for example '*.py'"

@@ -136,7 +136,7 @@ def tokenize_parts(parts: Iterable[list[str]], job: TokenizeJob, on_progress: Ca
         try:
             for total, texts in enumerate(parts, start=1):
                 if not job.store.has(total - 1):
-                    in_flight.add(pool.submit(_work, total - 1, texts))
+                    in_flight.add(_submit(pool, total - 1, texts))
                 while len(in_flight) >= 2 * job.workers:
                     in_flight = _collect(in_flight)
                 on_progress()
@@ -144,11 +144,20 @@ def tokenize_parts(parts: Iterable[list[str]], job: TokenizeJob, on_progress: Ca
                 in_flight = _collect(in_flight)
         except BrokenProcessPool:
             way_out = "run the same command again with fewer --workers: finished parts are kept"
-            raise UserError(f"a worker process was killed (out of memory?); {way_out}") from None
+            raise UserError(f"a worker process was killed or cannot start (out of memory?); {way_out}") from None
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return total
+
+
+def _submit(pool: Executor, part: int, texts: list[str]) -> Future[None]:
+    try:
+        return pool.submit(_work, part, texts)
+    except (ValueError, OSError):
+        # The pool starts workers as work comes. Where one dies meanwhile, it closes the pipes under the
+        # one that starts, which then fails with either of these.
+        raise BrokenProcessPool from None
 
 
 def _collect(in_flight: set[Future[None]]) -> set[Future[None]]:

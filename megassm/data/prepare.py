@@ -87,30 +87,33 @@ def prepare(job: PrepareJob, progress: Progress) -> Prepared:
     tokenizer = load_tokenizer(job.tokenizer)
     files = list_files(job.source)
     description = _describe(job, tokenizer, files)
-    if _is_done(job.output, description):
-        return _prepared(job.output, was_there=True)
     partial = job.output / PARTIAL_NAME
-    with _locked(job.output) as lock_path:
-        _claim(job.output, description, lock_path, progress)
-        store = PartStore(partial)
-        counts = ReadCounts()
-        parts = _tokenize(job, store, files, counts, progress)
-        if parts == 0:
-            raise UserError(
-                f"--input: no text in {len(files)} files ({counts.empty} documents of whitespace only, "
-                f"{counts.bad_utf8} not UTF-8); give files with text"
-            )
-        _write_splits(job, tokenizer, _Shuffle(store, parts), progress)
-        _publish(job, description, counts)
-    shutil.rmtree(partial)
-    return _prepared(job.output, was_there=False)
+    was_there = _is_done(job.output, description)
+    if not was_there:
+        with _locked(job.output) as lock_path:
+            was_there = _is_done(job.output, description)  # by another process, before we had the lock
+            if not was_there:
+                _claim(job.output, description, lock_path, progress)
+                counts = ReadCounts()
+                shuffle = _tokenize(job, files, counts, progress)
+                _write_splits(job, tokenizer, shuffle, progress)
+                _publish(job, description, counts)
+    shutil.rmtree(partial, ignore_errors=True)  # also that of a run killed at its very end
+    return _prepared(job.output, was_there)
 
 
-def _tokenize(job: PrepareJob, store: PartStore, files: list[Path], counts: ReadCounts, progress: Progress) -> int:
+def _tokenize(job: PrepareJob, files: list[Path], counts: ReadCounts, progress: Progress) -> _Shuffle:
     progress.start("tokenize", sum(path.stat().st_size for path in files))
+    store = PartStore(job.output / PARTIAL_NAME)
     texts = cut_parts(read_documents(job.source, files, counts), job.part_bytes)
     work = TokenizeJob(store, job.tokenizer, job.seed, job.workers)
-    return tokenize_parts(texts, work, lambda: progress.update(counts.file_bytes))
+    parts = tokenize_parts(texts, work, lambda: progress.update(counts.file_bytes))
+    if parts == 0:
+        raise UserError(
+            f"--input: no text in {len(files)} files ({counts.empty} documents of whitespace only, "
+            f"{counts.bad_utf8} not UTF-8); give files with text"
+        )
+    return _Shuffle(store, parts)
 
 
 def _describe(job: PrepareJob, tokenizer: Tokenizer, files: list[Path]) -> dict[str, Any]:

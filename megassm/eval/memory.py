@@ -48,7 +48,7 @@ def peak_tensor_bytes(model: nn.Module, compute: Callable[[], object], device: t
     On a CPU these are the bytes of live tensors (workspace inside an operator does not show), so that the figure
     repeats exactly; on CUDA what the allocator had to hold.
     """
-    own = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    own: int = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -56,6 +56,7 @@ def peak_tensor_bytes(model: nn.Module, compute: Callable[[], object], device: t
         compute()
         torch.cuda.synchronize(device)
         return int(own + torch.cuda.max_memory_allocated(device) - before)
-    with _LiveBytes() as counter:
+    counter = _LiveBytes()
+    with counter:
         compute()
     return own + counter.peak

@@ -58,6 +58,15 @@ def text_bytes(batch: MicroBatch, token_bytes: npt.NDArray[np.int64]) -> int:
     return int(token_bytes[batch.ids_BT[:, 1:]][batch.mask_BL].sum())
 
 
+def best_unigram(batches: Iterable[MicroBatch], token_bytes: npt.NDArray[np.int64]) -> Score:
+    """What a model that knows only each token's frequency in these very batches would score: the bar to clear."""
+    ids = np.concatenate([batch.ids_BT[:, 1:][batch.mask_BL] for batch in batches])
+    counts = np.bincount(ids, minlength=len(token_bytes))
+    seen = counts[counts > 0]
+    nll = -float((seen * np.log(seen / len(ids))).sum())
+    return Score(nll, float(len(ids)), float((counts * token_bytes).sum()))
+
+
 @torch.no_grad()
 def score(
     losses: Losses,

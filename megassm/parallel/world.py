@@ -68,6 +68,20 @@ def _pick_device(device: Literal["auto", "cpu", "cuda"], local_rank: int) -> tor
     return torch.device("cuda", local_rank)
 
 
+def is_first_to_refuse() -> bool:
+    """True for one rank only: the one that should say why the job ends; the others would repeat or mask it."""
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add("refusals", 1) == 1)
+    except RuntimeError:  # the rank that holds the store has left, and so has spoken
+        return False
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank has gone, as opposed to a mistake of this one."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or ("gloo" in text and ("onnection" in text or "imed out" in text))
+
+
 def _share_cores(world_size: int) -> None:
     """Divides this machine's cores among its ranks, where nobody has said otherwise; torch takes all for each."""
     if "OMP_NUM_THREADS" not in os.environ:

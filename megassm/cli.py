@@ -94,9 +94,14 @@ def print_table(title: str, rows: Sequence[Row], json_path: Path | None = None) 
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(list(rows), indent=2) + "\n", encoding="utf-8")
+    write_json(rows, json_path)
+
+
+def write_json(rows: Sequence[Row], path: Path | None) -> None:
+    """Writes a table's rows where `--json` said, if it did."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([dict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
 
 
 def _cell(value: Any) -> str:

@@ -22,13 +22,13 @@ import pytest
 
 from megassm.data import prepare as prepare_module
 from megassm.data.blocks import local_fetch, read_block, verify
-from megassm.data.documents import ReadCounts, TextSource, list_files, read_documents, sample_documents
+from megassm.data.documents import TextSource
 from megassm.data.prepare import Prepared, PrepareJob, prepare
 from megassm.data.shards import ShardSet, ShardSizes
-from megassm.data.tokenizer import load_tokenizer
+from megassm.data.tokenizer import load_tokenizer, train_sentencepiece
 from megassm.errors import UserError
+from tests.conftest import run_python
 
-REPOSITORY = Path(__file__).parent.parent
 SIZES = ShardSizes(shard_tokens=20_000, block_tokens=4000, member_tokens=1000)
 
 
@@ -128,9 +128,7 @@ def test_another_seed_shuffles_the_same_split_otherwise(corpus: Path, tmp_path: 
 
 def test_a_trained_tokenizer_is_used_and_copied(corpus: Path, tmp_path: Path) -> None:
     model = tmp_path / "a.model"
-    table = tmp_path / "table.json"
-    run_tool("train_tokenizer", "--input", corpus, "--vocab-size", 285, "--output", model, "--json", table)
-    assert json.loads(table.read_text())[0]["vocab_size"] == 285
+    model.write_bytes(train_sentencepiece(some_texts(), vocab_size=285))
     prepared = done(job_of(corpus, tmp_path / "out", tokenizer=str(model), workers=2))
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == model.read_bytes()
     train, valid = (texts_of(prepared.splits[split], model) for split in ("train", "valid"))
@@ -316,101 +314,28 @@ def test_a_validation_set_is_never_empty_and_never_everything(tmp_path: Path) ->
     assert list(done(replace(alone, valid_fraction=0)).splits) == ["train"]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"", r"no text in 1 files \(1 documents of whitespace only, 0 not UTF-8\); give files with text"),
-        ("a.txt", b"ab\xff", r"a\.txt: byte 2: 0xff is not UTF-8; repair it, or pass --on-bad-utf8 skip"),
-        ("a.jsonl", b'{"text": "x"}\n\n{"text": "\xe9"}', r"a\.jsonl:3: byte \d+ of the line: 0xe9 is not UTF-8"),
-        ("a.jsonl", b'{"text": "a\\ud83d"}', r"a\.jsonl:1: character 1 of the text: U\+D83D is not UTF-8"),
-        ("a.jsonl", b'{"text": "x"}\n{"text"\n', r"a\.jsonl:2: not JSON: .*one JSON object a line"),
-        ("a.jsonl", b"[1]", r"a\.jsonl:1: list, a \.jsonl file has one JSON object a line"),
-        ("a.jsonl", b'{"body": "x", "id": 1}', r"a\.jsonl:1: no field 'text'; pass --text-field .*body, id"),
-        ("a.jsonl", b'{"text": 5}', r"a\.jsonl:1: field 'text' is int, it must be a string"),
-        ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz: damaged gzip after line 0"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-12], r"a\.jsonl\.gz: damaged gzip after line \d"),
-        ("a.parquet", b"PAR1", r"a\.parquet: cannot read this format"),
-    ],
-)
-def test_input_refusals(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        done(job_of(tmp_path / name, tmp_path / "out"))
-
-
-def test_missing_inputs_are_refused(tmp_path: Path) -> None:
-    for source, message in (
-        (TextSource((tmp_path / "no",)), r"--input .*no: no such file or directory"),
-        (TextSource((tmp_path,)), r"holds no file named \*\.txt or .*pass --glob"),
-        (TextSource((tmp_path,), glob="*.py"), r"holds no file named \*\.py; give another --glob"),
-        (TextSource((tmp_path,), glob="/etc/*"), r"--glob '/etc/\*': .*give a pattern of file names"),
-    ):
-        with pytest.raises(UserError, match=message):
-            list_files(source)
+def test_job_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"valid fraction 1\.5: it must be in \[0, 1\)"):
         job_of(tmp_path, tmp_path, valid_fraction=1.5)
+    with pytest.raises(UserError, match="workers is 0, it must be at least 1"):
+        job_of(tmp_path, tmp_path, workers=0)
+    (tmp_path / "a.txt").write_text(" \n")
+    with pytest.raises(UserError, match=r"no text in 1 files \(1 documents of whitespace only, "):
+        done(job_of(tmp_path / "a.txt", tmp_path / "out"))
 
 
-def test_bad_utf8_is_skipped_and_counted_where_asked(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xff")
-    (tmp_path / "b.jsonl").write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n{"text": "\\udc00"}\n')
-    source, counts = TextSource((tmp_path,), on_bad_utf8="skip"), ReadCounts()
-    assert list(read_documents(source, list_files(source), counts)) == ["good"]
-    size = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert counts == ReadCounts(documents=1, empty=0, bad_utf8=3, file_bytes=size)
-
-
-def test_text_is_kept_exactly(tmp_path: Path) -> None:
-    text = "\ufeffline\r\nline\rline\u2028 \n\n"
-    (tmp_path / "a.txt").write_bytes(text.encode())
-    source = TextSource((tmp_path,))
-    assert list(read_documents(source, list_files(source), ReadCounts())) == [text]
-
-
-def test_a_sample_does_not_depend_on_order_and_keeps_its_bound() -> None:
-    texts = some_texts()
-    sample = sample_documents(texts, 5000, seed=1)
-    assert sample == sample_documents(reversed(texts), 5000, seed=1)
-    assert sample != sample_documents(texts, 5000, seed=2)
-    assert 4000 < sum(len(text.encode()) for text in sample) <= 5000
-    assert sample_documents(["\u00e9" * 10], 5, seed=0) == ["\u00e9\u00e9"]
-    assert sorted(sample_documents(texts, 10**9, seed=0)) == sorted(texts)
-
-
-def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "tools" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_prepare_data_the_tool(corpus: Path, tmp_path: Path) -> None:
-    table = tmp_path / "table.json"
-    arguments = ("--input", corpus, "--output", tmp_path / "out", "--workers", 1, "--json", table)
-    first, again = run_tool("prepare_data", *arguments), run_tool("prepare_data", *arguments)
-    assert (first.returncode, again.returncode) == (0, 0), first.stderr
+def test_the_tool(corpus: Path, tmp_path: Path) -> None:
+    output, table = tmp_path / "out", tmp_path / "table.json"
+    command = ("tools/prepare_data.py", "--input", str(corpus), "--output", str(output), "--json", str(table))
+    first, again = run_python(*command), run_python(*command, "--workers", "1")
     assert first.stderr == ""
     assert "nothing to do" in again.stderr
     rows = {row["split"]: row for row in json.loads(table.read_text())}
     assert rows["train"]["documents"] + rows["valid"]["documents"] == 320
     assert rows["dropped: empty"]["documents"] == 5
 
-    refused = run_tool("prepare_data", "--input", corpus, "--output", tmp_path / "x", "--tokenizer", "no.model")
+    refused = run_python(*command[:3], "--output", str(tmp_path / "x"), "--tokenizer", "no.model", check=False)
     assert refused.returncode == 1
     assert re.fullmatch(r"error: tokenizer no\.model: No such file.*train_tokenizer\.py\n", refused.stderr)
     assert not (tmp_path / "x").exists()
-
-
-def test_train_tokenizer_the_tool(corpus: Path, tmp_path: Path) -> None:
-    arguments = ("--input", corpus, "--vocab-size", 285, "--max-bytes", 20_000, "--model-type", "unigram")
-    for name in ("a", "b"):
-        assert run_tool("train_tokenizer", *arguments, "--output", tmp_path / f"{name}.model").returncode == 0
-    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
-    refused = run_tool("train_tokenizer", "--input", corpus, "--vocab-size", 90_000, "--output", tmp_path / "c")
-    assert re.search(r"error: vocabulary of 90000: the text allows \d+ at most", refused.stderr)
-    assert not (tmp_path / "c").exists()
-
-
-@pytest.mark.parametrize("tool", ["prepare_data", "train_tokenizer"])
-def test_help_ends_with_an_example(tool: str) -> None:
-    shown = run_tool(tool, "--help").stdout.strip().splitlines()
-    assert shown[-2] == "example:"
-    assert shown[-1].startswith(f"  python tools/{tool}.py --input ")
+    assert "\nexample:\n  python tools/prepare_data.py --input" in run_python(command[0], "--help").stdout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sysconfig
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from megassm.data import tokenizer as tokenizer_module
 from megassm.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 from megassm.errors import UserError
+from tests.conftest import run_python
 
 HARD_TEXTS = (
     "",
@@ -136,3 +139,22 @@ def test_a_model_that_loses_text_is_refused(tmp_path: Path, corpus: list[str]) -
     )
     with pytest.raises(UserError, match=r"lossy\.model: loses text .*train one with"):
         load_tokenizer(tmp_path / "lossy.model")
+
+
+def test_the_tool(tmp_path: Path) -> None:
+    folder, table = Path(sysconfig.get_paths()["stdlib"]) / "json", tmp_path / "table.json"
+    command = ("tools/train_tokenizer.py", "--input", str(folder), "--glob", "*.py", "--max-bytes", "30000")
+    for name in ("a", "b"):
+        options = ("--vocab-size", "400", "--output", str(tmp_path / name), "--json", str(table))
+        run_python(*command, *options)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    [row] = json.loads(table.read_text())
+    assert row["vocab_size"] == 400
+    assert row["sample_bytes"] <= 30_000
+    assert row["bytes_per_token"] > 1.2
+
+    refused = run_python(*command, "--vocab-size", "90000", "--output", str(tmp_path / "c"), check=False)
+    assert refused.returncode == 1
+    assert re.search(r"error: vocabulary of 90000: the text allows \d+ at most", refused.stderr)
+    assert not (tmp_path / "c").exists()
+    assert "\nexample:\n  python tools/train_tokenizer.py --input" in run_python(command[0], "--help").stdout

@@ -43,12 +43,13 @@ def open_dataset(config: Config) -> Dataset:
             f"--input TEXT --output {directory}"
         )
     train, valid = load_index(directory / "train"), load_index(directory / "valid")
-    tokenizer = load_tokenizer(config.data.tokenizer or own_tokenizer(directory))
+    spec = config.data.tokenizer or own_tokenizer(directory)
+    tokenizer = load_tokenizer(spec)
     for shards in (train, valid):
         if shards.tokenizer_sha256 != tokenizer.sha256:
             raise UserError(
                 f"{shards.directory}: its shards were made with tokenizer {shards.tokenizer} "
-                f"(sha256 {shards.tokenizer_sha256[:12]}), not with {tokenizer.name} ({tokenizer.sha256[:12]}); "
+                f"(sha256 {shards.tokenizer_sha256[:12]}), not with {spec} ({tokenizer.sha256[:12]}); "
                 "leave data.tokenizer out to use the data set's own, or prepare the data with this tokenizer"
             )
     if tokenizer.vocab_size > config.model.vocab_size:

@@ -106,11 +106,12 @@ def sample_documents(texts: Iterable[str], max_bytes: int, seed: int) -> list[st
     kept: list[tuple[int, str]] = []  # a heap; hashes negated, so that the largest is on top
     kept_bytes, limit = 0, 1 << 64  # of what lies above a document once dropped, nothing is kept
     for text in texts:
-        content = text.encode()[:max_bytes]
+        beginning = text.encode()[:max_bytes].decode(errors="ignore")  # no half character at its end
+        content = beginning.encode()
         digest = int.from_bytes(blake2b(content, digest_size=8, key=key).digest(), "little")
         if digest >= limit:
             continue
-        heapq.heappush(kept, (-digest, content.decode(errors="ignore")))
+        heapq.heappush(kept, (-digest, beginning))
         kept_bytes += len(content)
         while kept_bytes > max_bytes:
             dropped, dropped_text = heapq.heappop(kept)

@@ -178,7 +178,7 @@ def _worker_pool(job: TokenizeJob) -> Executor:
 
 def _start_worker(job: TokenizeJob) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer, once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once and silently: parts are atomic
     _worker = (job, load_tokenizer(job.tokenizer))
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

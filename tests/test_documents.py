@@ -1,0 +1,96 @@
+"""Reading documents: text exactly as it is, refusals that name file and line, a sample that holds still."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megassm.data.documents import ReadCounts, TextSource, list_files, read_documents, sample_documents
+from megassm.errors import UserError
+
+TEXTS = [f"{n} " + "d\u00e9j\u00e0 vu " * (n % 17) for n in range(300)]
+
+
+def read(source: TextSource, counts: ReadCounts | None = None) -> list[str]:
+    return list(read_documents(source, list_files(source), counts or ReadCounts()))
+
+
+def test_text_is_kept_exactly(tmp_path: Path) -> None:
+    text = "\ufeffline\r\nline\rline\u2028 \n\n"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert read(TextSource((tmp_path,))) == [text]
+
+
+def test_files_are_found_sorted_once_and_hidden_ones_are_not(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "deep/c.txt", "x.md", ".git/d.txt", ".e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert read(TextSource((tmp_path / "x.md", tmp_path, tmp_path / "a.txt"))) == [
+        "x.md",
+        "a.txt",
+        "b.txt",
+        "deep/c.txt",
+    ]
+    assert read(TextSource((tmp_path,), glob="*.md")) == ["x.md"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"ab\xff", r"a\.txt: byte 2: 0xff is not UTF-8; repair it, or pass --on-bad-utf8 skip"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": "\xe9"}', r"a\.jsonl:3: byte \d+ of the line: 0xe9 is not UTF-8"),
+        ("a.jsonl", b'{"text": "a\\ud83d"}', r"a\.jsonl:1: character 1 of the text: U\+D83D is not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"text"\n', r"a\.jsonl:2: not JSON: .*one JSON object a line"),
+        ("a.jsonl", b"[1]", r"a\.jsonl:1: list, a \.jsonl file has one JSON object a line"),
+        ("a.jsonl", b'{"body": "x", "id": 1}', r"a\.jsonl:1: no field 'text'; pass --text-field .*body, id"),
+        ("a.jsonl", b'{"text": 5}', r"a\.jsonl:1: field 'text' is int, it must be a string"),
+        ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz: damaged gzip after line 0"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-12], r"a\.jsonl\.gz: damaged gzip after line \d"),
+        ("a.parquet", b"PAR1", r"a\.parquet: cannot read this format"),
+    ],
+)
+def test_refusals(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(TextSource((tmp_path / name,)))
+
+
+def test_missing_inputs_are_refused(tmp_path: Path) -> None:
+    for source, message in (
+        (TextSource((tmp_path / "no",)), r"--input .*no: no such file or directory"),
+        (TextSource((tmp_path,)), r"holds no file named \*\.txt or .*pass --glob"),
+        (TextSource((tmp_path,), glob="*.py"), r"holds no file named \*\.py; give another --glob"),
+        (TextSource((tmp_path,), glob="/etc/*"), r"--glob '/etc/\*': .*give a pattern of file names"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list_files(source)
+
+
+def test_bad_utf8_is_skipped_and_counted_where_asked(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n{"text": "\\udc00"}\n{"text": " "}\n')
+    counts = ReadCounts()
+    assert read(TextSource((tmp_path,), on_bad_utf8="skip"), counts) == ["good"]
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert counts == ReadCounts(documents=1, empty=1, bad_utf8=3, file_bytes=size)
+
+
+@given(order=st.permutations(TEXTS[:40]), max_bytes=st.integers(1, 3000))
+def test_a_sample_does_not_depend_on_order_and_keeps_its_bound(order: list[str], max_bytes: int) -> None:
+    sample = sample_documents(order, max_bytes, seed=1)
+    assert sample == sample_documents(TEXTS[:40], max_bytes, seed=1)
+    assert sum(len(text.encode()) for text in sample) <= max_bytes
+
+
+def test_a_sample_is_of_whole_documents_by_seed() -> None:
+    samples = [sample_documents(TEXTS, 5000, seed) for seed in (1, 2)]
+    assert samples[0] != samples[1]
+    for sample in samples:
+        assert set(sample) < set(TEXTS)
+        assert sum(len(text.encode()) for text in sample) > 4500
+    assert sample_documents(["\u00e9" * 10], 5, seed=0) == ["\u00e9\u00e9"]
+    assert sorted(sample_documents(TEXTS, 10**9, seed=0)) == sorted(TEXTS)

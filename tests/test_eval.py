@@ -1,0 +1,115 @@
+"""Scores, baselines, memory and sampling."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from megassm.data.stream import MicroBatch
+from megassm.data.tokenizer import load_tokenizer
+from megassm.errors import UserError
+from megassm.eval.generate import Sampling, generate, sample_text
+from megassm.eval.memory import peak_tensor_bytes
+from megassm.eval.score import Score, best_unigram, score
+from megassm.eval.sweep import sweep
+from megassm.model import build_model, truncate
+from tests.test_model import K_MAX, config
+
+CPU = torch.device("cpu")
+TOKEN_BYTES = np.arange(50, dtype=np.int64) % 3  # 0, 1 or 2 bytes a token
+
+
+def batches() -> list[MicroBatch]:
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, 50, (3, 2, 25))
+    mask = generator.random((3, 2, 24)) < 0.8
+    return [MicroBatch(ids[i], mask[i], np.arange(2)) for i in range(3)]
+
+
+def test_score_sums_only_what_the_mask_keeps() -> None:
+    model = build_model(config(), 0)
+    found = score(lambda ids, k: model(ids[:, :-1], k, ids[:, 1:]), batches(), 3, TOKEN_BYTES, CPU)
+    nll = tokens = text = 0.0
+    for batch in batches():
+        log_p = model(torch.from_numpy(batch.ids_BT[:, :-1]), 3).log_softmax(-1)
+        for row in range(2):
+            for t in range(24):
+                if batch.mask_BL[row, t]:
+                    target = batch.ids_BT[row, t + 1]
+                    nll -= log_p[row, t, target].item()
+                    tokens += 1
+                    text += target % 3
+    assert found.nll == pytest.approx(nll, rel=1e-5)
+    assert (found.tokens, found.text_bytes) == (tokens, text)
+    assert found.bits_per_byte == pytest.approx(nll / math.log(2) / text, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(nll / tokens), rel=1e-5)
+
+
+def test_scores_add_up() -> None:
+    assert Score.total([Score(1, 2, 3), (10, 20, 30)]) == Score(11, 22, 33)
+
+
+def test_best_unigram_is_the_entropy_of_the_tokens() -> None:
+    ids = np.array([[0, 1, 1, 1, 2]])
+    batch = MicroBatch(ids, np.ones((1, 4), dtype=bool), np.zeros(1, dtype=np.int64))
+    found = best_unigram([batch], np.array([1, 1, 4]))
+    assert found.bits_per_byte == pytest.approx((3 * math.log2(4 / 3) + math.log2(4)) / 7)
+
+
+def test_sweep_equals_the_model_at_each_budget() -> None:
+    model = build_model(config(), 0)
+    rows = sweep(model, batches(), [1, 3], TOKEN_BYTES, CPU)
+    assert [row.k for row in rows] == [1, 3, K_MAX]
+    for row in rows:
+        k = row.k
+        direct = score(lambda ids, _, k=k: model(ids[:, :-1], k, ids[:, 1:]), batches(), k, TOKEN_BYTES, CPU)
+        assert row.bits_per_byte == pytest.approx(direct.bits_per_byte, rel=1e-5)
+        assert row.parameters == sum(p.numel() for p in truncate(model, k).parameters())
+        assert row.gap_percent == pytest.approx(100 * (row.bits_per_byte / rows[-1].bits_per_byte - 1))
+    assert rows[0].peak_memory_mib < rows[1].peak_memory_mib < rows[2].peak_memory_mib
+    with pytest.raises(UserError, match="K_max = 6"):
+        sweep(model, batches(), [7], TOKEN_BYTES, CPU)
+    with pytest.raises(UserError, match="no validation text"):
+        sweep(model, [], [1], TOKEN_BYTES, CPU)
+
+
+def test_peak_memory_counts_live_tensors() -> None:
+    model = nn.Linear(10, 10, bias=False)
+
+    def compute() -> None:
+        first = torch.zeros(1000)
+        second = first + 1
+        del first
+        third = second * 2
+        third.add_(1)  # in place: nothing new
+        third.view(10, 100)
+
+    assert peak_tensor_bytes(model, compute, CPU) == 400 + 2 * 4000
+
+
+def test_sampling() -> None:
+    model = build_model(config(vocab_size=257, pattern="S"), 0).eval()
+    greedy = generate(model, [1, 2, 3], 4, Sampling(30, temperature=0))
+    ids = [1, 2, 3]
+    for _ in range(30):
+        ids.append(int(model(torch.tensor([ids[-24:]]), 4)[0, -1].argmax()))
+    assert greedy == ids[3:]
+    drawn = generate(model, [1], 4, Sampling(10, 1.0, seed=1))
+    assert drawn == generate(model, [1], 4, Sampling(10, 1.0, seed=1))
+    assert drawn != generate(model, [1], 4, Sampling(10, 1.0, seed=2))
+    with pytest.raises(UserError, match="prompt is empty"):
+        generate(model, [], 4, Sampling(1))
+    with pytest.raises(UserError, match="temperature"):
+        generate(model, [1], 4, Sampling(1, -1.0))
+
+
+def test_text_ends_with_its_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer("bytes")
+    model = build_model(config(vocab_size=300), 0).eval()
+    drawn = [ord("o"), 299, ord("k"), tokenizer.eod, ord("!")]  # 299 is an id of the model that stands for nothing
+    monkeypatch.setattr("megassm.eval.generate.generate", lambda *_: drawn)
+    assert sample_text(model, tokenizer, "x", 2, Sampling(5)) == "ok"

@@ -1,0 +1,115 @@
+"""The journal: one curve without a seam, wandb that never stops a run, memory and rates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megassm.config import Config
+from megassm.metrics import Journal, format_row, peak_flops, read_rows
+
+Make = Callable[..., Config]
+
+
+def row(step: int, **more: object) -> dict[str, object]:
+    return {
+        "step": step, "tokens": step * 256, "loss": 3.0, "bits_per_byte": 2.0, "k": 4, "k_micro": [4], "lr": 1e-3,
+        "grad_norm": 0.5, "tokens_per_s": 1000.0, "mfu": 0.4, "step_s": 0.2, "data_wait_s": 0.02,
+        "peak_memory_bytes": 2**30, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def config(small_config: Make) -> Config:
+    made = small_config()
+    Path(made.run.dir).mkdir()
+    return made
+
+
+def test_resume_drops_rows_that_are_made_again_and_half_a_line(config: Config) -> None:
+    first = Journal(config, 0)
+    for step in (1, 2, 3):
+        first.write(row(step))
+    first.close()
+    path = Path(config.run.dir) / "metrics.jsonl"
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"step": 4, "lo')
+    again = Journal(config, 2)
+    again.write(row(3, loss=9.0))
+    again.close()
+    assert [(r["step"], r["loss"]) for r in read_rows(Path(config.run.dir))] == [(1, 3.0), (2, 3.0), (3, 9.0)]
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 3
+
+
+def test_lines_for_people(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    journal = Journal(config, 0)
+    journal.write(row(1))
+    journal.write(row(2))
+    journal.write(row(8, valid={"1": 2.5, "8": 2.25}))
+    journal.close()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3, "the first, none for the second, the last with a line for validation"
+    for part in ("step 1/8", "loss 3.0000", "2.000 bits/byte", "K  4", "1,000 tok/s", "MFU 40.0%", "data wait 10.0%",
+                 "1.00 GiB", "eta "):  # fmt: skip
+        assert part in said[0]
+    assert "K=1: 2.500  K=8: 2.250" in said[2]
+
+
+def test_eta_is_readable() -> None:
+    for seconds, text in ((5, "0m05s"), (125, "2m05s"), (7500, "2h05m")):
+        assert f"eta {text}" in format_row(row(1), 10, seconds)
+
+
+def test_wandb_offline_needs_no_account(small_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    config = small_config("log.wandb=offline")
+    Path(config.run.dir).mkdir()
+    journal = Journal(config, 0)
+    journal.write(row(1, valid={"2": 1.0}))
+    journal.close()
+    assert list((Path(config.run.dir) / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_wandb_online_without_a_key_falls_back_with_one_warning(
+    small_config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    config = small_config("log.wandb=online")
+    Path(config.run.dir).mkdir()
+    journal = Journal(config, 0)
+    journal.write(row(1))
+    journal.close()
+    assert capsys.readouterr().err.count("warning: wandb has no API key") == 1
+    assert list((Path(config.run.dir) / "wandb").glob("offline-run-*"))
+
+
+def test_wandb_that_breaks_stops_nothing(
+    small_config: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    def broken(**_: object) -> None:
+        raise RuntimeError("no disk, no network, no luck")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    config = small_config("log.wandb=offline")
+    Path(config.run.dir).mkdir()
+    journal = Journal(config, 0)
+    journal.write(row(1))
+    journal.close()
+    assert "no luck" in capsys.readouterr().err
+    assert json.loads((Path(config.run.dir) / "metrics.jsonl").read_text(encoding="utf-8"))["step"] == 1
+
+
+def test_peak_rate_is_stated_or_measured(small_config: Make) -> None:
+    cpu = torch.device("cpu")
+    assert peak_flops(small_config("log.peak_tflops=2"), cpu) == (2e12, "log.peak_tflops")
+    measured, source = peak_flops(small_config("log.peak_tflops=null"), cpu)
+    assert 1e9 < measured < 1e14
+    assert source.startswith("measured")

@@ -30,17 +30,18 @@ def main() -> None:
     curves = {}
     for path in arguments.runs:
         session = open_session(path, arguments.data, arguments.device)
-        name = f"{session.run_dir.name}, step {session.checkpoint.manifest.step}"
+        name = f"{path}, step {session.checkpoint.manifest.step}"
         batches = session.validation(arguments.sequences or session.config.eval.sequences)
         budgets = arguments.budgets or session.config.eval.budgets
         curves[name] = sweep(session.model, batches, budgets, session.token_bytes, session.device)
-        rows = [asdict(row) for row in curves[name]]
+        rows: list[Row] = [asdict(row) for row in curves[name]]
         print_table(name, rows)
         unigram = best_unigram(batches, session.token_bytes).bits_per_byte
         print(f"for comparison: the best unigram model of the same tokens has {unigram:.3f} bits per byte")
         for written in write_sweep(curves[name], session.run_dir, name):
             print(written)
-        table += [{"run": str(path), **row} for row in rows] if len(arguments.runs) > 1 else rows
+        label = {"run": str(path)} if len(arguments.runs) > 1 else {}
+        table += [{**label, **row} for row in rows]
     if arguments.plot:
         plot_sweeps(curves, arguments.plot)
         print(arguments.plot)

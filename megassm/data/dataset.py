@@ -13,7 +13,8 @@ from megassm.data.shards import ShardSet, load_index
 from megassm.data.tokenizer import Tokenizer, load_tokenizer
 from megassm.errors import UserError
 
-TOKENIZER_FILE = "tokenizer.model"
+TRAIN, VALID = "train", "valid"
+TOKENIZER_NAME = "tokenizer.model"
 
 
 class Dataset(NamedTuple):
@@ -42,7 +43,12 @@ def open_dataset(config: Config) -> Dataset:
             f"data.path = {str(directory)!r}: no such directory; make a data set with tools/prepare_data.py "
             f"--input TEXT --output {directory}"
         )
-    train, valid = load_index(directory / "train"), load_index(directory / "valid")
+    train = load_index(directory / TRAIN)
+    if not (directory / VALID).is_dir():
+        raise UserError(
+            f"{directory}: has no {VALID}/, so quality could not be measured; prepare the data with a --valid-fraction"
+        )
+    valid = load_index(directory / VALID)
     spec = config.data.tokenizer or own_tokenizer(directory)
     tokenizer = load_tokenizer(spec)
     for shards in (train, valid):
@@ -62,5 +68,5 @@ def open_dataset(config: Config) -> Dataset:
 
 def own_tokenizer(directory: Path) -> str:
     """The tokenizer a data set was made with: a file beside the shards, or bytes."""
-    model = directory / TOKENIZER_FILE
+    model = directory / TOKENIZER_NAME
     return str(model) if model.exists() else "bytes"

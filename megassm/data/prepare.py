@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megassm.data.dataset import TOKENIZER_NAME, TRAIN, VALID
 from megassm.data.documents import ReadCounts, TextSource, list_files, read_documents
 from megassm.data.durable import write_atomically
 from megassm.data.parts import PART_BYTES, PartStore, TokenizeJob, cut_parts, tokenize_parts
@@ -33,8 +34,6 @@ from megassm.errors import UserError
 JOB_VERSION = 1  # raised when the same job would write other bytes
 JOB_NAME = "prepare.json"
 PARTIAL_NAME = ".partial"
-TRAIN, VALID = "train", "valid"
-TOKENIZER_NAME = "tokenizer.model"
 SHUFFLE_BYTES = 256 << 20  # ids held at once while writing
 
 

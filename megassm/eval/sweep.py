@@ -6,7 +6,7 @@ import csv
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -133,7 +133,7 @@ def write_sweep(rows: Sequence[BudgetRow], folder: Path, title: str) -> list[Pat
     return paths
 
 
-def plot_sweeps(curves: dict[str, Sequence[BudgetRow]], path: Path) -> None:
+def plot_sweeps(curves: Mapping[str, Sequence[BudgetRow]], path: Path) -> None:
     """Draws quality and speed against K, one line a run."""
     import matplotlib
 

@@ -6,11 +6,13 @@ about to be made again: the file is always one curve without a seam.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,7 +67,7 @@ class Journal:
         self._file.flush()
         step, steps = row["step"], self._config.train.steps
         if self._wandb is not None:
-            _log_to_wandb(self._wandb, row)
+            self._tell_wandb(lambda run: run.log(_flat(row), step=step))
         if step % self._config.log.every_steps == 0 or step in (self._first_step + 1, steps) or "valid" in row:
             elapsed = time.monotonic() - self._started
             eta = elapsed / (step - self._first_step) * (steps - step)
@@ -74,10 +76,19 @@ class Journal:
     def close(self) -> None:
         self._file.close()
         if self._wandb is not None:
-            try:
-                self._wandb.finish()
-            except Exception as error:
-                _warn(f"wandb did not finish ({error}); {METRICS} has everything")
+            self._tell_wandb(lambda run: run.finish())
+
+    def _tell_wandb(self, message: Callable[[Any], None]) -> None:
+        """Gives wandb up where it fails: a launcher that ends a job ends wandb's process with it."""
+        try:
+            message(self._wandb)
+        except Exception as error:
+            import wandb
+
+            _warn(f"wandb is gone ({error}); {METRICS} has everything")
+            self._wandb = None
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # it would try again, loudly, when Python exits
 
 
 def format_row(row: Row, steps: int, eta_s: float) -> str:
@@ -170,13 +181,10 @@ def _start_wandb(config: Config, done_steps: int) -> Any:
         return None
 
 
-def _log_to_wandb(run: Any, row: Row) -> None:
+def _flat(row: Row) -> Row:
+    """A row as wandb draws it: numbers only, one curve a K."""
     flat = {name: value for name, value in row.items() if not isinstance(value, (dict, list))}
-    flat |= {f"valid/bits_per_byte_k{k}": value for k, value in row.get("valid", {}).items()}
-    try:
-        run.log(flat, step=row["step"])
-    except Exception as error:
-        _warn(f"wandb did not take step {row['step']} ({error}); {METRICS} has it")
+    return flat | {f"valid/bits_per_byte_k{k}": value for k, value in row.get("valid", {}).items()}
 
 
 def _warn(message: str) -> None:

@@ -113,3 +113,23 @@ def test_peak_rate_is_stated_or_measured(small_config: Make) -> None:
     measured, source = peak_flops(small_config("log.peak_tflops=null"), cpu)
     assert 1e9 < measured < 1e14
     assert source.startswith("measured")
+
+
+def test_wandb_that_dies_on_the_way_is_given_up_once(
+    small_config: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    class Dying:
+        def log(self, *_: object, **__: object) -> None:
+            raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Dying())
+    config = small_config("log.wandb=offline")
+    Path(config.run.dir).mkdir()
+    journal = Journal(config, 0)
+    journal.write(row(1))
+    journal.write(row(2))
+    journal.close()
+    assert capsys.readouterr().err.count("Connection lost") == 1
+    assert len(read_rows(Path(config.run.dir))) == 2

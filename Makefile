@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/python tools/demo.py $(DEMO_OPTIONS)
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: setup
 	$(BIN)/ruff check .

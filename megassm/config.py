@@ -55,8 +55,8 @@ class ModelConfig(Section):
     """Input-adaptive gate; false is the ablation with equal weights 1/K."""
     gate_rescale: bool = True
     """RMS rescaling of the gate's scores (paper, Eq. 8b); false is the ablation."""
-    filterbank: Literal["auto", "direct", "fft"] = "auto"
-    """How the causal filter bank is computed; the results agree to rounding."""
+    filterbank: Literal["auto", "direct", "fft", "flashfft", "chunked"] = "auto"
+    """How the causal filter bank is computed; the results agree to rounding. auto is chunked."""
     channel_init_std: Positive | None = None
     """Standard deviation of the channel matrices M_k at the start; null means 1/sqrt(d_model)."""
     n_heads: PositiveInt = 8

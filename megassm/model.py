@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,27 @@ from torch.utils.checkpoint import checkpoint
 
 from megassm.config import ModelConfig
 from megassm.errors import UserError
-from megassm.layers.attention import Attention, rope_tables
+from megassm.layers.attention import Attention, KeyValueCache, rope_tables
 from megassm.layers.context import Context
 from megassm.layers.ffn import FeedForward
 from megassm.layers.filterbank import FilterBank
 from megassm.layers.spectral import SpectralMixer
+
+LayerState = Tensor | KeyValueCache
+"""S x D numbers a sequence for a spectral layer, keys and values for attention."""
+
+
+class DecodingState(NamedTuple):
+    """What a model needs to remember of a text to continue it."""
+
+    position: int
+    """Tokens seen."""
+    layers: list[LayerState]
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (part for layer in self.layers for part in ((layer,) if isinstance(layer, Tensor) else layer))
+        return sum(tensor.nbytes for tensor in tensors)
 
 
 class Block(nn.Module):
@@ -31,7 +48,7 @@ class Block(nn.Module):
         super().__init__()
         d_model = config.d_model
         self.mixer_norm = nn.RMSNorm(d_model, eps=config.norm_eps)
-        self.mixer = (
+        self.mixer: Any = (
             SpectralMixer(d_model, config.num_channels, config.gate, config.gate_rescale)
             if mixer == "S"
             else Attention(d_model, config.n_heads, config.kv_heads, config.window)
@@ -41,6 +58,20 @@ class Block(nn.Module):
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         x_BLD = x_BLD + self.mixer(self.mixer_norm(x_BLD), context)
+        return self._feed_forward(x_BLD)
+
+    def prefill(self, x_BLD: Tensor, context: Context) -> tuple[Tensor, LayerState]:
+        """(the block's output, the state after the last position)."""
+        u_BLD = self.mixer_norm(x_BLD)
+        state = self.mixer.final_state(u_BLD, context)
+        return self._feed_forward(x_BLD + self.mixer(u_BLD, context)), state
+
+    def step(self, x_BD: Tensor, state: LayerState, context: Context) -> tuple[Tensor, LayerState]:
+        """(the block's output at one position, the state after it)."""
+        y_BD, state = self.mixer.step(self.mixer_norm(x_BD), state, context)
+        return self._feed_forward(x_BD + y_BD), state
+
+    def _feed_forward(self, x_BLD: Tensor) -> Tensor:
         out_BLD: Tensor = x_BLD + self.ffn(self.ffn_norm(x_BLD))
         return out_BLD
 
@@ -78,30 +109,55 @@ class LanguageModel(nn.Module):
             targets_BL: the ids to predict, ids_BL one step later.
 
         Raises:
-            UserError: a budget out of range, or a sequence longer than the filters.
+            UserError: a budget out of range.
         """
-        if not 1 <= k <= self.config.num_channels:
-            raise UserError(f"budget K = {k}: must be between 1 and this model's K_max = {self.config.num_channels}")
-        context = self._context(ids_BL.shape[1], k)
+        context = self._context(0, ids_BL.shape[1], k)
         x_BLD = F.embedding(ids_BL, self.embedding_VD)
         for block in self.blocks:
             if self.recompute and self.training:
                 x_BLD = checkpoint(block, x_BLD, context, use_reentrant=False)
             else:
                 x_BLD = block(x_BLD, context)
-        head_VD = self.embedding_VD if self.head_VD is None else self.head_VD
-        logits_BLV = F.linear(self.head_norm(x_BLD), head_VD)
+        logits_BLV = self._logits(x_BLD)
         if targets_BL is None:
             return logits_BLV
         return F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten(), reduction="none").view_as(
             targets_BL
         )
 
-    def _context(self, length: int, k: int) -> Context:
+    @torch.no_grad()
+    def prefill(self, ids_BL: Tensor, k: int) -> tuple[Tensor, DecodingState]:
+        """(logits (B, V) of the token after the last, the state that `step` continues from), by the parallel form."""
+        context = self._context(0, ids_BL.shape[1], k)
+        x_BLD = F.embedding(ids_BL, self.embedding_VD)
+        layers = []
+        for block in cast(list[Block], self.blocks):
+            x_BLD, state = block.prefill(x_BLD, context)
+            layers.append(state)
+        return self._logits(x_BLD[:, -1]), DecodingState(ids_BL.shape[1], layers)
+
+    @torch.no_grad()
+    def step(self, ids_B: Tensor, state: DecodingState, k: int) -> tuple[Tensor, DecodingState]:
+        """(logits (B, V) of the token after `ids_B`, the state after it); k may differ from step to step."""
+        context = self._context(state.position, 1, k)
+        x_BD = F.embedding(ids_B, self.embedding_VD)
+        layers = []
+        for block, layer in zip(cast(list[Block], self.blocks), state.layers, strict=True):
+            x_BD, after = block.step(x_BD, layer, context)
+            layers.append(after)
+        return self._logits(x_BD), DecodingState(state.position + 1, layers)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(self.head_norm(x), self.embedding_VD if self.head_VD is None else self.head_VD)
+
+    def _context(self, first: int, length: int, k: int) -> Context:
+        """For `length` positions from `first` on."""
+        if not 1 <= k <= self.config.num_channels:
+            raise UserError(f"budget K = {k}: must be between 1 and this model's K_max = {self.config.num_channels}")
         rope = None
         if "A" in self.config.mixers:
-            head_dim = self.config.d_model // self.config.n_heads
-            rope = rope_tables(length, head_dim, self.config.rope_theta, self.embedding_VD.device)
+            positions_L = torch.arange(first, first + length, device=self.embedding_VD.device)
+            rope = rope_tables(positions_L, self.config.d_model // self.config.n_heads, self.config.rope_theta)
         return Context(k, self.filterbank, rope)
 
     @torch.no_grad()
@@ -169,7 +225,5 @@ def truncate(model: LanguageModel, k: int) -> LanguageModel:
         whole = source[name]
         parameter.copy_(whole if whole.shape == parameter.shape else whole[:k])
     if small.filterbank is not None and model.filterbank is not None:
-        # `.to(dtype)` above casts buffers too; filters are taken as they are
-        small.filterbank.filters_LK = model.filterbank.filters_LK[:, :k].clone()
-        small.filterbank.scale_K = model.filterbank.scale_K[:k].clone()
+        small.filterbank.take(model.filterbank)
     return small

@@ -22,7 +22,8 @@ def counted(pattern: str, k: int, backward: bool = False, **changes: object) -> 
         loss = model(text, k).sum()
         if backward:
             loss.backward()
-    filterbank = 2 * LENGTH * k * 16 * model.config.mixers.count("S") * (2 if backward else 1)
+    # backward makes the features again, and their gradients with respect to input and gate
+    filterbank = 2 * k * 16 * model.config.mixers.count("S") * (3 * LENGTH + 1 if backward else LENGTH)
     return counter.get_total_flops() / (BATCH * LENGTH) - filterbank
 
 

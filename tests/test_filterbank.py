@@ -1,8 +1,8 @@
-"""Every way of computing the causal filter bank against the sum it is defined by."""
+"""Every way of computing the causal filter bank against the sum it is defined by; steps against the parallel form."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import lru_cache
 
 import pytest
 import torch
@@ -12,10 +12,23 @@ from torch import Tensor
 
 from megassm.errors import UserError
 from megassm.layers.filterbank import FilterBank
-from megassm.ops.filterbank import direct_filterbank, fft_filterbank
+from megassm.ops.filterbank import check_flashfft, direct_filterbank, fft_filterbank
+from megassm.ops.mixing import mix_channels
 
-METHODS = [direct_filterbank, fft_filterbank]
-Method = Callable[[Tensor, Tensor], Tensor]
+WAYS = ("direct", "fft", "chunked")
+
+
+@lru_cache
+def bank_of(seq_len: int, num_channels: int) -> FilterBank:
+    bank = FilterBank(seq_len, num_channels, "none", "auto")
+    bank.reset()
+    return bank
+
+
+def make(seq_len: int, num_channels: int, method: str = "auto") -> FilterBank:
+    bank = FilterBank(seq_len, num_channels, "none", method)  # type: ignore[arg-type]
+    bank.take(bank_of(seq_len, num_channels))
+    return bank
 
 
 def naive(u_BLD: Tensor, filters_LK: Tensor) -> Tensor:
@@ -26,14 +39,14 @@ def naive(u_BLD: Tensor, filters_LK: Tensor) -> Tensor:
     return features
 
 
-@pytest.mark.parametrize("method", METHODS)
-@given(batch=st.integers(1, 3), length=st.integers(1, 19), width=st.integers(1, 4), channels=st.integers(1, 5))
+@pytest.mark.parametrize("method", [direct_filterbank, fft_filterbank])
+@given(batch=st.integers(1, 3), length=st.integers(1, 19), width=st.integers(1, 4), k=st.integers(1, 5))
 @settings(max_examples=25, deadline=None)
-def test_outputs_and_gradients(method: Method, batch: int, length: int, width: int, channels: int) -> None:
+def test_outputs_and_gradients(method, batch: int, length: int, width: int, k: int) -> None:  # type: ignore[no-untyped-def]
     generator = torch.Generator().manual_seed(length)
     u_BLD = torch.randn(batch, length, width, dtype=torch.float64, generator=generator, requires_grad=True)
-    filters_LK = torch.randn(length + 3, channels, dtype=torch.float64, generator=generator)
-    expected, found = naive(u_BLD, filters_LK), method(u_BLD, filters_LK)
+    filters_LK = torch.randn(length + 3, 5, dtype=torch.float64, generator=generator)
+    expected, found = naive(u_BLD, filters_LK[:, :k]), method(u_BLD, filters_LK, k)
     weight = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
     (expected_grad,) = torch.autograd.grad((expected * weight).sum(), u_BLD)
     (found_grad,) = torch.autograd.grad((found * weight).sum(), u_BLD)
@@ -41,17 +54,89 @@ def test_outputs_and_gradients(method: Method, batch: int, length: int, width: i
     assert torch.allclose(found_grad, expected_grad, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", ["auto", "direct", "fft"])
-@pytest.mark.parametrize("length", [1, 7, 600])
-def test_module_uses_the_leading_filters_in_float32(method: str, length: int) -> None:
-    bank = FilterBank(700, 6, "none", method)  # type: ignore[arg-type]
-    bank.reset()
-    u_BLD = torch.randn(2, length, 3)
-    expected = direct_filterbank(u_BLD.double(), bank.filters_LK[:, :4])
-    found = bank(u_BLD, 4)
-    assert found.dtype == torch.float32
-    assert torch.allclose(found.double(), expected, atol=1e-5)
-    assert bank(u_BLD.bfloat16(), 4).dtype == torch.float32
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Largest relative error of a filter's output, norm over everything else."""
+    error, size = ((x.detach().double()).pow(2).sum((0, 1, 3)).sqrt() for x in (found - expected, expected))
+    return float((error / size).max())
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 100, 2048])
+def test_chunked_in_float32_against_direct_in_float64(length: int) -> None:
+    bank = make(max(length, 2048), 32, "chunked")
+    u_BLD = torch.randn(1, length, 2, generator=torch.Generator().manual_seed(0))
+    expected = direct_filterbank(u_BLD.double(), bank.filters_LK, 32)
+    whole = bank(u_BLD, 32)
+    assert whole.dtype == torch.float32
+    assert relative(whole, expected) < 1e-5
+    for k in range(1, 33):
+        assert torch.allclose(bank(u_BLD, k), whole[:, :, :k], atol=1e-6)
+
+
+def test_chunked_at_8192() -> None:
+    bank = make(8192, 32, "chunked")
+    u_BLD = torch.randn(1, 8192, 2, generator=torch.Generator().manual_seed(0))
+    assert relative(bank(u_BLD, 32), fft_filterbank(u_BLD.double(), bank.filters_LK, 32)) < 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 65, 300])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("k", [1, 3, 16])
+def test_mix_has_the_outputs_and_gradients_of_the_definition(way: str, length: int, k: int) -> None:
+    bank = make(512, 16, way)
+    generator = torch.Generator().manual_seed(length)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    inputs = [noise(2, length, 3), noise(2, length, k), noise(k, 3, 4)]
+    features = direct_filterbank(inputs[0], bank.filters_LK, k)
+    expected = mix_channels(features, *inputs[1:])
+    found = bank.mix(*inputs)
+    gradient = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    expected_grads = torch.autograd.grad(expected, inputs, gradient)
+    found_grads = torch.autograd.grad(found, inputs, gradient)
+    for mine, other in zip((found, *found_grads), (expected, *expected_grads), strict=True):
+        assert float((mine - other).detach().norm() / other.detach().norm()) < (1e-5 if way == "chunked" else 1e-11)
+
+
+@given(batch=st.integers(1, 3), length=st.integers(1, 200), width=st.integers(1, 3), k=st.integers(1, 16))
+@settings(max_examples=20, deadline=None)
+def test_chunked_at_odd_shapes(batch: int, length: int, width: int, k: int) -> None:
+    bank = make(512, 16, "chunked")
+    u_BLD = torch.randn(batch, length, width, generator=torch.Generator().manual_seed(length))
+    assert relative(bank(u_BLD, k), direct_filterbank(u_BLD.double(), bank.filters_LK, k)) < 1e-5
+
+
+@pytest.mark.parametrize(("seq_len", "channels"), [(24, 6), (256, 32), (512, 16), (2048, 32)])
+def test_steps_equal_the_parallel_form_from_any_position(seq_len: int, channels: int) -> None:
+    bank = make(seq_len, channels, "direct")
+    u_BLD = torch.randn(2, min(seq_len, 300), 3, generator=torch.Generator().manual_seed(0))
+    expected = bank(u_BLD, channels)
+    for start in (0, 1, 63, 64, 130):
+        if start >= u_BLD.shape[1]:
+            continue
+        state = bank.final_state(u_BLD[:, :start])
+        for t in range(start, u_BLD.shape[1]):
+            features, state = bank.step(u_BLD[:, t], state, channels)
+            assert torch.allclose(features, expected[:, t], atol=2e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_longer_than_trained(way: str) -> None:
+    """All ways continue the filters alike beyond the length they were made for."""
+    bank, u_BLD = make(512, 16, way), torch.randn(1, 1500, 2, generator=torch.Generator().manual_seed(0))
+    found = bank(u_BLD, 16)
+    state = bank.final_state(u_BLD[:, :1400])
+    for t in range(1400, 1500):
+        features, state = bank.step(u_BLD[:, t], state, 16)
+        assert torch.allclose(features, found[:, t], atol=5e-5)
+    short = bank(u_BLD[:, :512], 16)
+    assert torch.allclose(found[:, :512], short, atol=1e-5), "what comes later changes nothing before"
+
+
+def test_low_precision_input_gives_float32_features() -> None:
+    for way in WAYS:
+        assert make(64, 4, way)(torch.randn(1, 10, 2).bfloat16(), 4).dtype == torch.float32
 
 
 def test_scale_is_the_quarter_power_or_one() -> None:
@@ -64,17 +149,16 @@ def test_scale_is_the_quarter_power_or_one() -> None:
 
 
 def test_a_cast_of_the_filters_is_noticed() -> None:
-    bank = FilterBank(16, 2, "none", "auto")
+    bank = make(16, 2)
     bank.check_dtype()
     with pytest.raises(RuntimeError, match=r"cast to torch\.bfloat16"):
         bank.bfloat16().check_dtype()
 
 
-def test_longer_than_the_filters_is_refused() -> None:
-    bank = FilterBank(16, 2, "none", "auto")
-    with pytest.raises(UserError, match=r"17 tokens.*seq_len = 16"):
-        bank(torch.zeros(1, 17, 3), 2)
-
-
 def test_filters_are_not_part_of_a_checkpoint() -> None:
-    assert FilterBank(16, 2, "none", "auto").state_dict() == {}
+    assert make(16, 2).state_dict() == {}
+
+
+def test_flashfft_is_refused_where_it_is_not() -> None:
+    with pytest.raises(UserError, match=r"model\.filterbank = 'flashfft'.*set model\.filterbank: chunked"):
+        check_flashfft(make(16, 2).filters_LK, 16)

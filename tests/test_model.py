@@ -145,7 +145,7 @@ def test_attention_equals_its_equations(window: int | None, n_kv_heads: int) -> 
     torch.manual_seed(0)
     layer = Attention(16, 4, n_kv_heads, window).double()
     u_LD = torch.randn(9, 16, dtype=torch.float64)
-    rope = rope_tables(9, layer.head_dim, 100.0, torch.device("cpu"))
+    rope = rope_tables(torch.arange(9), layer.head_dim, 100.0)
     found = layer(u_LD[None], Context(1, None, rope))[0]
     assert torch.allclose(found, naive_attention(layer, u_LD, 100.0), atol=1e-6)  # the tables are float32
 

@@ -14,6 +14,8 @@ def parser() -> Parser:
     result.add_argument("--budgets", type=budget_list, metavar="LIST", help="K to sample at (default: K_max)")
     result.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to draw (default: 64)")
     result.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    result.add_argument("--top-k", type=int, metavar="N", help="draw among the N likeliest tokens")
+    result.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest tokens of probability P")
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return result
@@ -25,7 +27,7 @@ def main() -> None:
     from megassm.eval.session import open_session
 
     session = open_session(arguments.run, None, arguments.device)
-    sampling = Sampling(arguments.tokens, arguments.temperature, arguments.seed)
+    sampling = Sampling(arguments.tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     rows = []
     for k in arguments.budgets or [session.config.model.num_channels]:
         text = sample_text(session.model, session.tokenizer, arguments.prompt, k, sampling)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -42,21 +41,21 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = max(self.peak, self.live)
 
 
-def peak_tensor_bytes(model: nn.Module, compute: Callable[[], object], device: torch.device) -> int:
-    """The model's weights and buffers, and the most that `compute` keeps besides.
+def peak_tensor_bytes(own: Iterable[torch.Tensor], compute: Callable[[], object], device: torch.device) -> int:
+    """The bytes of `own`, such as a model's weights, and the most that `compute` keeps besides.
 
     On a CPU these are the bytes of live tensors (workspace inside an operator does not show), so that the figure
     repeats exactly; on CUDA what the allocator had to hold.
     """
-    own: int = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    kept: int = sum(tensor.nbytes for tensor in own)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         compute()
         torch.cuda.synchronize(device)
-        return int(own + torch.cuda.max_memory_allocated(device) - before)
+        return int(kept + torch.cuda.max_memory_allocated(device) - before)
     counter = _LiveBytes()
     with counter:
         compute()
-    return own + counter.peak
+    return kept + counter.peak

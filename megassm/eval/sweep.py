@@ -105,7 +105,7 @@ def _measure(
         small(ids_BL, k)
 
     rate = ids_BL.numel() / _median_seconds(forward, device)
-    return quality, rate, peak_tensor_bytes(small, forward, device)
+    return quality, rate, peak_tensor_bytes([*small.parameters(), *small.buffers()], forward, device)
 
 
 def _median_seconds(compute: Callable[[], None], device: torch.device) -> float:

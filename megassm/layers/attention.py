@@ -5,6 +5,8 @@ Shapes: B batch, L length, D width, H query heads, G key-value heads, P dimensio
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,10 +14,17 @@ from torch.nn import functional as F
 from megassm.layers.context import Context
 
 
-def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (L, P/2) of t * theta^(-2i/P), float32."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
+class KeyValueCache(NamedTuple):
+    """What later queries may still see: rotated keys and values (B, G, T, P)."""
+
+    key_BGTP: Tensor
+    value_BGTP: Tensor
+
+
+def rope_tables(positions_L: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (L, P/2) of t * theta^(-2i/P) at the positions t, float32."""
+    dimensions = torch.arange(0, head_dim, 2, device=positions_L.device, dtype=torch.float32)
+    angles = positions_L.float()[:, None] * theta ** (-dimensions / head_dim)
     return angles.cos(), angles.sin()
 
 
@@ -66,6 +75,26 @@ class Attention(nn.Module):
         )
         mixed: Tensor = self.out(mixed_BHLP.transpose(1, 2).flatten(2))
         return mixed
+
+    def final_state(self, u_BLD: Tensor, context: Context) -> KeyValueCache:
+        """The keys and values that positions after u can see."""
+        assert context.rope is not None
+        first = 0 if self.window is None else max(0, u_BLD.shape[1] - self.window + 1)
+        rope = (context.rope[0][first:], context.rope[1][first:])
+        seen_BTD = u_BLD[:, first:]
+        return KeyValueCache(rotate(self._heads(self.key(seen_BTD)), rope), self._heads(self.value(seen_BTD)))
+
+    def step(self, u_BD: Tensor, state: KeyValueCache, context: Context) -> tuple[Tensor, KeyValueCache]:
+        """(y (B, D) of one position, the cache with it); the oldest position leaves a full window."""
+        assert context.rope is not None
+        u_B1D = u_BD[:, None]
+        query_BH1P = rotate(self._heads(self.query(u_B1D)), context.rope)
+        key_BGTP = torch.cat((state.key_BGTP, rotate(self._heads(self.key(u_B1D)), context.rope)), dim=2)
+        value_BGTP = torch.cat((state.value_BGTP, self._heads(self.value(u_B1D))), dim=2)
+        mixed_BH1P = F.scaled_dot_product_attention(query_BH1P, key_BGTP, value_BGTP, enable_gqa=True)
+        kept = slice(0 if self.window is None else max(0, key_BGTP.shape[2] - self.window + 1), None)
+        cache = KeyValueCache(key_BGTP[:, :, kept], value_BGTP[:, :, kept])
+        return self.out(mixed_BH1P.transpose(1, 2).flatten(2))[:, 0], cache
 
     def _heads(self, x_BLE: Tensor) -> Tensor:
         return x_BLE.view(*x_BLE.shape[:-1], -1, self.head_dim).transpose(1, 2)

@@ -1,44 +1,107 @@
 """The filters of a model as a module without parameters, one for all its spectral layers.
 
-Filters are derived data: float64, recomputed or read from the cache, never in a checkpoint, never cast.
+Filters and the matrices made from them are derived data: float64, recomputed or read from the cache, never in a
+checkpoint, never cast in place; each use casts a copy to the dtype it computes in.
+
+Shapes: B batch, L length, D width, K filters, C chunk, S states, I = C + S.
 """
 
 from __future__ import annotations
 
 from typing import Literal, assert_never
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from megassm.errors import UserError
-from megassm.ops.filterbank import direct_filterbank, fft_filterbank
+from megassm.ops.filterbank import (
+    ChunkTables,
+    chunk_inputs,
+    chunk_states,
+    chunked_filterbank,
+    direct_filterbank,
+    fft_filterbank,
+    flashfft_filterbank,
+    toeplitz_rows,
+)
 from megassm.ops.hankel import spectral_filters
+from megassm.ops.mixing import gated_product, mix_channels
+from megassm.ops.realize import realize
 
-Method = Literal["auto", "direct", "fft"]
+Way = Literal["direct", "fft", "flashfft", "chunked"]
+Method = Literal["auto"] | Way
 
 DIRECT_LENGTH = 512
 """Up to this length one Toeplitz product beats the FFT (CPU, see docs/LOG.md)."""
 
+CHUNK = 64
+"""Positions a chunk; near the number of states, so that neither half of the product dominates."""
+
 
 class FilterBank(nn.Module):
-    """u (B, L, D) -> features (B, L, K, D) with the K leading spectral filters."""
+    """The K leading spectral filters applied to every channel of u, in the way `method` says."""
 
     filters_LK: Tensor
     scale_K: Tensor
+    transition_SS: Tensor
+    input_SC: Tensor
+    rows_CKI: Tensor
+    step_transition_SS: Tensor
+    step_input_S: Tensor
+    step_output_KS: Tensor
 
     def __init__(self, seq_len: int, num_channels: int, sigma_scale: str, method: Method) -> None:
         super().__init__()
-        self.method = method
+        self.seq_len, self.num_channels = seq_len, num_channels
         self.sigma_scale = sigma_scale
-        self.register_buffer("filters_LK", torch.empty(seq_len, num_channels, dtype=torch.float64), persistent=False)
-        self.register_buffer("scale_K", torch.empty(num_channels, dtype=torch.float64), persistent=False)
+        self.method = method
+        for name in FilterBank.__annotations__:  # sizes follow from the filters: see `reset`
+            self.register_buffer(name, torch.empty(0, dtype=torch.float64), persistent=False)
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Fills the buffers from `spectral_filters`."""
-        sigma, phi = spectral_filters(*self.filters_LK.shape)
-        self.filters_LK.copy_(torch.from_numpy(phi))
-        self.scale_K.copy_(torch.from_numpy(sigma**0.25 if self.sigma_scale == "quarter_power" else sigma**0))
+        """Fills the buffers from `spectral_filters` and `realize`."""
+        sigma, phi = spectral_filters(self.seq_len, self.num_channels)
+        self._fill("filters_LK", phi)
+        self._fill("scale_K", sigma**0.25 if self.sigma_scale == "quarter_power" else sigma**0)
+        try:
+            chunk = realize(self.seq_len, self.num_channels, CHUNK)
+        except UserError:  # so many filters at this length have no short recurrence
+            if self.method == "chunked":
+                raise
+            return
+        for name in ("transition_SS", "input_SC", "step_transition_SS", "step_input_S", "step_output_KS"):
+            self._fill(name, getattr(chunk, name))
+        self._fill("rows_CKI", np.concatenate((chunk.toeplitz_CKC, chunk.output_CKS), axis=2))
+
+    def _fill(self, name: str, value: npt.NDArray[np.float64]) -> None:
+        setattr(self, name, torch.from_numpy(value).to(self.filters_LK.device))
+
+    @property
+    def state_size(self) -> int:
+        """S, numbers a channel of u that `step` and the chunks carry along.
+
+        Raises:
+            UserError: these filters have no state.
+        """
+        size = self.transition_SS.shape[0]
+        if size == 0:
+            raise UserError(
+                f"{self.num_channels} filters of length {self.seq_len} have no state-space form within tolerance, so "
+                "there are no steps and nothing beyond that length; lower model.num_channels"
+            )
+        return size
+
+    @torch.no_grad()
+    def take(self, other: FilterBank) -> None:
+        """Copies the leading filters of a larger bank."""
+        k = self.num_channels
+        for name in FilterBank.__annotations__:
+            setattr(self, name, getattr(other, name))
+        self.filters_LK, self.scale_K = other.filters_LK[:, :k], other.scale_K[:k]
+        self.rows_CKI, self.step_output_KS = other.rows_CKI[:, :k], other.step_output_KS[:k]
 
     def check_dtype(self) -> None:
         """Raises where something, such as an engine's `.bfloat16()`, has rounded the filters."""
@@ -52,22 +115,88 @@ class FilterBank(nn.Module):
         """sigma_k^(1/4), or ones, (k,), in `like`'s dtype."""
         return self.scale_K[:k].to(like.dtype)
 
+    def way(self, length: int) -> Way:
+        """How sequences of `length` are computed. `auto`: chunked, but direct where the state would be no shorter than
+        the sequence: many filters of a short length have no short recurrence."""
+        if self.method != "auto":
+            return self.method
+        if 0 < self.transition_SS.shape[0] < self.seq_len - 1:
+            return "chunked"
+        return "direct" if length <= DIRECT_LENGTH else "fft"
+
     def forward(self, u_BLD: Tensor, k: int) -> Tensor:
-        """Features (B, L, k, D) in at least float32: FFTs and long sums have no business in bfloat16."""
-        length, limit = u_BLD.shape[1], self.filters_LK.shape[0]
-        if length > limit:
-            raise UserError(
-                f"a sequence of {length} tokens: this model's filters were derived for model.seq_len = {limit}; "
-                "pass at most that many tokens"
-            )
+        """Features (B, L, k, D), in at least float32."""
         u_BLD = u_BLD.to(torch.promote_types(u_BLD.dtype, torch.float32))
-        filters_LK = self.filters_LK[:, :k].to(u_BLD.dtype)
-        match self.method:
-            case "auto":
-                compute = direct_filterbank if length <= DIRECT_LENGTH else fft_filterbank
-                return compute(u_BLD, filters_LK)
+        way = self.way(u_BLD.shape[1])
+        match way:
+            case "chunked":
+                return chunked_filterbank(u_BLD, self.tables(u_BLD.dtype), k)
             case "direct":
-                return direct_filterbank(u_BLD, filters_LK)
+                return direct_filterbank(u_BLD, self.filters(u_BLD), k)
             case "fft":
-                return fft_filterbank(u_BLD, filters_LK)
-        assert_never(self.method)
+                return fft_filterbank(u_BLD, self.filters(u_BLD), k)
+            case "flashfft":
+                return flashfft_filterbank(u_BLD, self.filters(u_BLD), k)
+        assert_never(way)
+
+    def mix(self, u_BLD: Tensor, weights_BLK: Tensor, channels_KDE: Tensor) -> Tensor:
+        """sum_k weights[k] * (features[k] @ channels[k]), (B, L, E); features are kept by the FFT ways only."""
+        batch, length, k = weights_BLK.shape
+        way = self.way(length)
+        if way in ("fft", "flashfft"):
+            return mix_channels(self(u_BLD, k), weights_BLK, channels_KDE)
+        if u_BLD.device.type == "cpu":  # no fast bfloat16 products there
+            u_BLD = u_BLD.to(torch.promote_types(u_BLD.dtype, torch.float32))
+        if way == "direct":
+            z_NID, rows_CKI = u_BLD, toeplitz_rows(self.filters(u_BLD)[:length, :k])
+        else:
+            tables = self.tables(u_BLD.dtype)
+            z_NID, rows_CKI = chunk_inputs(u_BLD, tables), tables.rows_CKI[:, :k]
+        positions = rows_CKI.shape[0]
+        padding = -length % positions
+        weights_NCK = nn.functional.pad(weights_BLK, (0, 0, 0, padding)).view(-1, positions, k)
+        mixed_NCE = gated_product(z_NID, rows_CKI, weights_NCK, channels_KDE)
+        return mixed_NCE.reshape(batch, length + padding, -1)[:, :length]
+
+    def step(self, u_BD: Tensor, state_BSD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """(features (B, k, D) of one position, the state after it) from the state before it: any K at any position."""
+        dtype = state_BSD.dtype
+        u_B1D = u_BD.to(dtype)[:, None]
+        first_K = self.filters_LK[0, :k].to(dtype)
+        features_BKD = self.step_output_KS[:k].to(dtype) @ state_BSD + first_K[:, None] * u_B1D
+        state_BSD = self.step_transition_SS.to(dtype) @ state_BSD + self.step_input_S.to(dtype)[:, None] * u_B1D
+        return features_BKD, state_BSD
+
+    def final_state(self, u_BLD: Tensor) -> Tensor:
+        """The state (B, S, D) after all L positions, in at least float32: what `step` continues from."""
+        assert self.state_size
+        dtype = torch.promote_types(u_BLD.dtype, torch.float32)
+        u_BLD = u_BLD.to(dtype)
+        whole = u_BLD.shape[1] // CHUNK * CHUNK
+        u_BNCD = nn.functional.pad(u_BLD[:, :whole], (0, 0, 0, CHUNK)).view(len(u_BLD), -1, CHUNK, u_BLD.shape[2])
+        state_BSD = chunk_states(u_BNCD, self.tables(dtype))[:, -1]
+        for u_BD in u_BLD[:, whole:].unbind(1):
+            _, state_BSD = self.step(u_BD, state_BSD, 0)
+        return state_BSD
+
+    def tables(self, dtype: torch.dtype) -> ChunkTables:
+        """The chunk's matrices in `dtype`."""
+        return ChunkTables(self.transition_SS.to(dtype), self.input_SC.to(dtype), self.rows_CKI.to(dtype))
+
+    def filters(self, u_BLD: Tensor) -> Tensor:
+        """At least L rows of the filters, continued beyond the length they were made for, in u's dtype."""
+        length = u_BLD.shape[1]
+        if length <= self.seq_len:
+            return self.filters_LK.to(u_BLD.dtype)
+        return torch.cat((self.filters_LK, self._continued(length - self.seq_len))).to(u_BLD.dtype)
+
+    def _continued(self, count: int) -> Tensor:
+        """(count, K) rows after the last: the response q A1^(i-1) b of the state, so that all ways agree on them."""
+        assert self.state_size
+        response_SC = self.input_SC.flip(1)  # A1^m b for m = 0..C-1
+        power_SS = torch.linalg.matrix_power(self.step_transition_SS, self.seq_len - 1)
+        rows = []
+        for _ in range(0, count, CHUNK):
+            rows.append((self.step_output_KS @ (power_SS @ response_SC)).t())
+            response_SC = self.transition_SS @ response_SC
+        return torch.cat(rows)[:count]

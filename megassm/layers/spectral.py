@@ -60,11 +60,31 @@ class SpectralMixer(nn.Module):
     def forward(self, u_BLD: Tensor, context: Context) -> Tensor:
         assert context.filterbank is not None
         k = context.k
-        features_BLKD = context.filterbank(u_BLD, k)
-        scale_K = context.filterbank.scale(k, like=features_BLKD)
-        if self.gate is None:
-            weights_BLK = (scale_K / k).expand(features_BLKD.shape[:-1])
-        else:
-            weights_BLK = self.gate(u_BLD, k) * scale_K
-        mixed_BLD = mix_channels(features_BLKD, weights_BLK, self.channels_KDD[:k])
+        mixed_BLD = context.filterbank.mix(u_BLD, self._weights(u_BLD, context), self.channels_KDD[:k])
         return mixed_BLD + u_BLD @ self.direct_DD
+
+    def final_state(self, u_BLD: Tensor, context: Context) -> Tensor:
+        """The state (B, S, D) after u: all that later positions need, at any budget."""
+        assert context.filterbank is not None
+        return context.filterbank.final_state(u_BLD)
+
+    def step(self, u_BD: Tensor, state_BSD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """(y (B, D) of one position, the state after it)."""
+        assert context.filterbank is not None
+        u_B1D = u_BD[:, None]
+        features_BKD, state_BSD = context.filterbank.step(u_BD, state_BSD, context.k)
+        weights_B1K = self._weights(u_B1D, context)
+        mixed_B1D = mix_channels(features_BKD[:, None], weights_B1K, self.channels_KDD[: context.k])
+        y_B1D: Tensor = mixed_B1D + u_B1D @ self.direct_DD
+        return y_B1D[:, 0], state_BSD
+
+    def _weights(self, u_BLD: Tensor, context: Context) -> Tensor:
+        """alpha_k sigma_k^(1/4), (B, L, k), in at least float32."""
+        assert context.filterbank is not None
+        k = context.k
+        if self.gate is not None:
+            weights_BLK: Tensor = self.gate(u_BLD, k)
+            return weights_BLK * context.filterbank.scale(k, like=weights_BLK)
+        dtype = torch.promote_types(u_BLD.dtype, torch.float32)
+        weights_K = context.filterbank.scale_K[:k].to(dtype) / k
+        return weights_K.expand(*u_BLD.shape[:-1], k)

@@ -1,40 +1,150 @@
-"""The causal convolution of every channel with the same K spectral filters.
+"""The causal convolution of every channel with the same K spectral filters, four ways.
 
     f[t, k] = sum_{s=0..t} phi[s, k] u[t - s]          for each of the D channels of u
 
-Every way of computing it has one signature and agrees with `direct_filterbank`, the truth.
+`direct_filterbank` is the truth. `chunked_filterbank` is the way to train: the bank is, to rounding, a linear
+state-space model with S states shared by all K filters (see `megassm.ops.realize`), so that chunks of C positions need
 
-Shapes: B batch, L length, D channels, K filters.
+    x_{c+1} = A x_c + B U_c          F_c = [T | Q] [U_c ; x_c]
+
+matrix products only, linear time, and an x that is all a later position needs to know of the past.
+
+Every way takes (u_BLD, tables, k) and gives features (B, L, k, D) in u's dtype.
+Shapes: B batch, L length, D channels, K filters, C chunk, S states, I = C + S, N = B * chunks.
 """
 
 from __future__ import annotations
+
+import importlib.util
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megassm.errors import UserError
 
-def direct_filterbank(u_BLD: Tensor, filters_LK: Tensor) -> Tensor:
-    """Features (B, L, K, D) as one product with the Toeplitz matrices of the filters: O(L^2), any dtype.
-
-    Args:
-        u_BLD: input.
-        filters_LK: the filters, at least L of their leading entries, in u's dtype.
-    """
-    length, num_filters = u_BLD.shape[1], filters_LK.shape[1]
-    padded_SK = F.pad(filters_LK[:length], (0, 0, length - 1, 0))  # entry t - s + L - 1; zero for the future
-    time = torch.arange(length, device=u_BLD.device)
-    toeplitz_LSK = padded_SK[time[:, None] - time + length - 1]
-    toeplitz_LKS = toeplitz_LSK.transpose(1, 2).reshape(length * num_filters, length)
-    features: Tensor = toeplitz_LKS @ u_BLD
-    return features.view(u_BLD.shape[0], length, num_filters, -1)
+FLASHFFT_TOLERANCE = 0.02
+"""Of the result's norm; bfloat16 has 8 bits."""
 
 
-def fft_filterbank(u_BLD: Tensor, filters_LK: Tensor) -> Tensor:
-    """Features (B, L, K, D) by FFT of twice the length: O(L log L), float32 or float64."""
+class ChunkTables(NamedTuple):
+    """The bank as matrices for one chunk, in the dtype to compute in."""
+
+    transition_SS: Tensor
+    """A."""
+    input_SC: Tensor
+    """B."""
+    rows_CKI: Tensor
+    """[T | Q]: output position, filter; then input position or state."""
+
+
+def direct_filterbank(u_BLD: Tensor, filters_LK: Tensor, k: int) -> Tensor:
+    """One product with the filters' Toeplitz matrices: O(L^2), any dtype. `filters_LK` has at least L rows."""
+    length = u_BLD.shape[1]
+    rows = toeplitz_rows(filters_LK[:length, :k])
+    features: Tensor = rows.flatten(0, 1) @ u_BLD
+    return features.view(u_BLD.shape[0], length, k, -1)
+
+
+def fft_filterbank(u_BLD: Tensor, filters_LK: Tensor, k: int) -> Tensor:
+    """By FFT of twice the length: O(L log L), float32 or float64. `filters_LK` has at least L rows."""
     length = u_BLD.shape[1]
     size = 2 * length  # no wrap-around
     u_BFD = torch.fft.rfft(u_BLD, n=size, dim=1)
-    filters_FK = torch.fft.rfft(filters_LK[:length], n=size, dim=0)
+    filters_FK = torch.fft.rfft(filters_LK[:length, :k], n=size, dim=0)
     features_BSKD: Tensor = torch.fft.irfft(filters_FK[:, :, None] * u_BFD[:, :, None, :], n=size, dim=1)
     return features_BSKD[:, :length]
+
+
+def flashfft_filterbank(u_BLD: Tensor, filters_LK: Tensor, k: int) -> Tensor:
+    """By FlashFFTConv (arXiv 2311.05908): CUDA only, float16 or bfloat16 inside, result in u's dtype."""
+    length = u_BLD.shape[1]
+    size = max(256, 1 << (2 * length - 1).bit_length())  # it knows powers of two from 256
+    conv = _flashfft_conv(size, torch.bfloat16)
+    u_BDL = u_BLD.transpose(1, 2).to(torch.bfloat16).contiguous()
+    width = u_BDL.shape[1]
+    features = [
+        conv(u_BDL, filters_LK[:length, i].float().expand(width, -1).contiguous()).transpose(1, 2) for i in range(k)
+    ]
+    return torch.stack(features, dim=2).to(u_BLD.dtype)
+
+
+@lru_cache(maxsize=8)
+def _flashfft_conv(size: int, dtype: torch.dtype) -> Any:
+    from flashfftconv import FlashFFTConv
+
+    return FlashFFTConv(size, dtype=dtype).cuda()
+
+
+def check_flashfft(filters_LK: Tensor, length: int) -> None:
+    """Compares FlashFFTConv with `fft_filterbank` on noise, once, before anything relies on it.
+
+    Raises:
+        UserError: not installed, no CUDA, or a result that is not the convolution.
+    """
+    way_out = "set model.filterbank: chunked, which needs nothing"
+    if importlib.util.find_spec("flashfftconv") is None:
+        raise UserError(f"model.filterbank = 'flashfft': the package flashfftconv is not installed; {way_out}")
+    if filters_LK.device.type != "cuda":
+        raise UserError(f"model.filterbank = 'flashfft': it runs on CUDA only, this is {filters_LK.device}; {way_out}")
+    u_BLD = torch.randn(1, length, 16, device=filters_LK.device)
+    expected = fft_filterbank(u_BLD, filters_LK.float(), filters_LK.shape[1])
+    found = flashfft_filterbank(u_BLD, filters_LK, filters_LK.shape[1])
+    error = float((found - expected).norm() / expected.norm())
+    if not error < FLASHFFT_TOLERANCE:
+        raise UserError(
+            f"model.filterbank = 'flashfft': at length {length} it differs from torch.fft by {error:.1e} of the "
+            f"result, more than {FLASHFFT_TOLERANCE}; {way_out}"
+        )
+
+
+def chunked_filterbank(u_BLD: Tensor, tables: ChunkTables, k: int) -> Tensor:
+    """By chunks and a shared state: O(L), matrix products only; also beyond the length the filters were made for."""
+    batch, length, width = u_BLD.shape
+    z_NID = chunk_inputs(u_BLD, tables)
+    rows_CKI = tables.rows_CKI[:, :k]
+    features_NCKD = torch.bmm(_over_batch(rows_CKI.flatten(0, 1).to(z_NID.dtype), z_NID), z_NID)
+    return features_NCKD.view(batch, -1, k, width)[:, :length]
+
+
+def toeplitz_rows(filters_LK: Tensor) -> Tensor:
+    """T (L, K, L) with T[t, k, s] = filters[t - s, k], and 0 for s > t."""
+    length = filters_LK.shape[0]
+    padded_SK = F.pad(filters_LK, (0, 0, length - 1, 0))  # entry t - s + L - 1; zero for the future
+    time = torch.arange(length, device=filters_LK.device)
+    return padded_SK[time[:, None] - time + length - 1].transpose(1, 2)
+
+
+def chunk_inputs(u_BLD: Tensor, tables: ChunkTables) -> Tensor:
+    """[U_c ; x_c] (N, I, D) of every chunk: its own inputs, zero beyond the end, and the state it starts from."""
+    u_BNCD = _chunks(u_BLD, tables.input_SC.shape[1])
+    states_BNSD = chunk_states(u_BNCD, tables)
+    return torch.cat((u_BNCD, states_BNSD), dim=2).flatten(0, 1)
+
+
+def chunk_states(u_BNCD: Tensor, tables: ChunkTables) -> Tensor:
+    """x_c (B, chunks, S, D): the state each chunk starts from, the first from zero.
+
+    x_c = sum_{j<c} A^(c-1-j) B U_j by doubling: after step i a chunk holds the sum over its 2^i predecessors. The
+    recurrence runs in at least float32, whatever u is: its errors would add up along the sequence.
+    """
+    dtype = torch.promote_types(u_BNCD.dtype, torch.float32)
+    added_BNSD = torch.matmul(tables.input_SC.to(dtype), u_BNCD[:, :-1].to(dtype))
+    states_BNSD = F.pad(added_BNSD, (0, 0, 0, 0, 1, 0))
+    power_SS, distance = tables.transition_SS.to(dtype), 1
+    while distance < states_BNSD.shape[1]:
+        carried = torch.matmul(power_SS, states_BNSD[:, :-distance])
+        states_BNSD = states_BNSD + F.pad(carried, (0, 0, 0, 0, distance, 0))
+        power_SS, distance = power_SS @ power_SS, 2 * distance
+    return states_BNSD.to(u_BNCD.dtype)
+
+
+def _chunks(u_BLD: Tensor, chunk: int) -> Tensor:
+    batch, length, width = u_BLD.shape
+    return F.pad(u_BLD, (0, 0, 0, -length % chunk)).reshape(batch, -1, chunk, width)
+
+
+def _over_batch(rows: Tensor, batched: Tensor) -> Tensor:
+    return rows.expand(batched.shape[0], -1, -1)

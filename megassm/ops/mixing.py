@@ -4,15 +4,21 @@
     alpha = softmax(shat)
     y     = sum_{k<=K} alpha_k sigma_k^(1/4) M_k f_k    as one product with inner dimension K*D
 
-Shapes: B batch, L length, K channels within the budget, D inputs, E outputs.
+Shapes: B batch, L length, K channels within the budget, D inputs, E outputs, C chunk, I inputs and states of a chunk,
+N chunks of all sequences.
 """
 
 from __future__ import annotations
+
+import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
 
 NORM_FLOOR = 1e-6
+GROUP_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
+"""Features held at a time, in either direction; on a CPU few enough to stay in its caches."""
 
 
 def gate_weights(scores_BLK: Tensor, rescale: bool) -> Tensor:
@@ -31,3 +37,115 @@ def mix_channels(features_BLKD: Tensor, weights_BLK: Tensor, channels_KDE: Tenso
     """sum_k weights[k] * (features[k] @ channels[k]), (B, L, E), without forming any (B, L, K, E) product."""
     gated_BLKD = features_BLKD * weights_BLK[..., None]
     return gated_BLKD.flatten(2).to(channels_KDE.dtype) @ channels_KDE.flatten(0, 1)
+
+
+def gated_product(z_NID: Tensor, rows_CKI: Tensor, weights_NCK: Tensor, channels_KDE: Tensor) -> Tensor:
+    """`mix_channels(rows @ z, weights, channels)` (N, C, E) that keeps no feature: they are made again in backward.
+
+    Features are formed, gated and multiplied in groups of filters, forward and backward, so that memory is O(N I D)
+    whatever K is, and the cost of K filters is that of K products.
+
+    Args:
+        z_NID: a chunk's inputs and states (`chunk_inputs`).
+        rows_CKI: constant, [T | Q]; no gradient.
+        weights_NCK: alpha_k sigma_k^(1/4).
+        channels_KDE: M_k.
+    """
+    mixed: Tensor = _GatedProduct.apply(z_NID, rows_CKI, weights_NCK, channels_KDE)  # type: ignore[no-untyped-call]
+    return mixed
+
+
+def gated_features(z_NID: Tensor, rows_XI: Tensor, weights_NX: Tensor) -> Tensor:
+    """(rows @ z) * weights, (N, X, D) in z's dtype. The truth beside `mixing_triton.gated_features`."""
+    features_NXD = torch.bmm(rows_XI.expand(z_NID.shape[0], -1, -1), z_NID)
+    features_NXD *= weights_NX[..., None]
+    return features_NXD
+
+
+def gated_features_backward(
+    z_NID: Tensor, rows_XI: Tensor, weights_NX: Tensor, dgated_NXD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(`gated_features` made again, the gradient of the weights); turns `dgated_NXD` into that of the features.
+
+    The truth beside `mixing_triton.gated_features_backward`.
+    """
+    features_NXD = torch.bmm(rows_XI.expand(z_NID.shape[0], -1, -1), z_NID)
+    dweights_NX = torch.einsum("nxd,nxd->nx", features_NXD, dgated_NXD).to(weights_NX.dtype)
+    features_NXD *= weights_NX[..., None]
+    dgated_NXD *= weights_NX[..., None]
+    return features_NXD, dweights_NX
+
+
+class _GatedProduct(torch.autograd.Function):
+    """Filters go through in groups; X = (C, G) are the positions of a chunk and the filters of a group."""
+
+    @staticmethod
+    def forward(ctx: Any, z_NID: Tensor, rows_CKI: Tensor, weights_NCK: Tensor, channels_KDE: Tensor) -> Tensor:
+        ctx.save_for_backward(z_NID, rows_CKI, weights_NCK, channels_KDE)
+        form, _ = _kernels(z_NID)
+        positions = weights_NCK[..., 0].numel()
+        y_PE = z_NID.new_zeros(positions, channels_KDE.shape[2], dtype=_accumulator(z_NID))
+        for ks in _groups(z_NID, rows_CKI):
+            gated_NXD = form(z_NID, _rows(rows_CKI, ks, z_NID), weights_NCK[:, :, ks].flatten(1))
+            _add_product(y_PE, gated_NXD.view(positions, -1), channels_KDE[ks].flatten(0, 1).to(z_NID.dtype))
+        return y_PE.to(channels_KDE.dtype).view(*weights_NCK.shape[:2], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+        z_NID, rows_CKI, weights_NCK, channels_KDE = ctx.saved_tensors
+        _, form_again = _kernels(z_NID)
+        positions = weights_NCK[..., 0].numel()
+        dy_PE = grads[0].reshape(positions, -1).to(z_NID.dtype)
+        dz_NID = torch.zeros_like(z_NID, dtype=_accumulator(z_NID))
+        dweights_NCK = torch.empty_like(weights_NCK)
+        dchannels_KDE = torch.empty_like(channels_KDE)
+        for ks in _groups(z_NID, rows_CKI):
+            rows_XI, weights_NCG = _rows(rows_CKI, ks, z_NID), weights_NCK[:, :, ks]
+            channels_XE = channels_KDE[ks].flatten(0, 1).to(z_NID.dtype)
+            dgated_NXD = (dy_PE @ channels_XE.t()).view(z_NID.shape[0], -1, z_NID.shape[2])
+            gated_NXD, dweights_NX = form_again(z_NID, rows_XI, weights_NCG.flatten(1), dgated_NXD)
+            dweights_NCK[:, :, ks] = dweights_NX.view_as(weights_NCG)
+            dchannels_KDE[ks] = (gated_NXD.view(positions, -1).t() @ dy_PE).view_as(channels_KDE[ks])
+            _add_batched_product(dz_NID, rows_XI.t().expand(z_NID.shape[0], -1, -1), dgated_NXD)
+        return dz_NID.to(z_NID.dtype), None, dweights_NCK, dchannels_KDE
+
+
+def _kernels(z_NID: Tensor) -> tuple[Any, Any]:
+    """How gated features are formed: by Triton on CUDA, where it is; by torch anywhere else."""
+    if z_NID.device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from megassm.ops import mixing_triton
+
+        return mixing_triton.gated_features, mixing_triton.gated_features_backward
+    return gated_features, gated_features_backward
+
+
+def _rows(rows_CKI: Tensor, ks: slice, z_NID: Tensor) -> Tensor:
+    """[T | Q] (X, I) of a group of filters, in z's dtype."""
+    return rows_CKI[:, ks].flatten(0, 1).to(z_NID.dtype)
+
+
+def _groups(z_NID: Tensor, rows_CKI: Tensor) -> list[slice]:
+    """The filters in runs whose features fit GROUP_BYTES."""
+    c, k = rows_CKI.shape[:2]
+    one = z_NID.shape[0] * c * z_NID.shape[2] * z_NID.element_size()
+    size = max(1, min(k, GROUP_BYTES[z_NID.device.type] // max(1, one)))
+    return [slice(first, min(k, first + size)) for first in range(0, k, size)]
+
+
+def _accumulator(z_NID: Tensor) -> torch.dtype:
+    """The dtype in which sums over groups are kept."""
+    return torch.promote_types(z_NID.dtype, torch.float32)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        torch.addmm(total, left, right, out=total)  # torch's FLOP counter does not see addmm_
+    else:
+        total += left @ right
+
+
+def _add_batched_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        torch.baddbmm(total, left, right, out=total)
+    else:
+        total += torch.bmm(left, right)

@@ -1,0 +1,212 @@
+"""The bank of K spectral filters as one linear state-space model with S states: no FFT, decoding in constant memory.
+
+    step   f_k = q_k x + phi_k(0) u                 x' = A1 x + b u        x: inputs strictly before the current one
+    chunk  F_c = T U_c + Q x_c                      x_{c+1} = A x_c + B U_c
+           A = A1^C,  B[:, m] = A1^(C-1-m) b,  Q[i] = q A1^i,  T[i, k, m] = phi_k(i-m) for i >= m, else 0
+
+The same x serves both forms, so decoding can start where a prefill ended (SpectraLDS does this by regression).
+
+A short state exists because phi_k is a sum of decaying exponentials and the K filters share their few directions. The
+block Hankel matrix of the continued filters, damped, is cut off where its singular values fall below tolerance,
+
+    H[(i, k), j] = g^(i+j) phi_k(i+j+1) = U diag(s) W^T,   A1 = s^-1/2 U^T H_shifted W s^-1/2   (Ho & Kalman; ERA),
+
+with i, j in [0, L) sampled geometrically (square root of the gap as weight). The balanced scaling keeps every entry of
+A, B and Q near 1. The damping g = exp(-alpha / L) matters: only ages below L occur in a sequence of length L, while the
+continued filters are by far largest beyond it (see `extended_filters`); undamped, they spend the precision there.
+
+Nothing is believed unmeasured: a candidate is taken only if its spectral radius is below 1 and if, on white noise of
+length L, the chunk form in float32 reproduces every channel. Where none does so (K = 32 at L <= 512) the state is the
+last L-1 inputs themselves: exact, and 0 beyond L. Measured for K = 32, C = 64, the worst channel:
+
+    L                            256    512   1024    2048    8192   32,768   65,536
+    S                            255    511     43      44      47       50       52
+    error, float64                 0      0   4e-8    1e-7    7e-8     5e-8     3e-8
+    error, float32              2e-7   2e-7   5e-7    3e-7    3e-7     9e-7     1e-6
+    off the continuation to 2L     1      1   1e-3    1e-3    2e-4     1e-4     3e-5   (of its largest value)
+    off the continuation to 4L     1      1   2e-2    1e-1    3e-2     1e-2     3e-3
+
+The choice among candidates turns on rounding: two machines with other BLAS libraries may hold different states for the
+same filters. A state is only good with the model that made it; where several processes share one, share the model too.
+
+Shapes: L sequence length, K channels, C chunk, S states, J sampled ages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy.linalg import svd
+from scipy.signal import fftconvolve
+
+from megassm.errors import UserError
+from megassm.ops.hankel import Array, extended_filters, spectral_filters
+
+TOLERANCE = 4e-6
+SAMPLES_PER_OCTAVE = 24
+DAMPING = (6.5, 5.0, 4.0, 3.0, 2.0, 1.0)  # alpha, in the order tried: stability differs, by luck of rounding
+CUTOFFS = (1e-8, 1e-7, 1e-6)  # of singular values; the filters have norm 1
+SHIFT_REGISTER_LIMIT = 2048  # longest sequence whose state may be its last L-1 inputs: Q takes C * K * L numbers
+TRIAL_CHUNKS = (64, 16, 256)  # every model is tried in all of them, so that the state is the same whatever the chunk
+
+
+class Realization(NamedTuple):
+    """Chunk form and step form over one state. float64; cast what a device needs, once."""
+
+    transition_SS: Array
+    input_SC: Array  # column m belongs to position m of the chunk
+    toeplitz_CKC: Array
+    output_CKS: Array
+    step_transition_SS: Array
+    step_input_S: Array
+    step_output_KS: Array
+    step_direct_K: Array
+
+
+class _Step(NamedTuple):
+    transition_SS: Array
+    input_S: Array
+    output_KS: Array
+
+
+def realize(seq_len: int, num_channels: int, chunk: int, tolerance: float = TOLERANCE) -> Realization:
+    """The filters of `spectral_filters(seq_len, num_channels)` as a state-space model in chunks of `chunk` steps.
+
+    Args:
+        seq_len: L, the length the filters are derived for. Within L the model agrees with them to `tolerance`.
+        num_channels: K <= L.
+        chunk: C, any positive length; beyond L the Toeplitz block continues with the model's own response.
+        tolerance: largest relative error of a channel's output on white noise of length L in float32 arithmetic.
+
+    Raises:
+        UserError: chunk not positive, sizes `spectral_filters` refuses, or no model within tolerance above L = 2048.
+    """
+    if chunk < 1:
+        raise UserError(f"chunk = {chunk}: must be at least 1 step")
+    _, phi_LK = spectral_filters(seq_len, num_channels)
+    for step in _candidates(seq_len, num_channels):
+        if len(step.input_S) < seq_len - 1 and _is_faithful(step, phi_LK, tolerance):
+            return _in_chunks(step, phi_LK, chunk)
+    if seq_len > SHIFT_REGISTER_LIMIT:
+        raise UserError(
+            f"num_channels = {num_channels} for seq_len = {seq_len}: no state-space model reproduces these filters to "
+            f"{tolerance:g} in float32; lower num_channels, raise tolerance or convolve by FFT"
+        )
+    return _in_chunks(_shift_register(phi_LK), phi_LK, chunk)
+
+
+def realized_filters(model: Realization, length: int) -> Array:
+    """The model's impulse response (length, K): what an FFT must convolve with to agree with it beyond L as well."""
+    states_JS = _powers(model.step_transition_SS, model.step_input_S, max(length - 1, 1))
+    response = np.concatenate((model.step_direct_K[None], states_JS @ model.step_output_KS.T))
+    return np.asarray(response[:length])
+
+
+def _candidates(seq_len: int, num_channels: int) -> Iterator[_Step]:
+    """Models of growing state, for one damping after the other."""
+    if seq_len < 2:
+        return
+    ages_J, weight_J = _sample_ages(seq_len)
+    continued = extended_filters(seq_len, num_channels, 2 * seq_len + 1)
+    for alpha in DAMPING:
+        damped_J = weight_J * np.exp(-alpha / seq_len * ages_J)
+
+        def hankel(shift: int, damped_J: Array = damped_J) -> Array:
+            blocks = continued[ages_J[:, None] + ages_J + shift].transpose(0, 2, 1)
+            return np.asarray((blocks * damped_J[:, None, None] * damped_J).reshape(-1, len(ages_J)))
+
+        left, singular, right = svd(hankel(1), full_matrices=False, check_finite=False)
+        one_step = left.T @ hankel(2) @ right.T
+        first = (continued[ages_J + 1] * damped_J[:, None]).reshape(-1)
+        outputs_KJ = (continued[ages_J + 1] * damped_J[:, None]).T
+        sizes = [max(1, int((singular > cutoff).sum())) for cutoff in CUTOFFS]
+        for size in dict.fromkeys(sizes):
+            root_S = np.sqrt(singular[:size])
+            yield _Step(
+                one_step[:size, :size] / root_S[:, None] / root_S,
+                left[:, :size].T @ first / root_S,
+                outputs_KJ @ right[:size].T / root_S,
+            )
+
+
+def _sample_ages(seq_len: int) -> tuple[npt.NDArray[np.int64], Array]:
+    """Ages in [0, L): all of the first, then every second, every fourth, ..; and the square root of the gaps."""
+    ages: list[int] = []
+    gap = 1
+    while not ages or ages[-1] + gap < seq_len:
+        begin = ages[-1] + gap if ages else 0
+        ages += range(begin, min(seq_len, begin + SAMPLES_PER_OCTAVE * gap), gap)
+        gap *= 2
+    ages_J = np.array(ages)
+    return ages_J, np.sqrt(np.diff(np.append(ages_J, seq_len)))
+
+
+def _shift_register(phi_LK: Array) -> _Step:
+    """The state is the last L-1 inputs, the newest first."""
+    size = max(1, len(phi_LK) - 1)
+    outputs_KS = np.zeros((phi_LK.shape[1], size))
+    outputs_KS[:, : len(phi_LK) - 1] = phi_LK[1:].T
+    return _Step(np.eye(size, k=-1), np.eye(size)[0], outputs_KS)
+
+
+def _in_chunks(step: _Step, phi_LK: Array, chunk: int) -> Realization:
+    transition_SS, input_S, output_KS = step
+    inputs_CS = _powers(transition_SS, input_S, chunk)
+    outputs_CKS = _powers(transition_SS.T, output_KS, chunk)
+    response_CK = np.concatenate((phi_LK[:1], inputs_CS @ output_KS.T))[:chunk]
+    response_CK[: len(phi_LK)] = phi_LK[:chunk]
+    age_CC = np.arange(chunk)[:, None] - np.arange(chunk)
+    toeplitz_CCK = np.where((age_CC >= 0)[..., None], response_CK[age_CC], 0.0)
+    return Realization(
+        transition_SS=np.linalg.matrix_power(transition_SS, chunk),
+        input_SC=np.ascontiguousarray(inputs_CS[::-1].T),
+        toeplitz_CKC=np.ascontiguousarray(toeplitz_CCK.transpose(0, 2, 1)),
+        output_CKS=outputs_CKS,
+        step_transition_SS=transition_SS,
+        step_input_S=input_S,
+        step_output_KS=output_KS,
+        step_direct_K=phi_LK[0].copy(),
+    )
+
+
+def _powers(transition_SS: Array, start: Array, count: int) -> Array:
+    """A^j start for j = 0 .. count-1, by doubling; vectors lie along start's last axis."""
+    result = np.empty((count, *start.shape))
+    result[0] = start
+    done, power_SS = 1, transition_SS.T
+    while done < count:
+        fresh = min(done, count - done)
+        result[done : done + fresh] = result[:fresh] @ power_SS
+        done += fresh
+        power_SS = power_SS @ power_SS
+    return result
+
+
+def _is_faithful(step: _Step, phi_LK: Array, tolerance: float) -> bool:
+    if np.abs(np.linalg.eigvals(step.transition_SS)).max() >= 1:
+        return False
+    return all(_float32_error(_in_chunks(step, phi_LK, chunk), phi_LK) < tolerance for chunk in TRIAL_CHUNKS)
+
+
+def _float32_error(model: Realization, phi_LK: Array) -> float:
+    """Largest relative error of a channel on white noise of length L: chunk form in float32 against float64 FFT."""
+    chunk = model.input_SC.shape[1]
+    length = len(phi_LK)
+    noise_L = np.random.default_rng(0).standard_normal(length)
+    chunks_NC = np.zeros((-(-length // chunk), chunk), np.float32)
+    chunks_NC.reshape(-1)[:length] = noise_L
+    transition, inputs, toeplitz, outputs = (np.asarray(matrix, np.float32) for matrix in model[:4])
+    drive_NS = chunks_NC @ inputs.T
+    state_NS = np.zeros_like(drive_NS)
+    with np.errstate(over="ignore", invalid="ignore"):  # a bad candidate may overflow: its error is then not a number
+        for n in range(1, len(state_NS)):
+            state_NS[n] = transition @ state_NS[n - 1] + drive_NS[n - 1]
+        features = chunks_NC @ toeplitz.reshape(-1, chunk).T
+        features += state_NS @ outputs.reshape(-1, len(transition)).T
+    features_LK = features.reshape(-1, phi_LK.shape[1])[:length]
+    exact_LK = fftconvolve(noise_L[:, None], phi_LK, axes=0)[:length]
+    error_K = np.linalg.norm(features_LK - exact_LK, axis=0) / np.linalg.norm(exact_LK, axis=0)
+    return float(np.nan_to_num(error_K, nan=np.inf).max())

@@ -1,0 +1,122 @@
+"""Steps from a state against the parallel form, at fixed and at changing budgets; the state's size."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from megassm.eval.generate import Sampling, generate
+from megassm.model import DecodingState, LanguageModel, build_model
+from tests.conftest import ROOT
+from tests.test_model import config
+
+LENGTH, K_MAX = 2048, 32
+
+
+@lru_cache
+def model(pattern: str) -> LanguageModel:
+    settings = config(pattern=pattern, seq_len=LENGTH, num_channels=K_MAX, d_model=32, window=100)
+    return build_model(settings, 0).eval()
+
+
+def text(length: int, batch: int = 1) -> Tensor:
+    return torch.randint(0, 50, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def stepped(network: LanguageModel, ids_BL: Tensor, start: int, budgets: list[int]) -> Tensor:
+    """Logits at every position from `start` on, a step each; the part before by prefill at the first budget."""
+    first, state = network.prefill(ids_BL[:, :start], budgets[0])
+    rows = [first]
+    for position in range(start, ids_BL.shape[1]):
+        logits, state = network.step(ids_BL[:, position], state, budgets[position % len(budgets)])
+        rows.append(logits)
+    return torch.stack(rows, dim=1)
+
+
+@pytest.mark.parametrize(("pattern", "k"), [("S", 32), ("S", 4), ("SA", 8)])
+@torch.no_grad()
+def test_two_thousand_steps_equal_the_parallel_form(pattern: str, k: int) -> None:
+    ids_BL = text(2000)
+    expected = model(pattern)(ids_BL, k)
+    found = stepped(model(pattern), ids_BL, 37, [k])
+    assert torch.allclose(found, expected[:, 36:], atol=1e-4)
+
+
+@torch.no_grad()
+def test_changing_budgets_equal_the_parallel_form_of_one_layer() -> None:
+    """With one layer the state does not depend on earlier budgets: position t equals the parallel form at its K."""
+    network = build_model(config(pattern="S", n_layers=1, seq_len=LENGTH, num_channels=K_MAX), 0).eval()
+    ids_BL, budgets = text(2000), [3, 32, 1, 17]
+    parallel = {k: network(ids_BL, k) for k in budgets}
+    found = stepped(network, ids_BL, 1, budgets)
+    for position in range(1, 2000):
+        expected = parallel[budgets[position % 4]][:, position]
+        assert torch.allclose(found[:, position], expected, atol=1e-4)
+
+
+def test_budget_as_a_function_of_the_position() -> None:
+    network = build_model(config(pattern="SA"), 0).eval()
+    greedy = Sampling(20, temperature=0)
+    prompts = [[1, 2, 3, 4, 5]]
+    assert generate(network, prompts, lambda _: 4, greedy) == generate(network, prompts, 4, greedy)
+    changing = generate(network, prompts, lambda position: 1 if position % 2 else 6, greedy)[0]
+    logits, state = network.prefill(torch.tensor([[1]]), 6)
+    ids = prompts[0] + changing
+    for position in range(1, len(ids)):
+        if position >= 5:
+            assert int(logits.argmax()) == ids[position]
+        logits, state = network.step(torch.tensor([ids[position]]), state, 1 if position % 2 else 6)
+
+
+@torch.no_grad()
+def test_state_is_small_and_does_not_grow() -> None:
+    def after(pattern: str, length: int) -> DecodingState:
+        return model(pattern).prefill(text(length), 4)[1]
+
+    network = model("S")
+    assert network.filterbank is not None
+    assert network.filterbank.state_size <= K_MAX + 16
+    for length in (1, 100, 6000):
+        assert after("S", length).nbytes == network.config.n_layers * network.filterbank.state_size * 32 * 4
+    windowed = after("SA", 6000).nbytes
+    assert windowed == after("SA", 3000).nbytes
+    attention = 2 * (network.config.window or 0) * 16 * 4  # keys and values of 2 heads of 8, a layer
+    assert windowed <= after("S", 1).nbytes // 2 + network.config.n_layers // 2 * attention
+
+
+COMPILE_CHECK = """
+import torch
+from megassm.model import build_model
+from tests.test_model import config, ids
+graphs = 0
+def backend(graph, inputs):
+    global graphs
+    graphs += 1
+    return graph
+model = build_model(config(pattern="SA", seq_len=96), 0)
+compiled = torch.compile(model, fullgraph=True, backend=backend)
+text = torch.randint(0, 50, (2, 65))
+for k in (4, 2, 4, 6, 2, 6, 4):
+    loss = compiled(text[:, :-1], k, text[:, 1:]).mean()
+    loss.backward()
+    assert torch.allclose(loss, model(text[:, :-1], k, text[:, 1:]).mean())
+print(graphs)
+"""
+
+
+def test_torch_compile_makes_one_graph_a_budget_without_a_break() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE_CHECK],
+        cwd=ROOT,
+        env=os.environ | {"TORCHDYNAMO_DISABLE": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "3\n", done.stderr

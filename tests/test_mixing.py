@@ -100,6 +100,14 @@ for n, c, g, i, d in [(1, 1, 1, 1, 1), (2, 5, 3, 7, 9), (3, 16, 4, 26, 70), (2, 
         torch.testing.assert_close(found_d.float(), expected_d, atol=tolerance, rtol=tolerance)
         for mine, other in zip(found_parts, expected_parts):
             torch.testing.assert_close(mine.float(), other, atol=10 * tolerance, rtol=tolerance)
+assert mixing._triton_is_right(torch.device("cpu"), torch.float32)
+mixing_triton.gated_features = lambda z, rows, weights: mixing.gated_features(z, rows, weights) * 1.01
+mixing._triton_is_right.cache_clear()
+import warnings
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    assert not mixing._triton_is_right(torch.device("cpu"), torch.float32)
+assert "off by 1.0e-02" in str(said[0].message)
 print("equal")
 """
 

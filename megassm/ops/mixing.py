@@ -11,6 +11,8 @@ N chunks of all sequences.
 from __future__ import annotations
 
 import importlib.util
+import warnings
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +21,11 @@ from torch import Tensor
 NORM_FLOOR = 1e-6
 GROUP_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
 """Features held at a time, in either direction; on a CPU few enough to stay in its caches."""
+
+TRITON_INPUTS = 128
+"""Largest I whose blocks fit the shared memory of a CUDA core."""
+TRITON_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""Of the norm, for `_triton_is_right`."""
 
 
 def gate_weights(scores_BLK: Tensor, rescale: bool) -> Tensor:
@@ -111,12 +118,46 @@ class _GatedProduct(torch.autograd.Function):
 
 
 def _kernels(z_NID: Tensor) -> tuple[Any, Any]:
-    """How gated features are formed: by Triton on CUDA, where it is; by torch anywhere else."""
-    if z_NID.device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    """How gated features are formed: by Triton on CUDA, where it is and is right; by torch anywhere else."""
+    if z_NID.device.type == "cuda" and z_NID.shape[1] <= TRITON_INPUTS and _triton_is_right(z_NID.device, z_NID.dtype):
         from megassm.ops import mixing_triton
 
         return mixing_triton.gated_features, mixing_triton.gated_features_backward
     return gated_features, gated_features_backward
+
+
+@lru_cache
+def _triton_is_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels agree with torch on this device: asked once, before anything relies on them."""
+    if importlib.util.find_spec("triton") is None or dtype not in TRITON_TOLERANCE:
+        return False
+    from megassm.ops import mixing_triton
+
+    generator = torch.Generator(device).manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    z_NID, rows_XI = noise(3, 108, 200).to(dtype), (noise(96, 108) / 10).to(dtype)
+    weights_NX, dgated_NXD = noise(3, 96), noise(3, 96, 200).to(dtype)
+    try:
+        found = (
+            mixing_triton.gated_features(z_NID, rows_XI, weights_NX),
+            *mixing_triton.gated_features_backward(z_NID, rows_XI, weights_NX, dgated_NXD.clone()),
+        )
+    except Exception as error:  # a compiler's refusal has many types
+        warnings.warn(f"Triton's kernels do not run here ({error}); torch's products are used", stacklevel=2)
+        return False
+    truth = (
+        gated_features(z_NID, rows_XI, weights_NX),
+        *gated_features_backward(z_NID, rows_XI, weights_NX, dgated_NXD.clone()),
+    )
+    for mine, other in zip(found, truth, strict=True):
+        off = float((mine.float() - other.float()).norm() / other.float().norm())
+        if not off < TRITON_TOLERANCE[dtype]:
+            warnings.warn(f"Triton's kernels are off by {off:.1e} here; torch's products are used", stacklevel=2)
+            return False
+    return True
 
 
 def _rows(rows_CKI: Tensor, ks: slice, z_NID: Tensor) -> Tensor:

@@ -133,6 +133,7 @@ def train(run: Run) -> None:
         rate = learning_rate(config.optim, config.train, step)
         grad_norm = engine.update(rate)
         totals = agree(run, step, budgets, tally)
+        check_finite(step, totals.score.loss, grad_norm)
         row = journal_row(run, step, budgets, totals, time.perf_counter() - started)
         row |= {"lr": rate, "grad_norm": grad_norm}
         last = step + 1 == config.train.steps
@@ -163,7 +164,7 @@ def agree(run: Run, step: int, budgets: list[int], tally: Tally) -> Totals:
     """One small message between all ranks: sums the loss, and holds the budgets against each other.
 
     Raises:
-        UserError: ranks drew different K, or the loss is not finite.
+        UserError: ranks drew different K.
     """
     mine = [tally.nll.item(), tally.tokens, tally.text_bytes, tally.data_wait_s]
     mine += [peak_memory_bytes(run.world.device), run.stop.received, *budgets]
@@ -175,14 +176,21 @@ def agree(run: Run, step: int, budgets: list[int], tally: Tally) -> Totals:
                 f"step {step + 1}, micro-step {micro_step}: the ranks drew different budgets K ({per_rank}). K is a "
                 "function of the configuration alone: start all ranks with the same --config, overrides and version"
             )
-    total = Score.total(row[:3] for row in rows)
-    if not math.isfinite(total.nll):
-        raise UserError(
-            f"step {step + 1}: the loss is {total.nll}; training diverged. Lower optim.lr, or lengthen "
-            "optim.warmup_steps, and start again: the same command continues from the last checkpoint"
-        )
     wait, memory, stop = (max(row[column] for row in rows) for column in (3, 4, 5))
-    return Totals(total, wait, int(memory), bool(stop))
+    return Totals(Score.total(row[:3] for row in rows), wait, int(memory), bool(stop))
+
+
+def check_finite(step: int, loss: float, grad_norm: float) -> None:
+    """Stops a run that has diverged before its weights reach a checkpoint.
+
+    Raises:
+        UserError: the loss or the gradient is not finite.
+    """
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise UserError(
+            f"step {step + 1}: the loss is {loss:g}, the gradient norm {grad_norm:g}: training diverged. Lower "
+            "optim.lr, or lengthen optim.warmup_steps, and start again: the same command continues from the last checkpoint"
+        )
 
 
 def journal_row(run: Run, step: int, budgets: list[int], totals: Totals, seconds: float) -> Row:

@@ -166,3 +166,14 @@ def test_tools_on_a_finished_run(finished: Path, tmp_path: Path) -> None:
     assert all(row["text"].startswith("def ") for row in texts)
     run_python("tools/generate.py", str(finished), *options)
     assert json.loads(samples.read_text(encoding="utf-8")) == texts, "the same seed must draw the same text"
+
+
+def test_divergence_stops_the_run_before_it_reaches_a_checkpoint(tmp_path: Path, data_path: Path) -> None:
+    overrides = (*LONG, "optim.lr=1e30", "optim.grad_clip=null", "optim.warmup_steps=0", "checkpoint.every_steps=1")
+    done = run_python(*command(tmp_path / "run", data_path, 1, *overrides)[1:], check=False)
+    assert done.returncode == 1
+    assert "training diverged. Lower optim.lr, or lengthen" in done.stderr
+    assert "Traceback" not in done.stderr
+    checkpoint, _ = newest_checkpoint(tmp_path / "run")
+    diverged_at = int(done.stderr.split("step ")[1].split(":")[0])
+    assert checkpoint is None or checkpoint.manifest.step < diverged_at

@@ -188,8 +188,9 @@ def check_finite(step: int, loss: float, grad_norm: float) -> None:
     """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise UserError(
-            f"step {step + 1}: the loss is {loss:g}, the gradient norm {grad_norm:g}: training diverged. Lower "
-            "optim.lr, or lengthen optim.warmup_steps, and start again: the same command continues from the last checkpoint"
+            f"step {step + 1}: the loss is {loss:g}, the gradient norm {grad_norm:g}: training diverged. "
+            "Lower optim.lr, or lengthen optim.warmup_steps, and start again: the same command continues from the last "
+            "checkpoint"
         )
 
 

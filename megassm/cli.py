@@ -9,11 +9,14 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megassm.errors import UserError
+
+OTHER_RANKS_WAIT_S = 2.0
 
 Row = Mapping[str, Any]
 
@@ -27,6 +30,8 @@ def refuse(message: str, code: int) -> NoReturn:
     """Prints `message` on rank 0 only and leaves with `code` on every rank."""
     if is_rank_zero():
         print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(OTHER_RANKS_WAIT_S)  # a launcher ends all ranks with the first that leaves: let rank 0 speak
     raise SystemExit(code)
 
 

@@ -60,6 +60,13 @@ def test_typo_wrong_type_and_budget_out_of_range(tmp_path: Path, data_path: Path
     refused(train(tmp_path, data_path, override), 2, f"command line '{override}'", expected)
 
 
+@pytest.mark.ranks
+def test_a_launcher_of_two_ranks_shows_the_refusal_once(tmp_path: Path, data_path: Path) -> None:
+    done = train(tmp_path, data_path, "train.stps=3", ranks=2)
+    assert done.returncode != 0
+    assert done.stderr.count("no key 'train.stps'; did you mean 'train.steps'?") == 1
+
+
 def test_missing_data(tmp_path: Path) -> None:
     refused(train(tmp_path, tmp_path / "nothing"), 1, "no such directory", "tools/prepare_data.py")
 

@@ -12,13 +12,16 @@ it is complete or it does not exist. Everything else of a run is a pure function
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from megassm.config import Config
@@ -26,6 +29,7 @@ from megassm.errors import UserError
 from megassm.model import LanguageModel
 from megassm.parallel.engine import Engine
 from megassm.parallel.world import barrier
+from megassm.rundir import CHECKPOINTS
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -43,8 +47,8 @@ class Manifest:
     """Training tokens seen."""
     identity: dict[str, Any]
     config: dict[str, Any]
-    files: dict[str, int]
-    """Size in bytes of every file, by its path below the checkpoint."""
+    files: dict[str, list[int]]
+    """Size in bytes and CRC-32 of every file, by its path below the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,14 @@ class Checkpoint:
     @property
     def config(self) -> Config:
         """The configuration it was trained with."""
-        return Config.model_validate_json(json.dumps(self.manifest.config))
+        try:
+            return Config.model_validate_json(json.dumps(self.manifest.config))
+        except ValidationError as error:
+            knobs = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
+            raise UserError(
+                f"{self.folder / MANIFEST}: its configuration is not one of this version of megassm ({knobs}); use the "
+                "version that wrote it"
+            ) from None
 
     def load_model(self) -> LanguageModel:
         """The whole model, float32, on the CPU, in evaluation mode."""
@@ -72,7 +83,7 @@ class Checkpoint:
 
 
 def checkpoints_folder(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
+    return run_dir / CHECKPOINTS
 
 
 def save_checkpoint(engine: Engine, config: Config, step: int, data_fingerprint: str) -> None:
@@ -87,11 +98,14 @@ def save_checkpoint(engine: Engine, config: Config, step: int, data_fingerprint:
     weights = engine.whole_weights()
     if engine.world.is_main:
         save_file(weights, partial / WEIGHTS)
+        (partial / WEIGHTS).chmod(0o644)
+        for script in partial.glob("zero_to_*.py"):
+            script.unlink()  # DeepSpeed's converters: the weights are whole already
     barrier()  # every rank's shard is on disk
     if engine.world.is_main:
         identity = run_identity(config, engine.world.size, data_fingerprint)
         _publish(partial, folder / f"step-{step:08d}", _manifest(partial, config, step, identity))
-        _rotate(folder, config.checkpoint.keep)
+        _rotate(folder, config.checkpoint.keep, newest=step)
     barrier()
 
 
@@ -113,7 +127,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
     skipped: list[str] = []
     for folder in sorted(checkpoints_folder(run_dir).glob("step-*"), reverse=True):
         try:
-            return read_checkpoint(folder), skipped
+            return read_checkpoint(folder, check_content=True), skipped
         except UserError as error:
             skipped.append(str(error))
     return None, skipped
@@ -137,25 +151,28 @@ def find_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Reads the manifest and checks that every file is there in its size.
+def read_checkpoint(folder: Path, check_content: bool = False) -> Checkpoint:
+    """Reads the manifest and checks that every file is there in its size and, if asked, with its checksum.
 
     Raises:
-        UserError: naming what is missing.
+        UserError: naming what is missing or damaged.
     """
     path = folder / MANIFEST
     try:
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        files = [(name, int(size), int(crc)) for name, (size, crc) in manifest.files.items()]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a checkpoint's manifest ({error})") from None
     if manifest.format != FORMAT:
         raise UserError(f"{path}: checkpoint format {manifest.format}, this version reads {FORMAT}")
-    for name, size in manifest.files.items():
+    for name, size, crc in files:
         file = folder / name
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise UserError(f"{folder}: incomplete: {name} {state}; the manifest says {size}")
+        if check_content and _crc32(file) != crc:
+            raise UserError(f"{folder}: damaged: the checksum of {name} is not the manifest's")
     return Checkpoint(folder, manifest)
 
 
@@ -180,7 +197,9 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
 
 def _manifest(partial: Path, config: Config, step: int, identity: dict[str, Any]) -> Manifest:
     files = {
-        str(file.relative_to(partial)): file.stat().st_size for file in sorted(partial.rglob("*")) if file.is_file()
+        str(file.relative_to(partial)): [file.stat().st_size, _crc32(file)]
+        for file in sorted(partial.rglob("*"))
+        if file.is_file()
     }
     tokens = step * config.tokens_per_step()
     return Manifest(FORMAT, step, tokens, identity, config.model_dump(mode="json"), files)
@@ -207,8 +226,21 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _rotate(folder: Path, keep: int) -> None:
-    complete = sorted(path for path in folder.glob("step-*") if (path / MANIFEST).exists())
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _rotate(folder: Path, keep: int, newest: int) -> None:
+    """Removes the oldest complete checkpoints up to step `newest`; what is damaged or beyond it is left alone."""
+    complete = []
+    for path in sorted(folder.glob("step-*")):
+        with contextlib.suppress(UserError):
+            if read_checkpoint(path).manifest.step <= newest:
+                complete.append(path)
     for old in complete[:-keep]:
         (old / MANIFEST).unlink()  # first: a folder half removed must not pass for complete
         shutil.rmtree(old)

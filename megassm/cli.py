@@ -6,6 +6,7 @@ Imports nothing heavy: a refusal must reach the user in under a second.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -37,6 +38,9 @@ def refuse(message: str, code: int) -> NoReturn:
 
 def run_tool(main: Callable[[], None]) -> None:
     """Runs a tool's `main`: a `UserError` or a file-system refusal becomes one message and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows '?', and nothing breaks
     try:
         main()
     except BrokenPipeError:
@@ -72,8 +76,33 @@ class Parser(argparse.ArgumentParser):
 def tool_parser(description: str, example: str) -> Parser:
     """The parser of a tool under tools/: every one takes `--json FILE`."""
     parser = Parser(description, example)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the printed table there, as JSON")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the printed table there, as JSON")
     return parser
+
+
+def output_file(text: str) -> Path:
+    """A file that can be written later, refused now where it cannot; for argparse's `type`."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a directory; give a file's name")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r}: {folder} cannot be written to; give another place")
+    return path
+
+
+def image_file(text: str) -> Path:
+    """`output_file` for a picture."""
+    if not text.endswith((".png", ".svg", ".pdf")):
+        raise argparse.ArgumentTypeError(f"{text!r}: must end in .png, .svg or .pdf")
+    return output_file(text)
+
+
+def positive(text: str) -> int:
+    """A whole number above 0; for argparse's `type`."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 1")
+    return int(text)
 
 
 def budget_list(text: str) -> list[int]:
@@ -91,13 +120,14 @@ def print_table(title: str, rows: Sequence[Row], json_path: Path | None = None) 
     """Prints rows (all with the keys of the first) as a table; writes them as JSON where asked."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for name in rows[0] if rows else ():
         numeric = isinstance(rows[0][name], (int, float))
         table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(Text(_cell(value)) for value in row.values()))  # Text: brackets are no markup
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     write_json(rows, json_path)
 

@@ -52,7 +52,12 @@ class _Source:
 
 def world_size_from_environment() -> int:
     """How many ranks the launcher (deepspeed, torchrun) started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) == 0:
+        raise ConfigError(
+            [f"environment: WORLD_SIZE = {text!r}: must be a whole number of at least 1; launchers set it"]
+        )
+    return int(text)
 
 
 def load_config_or_exit(path: Path, overrides: Sequence[str]) -> Config:
@@ -106,7 +111,7 @@ def _read_yaml(path: Path) -> _Source:
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8"]) from None
     except OSError as error:
-        raise ConfigError([f"{path}: {error.strerror}"]) from None
+        raise ConfigError([f"{path}: {error.strerror}; --config takes a YAML file"]) from None
     try:
         root = YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
@@ -114,12 +119,17 @@ def _read_yaml(path: Path) -> _Source:
         raise ConfigError([f"{path}:{line}: not YAML: {error.problem or error.context}"]) from None
     except YAMLError as error:
         raise ConfigError([f"{path}:1: not YAML: {' '.join(str(error).split())}"]) from None
+    except RecursionError:
+        raise ConfigError([f"{path}:1: nested too deeply; a configuration has sections and keys"]) from None
     source.places[""] = f"{path}:1"
     if root is None:
         return source
     if not isinstance(root, MappingNode):
         raise ConfigError([f"{path}:1: must be a mapping of sections such as 'model:' and 'train:'"])
-    source.values = _mapping(root, "", str(path), source)
+    try:
+        source.values = _mapping(root, "", str(path), source)
+    except RecursionError:
+        raise ConfigError([f"{path}:1: nested too deeply, or an alias of itself; write the values out"]) from None
     return source
 
 

@@ -54,7 +54,7 @@ class Journal:
             return
         kept = [
             line
-            for line in self._path.read_text(encoding="utf-8").splitlines()
+            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines()
             if (row := _parse(line)) is not None and row["step"] <= done_steps
         ]
         temporary = self._path.with_suffix(".tmp")
@@ -115,7 +115,7 @@ def format_row(row: Row, steps: int, eta_s: float) -> str:
 
 def read_rows(run_dir: Path) -> list[Row]:
     """A run's journal, oldest update first."""
-    lines = (run_dir / METRICS).read_text(encoding="utf-8").splitlines()
+    lines = (run_dir / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
     return [row for line in lines if (row := _parse(line)) is not None]
 
 
@@ -196,7 +196,7 @@ def _parse(line: str) -> Row | None:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and "step" in row else None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def _duration(seconds: float) -> str:

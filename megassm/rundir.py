@@ -10,32 +10,69 @@ RUN_DIR/wandb/              wandb's own files
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from pathlib import Path
+from typing import IO
 
-from megassm.cli import refusal_text
+from megassm.cli import is_rank_zero, refusal_text
 from megassm.config import Config
 from megassm.configfile import dump_config
 from megassm.errors import UserError
 
+CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
 
-def open_run_directory(config: Config) -> None:
-    """Makes the run directory and writes the resolved configuration there.
 
-    Every rank tries it, before anything is started: so all refuse together where one would.
+def open_run_directory(config: Config) -> IO[str] | None:
+    """Makes the run directory, tries that it can be written, and locks it against a second job.
+
+    Every rank tries it, before anything is started: so all refuse together where one would. Nothing a finished run
+    left there is changed yet.
+
+    Returns:
+        On rank 0 the lock; it is held as long as this file is open.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or another job is training there.
     """
     folder = Path(config.run.dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".config-", delete=False, encoding="utf-8") as file:
-            file.write(dump_config(config))
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, folder / "config.yaml")
-    except OSError as error:
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder / CHECKPOINTS):
+            pass
+        return _lock(folder / LOCK) if is_rank_zero() else None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        why = refusal_text(error) if isinstance(error, OSError) else str(error)
         raise UserError(
-            f"run.dir = {config.run.dir!r}: cannot be written ({refusal_text(error)}); choose another with run.dir=DIR"
+            f"run.dir = {config.run.dir!r}: cannot be written ({why}); choose another directory with run.dir=DIR"
         ) from None
+
+
+def _lock(path: Path) -> IO[str]:
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+            f"run.dir = {str(path.parent)!r}: another job is training there (process {file.read().strip() or '?'}); "
+            "wait for it, end it, or choose another directory with run.dir=DIR"
+        ) from None
+    except OSError:
+        return file  # a file system without locks
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def write_config(config: Config) -> None:
+    """Writes the resolved configuration of the run that is about to train, atomically."""
+    folder = Path(config.run.dir)
+    temporary = folder / ".config.yaml.tmp"
+    temporary.write_text(dump_config(config), encoding="utf-8")
+    os.replace(temporary, folder / "config.yaml")

@@ -35,20 +35,27 @@ from megassm.metrics import Journal, Row, peak_flops, peak_memory_bytes
 from megassm.model import build_model
 from megassm.optim import learning_rate
 from megassm.parallel.engine import Engine
+from megassm.parallel.launcher import launcher_is_gone, launcher_pids
 from megassm.parallel.world import World, gather_rows, is_first_to_refuse, is_lost_peer, join_world, leave_world
+from megassm.rundir import write_config
 
 
 class StopRequest:
-    """Set by SIGTERM or SIGINT: finish the update, save, leave. A second signal acts at once."""
+    """SIGTERM, SIGINT, or the launcher's end: finish the update, save, leave. A second signal acts at once."""
 
     def __init__(self) -> None:
-        self.received = False
+        self._signalled = False
+        self._launcher = launcher_pids()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        self._signalled = True
         signal.signal(number, signal.SIG_DFL)
+
+    @property
+    def received(self) -> bool:
+        return self._signalled or launcher_is_gone(self._launcher)
 
 
 @dataclass
@@ -120,6 +127,9 @@ def pretrain(config: Config, data: Dataset) -> None:
 def train(run: Run) -> None:
     """The loop."""
     config, engine = run.config, run.engine
+    if run.done_steps >= config.train.steps:
+        say(run.world, f"nothing to do: {config.run.dir} has done {run.done_steps} of {config.train.steps} steps")
+        return
     for step in range(run.done_steps, config.train.steps):
         started = time.perf_counter()
         budgets = [budget_at(config, step, micro_step) for micro_step in range(engine.micro_steps)]
@@ -228,9 +238,11 @@ def set_up(config: Config, data: Dataset, world: World) -> Run:
     done_steps = resume(engine, config, data)
     plan = stream_plan(config, world)
     peak, peak_source = peak_flops(config, world.device)
-    if world.is_main:
-        write_environment(Path(config.run.dir), world, peak, peak_source)
-    introduce(config, data, world, done_steps)
+    if done_steps < config.train.steps:
+        if world.is_main:
+            write_config(config)
+            write_environment(Path(config.run.dir), world, peak, peak_source)
+        introduce(config, data, world, done_steps)
     return Run(
         config=config,
         data=data,
@@ -251,6 +263,11 @@ def resume(engine: Engine, config: Config, data: Dataset) -> int:
     checkpoint, skipped = newest_checkpoint(Path(config.run.dir))
     for reason in skipped:
         say(engine.world, f"passed over a checkpoint: {reason}")
+    if checkpoint is None and skipped:
+        raise UserError(
+            f"{config.run.dir}: has checkpoints, but none that can be continued; move them away to start from the "
+            "beginning, or choose another run.dir"
+        )
     if checkpoint is None:
         return 0
     check_identity(checkpoint, run_identity(config, engine.world.size, data.train.fingerprint))

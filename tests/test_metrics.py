@@ -37,7 +37,7 @@ def test_resume_drops_rows_that_are_made_again_and_half_a_line(config: Config) -
     first.close()
     path = Path(config.run.dir) / "metrics.jsonl"
     with path.open("a", encoding="utf-8") as file:
-        file.write('{"step": 4, "lo')
+        file.write('{"step": "x"}\n{"step": null}\n{"step": 4, "lo')
     again = Journal(config, 2)
     again.write(row(3, loss=9.0))
     again.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from megassm.checkpoint import MANIFEST, find_checkpoint, newest_checkpoint
 from megassm.config import Config
 from megassm.configfile import load_config
 from megassm.metrics import read_rows
+from megassm.rundir import open_run_directory
 from tests.conftest import ROOT, SMALL, run_python
 
 LONG = (*SMALL, "model.pattern=SA", "train.steps=40", "checkpoint.every_steps=5", "checkpoint.keep=2")
@@ -177,3 +180,83 @@ def test_divergence_stops_the_run_before_it_reaches_a_checkpoint(tmp_path: Path,
     checkpoint, _ = newest_checkpoint(tmp_path / "run")
     diverged_at = int(done.stderr.split("step ")[1].split(":")[0])
     assert checkpoint is None or checkpoint.manifest.step < diverged_at
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to damage: checkpoints at steps 10 and 12."""
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 0xFF
+    path.write_bytes(raw)
+
+
+def test_a_flipped_byte_falls_back_to_the_checkpoint_before_and_rotation_keeps_what_is_good(
+    copied: Path, data_path: Path
+) -> None:
+    newest, before = (copied / "checkpoints" / f"step-{step:08d}" for step in (12, 10))
+    flip(next(newest.glob("state/*optim_states.pt")))
+    said = run_to_end(copied, data_path, 1, *LONG, "train.steps=11", "checkpoint.keep=1")
+    assert "damaged: the checksum of state/" in said
+    assert "continuing after step 10" in said
+    assert newest.exists(), "what is damaged is left to a person"
+    assert not before.exists(), "the good one before was rotated out by the good one after"
+    assert newest_checkpoint(copied)[0] == find_checkpoint(copied / "checkpoints/step-00000011")
+
+
+def test_a_run_whose_checkpoints_are_all_unreadable_does_not_start_over(copied: Path, data_path: Path) -> None:
+    rows = exact(copied)
+    for manifest in copied.glob("checkpoints/*/manifest.json"):
+        manifest.write_text("[]", encoding="utf-8")
+    done = run_python(*command(copied, data_path, 1, *LONG, "train.steps=20")[1:], check=False)
+    assert done.returncode == 1
+    assert "has checkpoints, but none that can be continued; move them away" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert exact(copied) == rows
+
+
+def test_a_second_job_in_the_run_directory_is_refused(copied: Path, data_path: Path) -> None:
+    config = load_config(copied / "config.yaml")
+    lock = open_run_directory(config.model_copy(update={"run": config.run.model_copy(update={"dir": str(copied)})}))
+    assert lock is not None
+    with lock:
+        done = run_python(*command(copied, data_path, 1, *LONG)[1:], check=False)
+    assert done.returncode == 1
+    assert f"another job is training there (process {os.getpid()})" in done.stderr
+
+
+def test_a_refused_start_changes_nothing(copied: Path, data_path: Path) -> None:
+    before = (copied / "config.yaml").read_bytes()
+    assert run_python(*command(copied, data_path, 1, *LONG, "model.d_ffn=96")[1:], check=False).returncode == 1
+    said = run_to_end(copied, data_path, 1, *LONG, "train.steps=7")
+    assert "nothing to do" in said
+    assert "has done 12 of 7 steps" in said
+    assert (copied / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.end_to_end
+def test_ranks_save_and_end_when_their_launcher_is_told_to_end(tmp_path: Path, data_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = command(run_dir, data_path, 1, *LONG, "train.steps=100000", "checkpoint.every_steps=100000")
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29533"]
+    process = subprocess.Popen(
+        [*launcher, *arguments[1:]], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").exists() or len(read_rows(run_dir)) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    process.wait(timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=60)
+    for survivor in alive:
+        survivor.kill()
+    assert not alive, "orphans train on"
+    checkpoint, _ = newest_checkpoint(run_dir)
+    assert checkpoint is not None
+    assert checkpoint.manifest.step == read_rows(run_dir)[-1]["step"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from megassm.cli import Parser, Row, budget_list, print_table, run_tool, tool_parser, write_json
+from megassm.cli import Parser, Row, budget_list, image_file, positive, print_table, run_tool, tool_parser, write_json
 
 
 def parser() -> Parser:
@@ -13,10 +13,12 @@ def parser() -> Parser:
     what = "run directory, or one of its checkpoints/step-*; gets sweep.json, sweep.csv and sweep.png"
     result.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help=what)
     result.add_argument("--budgets", type=budget_list, metavar="LIST", help="K to measure (default: eval.budgets)")
-    result.add_argument("--sequences", type=int, metavar="N", help="validation sequences (default: eval.sequences)")
+    result.add_argument(
+        "--sequences", type=positive, metavar="N", help="validation sequences (default: eval.sequences)"
+    )
     result.add_argument("--data", metavar="DIR", help="data set to evaluate on (default: the run's own)")
     result.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    result.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curves of all runs there")
+    result.add_argument("--plot", type=image_file, metavar="FILE.png", help="draw the curves of all runs there")
     return result
 
 

@@ -2,8 +2,8 @@
 
 Step t covers the global samples [t * batch, (t + 1) * batch). Its micro-batch m is the slots
 [m * micro * world, (m + 1) * micro * world) of them, and rank r takes the slots s with s % world == r. So one
-process with micro-batches of 8 and two ranks with 4 see the same global micro-batches, and a run may
-resume with another number of ranks. The position is one integer, the step: no state lives in workers
+process with micro-batches of 8 and two ranks with 4 see the same global micro-batches, and the stream
+is the same for any number of ranks. The position is one integer, the step: no state lives in workers
 or buffers. `order` says which tokens a sample is, `blocks` fetches and checks them.
 """
 

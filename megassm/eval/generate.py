@@ -39,6 +39,7 @@ class Sampling(NamedTuple):
         for fine, rule in (
             (self.max_tokens >= 1, f"max_tokens = {self.max_tokens}: must be at least 1"),
             (self.temperature >= 0, f"temperature = {self.temperature}: must be at least 0"),
+            (0 <= self.seed < 2**63, f"seed = {self.seed}: must be between 0 and 2^63 - 1"),
             (self.top_k is None or self.top_k >= 1, f"top_k = {self.top_k}: must be at least 1"),
             (self.top_p is None or 0 < self.top_p <= 1, f"top_p = {self.top_p}: must be above 0 and at most 1"),
         ):
@@ -92,6 +93,10 @@ def generate(
 
 def sample_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, budget: Budget, sampling: Sampling) -> str:
     """The prompt's continuation as text, up to the end of its document."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the prompt {prompt!r} is not UTF-8; give text") from None
     prompt_ids = tokenizer.encode([prompt])[0].tolist()
     sampling = sampling._replace(stop_ids={*sampling.stop_ids, tokenizer.eod})
     drawn = generate(model, [prompt_ids], budget, sampling)[0]
@@ -120,7 +125,7 @@ def _draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     if sampling.temperature == 0:
         likeliest: list[int] = logits_BV.argmax(-1).tolist()
         return likeliest
-    logits_BV = logits_BV / sampling.temperature
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature  # at most 0, however cold
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[1]:
         least_B1 = logits_BV.topk(sampling.top_k).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)

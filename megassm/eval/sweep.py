@@ -158,5 +158,6 @@ def plot_sweeps(curves: Mapping[str, Sequence[BudgetRow]], path: Path) -> None:
         axes.grid(alpha=0.3)
     speed.set_ylim(bottom=0)
     quality.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -8,6 +8,7 @@ Shapes: B batch, L length, D width, K filters, C chunk, S states, I = C + S.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal, assert_never
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from megassm.errors import UserError
 from megassm.ops.filterbank import (
     ChunkTables,
+    check_flashfft,
     chunk_inputs,
     chunk_states,
     chunked_filterbank,
@@ -186,6 +188,8 @@ class FilterBank(nn.Module):
     def filters(self, u_BLD: Tensor) -> Tensor:
         """At least L rows of the filters, continued beyond the length they were made for, in u's dtype."""
         length = u_BLD.shape[1]
+        if self.way(length) == "flashfft":
+            _check_flashfft_once(self.seq_len, self.num_channels, u_BLD.device)
         if length <= self.seq_len:
             return self.filters_LK.to(u_BLD.dtype)
         return torch.cat((self.filters_LK, self._continued(length - self.seq_len))).to(u_BLD.dtype)
@@ -200,3 +204,10 @@ class FilterBank(nn.Module):
             rows.append((self.step_output_KS @ (power_SS @ response_SC)).t())
             response_SC = self.transition_SS @ response_SC
         return torch.cat(rows)[:count]
+
+
+@lru_cache
+def _check_flashfft_once(seq_len: int, num_channels: int, device: torch.device) -> None:
+    """UserError where FlashFFTConv is missing or wrong; before its first result is used."""
+    _, phi = spectral_filters(seq_len, num_channels)
+    check_flashfft(torch.from_numpy(phi).to(device), seq_len)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megassm.config import Config
+from megassm.errors import UserError
 from megassm.model import LanguageModel
 from megassm.optim import build_optimizer
 from megassm.parallel.world import World
@@ -122,7 +123,15 @@ class Engine:
 
     def load_shards(self, folder: Path) -> None:
         """Restores what `save_shards` wrote at the same world size and ZeRO stage."""
-        self._engine.load_checkpoint(str(folder), tag=SHARDS_TAG)
+        try:
+            path, _ = self._engine.load_checkpoint(str(folder), tag=SHARDS_TAG)
+        except Exception as error:  # what torch.load and DeepSpeed raise for a damaged shard has many types
+            raise UserError(
+                f"{folder / SHARDS_TAG}: DeepSpeed cannot load it ({type(error).__name__}: {error}); move {folder} "
+                "away to continue from the checkpoint before"
+            ) from None
+        if path is None:
+            raise UserError(f"{folder / SHARDS_TAG}: DeepSpeed finds no checkpoint there; move {folder} away")
 
 
 def _import_deepspeed(device: torch.device) -> Any:

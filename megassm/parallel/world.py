@@ -59,6 +59,8 @@ def _pick_device(device: Literal["auto", "cpu", "cuda"], local_rank: int) -> tor
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count()
+    if count == 0:
+        raise UserError("train.device = cuda: torch finds no CUDA device here (0 CUDA devices); set train.device=cpu")
     if local_rank >= count:
         raise UserError(
             f"local rank {local_rank} has no device: this machine has {count} CUDA devices. Start at most {count} "

@@ -4,6 +4,7 @@ RUN_DIR/config.yaml         the resolved configuration, itself valid as --config
 RUN_DIR/environment.json    versions, devices, the peak rate that utilisation is measured against
 RUN_DIR/metrics.jsonl       one object an update
 RUN_DIR/checkpoints/        step-NNNNNNNN/, see `megassm.checkpoint`
+RUN_DIR/.lock               held by the job that trains here
 RUN_DIR/sweep.*             tools/sweep_budgets.py
 RUN_DIR/wandb/              wandb's own files
 """

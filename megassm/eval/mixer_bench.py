@@ -9,7 +9,6 @@ projected by every M_k, then the gate's sum over (B, L, K, D) products. It is wr
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megassm.errors import UserError
 from megassm.eval.memory import peak_tensor_bytes
+from megassm.eval.timing import timed_seconds
 from megassm.layers.filterbank import FilterBank
 from megassm.ops.filterbank import check_flashfft, fft_filterbank
 
@@ -90,7 +90,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of one large square product: what the machine gives at best."""
     size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2.0 * size**3 / min(_seconds(lambda: a @ b, device, 5))
+    return 2.0 * size**3 / min(timed_seconds(lambda: a @ b, device, 5))
 
 
 def authors_core(filters_LK: Tensor) -> Core:
@@ -181,27 +181,16 @@ def _measure(method: str, core: Core, inputs: list[Tensor], truth: Tensor, timin
 
     with FlopCounterMode(display=False) as counter:
         forward_backward()
-    seconds = statistics.median(_seconds(forward_backward, u_BLD.device, repeats))
+    seconds = statistics.median(timed_seconds(forward_backward, u_BLD.device, repeats))
     error = None if method == "attention" else float((forward().double() - truth).norm() / truth.norm())
     return BenchRow(
         method=method,
         length=u_BLD.shape[1],
         k=inputs[1].shape[2],
-        forward_s=statistics.median(_seconds(forward, u_BLD.device, repeats)),
+        forward_s=statistics.median(timed_seconds(forward, u_BLD.device, repeats)),
         forward_backward_s=seconds,
         peak_bytes=sum(tensor.nbytes for tensor in inputs) + peak_tensor_bytes([], forward_backward, u_BLD.device),
         relative_error=error,
         gflops_per_s=counter.get_total_flops() / seconds / 1e9,
         share_of_matmul=counter.get_total_flops() / seconds / rate,
     )
-
-
-def _seconds(compute: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    seconds = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        compute()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:]  # the first warms caches

@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from megassm.data.stream import MicroBatch
 from megassm.errors import UserError
 from megassm.eval.memory import peak_tensor_bytes
 from megassm.eval.score import Score, score
+from megassm.eval.timing import timed_seconds
 from megassm.model import LanguageModel, truncate
 
 TIMED_REPEATS = 5
@@ -104,19 +104,8 @@ def _measure(
     def forward() -> None:
         small(ids_BL, k)
 
-    rate = ids_BL.numel() / _median_seconds(forward, device)
+    rate = ids_BL.numel() / statistics.median(timed_seconds(forward, device, TIMED_REPEATS))
     return quality, rate, peak_tensor_bytes([*small.parameters(), *small.buffers()], forward, device)
-
-
-def _median_seconds(compute: Callable[[], None], device: torch.device) -> float:
-    seconds = []
-    for _ in range(TIMED_REPEATS + 1):
-        started = time.perf_counter()
-        compute()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])  # the first warms caches
 
 
 def write_sweep(rows: Sequence[BudgetRow], folder: Path, title: str) -> list[Path]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import zlib
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from megassm.config import Config
+from megassm.durable import sync, write_atomically
 from megassm.errors import UserError
 from megassm.model import LanguageModel
 from megassm.parallel.engine import Engine
@@ -207,23 +207,12 @@ def _manifest(partial: Path, config: Config, step: int, identity: dict[str, Any]
 
 def _publish(partial: Path, final: Path, manifest: Manifest) -> None:
     for name in manifest.files:
-        _sync(partial / name)
-    path = partial / MANIFEST
-    path.write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
-    _sync(path)
-    _sync(partial)
+        sync(partial / name)
+    write_atomically(partial / MANIFEST, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
     if final.exists():  # an incomplete folder of that name that resume passed over
         shutil.rmtree(final)
     partial.rename(final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(final.parent)
 
 
 def _crc32(path: Path) -> int:

@@ -19,6 +19,7 @@ from typing import IO, Any
 import torch
 
 from megassm.config import Config
+from megassm.durable import write_atomically
 
 METRICS = "metrics.jsonl"
 
@@ -57,9 +58,7 @@ class Journal:
             for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines()
             if (row := _parse(line)) is not None and row["step"] <= done_steps
         ]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(self._path)
+        write_atomically(self._path, "".join(f"{line}\n" for line in kept).encode())
 
     def write(self, row: Row) -> None:
         """Appends one update's row, and prints it where a line is due."""

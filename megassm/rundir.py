@@ -20,6 +20,7 @@ from typing import IO
 from megassm.cli import is_rank_zero, refusal_text
 from megassm.config import Config
 from megassm.configfile import dump_config
+from megassm.durable import write_atomically
 from megassm.errors import UserError
 
 CHECKPOINTS = "checkpoints"
@@ -44,9 +45,9 @@ def open_run_directory(config: Config) -> IO[str] | None:
         with tempfile.TemporaryFile(dir=folder / CHECKPOINTS):
             pass
         return _lock(folder / LOCK) if is_rank_zero() else None
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         why = refusal_text(error) if isinstance(error, OSError) else str(error)
         raise UserError(
             f"run.dir = {config.run.dir!r}: cannot be written ({why}); choose another directory with run.dir=DIR"
@@ -73,7 +74,4 @@ def _lock(path: Path) -> IO[str]:
 
 def write_config(config: Config) -> None:
     """Writes the resolved configuration of the run that is about to train, atomically."""
-    folder = Path(config.run.dir)
-    temporary = folder / ".config.yaml.tmp"
-    temporary.write_text(dump_config(config), encoding="utf-8")
-    os.replace(temporary, folder / "config.yaml")
+    write_atomically(Path(config.run.dir) / "config.yaml", dump_config(config).encode())

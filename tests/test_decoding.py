@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import lru_cache
 
 import pytest
@@ -13,7 +10,7 @@ from torch import Tensor
 
 from megassm.eval.generate import Sampling, generate
 from megassm.model import DecodingState, LanguageModel, build_model
-from tests.conftest import ROOT
+from tests.conftest import run_python
 from tests.test_model import config
 
 LENGTH, K_MAX = 2048, 32
@@ -111,12 +108,5 @@ print(graphs)
 
 
 def test_torch_compile_makes_one_graph_a_budget_without_a_break() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE_CHECK],
-        cwd=ROOT,
-        env=os.environ | {"TORCHDYNAMO_DISABLE": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python("-c", COMPILE_CHECK, check=False, TORCHDYNAMO_DISABLE="0")
     assert done.stdout == "3\n", done.stderr

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ from hypothesis import strategies as st
 
 from megassm.ops import mixing
 from megassm.ops.mixing import gated_product, mix_channels
-from tests.conftest import ROOT
+from tests.conftest import run_python
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -114,12 +111,5 @@ print("equal")
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (Linux only)")
 def test_triton_kernels_equal_their_truth() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", TRITON_CHECK],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python("-c", TRITON_CHECK, check=False, TRITON_INTERPRET="1")
     assert done.stdout == "equal\n", done.stderr

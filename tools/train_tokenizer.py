@@ -15,8 +15,8 @@ def main() -> None:
     """Trains on a sample of the text, then says how well the result compresses that sample."""
     arguments = _parser().parse_args()
     from megassm.data.documents import ReadCounts, list_files, read_documents, sample_documents, source_of
-    from megassm.data.durable import write_atomically
     from megassm.data.tokenizer import load_tokenizer, train_sentencepiece
+    from megassm.durable import write_atomically
 
     if arguments.output.is_dir():
         raise UserError(f"--output {arguments.output}: is a directory; give a file, for example FILE.model")

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megassm.data.durable import commit, open_temporary
 from megassm.data.order import splitmix64
 from megassm.data.shards import stored_dtype, token_dtype
 from megassm.data.tokenizer import Tokenizer, load_tokenizer
+from megassm.durable import commit, open_temporary
 from megassm.errors import UserError
 
 PART_BYTES = 32 << 20

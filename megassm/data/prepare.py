@@ -25,10 +25,10 @@ import numpy.typing as npt
 
 from megassm.data.dataset import TOKENIZER_NAME, TRAIN, VALID
 from megassm.data.documents import ReadCounts, TextSource, list_files, read_documents
-from megassm.data.durable import write_atomically
 from megassm.data.parts import PART_BYTES, PartStore, TokenizeJob, cut_parts, tokenize_parts
 from megassm.data.shards import ShardSet, ShardSizes, ShardWriter, load_index
 from megassm.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
+from megassm.durable import write_atomically
 from megassm.errors import UserError
 
 JOB_VERSION = 1  # raised when the same job would write other bytes

@@ -24,8 +24,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from megassm.data.durable import TEMPORARY_SUFFIX, commit, open_temporary, write_atomically
 from megassm.data.tokenizer import Tokenizer
+from megassm.durable import TEMPORARY_SUFFIX, commit, open_temporary, write_atomically
 from megassm.errors import UserError
 
 INDEX_VERSION = 1

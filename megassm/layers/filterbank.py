@@ -138,6 +138,7 @@ class FilterBank(nn.Module):
             case "fft":
                 return fft_filterbank(u_BLD, self.filters(u_BLD), k)
             case "flashfft":
+                _check_flashfft_once(self.seq_len, self.num_channels, u_BLD.device)
                 return flashfft_filterbank(u_BLD, self.filters(u_BLD), k)
         assert_never(way)
 
@@ -188,8 +189,6 @@ class FilterBank(nn.Module):
     def filters(self, u_BLD: Tensor) -> Tensor:
         """At least L rows of the filters, continued beyond the length they were made for, in u's dtype."""
         length = u_BLD.shape[1]
-        if self.way(length) == "flashfft":
-            _check_flashfft_once(self.seq_len, self.num_channels, u_BLD.device)
         if length <= self.seq_len:
             return self.filters_LK.to(u_BLD.dtype)
         return torch.cat((self.filters_LK, self._continued(length - self.seq_len))).to(u_BLD.dtype)

@@ -20,11 +20,7 @@ def commit(file: IO[bytes], path: Path) -> None:
     os.fsync(file.fileno())
     file.close()
     os.replace(file.name, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync(path.parent)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -32,3 +28,12 @@ def write_atomically(path: Path, data: bytes) -> None:
     with open_temporary(path) as file:
         file.write(data)
         commit(file, path)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a directory's list of names, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

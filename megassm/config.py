@@ -16,6 +16,10 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+CHUNK = 64
+"""Positions that the chunked filter bank computes at a time; near its number of states, so that neither half of the
+product dominates."""
+
 Budgets = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
@@ -153,7 +157,11 @@ class ParallelConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
     tensor: PositiveInt = 1
-    """Tensor-parallel ranks."""
+    """Tensor-parallel ranks: each holds a part of every large matrix. Keep them inside a node."""
+    sequence: PositiveInt = 1
+    """Sequence-parallel ranks: each holds a part of every sequence."""
+    data: PositiveInt | None = None
+    """Data-parallel ranks; null is what tensor and sequence ranks leave of the world."""
     timeout_s: PositiveInt = 600
     """Seconds a collective may wait for a rank before the job fails."""
 
@@ -216,6 +224,10 @@ class Config(Section):
 
     def tokens_per_step(self) -> int:
         return self.train.batch_sequences * self.model.seq_len
+
+    def data_ranks(self, world_size: int) -> int:
+        """Data-parallel ranks of a job of `world_size`."""
+        return world_size // (self.parallel.sequence * self.parallel.tensor)
 
     def micro_steps(self, data_ranks: int) -> int:
         """Micro-steps an update (gradient accumulation) on each of `data_ranks` ranks."""
@@ -308,33 +320,60 @@ def _schedule_violations(config: Config) -> Iterator[Violation]:
 
 
 def _rank_violations(config: Config, world_size: int) -> Iterator[Violation]:
-    train, tensor = config.train, config.parallel.tensor
+    train, parallel = config.train, config.parallel
     if config.parallel.zero_stage == 0 and train.precision == "bf16":
         yield Violation(
             ("parallel.zero_stage", "train.precision"),
             "1, 2 or 3 with train.precision = bf16: at stage 0 DeepSpeed's bf16 optimizer makes a wrong first "
             "update. Stage 1 is the same on one rank",
         )
-    if tensor > 1:
-        yield Violation(("parallel.tensor",), "1: this version does not split a model over tensor ranks")
-    if "A" in config.model.pattern and config.model.n_heads % tensor:
+    yield from _split_violations(config.model, config.parallel)
+    data = parallel.data or max(1, world_size // (parallel.sequence * parallel.tensor))
+    product = data * parallel.sequence * parallel.tensor
+    if product != world_size:
         yield Violation(
-            ("model.n_heads", "parallel.tensor"), f"divisible by parallel.tensor = {tensor}, the tensor ranks"
+            ("parallel.tensor", "parallel.sequence", "parallel.data"),
+            f"such that parallel.data x parallel.sequence x parallel.tensor is the number of ranks: "
+            f"{data} x {parallel.sequence} x {parallel.tensor} = {product}, but {world_size} were started",
         )
-    if config.model.d_model % tensor:
-        yield Violation(
-            ("model.d_model", "parallel.tensor"), f"divisible by parallel.tensor = {tensor}, the tensor ranks"
-        )
-    if world_size % tensor:
-        yield Violation(("parallel.tensor",), f"a divisor of the world size, {world_size} ranks")
         return
-    data_ranks = world_size // tensor
+    data_ranks = data
     share = train.micro_batch_sequences * data_ranks
     if train.batch_sequences % share:
         yield Violation(
-            ("train.batch_sequences", "train.micro_batch_sequences", "parallel.tensor"),
+            ("train.batch_sequences", "train.micro_batch_sequences"),
             f"a multiple of train.micro_batch_sequences x data-parallel ranks = "
             f"{train.micro_batch_sequences} x {data_ranks} = {share}",
         )
     if config.eval.sequences % data_ranks:
         yield Violation(("eval.sequences",), f"a multiple of the {data_ranks} data-parallel ranks")
+
+
+def _split_violations(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Violation]:
+    """Rules about what one rank holds of a model and of a sequence."""
+    tensor, sequence = parallel.tensor, parallel.sequence
+    heads = tensor * sequence
+    if "A" in model.pattern and model.n_heads % heads:
+        yield Violation(
+            ("model.n_heads", "parallel.tensor", "parallel.sequence"),
+            f"divisible by parallel.tensor x parallel.sequence = {tensor} x {sequence} = {heads}, which share the heads",
+        )
+    if "A" in model.pattern and model.kv_heads % tensor and tensor % model.kv_heads:
+        yield Violation(
+            ("model.n_kv_heads", "parallel.tensor"), f"a divisor or a multiple of parallel.tensor = {tensor}"
+        )
+    for name in ("d_model", "d_ffn", "vocab_size"):
+        if getattr(model, name) < tensor:
+            yield Violation((f"model.{name}", "parallel.tensor"), f"at least parallel.tensor = {tensor}")
+    if sequence == 1:
+        return
+    if model.seq_len % (sequence * CHUNK):
+        yield Violation(
+            ("model.seq_len", "parallel.sequence"),
+            f"a multiple of {CHUNK} x parallel.sequence = {CHUNK * sequence}: every rank holds whole chunks of {CHUNK}",
+        )
+    if "S" in model.pattern and model.filterbank not in ("auto", "chunked"):
+        yield Violation(
+            ("model.filterbank", "parallel.sequence"),
+            f"chunked with parallel.sequence = {sequence}: only its state can be handed from rank to rank",
+        )

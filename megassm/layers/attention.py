@@ -65,16 +65,19 @@ class Attention(nn.Module):
         assert context.rope is not None
         query_BHLP = rotate(self._heads(self.query(u_BLD)), context.rope)
         key_BGLP = rotate(self._heads(self.key(u_BLD)), context.rope)
-        value_BGLP = self._heads(self.value(u_BLD))
-        length = u_BLD.shape[1]
-        mask = None
-        if self.window is not None and self.window < length:
-            mask = window_mask(length, self.window, u_BLD.device)
-        mixed_BHLP = F.scaled_dot_product_attention(
-            query_BHLP, key_BGLP, value_BGLP, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
+        mixed_BHLP = self.attend(query_BHLP, key_BGLP, self._heads(self.value(u_BLD)))
         mixed: Tensor = self.out(mixed_BHLP.transpose(1, 2).flatten(2))
         return mixed
+
+    def attend(self, query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor) -> Tensor:
+        """Causal attention of H heads over G heads of keys and values, H a multiple of G: (B, H, L, P)."""
+        length = query_BHLP.shape[2]
+        mask = None
+        if self.window is not None and self.window < length:
+            mask = window_mask(length, self.window, query_BHLP.device)
+        return F.scaled_dot_product_attention(
+            query_BHLP, key_BGLP, value_BGLP, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
 
     def final_state(self, u_BLD: Tensor, context: Context) -> KeyValueCache:
         """The keys and values that positions after u can see."""

@@ -9,19 +9,23 @@ Shapes: B batch, L length, D width, K filters, C chunk, S states, I = C + S.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal, assert_never
+from typing import Any, Literal, NamedTuple, Protocol, assert_never
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from megassm.config import CHUNK
 from megassm.errors import UserError
 from megassm.ops.filterbank import (
     ChunkTables,
     check_flashfft,
     chunk_inputs,
+    chunk_powers,
     chunk_states,
+    chunked,
     chunked_filterbank,
     direct_filterbank,
     fft_filterbank,
@@ -38,8 +42,22 @@ Method = Literal["auto"] | Way
 DIRECT_LENGTH = 512
 """Up to this length one Toeplitz product beats the FFT (CPU, see docs/LOG.md)."""
 
-CHUNK = 64
-"""Positions a chunk; near the number of states, so that neither half of the product dominates."""
+
+class Carry(Protocol):
+    """Hands the state from the holder of one part of a sequence to that of the next (`megassm.parallel.sequence`)."""
+
+    def send(self, end_BSD: Tensor) -> Any:
+        """Starts to tell the others the state after this part, had it started from zero; what `receive` wants."""
+
+    def receive(self, sent: Any, power_SS: Tensor) -> Tensor:
+        """The state (B, S, D) before this part; `power_SS` carries a state over a whole part."""
+
+
+class SentState(NamedTuple):
+    """A part's chunk states (B, N, S, D), had it started from zero, and what is under way to the other parts."""
+
+    states_BNSD: Tensor
+    sent: Any
 
 
 class FilterBank(nn.Module):
@@ -59,6 +77,7 @@ class FilterBank(nn.Module):
         self.seq_len, self.num_channels = seq_len, num_channels
         self.sigma_scale = sigma_scale
         self.method = method
+        self.carry: Carry | None = None
         for name in FilterBank.__annotations__:  # sizes follow from the filters: see `reset`
             self.register_buffer(name, torch.empty(0, dtype=torch.float64), persistent=False)
 
@@ -142,8 +161,22 @@ class FilterBank(nn.Module):
                 return flashfft_filterbank(u_BLD, self.filters(u_BLD), k)
         assert_never(way)
 
-    def mix(self, u_BLD: Tensor, weights_BLK: Tensor, channels_KDE: Tensor) -> Tensor:
-        """sum_k weights[k] * (features[k] @ channels[k]), (B, L, E); features are kept by the FFT ways only."""
+    def send_state(self, u_BLD: Tensor) -> SentState | None:
+        """Starts to hand the state on, where u is a part of a sequence; L is then a multiple of CHUNK."""
+        if self.carry is None:
+            return None
+        assert self.state_size
+        u_BLD = u_BLD.to(torch.promote_types(u_BLD.dtype, torch.float32))
+        states_BNSD = chunk_states(F.pad(chunked(u_BLD, CHUNK), (0, 0, 0, 0, 0, 1)), self.tables(u_BLD.dtype))
+        return SentState(states_BNSD[:, :-1], self.carry.send(states_BNSD[:, -1]))
+
+    def mix(
+        self, u_BLD: Tensor, weights_BLK: Tensor, channels_KDE: Tensor, sent: SentState | None = None
+    ) -> Tensor:
+        """sum_k weights[k] * (features[k] @ channels[k]), (B, L, E); features are kept by the FFT ways only.
+
+        `sent` is what `send_state(u_BLD)` gave.
+        """
         batch, length, k = weights_BLK.shape
         way = self.way(length)
         if way in ("fft", "flashfft"):
@@ -154,12 +187,21 @@ class FilterBank(nn.Module):
             z_NID, rows_CKI = u_BLD, toeplitz_rows(self.filters(u_BLD)[:length, :k])
         else:
             tables = self.tables(u_BLD.dtype)
-            z_NID, rows_CKI = chunk_inputs(u_BLD, tables), tables.rows_CKI[:, :k]
+            states_BNSD = None if sent is None else self._received(sent)
+            z_NID, rows_CKI = chunk_inputs(u_BLD, tables, states_BNSD), tables.rows_CKI[:, :k]
         positions = rows_CKI.shape[0]
         padding = -length % positions
-        weights_NCK = nn.functional.pad(weights_BLK, (0, 0, 0, padding)).view(-1, positions, k)
+        weights_NCK = F.pad(weights_BLK, (0, 0, 0, padding)).view(-1, positions, k)
         mixed_NCE = gated_product(z_NID, rows_CKI, weights_NCK, channels_KDE)
         return mixed_NCE.reshape(batch, length + padding, -1)[:, :length]
+
+    def _received(self, sent: SentState) -> Tensor:
+        """The chunk states of this part, with what came before it."""
+        assert self.carry is not None
+        dtype, count = sent.states_BNSD.dtype, sent.states_BNSD.shape[1]
+        powers_MSS = chunk_powers(self.transition_SS, count + 1)
+        before_BSD = self.carry.receive(sent.sent, powers_MSS[count].to(dtype))
+        return sent.states_BNSD + powers_MSS[:count].to(dtype) @ before_BSD[:, None]
 
     def step(self, u_BD: Tensor, state_BSD: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(features (B, k, D) of one position, the state after it) from the state before it: any K at any position."""
@@ -176,7 +218,7 @@ class FilterBank(nn.Module):
         dtype = torch.promote_types(u_BLD.dtype, torch.float32)
         u_BLD = u_BLD.to(dtype)
         whole = u_BLD.shape[1] // CHUNK * CHUNK
-        u_BNCD = nn.functional.pad(u_BLD[:, :whole], (0, 0, 0, CHUNK)).view(len(u_BLD), -1, CHUNK, u_BLD.shape[2])
+        u_BNCD = F.pad(u_BLD[:, :whole], (0, 0, 0, CHUNK)).view(len(u_BLD), -1, CHUNK, u_BLD.shape[2])
         state_BSD = chunk_states(u_BNCD, self.tables(dtype))[:, -1]
         for u_BD in u_BLD[:, whole:].unbind(1):
             _, state_BSD = self.step(u_BD, state_BSD, 0)

@@ -117,11 +117,12 @@ def toeplitz_rows(filters_LK: Tensor) -> Tensor:
     return padded_SK[time[:, None] - time + length - 1].transpose(1, 2)
 
 
-def chunk_inputs(u_BLD: Tensor, tables: ChunkTables) -> Tensor:
+def chunk_inputs(u_BLD: Tensor, tables: ChunkTables, states_BNSD: Tensor | None = None) -> Tensor:
     """[U_c ; x_c] (N, I, D) of every chunk: its own inputs, zero beyond the end, and the state it starts from."""
-    u_BNCD = _chunks(u_BLD, tables.input_SC.shape[1])
-    states_BNSD = chunk_states(u_BNCD, tables)
-    return torch.cat((u_BNCD, states_BNSD), dim=2).flatten(0, 1)
+    u_BNCD = chunked(u_BLD, tables.input_SC.shape[1])
+    if states_BNSD is None:
+        states_BNSD = chunk_states(u_BNCD, tables)
+    return torch.cat((u_BNCD, states_BNSD.to(u_BNCD.dtype)), dim=2).flatten(0, 1)
 
 
 def chunk_states(u_BNCD: Tensor, tables: ChunkTables) -> Tensor:
@@ -141,7 +142,18 @@ def chunk_states(u_BNCD: Tensor, tables: ChunkTables) -> Tensor:
     return states_BNSD.to(u_BNCD.dtype)
 
 
-def _chunks(u_BLD: Tensor, chunk: int) -> Tensor:
+def chunk_powers(transition_SS: Tensor, count: int) -> Tensor:
+    """A^n for n = 0 .. count-1, (count, S, S)."""
+    powers_MSS = torch.eye(len(transition_SS), dtype=transition_SS.dtype, device=transition_SS.device)[None]
+    power_SS = transition_SS
+    while len(powers_MSS) < count:
+        powers_MSS = torch.cat((powers_MSS, power_SS @ powers_MSS))
+        power_SS = power_SS @ power_SS
+    return powers_MSS[:count]
+
+
+def chunked(u_BLD: Tensor, chunk: int) -> Tensor:
+    """(B, N, C, D), zero beyond the end."""
     batch, length, width = u_BLD.shape
     return F.pad(u_BLD, (0, 0, 0, -length % chunk)).reshape(batch, -1, chunk, width)
 

@@ -1,13 +1,12 @@
-"""Every knob of a run, in one place: frozen sections with type, unit and meaning; rules that span sections.
+"""Every knob of a run, in one place: frozen sections with type, unit and meaning; `megassm.rules` has the rest.
 
-A run is one `Config`. It is read from YAML by `megassm.configfile`, which turns every violation found here
-into a message with file and line. Nothing here imports torch: a refusal costs milliseconds.
+A run is one `Config`. It is read from YAML by `megassm.configfile`, which turns every violation into a message
+with file and line. Nothing here imports torch: a refusal costs milliseconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -95,6 +94,8 @@ class BudgetConfig(Section):
 
     strategy: Literal["fixed", "uniform", "log_uniform", "paper"] = "paper"
     """fixed: always `k`; uniform, log_uniform: any K in [min_k, K_max]; paper: the listed budgets."""
+    draws: PositiveInt | None = None
+    """Budgets drawn an update, each for as many micro-steps; null: one a micro-step when the run began."""
     k: PositiveInt | None = None
     """The K of `fixed`; null is K_max, the static baseline."""
     min_k: PositiveInt = 1
@@ -145,6 +146,8 @@ class TrainConfig(Section):
     """Sequences one rank processes at a time; one budget K is drawn for each micro-step."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of weights and activations; filters, gates' softmax and losses stay float32."""
+    max_skipped: PositiveInt = 10
+    """Updates in a row that may be dropped because loss or gradient is not finite, before the run stops."""
     recompute: bool = False
     """Recompute each block's activations in the backward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -236,144 +239,3 @@ class Config(Section):
     def full_budget_steps(self) -> int:
         """Updates at the start that run at K_max under the paper's recipe."""
         return self.optim.warmup_steps if self.budget.full_steps is None else self.budget.full_steps
-
-
-class Violation(NamedTuple):
-    """A broken rule: the knobs it is about, the first being the one to point at."""
-
-    knobs: tuple[str, ...]
-    rule: str
-
-
-def violations(config: Config, world_size: int) -> Iterator[Violation]:
-    """Every rule that spans knobs and is broken by `config` on `world_size` ranks."""
-    yield from _model_violations(config.model)
-    yield from _budget_violations(config)
-    yield from _schedule_violations(config)
-    yield from _rank_violations(config, world_size)
-
-
-def _model_violations(model: ModelConfig) -> Iterator[Violation]:
-    if model.num_channels > model.seq_len:
-        yield Violation(
-            ("model.num_channels", "model.seq_len"),
-            f"at most model.seq_len = {model.seq_len}: a Hankel matrix of that size has no more eigenvectors",
-        )
-    if model.n_layers % len(model.pattern):
-        yield Violation(
-            ("model.n_layers", "model.pattern"),
-            f"a multiple of the pattern's length, {len(model.pattern)} for {model.pattern!r}",
-        )
-    if "A" not in model.pattern:
-        return
-    if model.d_model % model.n_heads:
-        yield Violation(("model.d_model", "model.n_heads"), f"divisible by model.n_heads = {model.n_heads}")
-    elif (model.d_model // model.n_heads) % 2:
-        yield Violation(
-            ("model.d_model", "model.n_heads"),
-            f"an even number of dimensions a head, for rotary positions; model.n_heads = {model.n_heads} "
-            f"gives {model.d_model // model.n_heads}",
-        )
-    if model.n_heads % model.kv_heads:
-        yield Violation(("model.n_kv_heads", "model.n_heads"), f"a divisor of model.n_heads = {model.n_heads}")
-
-
-def _budget_violations(config: Config) -> Iterator[Violation]:
-    limit, budget = config.model.num_channels, config.budget
-    rule = f"at most model.num_channels = {limit}, the K_max of this model"
-    listed = [("eval.budgets", config.eval.budgets)]
-    if budget.strategy == "paper":
-        listed.append(("budget.budgets", budget.budgets))
-    for name, budgets in listed:
-        if max(budgets) > limit:
-            yield Violation((name, "model.num_channels"), rule)
-        if list(budgets) != sorted(set(budgets)):
-            yield Violation((name,), "increasing, each once")
-    if budget.k is not None and budget.k > limit:
-        yield Violation(("budget.k", "model.num_channels"), rule)
-    if budget.k is not None and budget.strategy != "fixed":
-        yield Violation(
-            ("budget.k", "budget.strategy"),
-            f"null: budget.strategy = {budget.strategy!r} draws K; set budget.strategy: fixed to use it",
-        )
-    if budget.min_k > limit:
-        yield Violation(("budget.min_k", "model.num_channels"), rule)
-
-
-def _schedule_violations(config: Config) -> Iterator[Violation]:
-    optim, steps = config.optim, config.train.steps
-    if optim.warmup_steps >= steps:
-        yield Violation(("optim.warmup_steps", "train.steps"), f"less than train.steps = {steps}")
-    if optim.decay_steps is not None and optim.warmup_steps + optim.decay_steps > steps:
-        yield Violation(
-            ("optim.decay_steps", "optim.warmup_steps", "train.steps"),
-            f"at most train.steps - optim.warmup_steps = {steps - optim.warmup_steps}",
-        )
-    if optim.decay_steps is not None and optim.schedule != "wsd":
-        yield Violation(
-            ("optim.decay_steps", "optim.schedule"),
-            f"null: optim.schedule = {optim.schedule!r} has no decay phase; set optim.schedule: wsd to use it",
-        )
-    for name in ("beta1", "beta2"):
-        if getattr(optim, name) == 1:
-            yield Violation((f"optim.{name}",), "less than 1")
-
-
-def _rank_violations(config: Config, world_size: int) -> Iterator[Violation]:
-    train, parallel = config.train, config.parallel
-    if config.parallel.zero_stage == 0 and train.precision == "bf16":
-        yield Violation(
-            ("parallel.zero_stage", "train.precision"),
-            "1, 2 or 3 with train.precision = bf16: at stage 0 DeepSpeed's bf16 optimizer makes a wrong first "
-            "update. Stage 1 is the same on one rank",
-        )
-    yield from _split_violations(config.model, config.parallel)
-    data = parallel.data or max(1, world_size // (parallel.sequence * parallel.tensor))
-    product = data * parallel.sequence * parallel.tensor
-    if product != world_size:
-        yield Violation(
-            ("parallel.tensor", "parallel.sequence", "parallel.data"),
-            f"such that parallel.data x parallel.sequence x parallel.tensor is the number of ranks: "
-            f"{data} x {parallel.sequence} x {parallel.tensor} = {product}, but {world_size} were started",
-        )
-        return
-    data_ranks = data
-    share = train.micro_batch_sequences * data_ranks
-    if train.batch_sequences % share:
-        yield Violation(
-            ("train.batch_sequences", "train.micro_batch_sequences"),
-            f"a multiple of train.micro_batch_sequences x data-parallel ranks = "
-            f"{train.micro_batch_sequences} x {data_ranks} = {share}",
-        )
-    if config.eval.sequences % data_ranks:
-        yield Violation(("eval.sequences",), f"a multiple of the {data_ranks} data-parallel ranks")
-
-
-def _split_violations(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Violation]:
-    """Rules about what one rank holds of a model and of a sequence."""
-    tensor, sequence = parallel.tensor, parallel.sequence
-    heads = tensor * sequence
-    if "A" in model.pattern and model.n_heads % heads:
-        yield Violation(
-            ("model.n_heads", "parallel.tensor", "parallel.sequence"),
-            f"divisible by parallel.tensor x parallel.sequence = {tensor} x {sequence} = {heads}, which share the heads",
-        )
-    if "A" in model.pattern and model.kv_heads % tensor and tensor % model.kv_heads:
-        yield Violation(
-            ("model.n_kv_heads", "parallel.tensor"), f"a divisor or a multiple of parallel.tensor = {tensor}"
-        )
-    for name in ("d_model", "d_ffn", "vocab_size"):
-        if getattr(model, name) < tensor:
-            yield Violation((f"model.{name}", "parallel.tensor"), f"at least parallel.tensor = {tensor}")
-    if sequence == 1:
-        return
-    if model.seq_len % (sequence * CHUNK):
-        yield Violation(
-            ("model.seq_len", "parallel.sequence"),
-            f"a multiple of {CHUNK} x parallel.sequence = {CHUNK * sequence}: every rank holds whole chunks of {CHUNK}",
-        )
-    if "S" in model.pattern and model.filterbank not in ("auto", "chunked"):
-        yield Violation(
-            ("model.filterbank", "parallel.sequence"),
-            f"chunked with parallel.sequence = {sequence}: only its state can be handed from rank to rank",
-        )

@@ -22,7 +22,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from megassm.cli import refuse
-from megassm.config import Config, violations
+from megassm.config import Config
+from megassm.rules import violations
 
 Tree = dict[str, Any]
 

@@ -170,9 +170,7 @@ class FilterBank(nn.Module):
         states_BNSD = chunk_states(F.pad(chunked(u_BLD, CHUNK), (0, 0, 0, 0, 0, 1)), self.tables(u_BLD.dtype))
         return SentState(states_BNSD[:, :-1], self.carry.send(states_BNSD[:, -1]))
 
-    def mix(
-        self, u_BLD: Tensor, weights_BLK: Tensor, channels_KDE: Tensor, sent: SentState | None = None
-    ) -> Tensor:
+    def mix(self, u_BLD: Tensor, weights_BLK: Tensor, channels_KDE: Tensor, sent: SentState | None = None) -> Tensor:
         """sum_k weights[k] * (features[k] @ channels[k]), (B, L, E); features are kept by the FFT ways only.
 
         `sent` is what `send_state(u_BLD)` gave.

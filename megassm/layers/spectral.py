@@ -61,7 +61,7 @@ class SpectralMixer(nn.Module):
         return self.mix(u_BLD, self._weights(u_BLD, context), context)
 
     def mix(self, u_BLD: Tensor, weights_BLK: Tensor, context: Context) -> Tensor:
-        """D u + sum_k weights[k] M_k f_k. All that is linear in u; u may be a part of the inputs, as are M and D then."""
+        """D u + sum_k weights[k] M_k f_k. Linear in u, which may be a part of the inputs, as are M and D then."""
         assert context.filterbank is not None
         sent = context.filterbank.send_state(u_BLD)
         direct_BLD = u_BLD @ self.direct_DD  # while the state is under way

@@ -1,4 +1,4 @@
-"""A rank's place in the mesh data x sequence x tensor. Pure: the processes that meet there are `megassm.parallel.world`'s.
+"""A rank's place in the mesh data x sequence x tensor. Pure: `megassm.parallel.world` has the processes.
 
     rank = (data * sequence_size + sequence) * tensor_size + tensor
 

@@ -239,8 +239,8 @@ class _EnterMixer(torch.autograd.Function):
         both = du_BLd.new_zeros(*du_BLd.shape[:-1], ctx.width + dweights_BLK.shape[-1])
         both[..., start:stop] = du_BLd
         both[..., ctx.width :] = dweights_BLK
-        du_BLD, dweights = _all_reduce(both, ctx.group).split((ctx.width, dweights_BLK.shape[-1]), dim=-1)
-        return du_BLD, dweights.to(dweights_BLK.dtype), None, None, None
+        both = _all_reduce(both, ctx.group)
+        return both[..., : ctx.width], both[..., ctx.width :].to(dweights_BLK.dtype), None, None, None
 
 
 class _SplitCrossEntropy(torch.autograd.Function):

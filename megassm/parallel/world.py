@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -58,7 +60,7 @@ def join_world(config: Config) -> World:
     mesh = mesh_of(config, dist.get_world_size())
     _check_machines(mesh)
     tensor, sequence, replicas, readers = (
-        dist.new_subgroups_by_enumeration(groups, timeout=timeout)[0]
+        dist.new_subgroups_by_enumeration(groups, timeout=timeout)[0]  # type: ignore[no-untyped-call]
         for groups in (mesh.tensor_groups(), mesh.sequence_groups(), mesh.replica_groups(), mesh.reader_groups())
     )
     return World(rank, device, mesh, tensor, sequence, replicas, readers)
@@ -68,8 +70,8 @@ def _check_machines(mesh: Mesh) -> None:
     local = _local_ranks(mesh.size)
     if local % mesh.tensor:
         raise UserError(
-            f"parallel.tensor = {mesh.tensor}: must divide the {local} ranks of a machine, or a tensor group would span "
-            "machines; use a divisor, and parallel.sequence or ZeRO for the rest"
+            f"parallel.tensor = {mesh.tensor}: must divide the {local} ranks of a machine, or a tensor group would "
+            "span machines; use a divisor, and parallel.sequence or ZeRO for the rest"
         )
 
 
@@ -78,6 +80,8 @@ def _join(device: Literal["auto", "cpu", "cuda"], timeout: timedelta) -> tuple[i
     place = _pick_device(device, int(os.environ.setdefault("LOCAL_RANK", "0")))  # DeepSpeed insists on it
     if place.type == "cpu":
         _share_cores(size)
+    if dist.is_initialized():  # a process may hold several models, one after another
+        return dist.get_rank(), place
     backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
@@ -140,6 +144,23 @@ def gather_rows(row: Sequence[float]) -> list[list[float]]:
     rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, mine)  # over gloo also on CUDA: a few bytes, no device synchronisation of its own
     return [other.tolist() for other in rows]
+
+
+def broadcast_array(array: npt.NDArray[np.int64], group: Group) -> npt.NDArray[np.int64]:
+    """The array of the group's first rank, on all of its ranks."""
+    tensor = torch.from_numpy(array)
+    dist.broadcast(tensor, group=group, group_src=0)
+    return tensor.numpy()
+
+
+def gather_texts(text: str) -> list[str]:
+    """Every rank's text, in the order of ranks, on every rank; almost always empty, and then one small message."""
+    raw = text.encode()
+    longest = int(max(row[0] for row in gather_rows([len(raw)])))
+    if longest == 0:
+        return [""] * dist.get_world_size()
+    rows = gather_rows([*raw, *([0] * (longest - len(raw)))])
+    return [bytes(int(byte) for byte in row).rstrip(b"\0").decode() for row in rows]
 
 
 def barrier() -> None:

@@ -94,7 +94,8 @@ def train(run: Run) -> None:
             row["valid"] = {str(k): validate(run, k).bits_per_byte for k in config.eval.budgets}
         if run.journal is not None:
             run.journal.write(row)
-        if last or totals.stop or (step + 1) % config.checkpoint.every_steps == 0:
+        due = (step + 1) % config.checkpoint.every_steps == 0 and not skipped  # a sick run replaces no good checkpoint
+        if last or totals.stop or due:
             save(run, step + 1, must=last or totals.stop)
         if totals.stop:
             say(run.world, f"stopped by a signal after step {step + 1}; the same command continues from there")

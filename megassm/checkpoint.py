@@ -115,6 +115,7 @@ def run_identity(config: Config, world_size: int, data_fingerprint: str) -> dict
     return model | {
         "run.seed": config.run.seed,
         "train.batch_sequences": config.train.batch_sequences,
+        "data.isolate_documents": config.data.isolate_documents,
         "train.precision": config.train.precision,
         "parallel.zero_stage": config.parallel.zero_stage,
         "the number of ranks": world_size,

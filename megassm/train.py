@@ -234,7 +234,8 @@ def validate(run: Run, k: int) -> Score:
 def set_up(config: Config, data: Dataset, world: World) -> Run:
     """Builds the run, and continues from its newest complete checkpoint where there is one."""
     stop = StopRequest()
-    engine = Engine(build_model(config.model, config.run.seed, config.train.recompute), config, world)
+    model = build_model(config.model, config.run.seed, config.train.recompute)
+    engine = Engine(model, config, world, data.document_end(config))
     done_steps = resume(engine, config, data)
     plan = stream_plan(config, world)
     peak, peak_source = peak_flops(config, world.device)

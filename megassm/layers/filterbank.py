@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from megassm.errors import UserError
+from megassm.ops.documents import Segments, cut_into_rows
 from megassm.ops.filterbank import (
     ChunkTables,
     check_flashfft,
     chunk_inputs,
     chunk_states,
     chunked_filterbank,
+    copied_inputs,
     direct_filterbank,
     fft_filterbank,
     flashfft_filterbank,
@@ -126,13 +128,24 @@ class FilterBank(nn.Module):
             return "chunked"
         return "direct" if length <= DIRECT_LENGTH else "fft"
 
-    def forward(self, u_BLD: Tensor, k: int) -> Tensor:
-        """Features (B, L, k, D), in at least float32."""
+    def segments(self, documents_BL: Tensor) -> Segments:
+        """How documents cut the rows in which sequences of this length are computed: chunks, or whole sequences."""
+        length = documents_BL.shape[1]
+        return cut_into_rows(documents_BL, CHUNK if self.way(length) == "chunked" else length)
+
+    def forward(self, u_BLD: Tensor, k: int, segments: Segments | None = None) -> Tensor:
+        """Features (B, L, k, D), in at least float32; with `segments`, made by `segments`, of each document alone."""
         u_BLD = u_BLD.to(torch.promote_types(u_BLD.dtype, torch.float32))
+        features_BLKD = self._features(u_BLD, k, segments)
+        if segments is None or not segments.has_copies or self.way(u_BLD.shape[1]) == "chunked":
+            return features_BLKD
+        return segments.join(features_BLKD, self._features(segments.copies(u_BLD), k, None))
+
+    def _features(self, u_BLD: Tensor, k: int, segments: Segments | None) -> Tensor:
         way = self.way(u_BLD.shape[1])
         match way:
             case "chunked":
-                return chunked_filterbank(u_BLD, self.tables(u_BLD.dtype), k)
+                return chunked_filterbank(u_BLD, self.tables(u_BLD.dtype), k, segments)
             case "direct":
                 return direct_filterbank(u_BLD, self.filters(u_BLD), k)
             case "fft":
@@ -142,23 +155,26 @@ class FilterBank(nn.Module):
                 return flashfft_filterbank(u_BLD, self.filters(u_BLD), k)
         assert_never(way)
 
-    def mix(self, u_BLD: Tensor, weights_BLK: Tensor, channels_KDE: Tensor) -> Tensor:
+    def mix(self, u_BLD: Tensor, weights_BLK: Tensor, channels_KDE: Tensor, segments: Segments | None = None) -> Tensor:
         """sum_k weights[k] * (features[k] @ channels[k]), (B, L, E); features are kept by the FFT ways only."""
         batch, length, k = weights_BLK.shape
         way = self.way(length)
         if way in ("fft", "flashfft"):
-            return mix_channels(self(u_BLD, k), weights_BLK, channels_KDE)
+            return mix_channels(self(u_BLD, k, segments), weights_BLK, channels_KDE)
         if u_BLD.device.type == "cpu":  # no fast bfloat16 products there
             u_BLD = u_BLD.to(torch.promote_types(u_BLD.dtype, torch.float32))
         if way == "direct":
             z_NID, rows_CKI = u_BLD, toeplitz_rows(self.filters(u_BLD)[:length, :k])
         else:
             tables = self.tables(u_BLD.dtype)
-            z_NID, rows_CKI = chunk_inputs(u_BLD, tables), tables.rows_CKI[:, :k]
+            z_NID, rows_CKI = chunk_inputs(u_BLD, tables, segments), tables.rows_CKI[:, :k]
         positions = rows_CKI.shape[0]
         padding = -length % positions
         weights_NCK = nn.functional.pad(weights_BLK, (0, 0, 0, padding)).view(-1, positions, k)
         mixed_NCE = gated_product(z_NID, rows_CKI, weights_NCK, channels_KDE)
+        if segments is not None and segments.has_copies:
+            z_XID, weights_XCK = copied_inputs(z_NID, segments), weights_NCK[segments.copied_X]
+            mixed_NCE = segments.join(mixed_NCE, gated_product(z_XID, rows_CKI, weights_XCK, channels_KDE))
         return mixed_NCE.reshape(batch, length + padding, -1)[:, :length]
 
     def step(self, u_BD: Tensor, state_BSD: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,8 @@ class SpectralMixer(nn.Module):
     def forward(self, u_BLD: Tensor, context: Context) -> Tensor:
         assert context.filterbank is not None
         k = context.k
-        mixed_BLD = context.filterbank.mix(u_BLD, self._weights(u_BLD, context), self.channels_KDD[:k])
+        weights_BLK = self._weights(u_BLD, context)
+        mixed_BLD = context.filterbank.mix(u_BLD, weights_BLK, self.channels_KDD[:k], context.segments)
         return mixed_BLD + u_BLD @ self.direct_DD
 
     def final_state(self, u_BLD: Tensor, context: Context) -> Tensor:

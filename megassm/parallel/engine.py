@@ -19,6 +19,7 @@ from torch import Tensor
 from megassm.config import Config
 from megassm.errors import UserError
 from megassm.model import LanguageModel
+from megassm.ops.documents import document_numbers
 from megassm.optim import build_optimizer
 from megassm.parallel.world import World
 
@@ -48,10 +49,14 @@ def deepspeed_config(config: Config, data_ranks: int) -> dict[str, Any]:
 
 
 class Engine:
-    """A model under DeepSpeed ZeRO: forward, backward, one update, shards on disk."""
+    """A model under DeepSpeed ZeRO: forward, backward, one update, shards on disk.
 
-    def __init__(self, model: LanguageModel, config: Config, world: World) -> None:
+    With `document_end`, the id of that name, no position sees another document.
+    """
+
+    def __init__(self, model: LanguageModel, config: Config, world: World, document_end: int | None = None) -> None:
         deepspeed = _import_deepspeed(world.device)
+        self.document_end = document_end
         self.config = config
         self.world = world
         self.micro_steps = config.micro_steps(world.size)
@@ -70,7 +75,8 @@ class Engine:
 
     def losses(self, ids_BT: Tensor, k: int) -> Tensor:
         """Negative log-likelihood in nats (B, L) of the tokens that follow each of the first L = T - 1."""
-        nll: Tensor = self._engine(ids_BT[:, :-1], k, ids_BT[:, 1:])
+        documents_BL = document_numbers(ids_BT[:, :-1], self.document_end)
+        nll: Tensor = self._engine(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL)
         return nll
 
     @torch.no_grad()

@@ -145,7 +145,7 @@ class FilterBank(nn.Module):
         way = self.way(u_BLD.shape[1])
         match way:
             case "chunked":
-                return chunked_filterbank(u_BLD, self.tables(u_BLD.dtype), k, segments)
+                return chunked_filterbank(u_BLD, self.tables(u_BLD.dtype, k), segments)
             case "direct":
                 return direct_filterbank(u_BLD, self.filters(u_BLD), k)
             case "fft":
@@ -166,8 +166,8 @@ class FilterBank(nn.Module):
         if way == "direct":
             z_NID, rows_CKI = u_BLD, toeplitz_rows(self.filters(u_BLD)[:length, :k])
         else:
-            tables = self.tables(u_BLD.dtype)
-            z_NID, rows_CKI = chunk_inputs(u_BLD, tables, segments), tables.rows_CKI[:, :k]
+            tables = self.tables(u_BLD.dtype, k)
+            z_NID, rows_CKI = chunk_inputs(u_BLD, tables, segments), tables.rows_CKI
         positions = rows_CKI.shape[0]
         padding = -length % positions
         weights_NCK = nn.functional.pad(weights_BLK, (0, 0, 0, padding)).view(-1, positions, k)
@@ -193,14 +193,14 @@ class FilterBank(nn.Module):
         u_BLD = u_BLD.to(dtype)
         whole = u_BLD.shape[1] // CHUNK * CHUNK
         u_BNCD = nn.functional.pad(u_BLD[:, :whole], (0, 0, 0, CHUNK)).view(len(u_BLD), -1, CHUNK, u_BLD.shape[2])
-        state_BSD = chunk_states(u_BNCD, self.tables(dtype))[:, -1]
+        state_BSD = chunk_states(u_BNCD, self.tables(dtype, 0))[:, -1]
         for u_BD in u_BLD[:, whole:].unbind(1):
             _, state_BSD = self.step(u_BD, state_BSD, 0)
         return state_BSD
 
-    def tables(self, dtype: torch.dtype) -> ChunkTables:
-        """The chunk's matrices in `dtype`."""
-        return ChunkTables(self.transition_SS.to(dtype), self.input_SC.to(dtype), self.rows_CKI.to(dtype))
+    def tables(self, dtype: torch.dtype, k: int) -> ChunkTables:
+        """The chunk's matrices for k filters in `dtype`."""
+        return ChunkTables(self.transition_SS.to(dtype), self.input_SC.to(dtype), self.rows_CKI[:, :k].to(dtype))
 
     def filters(self, u_BLD: Tensor) -> Tensor:
         """At least L rows of the filters, continued beyond the length they were made for, in u's dtype."""

@@ -9,7 +9,7 @@ state-space model with S states shared by all K filters (see `megassm.ops.realiz
 
 matrix products only, linear time, and an x that is all a later position needs to know of the past.
 
-Every way takes (u_BLD, tables, k) and gives features (B, L, k, D) in u's dtype.
+Every way takes u_BLD and the filters, or matrices made from them, and gives features (B, L, K, D) in u's dtype.
 Shapes: B batch, L length, D channels, K filters, C chunk, S states, I = C + S, N = B * chunks.
 """
 
@@ -101,18 +101,17 @@ def check_flashfft(filters_LK: Tensor, length: int) -> None:
         )
 
 
-def chunked_filterbank(u_BLD: Tensor, tables: ChunkTables, k: int, segments: Segments | None = None) -> Tensor:
+def chunked_filterbank(u_BLD: Tensor, tables: ChunkTables, segments: Segments | None = None) -> Tensor:
     """By chunks and a shared state: O(L), matrix products only; also beyond the length the filters were made for.
 
     With `segments`, of rows of C positions, no position sees another document.
     """
     batch, length, width = u_BLD.shape
     z_NID = chunk_inputs(u_BLD, tables, segments)
-    rows_CKI = tables.rows_CKI[:, :k]
-    features_NCKD = _chunk_features(z_NID, rows_CKI)
+    features_NCKD = _chunk_features(z_NID, tables.rows_CKI)
     if segments is not None and segments.has_copies:
-        features_NCKD = segments.join(features_NCKD, _chunk_features(copied_inputs(z_NID, segments), rows_CKI))
-    return features_NCKD.reshape(batch, -1, k, width)[:, :length]
+        features_NCKD = segments.join(features_NCKD, _chunk_features(copied_inputs(z_NID, segments), tables.rows_CKI))
+    return features_NCKD.reshape(batch, -1, features_NCKD.shape[2], width)[:, :length]
 
 
 def _chunk_features(z_NID: Tensor, rows_CKI: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class FilterBank(nn.Module):
     transition_SS: Tensor
     input_SC: Tensor
     rows_CKI: Tensor
-    step_transition_SS: Tensor
+    step_change_SS: Tensor
     step_input_S: Tensor
     step_output_KS: Tensor
 
@@ -76,8 +76,10 @@ class FilterBank(nn.Module):
             if self.method == "chunked":
                 raise
             return
-        for name in ("transition_SS", "input_SC", "step_transition_SS", "step_input_S", "step_output_KS"):
+        for name in ("transition_SS", "input_SC", "step_input_S", "step_output_KS"):
             self._fill(name, getattr(chunk, name))
+        # x' - x: a rounded A1 would lose how near to 1 its eigenvalues are
+        self._fill("step_change_SS", chunk.step_transition_SS - np.eye(len(chunk.step_input_S)))
         self._fill("rows_CKI", np.concatenate((chunk.toeplitz_CKC, chunk.output_CKS), axis=2))
 
     def _fill(self, name: str, value: npt.NDArray[np.float64]) -> None:
@@ -183,8 +185,8 @@ class FilterBank(nn.Module):
         u_B1D = u_BD.to(dtype)[:, None]
         first_K = self.filters_LK[0, :k].to(dtype)
         features_BKD = self.step_output_KS[:k].to(dtype) @ state_BSD + first_K[:, None] * u_B1D
-        state_BSD = self.step_transition_SS.to(dtype) @ state_BSD + self.step_input_S.to(dtype)[:, None] * u_B1D
-        return features_BKD, state_BSD
+        change_BSD = self.step_change_SS.to(dtype) @ state_BSD + self.step_input_S.to(dtype)[:, None] * u_B1D
+        return features_BKD, state_BSD + change_BSD
 
     def final_state(self, u_BLD: Tensor) -> Tensor:
         """The state (B, S, D) after all L positions, in at least float32: what `step` continues from."""
@@ -200,7 +202,7 @@ class FilterBank(nn.Module):
 
     def tables(self, dtype: torch.dtype, k: int) -> ChunkTables:
         """The chunk's matrices for k filters in `dtype`."""
-        return ChunkTables(self.transition_SS.to(dtype), self.input_SC.to(dtype), self.rows_CKI[:, :k].to(dtype))
+        return ChunkTables(self.transition_SS, self.input_SC.to(dtype), self.rows_CKI[:, :k].to(dtype))
 
     def filters(self, u_BLD: Tensor) -> Tensor:
         """At least L rows of the filters, continued beyond the length they were made for, in u's dtype."""
@@ -211,9 +213,9 @@ class FilterBank(nn.Module):
 
     def _continued(self, count: int) -> Tensor:
         """(count, K) rows after the last: the response q A1^(i-1) b of the state, so that all ways agree on them."""
-        assert self.state_size
         response_SC = self.input_SC.flip(1)  # A1^m b for m = 0..C-1
-        power_SS = torch.linalg.matrix_power(self.step_transition_SS, self.seq_len - 1)
+        step_SS = self.step_change_SS + torch.eye(self.state_size, dtype=torch.float64, device=self.filters_LK.device)
+        power_SS = torch.linalg.matrix_power(step_SS, self.seq_len - 1)
         rows = []
         for _ in range(0, count, CHUNK):
             rows.append((self.step_output_KS @ (power_SS @ response_SC)).t())

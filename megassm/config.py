@@ -176,6 +176,8 @@ class DataConfig(Section):
     """Data set made by tools/prepare_data.py: holds train/ and valid/."""
     tokenizer: str | None = None
     """"bytes" or a SentencePiece model; null is the one the data set was made with."""
+    isolate_documents: bool = False
+    """No position sees another document of its sequence; attention then holds a mask of B x L x L numbers."""
 
 
 class CheckpointConfig(Section):

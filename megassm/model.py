@@ -19,11 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 from megassm.config import ModelConfig
 from megassm.errors import UserError
-from megassm.layers.attention import Attention, KeyValueCache, rope_tables
+from megassm.layers.attention import Attention, KeyValueCache, attention_mask, rope_tables
 from megassm.layers.context import Context
 from megassm.layers.ffn import FeedForward
 from megassm.layers.filterbank import FilterBank
 from megassm.layers.spectral import SpectralMixer
+from megassm.ops.documents import check_documents
 
 LayerState = Tensor | KeyValueCache
 """S x D numbers a sequence for a spectral layer, keys and values for attention."""
@@ -101,18 +102,25 @@ class LanguageModel(nn.Module):
             else None
         )
 
-    def forward(self, ids_BL: Tensor, k: int, targets_BL: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids_BL: Tensor, k: int, targets_BL: Tensor | None = None, documents_BL: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, L, V), or with `targets_BL` the negative log-likelihood in nats of each, (B, L) float32.
 
         Args:
             ids_BL: token ids.
             k: the budget, 1 <= k <= K_max.
             targets_BL: the ids to predict, ids_BL one step later.
+            documents_BL: the number of each position's document, which does not fall along a sequence: no position
+                then sees another document. Rotary positions run on. None: a sequence is one document.
 
         Raises:
-            UserError: a budget out of range.
+            UserError: a budget out of range, documents that are none.
         """
         context = self.context(0, ids_BL.shape[1], k)
+        if documents_BL is not None:
+            check_documents(documents_BL, ids_BL)
+            context = self._apart(context, documents_BL)
         x_BLD = self.embed(ids_BL)
         for block in self.blocks:
             if self.recompute and self.training:
@@ -160,11 +168,19 @@ class LanguageModel(nn.Module):
         """For `length` positions from `first` on."""
         if not 1 <= k <= self.config.num_channels:
             raise UserError(f"budget K = {k}: must be between 1 and this model's K_max = {self.config.num_channels}")
-        rope = None
+        if "A" not in self.config.mixers:
+            return Context(k, self.filterbank, None)
+        positions_L = torch.arange(first, first + length, device=self.embedding_VD.device)
+        rope = rope_tables(positions_L, self.config.d_model // self.config.n_heads, self.config.rope_theta)
+        return Context(k, self.filterbank, rope, attention_mask(length, self.config.window, None, self.embedding_VD))
+
+    def _apart(self, context: Context, documents_BL: Tensor) -> Context:
+        """`context` with the documents kept apart."""
+        mask = None
         if "A" in self.config.mixers:
-            positions_L = torch.arange(first, first + length, device=self.embedding_VD.device)
-            rope = rope_tables(positions_L, self.config.d_model // self.config.n_heads, self.config.rope_theta)
-        return Context(k, self.filterbank, rope)
+            mask = attention_mask(documents_BL.shape[1], self.config.window, documents_BL, self.embedding_VD)
+        segments = None if self.filterbank is None else self.filterbank.segments(documents_BL)
+        return context._replace(mask=mask, segments=segments)
 
     def reset_filters(self) -> None:
         if self.filterbank is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megassm.config import ModelConfig
 from megassm.errors import UserError
-from megassm.layers.attention import Attention, rope_tables
+from megassm.layers.attention import Attention, attention_mask, rope_tables
 from megassm.layers.context import Context
 from megassm.model import LanguageModel, build_model, truncate
 
@@ -146,7 +146,8 @@ def test_attention_equals_its_equations(window: int | None, n_kv_heads: int) -> 
     layer = Attention(16, 4, n_kv_heads, window).double()
     u_LD = torch.randn(9, 16, dtype=torch.float64)
     rope = rope_tables(torch.arange(9), layer.head_dim, 100.0)
-    found = layer(u_LD[None], Context(1, None, rope))[0]
+    mask = attention_mask(9, window, None, u_LD)
+    found = layer(u_LD[None], Context(1, None, rope, mask))[0]
     assert torch.allclose(found, naive_attention(layer, u_LD, 100.0), atol=1e-6)  # the tables are float32
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megassm.config import Config
 from megassm.model import LanguageModel, initial_weights, parameter_shapes
+from megassm.ops.documents import document_numbers
 from megassm.optim import build_optimizer
 from megassm.parallel import state
 from megassm.parallel.mesh import Mesh
@@ -87,9 +88,13 @@ class _ModelParallelUnit:
 class Engine:
     """This rank's part of a model under DeepSpeed ZeRO: forward, backward, one update, its state in and out."""
 
-    def __init__(self, config: Config, world: World) -> None:
-        """Builds the model of `config` with its initial weights."""
+    def __init__(self, config: Config, world: World, document_end: int | None = None) -> None:
+        """Builds the model of `config` with its initial weights.
+
+        With `document_end`, the id of that name, no position sees another document.
+        """
         deepspeed = _import_deepspeed(world.device)
+        self.document_end = document_end
         self.config = config
         self.world = world
         self.micro_steps = config.micro_steps(world.mesh.data)
@@ -115,7 +120,8 @@ class Engine:
 
     def losses(self, ids_BT: Tensor, k: int) -> Tensor:
         """Negative log-likelihood in nats (B, L) of the tokens that follow each of the first L = T - 1."""
-        nll: Tensor = self._engine(ids_BT[:, :-1], k, ids_BT[:, 1:])
+        documents_BL = document_numbers(ids_BT[:, :-1], self.document_end)
+        nll: Tensor = self._engine(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL)
         return nll
 
     @torch.no_grad()

@@ -158,10 +158,10 @@ def _connect_attention(attention: Attention, config: ModelConfig, group: Group) 
     whole = attention.attend
     head = group.rank() * config.kv_heads // group.size()
 
-    def attend(query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor) -> Tensor:
+    def attend(query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, mask: Tensor | None) -> Tensor:
         both_BGLQ = _spread(torch.cat((key_BGLP, value_BGLP), dim=-1), group)
         key_B1LP, value_B1LP = both_BGLQ[:, head : head + 1].chunk(2, dim=-1)
-        return whole(query_BHLP, key_B1LP, value_B1LP)
+        return whole(query_BHLP, key_B1LP, value_B1LP, mask)
 
     _replace(attention, "attend", attend)
 

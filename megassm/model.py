@@ -43,6 +43,13 @@ class DecodingState(NamedTuple):
         return sum(tensor.nbytes for tensor in tensors)
 
 
+class Distillation(NamedTuple):
+    """In-place distillation: the model at a larger budget teaches itself at a smaller one (arXiv 1903.05134)."""
+
+    teacher_k: int
+    temperature: float
+
+
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x))."""
 
@@ -103,9 +110,16 @@ class LanguageModel(nn.Module):
         )
 
     def forward(
-        self, ids_BL: Tensor, k: int, targets_BL: Tensor | None = None, documents_BL: Tensor | None = None
+        self,
+        ids_BL: Tensor,
+        k: int,
+        targets_BL: Tensor | None = None,
+        documents_BL: Tensor | None = None,
+        distill: Distillation | None = None,
     ) -> Tensor:
         """Logits (B, L, V), or with `targets_BL` the negative log-likelihood in nats of each, (B, L) float32.
+
+        With `distill` too, (2, B, L): the negative log-likelihood, and the divergence from the teacher.
 
         Args:
             ids_BL: token ids.
@@ -113,6 +127,7 @@ class LanguageModel(nn.Module):
             targets_BL: the ids to predict, ids_BL one step later.
             documents_BL: the number of each position's document, which does not fall along a sequence: no position
                 then sees another document. Rotary positions run on. None: a sequence is one document.
+            distill: which of its own predictions the model is to approach at k.
 
         Raises:
             UserError: a budget out of range, documents that are none.
@@ -121,14 +136,25 @@ class LanguageModel(nn.Module):
         if documents_BL is not None:
             check_documents(documents_BL, ids_BL)
             context = self._apart(context, documents_BL)
+        x_BLD = self._hidden(ids_BL, context)
+        if targets_BL is None:
+            return self.logits(x_BLD)
+        losses_BL = self.token_losses(x_BLD, targets_BL)
+        if distill is None:
+            return losses_BL
+        with torch.no_grad():
+            teacher_BLD = self._hidden(ids_BL, context._replace(k=distill.teacher_k))
+        return torch.stack((losses_BL, self.divergences(x_BLD, teacher_BLD, distill.temperature)))
+
+    def _hidden(self, ids_BL: Tensor, context: Context) -> Tensor:
+        """What the head reads, (B, L, D)."""
         x_BLD = self.embed(ids_BL)
         for block in self.blocks:
             if self.recompute and self.training:
                 x_BLD = checkpoint(block, x_BLD, context, use_reentrant=False)
             else:
                 x_BLD = block(x_BLD, context)
-        x_BLD = self.head_norm(x_BLD)
-        return self.logits(x_BLD) if targets_BL is None else self.token_losses(x_BLD, targets_BL)
+        return cast(Tensor, self.head_norm(x_BLD))
 
     def embed(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.embedding_VD)
@@ -141,6 +167,13 @@ class LanguageModel(nn.Module):
         """Negative log-likelihood in nats, float32."""
         logits_NV = self.logits(x_BLD).flatten(0, 1).float()
         return F.cross_entropy(logits_NV, targets_BL.flatten(), reduction="none").view_as(targets_BL)
+
+    def divergences(self, x_BLD: Tensor, teacher_BLD: Tensor, temperature: float) -> Tensor:
+        """T^2 KL(teacher || student) of the predictions at temperature T, (B, L) float32 (arXiv 1503.02531)."""
+        student_BLV = (self.logits(x_BLD).float() / temperature).log_softmax(-1)
+        with torch.no_grad():
+            teacher_BLV = (self.logits(teacher_BLD).float() / temperature).log_softmax(-1)
+        return temperature**2 * (teacher_BLV.exp() * (teacher_BLV - student_BLV)).sum(-1)
 
     @torch.no_grad()
     def prefill(self, ids_BL: Tensor, k: int) -> tuple[Tensor, DecodingState]:

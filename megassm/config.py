@@ -93,7 +93,7 @@ class BudgetConfig(Section):
     """How many channels K a micro-batch may use (budget dropout)."""
 
     strategy: Literal["fixed", "uniform", "log_uniform", "paper", "sandwich"] = "paper"
-    """fixed: always `k`; uniform, log_uniform: any K in [min_k, K_max]; paper: the listed budgets; sandwich: K_max, min_k
+    """fixed: always `k`; uniform, log_uniform: any K in [min_k, K_max]; paper: the listed ones; sandwich: K_max, min_k
     and one between in turn."""
     draws: PositiveInt | None = None
     """Budgets drawn an update, each for as many micro-steps; null: one a micro-step when the run began."""

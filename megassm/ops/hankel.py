@@ -41,7 +41,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -249,7 +249,8 @@ def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
-                np.savez(file, **{**arrays, DIGEST: np.array(_digest(arrays))})
+                contents: dict[str, Any] = {**arrays, DIGEST: np.array(_digest(arrays))}
+                np.savez(file, **contents)
             os.replace(name, path)
         except OSError:
             os.unlink(name)

@@ -126,10 +126,13 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def peak_flops(config: Config, device: torch.device) -> tuple[float, str]:
-    """(FLOP/s of one rank's device, where the figure is from), the denominator of model FLOPs utilisation."""
-    if config.log.peak_tflops is not None:
-        return config.log.peak_tflops * 1e12, "log.peak_tflops"
+def peak_flops(peak_tflops: float | None, device: torch.device) -> tuple[float, str]:
+    """(FLOP/s of one rank's device, where the figure is from), the denominator of model FLOPs utilisation.
+
+    `peak_tflops` is the knob log.peak_tflops.
+    """
+    if peak_tflops is not None:
+        return peak_tflops * 1e12, "log.peak_tflops"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, tflops in PEAK_TFLOPS.items():

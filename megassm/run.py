@@ -72,7 +72,7 @@ def set_up(config: Config, data: Dataset, world: World) -> Run:
     engine = Engine(config, world, data.document_end(config))
     config, done_steps = resume(engine, config, data)
     plan = stream_plan(config, world)
-    peak, peak_source = peak_flops(config, world.device)
+    peak, peak_source = peak_flops(config.log.peak_tflops, world.device)
     if done_steps < config.train.steps:
         if world.is_main:
             write_config(config)

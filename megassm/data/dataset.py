@@ -10,11 +10,12 @@ import numpy.typing as npt
 
 from megassm.config import Config
 from megassm.data.shards import ShardSet, load_index
-from megassm.data.tokenizer import Tokenizer, load_tokenizer
+from megassm.data.tokenizer import MODEL_NAME, BytesTokenizer, Tokenizer, load_tokenizer
+from megassm.data.tokenizer_json import FILE_NAME
 from megassm.errors import UserError
 
 TRAIN, VALID = "train", "valid"
-TOKENIZER_NAME = "tokenizer.model"
+TOKENIZER_NAMES = (MODEL_NAME, FILE_NAME)
 
 
 class Dataset(NamedTuple):
@@ -68,5 +69,5 @@ def open_dataset(config: Config) -> Dataset:
 
 def own_tokenizer(directory: Path) -> str:
     """The tokenizer a data set was made with: a file beside the shards, or bytes."""
-    model = directory / TOKENIZER_NAME
-    return str(model) if model.exists() else "bytes"
+    files = (directory / name for name in TOKENIZER_NAMES)
+    return next((str(path) for path in files if path.exists()), BytesTokenizer.name)

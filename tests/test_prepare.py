@@ -21,12 +21,13 @@ import numpy as np
 import pytest
 
 from megassm.data import prepare as prepare_module
-from megassm.data.blocks import local_fetch, read_block, verify
+from megassm.data.blocks import local_fetch, read_block
 from megassm.data.dataset import own_tokenizer
 from megassm.data.documents import TextSource
 from megassm.data.prepare import Prepared, PrepareJob, prepare
 from megassm.data.shards import ShardSet, ShardSizes
 from megassm.data.tokenizer import TokenizerSpec, load_tokenizer, train_sentencepiece
+from megassm.data.verify import verify
 from megassm.errors import UserError
 from tests.conftest import run_python
 from tests.test_tokenizer_json import gpt2_like
@@ -224,7 +225,7 @@ from pathlib import Path
 from megassm.data.documents import TextSource
 from megassm.data.prepare import PrepareJob, prepare
 from megassm.data.shards import ShardSizes
-from megassm.data import parts, shards
+from megassm.data import shard_writer
 import time
 
 class Slow:
@@ -232,11 +233,11 @@ class Slow:
     def update(self, done_bytes): time.sleep({tokenize_seconds})
     def note(self, message): print(message, flush=True)
 
-write_member = shards._OpenShard.write_member
+write_member = shard_writer._OpenShard.write_member
 def slow_write_member(*arguments):
     time.sleep({write_seconds})
     write_member(*arguments)
-shards._OpenShard.write_member = slow_write_member
+shard_writer._OpenShard.write_member = slow_write_member
 
 if __name__ == "__main__":
     sizes = ShardSizes(shard_tokens=20_000, block_tokens=4000, member_tokens=1000)

@@ -11,11 +11,12 @@ import numpy.typing as npt
 from megassm.config import Config
 from megassm.data.shards import ShardSet, load_index
 from megassm.data.tokenizer import MODEL_NAME, BytesTokenizer, Tokenizer, load_tokenizer
-from megassm.data.tokenizer_json import FILE_NAME
+from megassm.data.tokenizer_json import CONFIG_NAME, FILE_NAME
+from megassm.durable import write_atomically
 from megassm.errors import UserError
 
 TRAIN, VALID = "train", "valid"
-TOKENIZER_NAMES = (MODEL_NAME, FILE_NAME)
+TOKENIZER_NAMES = (MODEL_NAME, FILE_NAME, CONFIG_NAME)
 
 
 class Dataset(NamedTuple):
@@ -69,5 +70,20 @@ def open_dataset(config: Config) -> Dataset:
 
 def own_tokenizer(directory: Path) -> str:
     """The tokenizer a data set was made with: a file beside the shards, or bytes."""
-    files = (directory / name for name in TOKENIZER_NAMES)
+    files = (directory / name for name in (MODEL_NAME, FILE_NAME))
     return next((str(path) for path in files if path.exists()), BytesTokenizer.name)
+
+
+def keep_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Puts the tokenizer's files beside the shards, where `own_tokenizer` finds them.
+
+    Raises:
+        UserError: files of another tokenizer are there; they are left alone.
+    """
+    for name, content in tokenizer.files().items():
+        if not (directory / name).exists():
+            write_atomically(directory / name, content)
+    own = own_tokenizer(directory)
+    if load_tokenizer(own).sha256 != tokenizer.sha256:
+        rule = f"is not the tokenizer of these shards ({tokenizer.name}), or ends documents with another token"
+        raise UserError(f"{own}: {rule}; move it and what belongs to it out of {directory}")

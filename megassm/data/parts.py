@@ -7,12 +7,8 @@ global shuffle reads a range of keys from each part and holds only that range in
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -25,8 +21,8 @@ import numpy.typing as npt
 from megassm.data.order import splitmix64
 from megassm.data.shards import stored_dtype, token_dtype
 from megassm.data.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
+from megassm.data.workers import worker_lost, worker_pool
 from megassm.durable import commit, open_temporary
-from megassm.errors import UserError
 
 MOST_PART_BYTES, LEAST_PART_BYTES = 32 << 20, 1 << 20
 PARTS_AIMED_AT = 64  # of a small input: work for every process, and a killed run loses little
@@ -158,7 +154,7 @@ def _tokenize_in_pool(parts: Iterable[Part], job: TokenizeJob, on_done: Callable
             future.result()
         on_done(done_bytes)
 
-    with _worker_pool(job) as pool:
+    with worker_pool(job.workers, _set_up_worker, job) as pool:
         try:
             before = 0
             for total, part in enumerate(parts, start=1):
@@ -173,8 +169,7 @@ def _tokenize_in_pool(parts: Iterable[Part], job: TokenizeJob, on_done: Callable
             while in_flight:
                 collect()
         except BrokenProcessPool:
-            way_out = "run the same command again with fewer --workers: finished parts are kept"
-            raise UserError(f"a worker process was killed or cannot start (out of memory?); {way_out}") from None
+            raise worker_lost("run the same command again with fewer --workers: finished parts are kept") from None
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -193,25 +188,9 @@ def _submit(pool: Executor, part: int, texts: list[str]) -> Future[None]:
 _worker: tuple[TokenizeJob, Tokenizer] | None = None  # of a worker process; set once when it starts
 
 
-def _worker_pool(job: TokenizeJob) -> Executor:
-    # Spawned, not forked: this process runs the threads of the progress bar.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(job.workers, mp_context=context, initializer=_start_worker, initargs=(job,))
-
-
-def _start_worker(job: TokenizeJob) -> None:
+def _set_up_worker(job: TokenizeJob) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once and silently: parts are atomic
     _worker = (job, load_tokenizer(job.tokenizer))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker of a killed parent would wait for work for ever: it holds both ends of the pipe."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _work(part: int, texts: list[str]) -> None:

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from megassm.data.card import CARD_NAME, Card, card_text
-from megassm.data.dataset import TOKENIZER_NAMES, TRAIN, VALID
+from megassm.data.dataset import TOKENIZER_NAMES, TRAIN, VALID, keep_tokenizer
 from megassm.data.documents import ReadCounts, TextSource, list_files, read_documents
 from megassm.data.parts import PartStore, TokenizeJob, cut_parts, default_part_bytes, tokenize_parts
-from megassm.data.shards import ShardSet, ShardSizes, ShardWriter, load_index
+from megassm.data.shard_writer import ShardWriter
+from megassm.data.shards import ShardSet, ShardSizes, load_index
 from megassm.data.shuffle import Shuffle
 from megassm.data.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 from megassm.durable import write_atomically
@@ -234,8 +235,7 @@ def _write_splits(job: PrepareJob, tokenizer: Tokenizer, shuffle: Shuffle, progr
 
 def _publish(job: PrepareJob, tokenizer: Tokenizer, description: dict[str, Any], filtered: dict[str, int]) -> None:
     """Moves the finished splits to OUTPUT; the job's description, last, declares them complete."""
-    for name, content in tokenizer.files().items():
-        write_atomically(job.output / name, content)
+    keep_tokenizer(tokenizer, job.output)
     for split in (TRAIN, VALID):
         written = job.output / PARTIAL_NAME / split
         if written.is_dir():

@@ -25,6 +25,7 @@ class TarMember(NamedTuple):
     suffix: str  # lower case; may hold dots
     name: str
     offset: int  # of its first header in the tar
+    end: int  # of the next member's
     data: bytes
 
 
@@ -46,7 +47,7 @@ def tar_members(path: Path, suffixes: tuple[str, ...] = ()) -> Iterator[TarMembe
                 offset = tar.offset
                 if entry.isfile() and sample and (not suffixes or suffix in suffixes):
                     content = tar.extractfile(entry)
-                    yield TarMember(sample, suffix, entry.name, entry.offset, content.read())
+                    yield TarMember(sample, suffix, entry.name, entry.offset, offset, content.read())
             _check_end(path, tar.offset)
     except tarfile.TarError as error:
         raise _damaged(path, offset, str(error)) from None

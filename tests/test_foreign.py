@@ -198,7 +198,7 @@ def test_the_tool(tmp_path: Path) -> None:
     command = ("tools/index_shards.py", str(tmp_path / "set"), "--tokenizer", "bytes", "--json", str(table))
     run_python(*command)
     rows = json.loads(table.read_text())
-    assert [(Path(row["data set"]).name, row["documents"]) for row in rows] == [("train", 50), ("valid", 50)]
+    assert [(Path(row["data_set"]).name, row["documents"]) for row in rows] == [("train", 50), ("valid", 50)]
     (tmp_path / "set" / "valid" / "index.json").unlink()
     run_python(*command)
     assert len(json.loads(table.read_text())) == 1

@@ -32,7 +32,7 @@ def main() -> None:
             shards = index_shards(IndexJob(directory, spec, *options), progress)
         rows.append(
             {
-                "data set": str(directory),
+                "data_set": str(directory),
                 "documents": shards.documents,
                 "tokens": shards.tokens,
                 "text_bytes": shards.text_bytes,

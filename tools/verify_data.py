@@ -51,10 +51,11 @@ def _verify(directory: Path, arguments: argparse.Namespace, rows: list[Row]) -> 
         progress.start("verify", sum(shard.bytes for shard in shards.shards))
         damages += verify(shards, arguments.workers, progress.update)
     counts = {"documents": shards.documents, "tokens": shards.tokens, "shards": len(shards.shards)}
-    rows.append({"data set": str(directory), **counts, "blocks": len(shards.blocks), "damages": len(damages)})
+    rows.append({"data_set": str(directory), **counts, "blocks": len(shards.blocks), "damages": len(damages)})
     if not damages:
         for sample in sample_texts(shards, tokenizer, arguments.samples):
-            print(f"-- {directory.name}/{sample.place}:\n{sample.text}\n")
+            visible = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in sample.text)
+            print(f"-- {directory.name}/{sample.place}:\n{visible}\n")
     return damages
 
 

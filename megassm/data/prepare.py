@@ -257,10 +257,10 @@ def _write_card(job: PrepareJob, tokenizer: Tokenizer, files: list[Path], prepar
         "deduplicate": job.deduplicate,
         "on bad UTF-8": job.source.on_bad_utf8,
         "shortest document (UTF-8 bytes)": job.source.min_document_bytes,
-        "longest document (UTF-8 bytes)": job.source.max_document_bytes,
+        "longest document (UTF-8 bytes)": job.source.max_document_bytes or "any",
         "fraction for validation": job.valid_fraction,
         "seed": job.seed,
     }
-    card = Card(job.output.name, inputs, files, prepared.splits, prepared.filtered, options)
+    card = Card(job.output.resolve().name, inputs, files, prepared.splits, prepared.filtered, options)
     text = card_text(card, tokenizer, job.licence)
     write_atomically(job.output / CARD_NAME, text.encode())

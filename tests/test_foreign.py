@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megassm.config import Config
 from megassm.data import workers as workers_module
 from megassm.data.blocks import local_fetch, read_block
+from megassm.data.dataset import open_dataset
 from megassm.data.foreign import IndexJob, index_shards
 from megassm.data.shards import ShardSet, load_index
 from megassm.data.stream import StreamPlan, validation_batches
@@ -24,6 +27,7 @@ from megassm.progress import Lines
 from tests.conftest import run_python
 from tests.shard_sets import random_documents, write_documents
 from tests.test_formats import write_tar
+from tests.test_tokenizer_json import gpt2_like
 
 Ids = npt.NDArray[np.int64]
 EOD = BytesTokenizer.eod
@@ -189,6 +193,38 @@ def test_a_layout_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text(json.dumps(described | {"members": "chunks"}))
     with pytest.raises(UserError, match=r"theirs-0000\.tar, block at offset 1024: .*expected tokens \d+, got \d+"):
         read_block(load_index(tmp_path), 0, local_fetch(tmp_path))
+
+
+def test_a_run_opens_them_with_the_tokenizer_that_was_given(
+    tmp_path: Path, small_config: Callable[..., Config]
+) -> None:
+    backend = gpt2_like(["some words of text"] * 9)
+    backend.add_special_tokens(["<|stop|>"])
+    backend.save(str(tmp_path / "theirs.json"))
+    texts = [f"text {n} of some words" for n in range(60)]
+    directory = tmp_path / "set"
+    for split in ("train", "valid"):
+        write_shards(directory / split, [np.array(backend.encode(text).ids) for text in texts], "u16")
+    command = ("tools/index_shards.py", str(directory), "--tokenizer", str(tmp_path / "theirs.json"))
+    (directory / "tokenizer.json").write_text("{}")
+    refused = run_python(*command, "--eod-token", "<|stop|>", check=False)
+    assert refused.returncode == 1
+    assert f"{directory / 'tokenizer.json'}: is not the tokenizer of these shards" in refused.stderr
+    assert [path.read_text() for path in directory.iterdir() if path.is_file()] == ["{}"]
+    assert not list(directory.glob("*/index.*"))
+    (directory / "tokenizer.json").write_bytes((tmp_path / "theirs.json").read_bytes())
+    (directory / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    refused = run_python(*command, "--eod-token", "<|stop|>", check=False)
+    assert "or ends documents with another token" in refused.stderr
+    (directory / "tokenizer_config.json").unlink()
+    run_python(*command, "--eod-token", "<|stop|>")
+
+    dataset = open_dataset(small_config(f"data.path={directory}", "model.vocab_size=600"))
+    assert dataset.tokenizer.eod == dataset.train.eod == backend.token_to_id("<|stop|>")
+    ids = np.array(read_all(dataset.train))
+    assert ids.size == dataset.train.tokens == sum(len(backend.encode(text).ids) + 1 for text in texts)
+    assert dataset.tokenizer.decode(ids.tolist()) == "".join(texts)
+    assert dataset.token_bytes(600)[ids].sum() == dataset.train.text_bytes == sum(map(len, texts))
 
 
 def test_the_tool(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ def main() -> None:
     rows: list[Row] = []
     found = set_directories(arguments.directory, "*.tar", (TRAIN, VALID))
     missing = [directory for directory in found if not (directory / INDEX_NAME).exists()]
+    if found != [arguments.directory]:
+        keep_tokenizer(tokenizer, arguments.directory)
     for directory in missing or found:  # one that is complete is left alone, unless it is all there is: refused then
         options = (arguments.members, arguments.suffix, arguments.block_tokens, arguments.workers)
         with shown_progress() as progress:
@@ -40,8 +42,6 @@ def main() -> None:
                 "blocks": len(shards.blocks),
             }
         )
-    if found != [arguments.directory]:
-        keep_tokenizer(tokenizer, arguments.directory)
     print_table(str(arguments.directory), rows, arguments.json)
 
 

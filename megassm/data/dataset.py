@@ -80,10 +80,14 @@ def keep_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     Raises:
         UserError: files of another tokenizer are there; they are left alone.
     """
-    for name, content in tokenizer.files().items():
+    files = tokenizer.files()
+    rule = f"is not the tokenizer of these shards ({tokenizer.name}), or ends documents with another token"
+    for path in (directory / MODEL_NAME, directory / FILE_NAME):
+        if path.exists() and path.read_bytes() != files.get(path.name):
+            raise UserError(f"{path}: {rule}; move it and what belongs to it out of {directory}")
+    for name, content in files.items():
         if not (directory / name).exists():
             write_atomically(directory / name, content)
     own = own_tokenizer(directory)
-    if load_tokenizer(own).sha256 != tokenizer.sha256:
-        rule = f"is not the tokenizer of these shards ({tokenizer.name}), or ends documents with another token"
+    if load_tokenizer(own).sha256 != tokenizer.sha256:  # the other file beside it says so
         raise UserError(f"{own}: {rule}; move it and what belongs to it out of {directory}")

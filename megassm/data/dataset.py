@@ -10,11 +10,13 @@ import numpy.typing as npt
 
 from megassm.config import Config
 from megassm.data.shards import ShardSet, load_index
-from megassm.data.tokenizer import Tokenizer, load_tokenizer
+from megassm.data.tokenizer import MODEL_NAME, BytesTokenizer, Tokenizer, load_tokenizer
+from megassm.data.tokenizer_json import CONFIG_NAME, FILE_NAME
+from megassm.durable import write_atomically
 from megassm.errors import UserError
 
 TRAIN, VALID = "train", "valid"
-TOKENIZER_NAME = "tokenizer.model"
+TOKENIZER_NAMES = (MODEL_NAME, FILE_NAME, CONFIG_NAME)
 
 
 class Dataset(NamedTuple):
@@ -72,5 +74,24 @@ def open_dataset(config: Config) -> Dataset:
 
 def own_tokenizer(directory: Path) -> str:
     """The tokenizer a data set was made with: a file beside the shards, or bytes."""
-    model = directory / TOKENIZER_NAME
-    return str(model) if model.exists() else "bytes"
+    files = (directory / name for name in (MODEL_NAME, FILE_NAME))
+    return next((str(path) for path in files if path.exists()), BytesTokenizer.name)
+
+
+def keep_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Puts the tokenizer's files beside the shards, where `own_tokenizer` finds them.
+
+    Raises:
+        UserError: files of another tokenizer are there; they are left alone.
+    """
+    files = tokenizer.files()
+    rule = f"is not the tokenizer of these shards ({tokenizer.name}), or ends documents with another token"
+    for path in (directory / MODEL_NAME, directory / FILE_NAME):
+        if path.exists() and path.read_bytes() != files.get(path.name):
+            raise UserError(f"{path}: {rule}; move it and what belongs to it out of {directory}")
+    for name, content in files.items():
+        if not (directory / name).exists():
+            write_atomically(directory / name, content)
+    own = own_tokenizer(directory)
+    if load_tokenizer(own).sha256 != tokenizer.sha256:  # the other file beside it says so
+        raise UserError(f"{own}: {rule}; move it and what belongs to it out of {directory}")

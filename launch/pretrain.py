@@ -33,6 +33,7 @@ def parse() -> Config:
 
 def main() -> None:
     config = parse()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one message of ours, not pages of frames
     # imported one after another, so that what is wrong early is refused early
     from megassm.data.dataset import open_dataset
     from megassm.rundir import open_run_directory

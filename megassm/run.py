@@ -25,6 +25,7 @@ from megassm.errors import UserError
 from megassm.metrics import Journal, peak_flops
 from megassm.parallel.engine import Engine
 from megassm.parallel.launcher import launcher_is_gone, launcher_pids
+from megassm.parallel.state import Kind
 from megassm.parallel.world import World
 from megassm.rundir import write_config
 
@@ -121,7 +122,13 @@ def resume(engine: Engine, config: Config, data: Dataset) -> tuple[Config, int]:
             f"ranks with train.micro_batch_sequences = {config.train.micro_batch_sequences} make {engine.micro_steps} "
             f"micro-steps of it. Choose them so that the micro-steps are a multiple of {draws}, or set budget.draws"
         )
-    engine.write_state(checkpoint.tensors(), manifest.updates)
+    read = checkpoint.tensors()
+
+    def source(name: str, kind: Kind) -> torch.Tensor:
+        engine.world.progress.note("reading the checkpoint")
+        return read(name, kind)
+
+    engine.write_state(source, manifest.updates)
     here = engine.world.mesh._asdict() | {"zero_stage": config.parallel.zero_stage}
     other = "" if here == manifest.mesh else f", written by {manifest.mesh} and continued by {here}"
     say(engine.world, f"continuing after step {manifest.step} from {checkpoint.folder}{other}")

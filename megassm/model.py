@@ -112,6 +112,11 @@ class LanguageModel(nn.Module):
         Raises:
             UserError: a budget out of range.
         """
+        x_BLD = self.features(ids_BL, k)
+        return self.logits(x_BLD) if targets_BL is None else self.token_losses(x_BLD, targets_BL)
+
+    def features(self, ids_BL: Tensor, k: int) -> Tensor:
+        """The normed output of the last block (B, L, D): for who wants logits at some positions only."""
         context = self.context(0, ids_BL.shape[1], k)
         x_BLD = self.embed(ids_BL)
         for block in self.blocks:
@@ -119,8 +124,8 @@ class LanguageModel(nn.Module):
                 x_BLD = checkpoint(block, x_BLD, context, use_reentrant=False)
             else:
                 x_BLD = block(x_BLD, context)
-        x_BLD = self.head_norm(x_BLD)
-        return self.logits(x_BLD) if targets_BL is None else self.token_losses(x_BLD, targets_BL)
+        normed_BLD: Tensor = self.head_norm(x_BLD)
+        return normed_BLD
 
     def embed(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.embedding_VD)

@@ -23,6 +23,7 @@ from megassm.errors import UserError
 Ids = npt.NDArray[np.int64]
 ModelType = Literal["bpe", "unigram"]
 
+MODEL_NAME = "tokenizer.model"
 EOD_PIECE = "<|eod|>"
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space inside a piece
 CHUNK_CHARS = 1 << 18  # SentencePiece's memory grows with the length of one call's longest text
@@ -61,6 +62,9 @@ class Tokenizer(Protocol):
     def token_bytes(self) -> Ids:
         """(vocab_size,): UTF-8 bytes an id stands for. Summed over `encode(text)` it is the text's length."""
 
+    def files(self) -> dict[str, bytes]:
+        """What to keep beside a data set so that the tokenizer can be loaded from there, by file name."""
+
 
 class BytesTokenizer:
     """Ids 0-255 are the bytes of UTF-8, 256 is EOD. Needs no training: for tests and first runs."""
@@ -81,6 +85,9 @@ class BytesTokenizer:
         counts[self.eod] = 0
         return counts
 
+    def files(self) -> dict[str, bytes]:
+        return {}
+
 
 class SentencePieceTokenizer:
     """A SentencePiece model that loses nothing (see `train_sentencepiece`); others are refused."""
@@ -92,6 +99,7 @@ class SentencePieceTokenizer:
         except OSError as error:
             way_out = "give 'bytes' or a file made by tools/train_tokenizer.py"
             raise UserError(f"tokenizer {path}: {error.strerror}; {way_out}") from None
+        self._model = model
         self._processor = _load_processor(model, path)
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
@@ -127,6 +135,9 @@ class SentencePieceTokenizer:
 
     def token_bytes(self) -> Ids:
         return np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+
+    def files(self) -> dict[str, bytes]:
+        return {MODEL_NAME: self._model}
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:

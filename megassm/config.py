@@ -35,6 +35,8 @@ class RunConfig(Section):
     """Run directory; everything the run writes is below it."""
     seed: NonNegativeInt = 0
     """Seeds the weights, the sample order and the budgets."""
+    init_from: str | None = None
+    """Exported model (tools/export.py) whose weights a new run starts from; null draws them from the seed."""
 
 
 class ModelConfig(Section):

@@ -14,15 +14,17 @@ from types import FrameType
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from megassm import __version__
-from megassm.checkpoint import check_identity, newest_checkpoint, run_identity
+from megassm.checkpoint import check_identity, checkpoints_folder, newest_checkpoint, run_identity
 from megassm.config import Config
 from megassm.cost import parameters
 from megassm.data.dataset import Dataset
 from megassm.data.stream import MicroBatch, StreamPlan, TokenStream, validation_batches
 from megassm.errors import UserError
 from megassm.metrics import Journal, peak_flops
+from megassm.modelfolder import open_model_folder
 from megassm.parallel.engine import Engine
 from megassm.parallel.launcher import launcher_is_gone, launcher_pids
 from megassm.parallel.state import Kind
@@ -70,7 +72,7 @@ def set_up(config: Config, data: Dataset, world: World) -> Run:
     """Builds the run, and continues from its newest complete checkpoint where there is one."""
     stop = StopRequest()
     digest = start_digest(config, data)
-    engine = Engine(config, world, data.document_end(config))
+    engine = Engine(config, world, data.document_end(config), start_weights(config, data, world))
     config, done_steps = resume(engine, config, data)
     plan = stream_plan(config, world)
     peak, peak_source = peak_flops(config.log.peak_tflops, world.device)
@@ -95,6 +97,22 @@ def set_up(config: Config, data: Dataset, world: World) -> Run:
         start_digest=digest,
         stop=stop,
     )
+
+
+def start_weights(config: Config, data: Dataset, world: World) -> Iterator[tuple[str, Tensor]] | None:
+    """Those of run.init_from, for a run that has no checkpoint yet; None where the seed decides.
+
+    Raises:
+        UserError: another model, or another tokenizer than the data's.
+    """
+    path = config.run.init_from
+    if path is None or any(checkpoints_folder(Path(config.run.dir)).glob("step-*")):
+        return None
+    folder = open_model_folder(Path(path))
+    weights = folder.weights_for(config.model, data.tokenizer)
+    others = folder.differences(config.model)
+    say(world, f"starting from the weights of {path}{'; there ' + ', '.join(others) if others else ''}")
+    return weights
 
 
 def resume(engine: Engine, config: Config, data: Dataset) -> tuple[Config, int]:

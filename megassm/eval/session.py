@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from megassm.data.stream import MicroBatch, StreamPlan, validation_batches
 from megassm.data.tokenizer import Tokenizer
 from megassm.errors import UserError
 from megassm.model import LanguageModel
+from megassm.modelfolder import is_model_folder, open_model_folder
+
+Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,10 @@ class Session:
         """The id that ends a document, where the model was trained to keep documents apart."""
         return self.data.document_end(self.config)
 
-    def validation(self, sequences: int) -> list[MicroBatch]:
-        """The first `sequences` validation sequences."""
+    def validation(self, sequences: int, seq_len: int | None = None) -> list[MicroBatch]:
+        """The first `sequences` validation sequences, of the trained length or of another."""
         plan = StreamPlan(
-            seq_len=self.config.model.seq_len,
+            seq_len=seq_len or self.config.model.seq_len,
             batch_sequences=self.config.train.micro_batch_sequences,
             micro_batch_sequences=self.config.train.micro_batch_sequences,
             seed=self.config.run.seed,
@@ -63,7 +66,7 @@ class Session:
         return list(validation_batches(self.data.valid, plan, sequences))
 
 
-def open_session(path: Path, data_path: str | None, device: Literal["auto", "cpu", "cuda"]) -> Session:
+def open_session(path: Path, data_path: str | None, device: Device) -> Session:
     """Opens the newest complete checkpoint of a run, or the one named, on its own data or on `data_path`.
 
     Raises:
@@ -73,7 +76,31 @@ def open_session(path: Path, data_path: str | None, device: Literal["auto", "cpu
     config = checkpoint.config
     if data_path is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": data_path})})
+    return Session(checkpoint, config, open_dataset(config), _device(device))
+
+
+class OpenModel(NamedTuple):
+    """What it takes to continue or to score a text."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    title: str
+
+
+def open_model(path: Path, data_path: str | None, device: Device) -> OpenModel:
+    """A model in evaluation mode: of a run, of a checkpoint, or exported, which needs no data.
+
+    Raises:
+        UserError: as `open_session`.
+    """
+    if is_model_folder(path):
+        folder = open_model_folder(path)
+        return OpenModel(folder.load_model().to(_device(device)), folder.tokenizer(), str(path))
+    session = open_session(path, data_path, device)
+    return OpenModel(session.model, session.tokenizer, f"{path}, step {session.checkpoint.manifest.step}")
+
+
+def _device(device: Device) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
-    name = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    return Session(checkpoint, config, open_dataset(config), torch.device(name))
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

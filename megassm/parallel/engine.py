@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -88,8 +88,14 @@ class _ModelParallelUnit:
 class Engine:
     """This rank's part of a model under DeepSpeed ZeRO: forward, backward, one update, its state in and out."""
 
-    def __init__(self, config: Config, world: World, document_end: int | None = None) -> None:
-        """Builds the model of `config` with its initial weights.
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        document_end: int | None = None,
+        weights: Iterable[tuple[str, Tensor]] | None = None,
+    ) -> None:
+        """Builds the model of `config` from `weights`, (name, whole float32 value); None draws them from the seed.
 
         With `document_end`, the id of that name, no position sees another document.
         """
@@ -99,7 +105,7 @@ class Engine:
         self.world = world
         self.micro_steps = config.micro_steps(world.mesh.data)
         self._positions = config.train.micro_batch_sequences * config.model.seq_len // world.mesh.sequence
-        weights = initial_weights(config.model, config.run.seed)
+        weights = weights or initial_weights(config.model, config.run.seed)
         model = build_split_model(config.model, weights, world.tensor, config.train.recompute)
         split_sequence(model, world.sequence)
         model.to(world.device)

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -29,6 +29,7 @@ from megassm.config import Config
 from megassm.cost import parameters, training_flops_per_token
 from megassm.data.dataset import Dataset
 from megassm.data.stream import MicroBatch, StreamPlan, TokenStream, validation_batches
+from megassm.data.transport import DataCounters, total_counters
 from megassm.errors import UserError
 from megassm.eval.score import Score, score, text_bytes
 from megassm.metrics import Journal, Row, peak_flops, peak_memory_bytes
@@ -65,7 +66,6 @@ class Tally:
     nll: torch.Tensor
     tokens: int = 0
     text_bytes: int = 0
-    data_wait_s: float = 0.0
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Totals:
     """What all ranks counted in an update."""
 
     score: Score
-    data_wait_s: float
+    data: DataCounters
     peak_memory_bytes: int
     stop: bool
 
@@ -86,6 +86,7 @@ class Run:
     data: Dataset
     world: World
     engine: Engine
+    stream: TokenStream
     batches: Iterator[MicroBatch]
     valid: list[MicroBatch]
     token_bytes: npt.NDArray[np.int64]
@@ -161,10 +162,8 @@ def train(run: Run) -> None:
 
 
 def next_batch(run: Run, tally: Tally) -> MicroBatch:
-    """This rank's next micro-batch, its time and contents counted."""
-    started = time.perf_counter()
+    """This rank's next micro-batch, its contents counted."""
     batch = next(run.batches)
-    tally.data_wait_s += time.perf_counter() - started
     tally.tokens += int(batch.mask_BL.sum())
     tally.text_bytes += text_bytes(batch, run.token_bytes)
     return batch
@@ -176,18 +175,20 @@ def agree(run: Run, step: int, budgets: list[int], tally: Tally) -> Totals:
     Raises:
         UserError: ranks drew different K.
     """
-    mine = [tally.nll.item(), tally.tokens, tally.text_bytes, tally.data_wait_s]
-    mine += [peak_memory_bytes(run.world.device), run.stop.received, *budgets]
+    data = astuple(run.stream.meter.take())
+    mine = [tally.nll.item(), tally.tokens, tally.text_bytes]
+    mine += [peak_memory_bytes(run.world.device), run.stop.received, *budgets, *data]
     rows = gather_rows(mine, run.world)
-    for micro_step, drawn in enumerate(zip(*(row[6:] for row in rows), strict=True)):
+    for micro_step, drawn in enumerate(zip(*(row[5 : -len(data)] for row in rows), strict=True)):
         if min(drawn) != max(drawn):
             per_rank = ", ".join(f"rank {rank}: {int(k)}" for rank, k in enumerate(drawn))
             raise UserError(
                 f"step {step + 1}, micro-step {micro_step}: the ranks drew different budgets K ({per_rank}). K is a "
                 "function of the configuration alone: start all ranks with the same --config, overrides and version"
             )
-    wait, memory, stop = (max(row[column] for row in rows) for column in (3, 4, 5))
-    return Totals(Score.total(row[:3] for row in rows), wait, int(memory), bool(stop))
+    memory, stop = (max(row[column] for row in rows) for column in (3, 4))
+    counted = total_counters([row[-len(data) :] for row in rows])
+    return Totals(Score.total(row[:3] for row in rows), counted, int(memory), bool(stop))
 
 
 def check_finite(step: int, loss: float, grad_norm: float) -> None:
@@ -220,8 +221,9 @@ def journal_row(run: Run, step: int, budgets: list[int], totals: Totals, seconds
         "step_s": seconds,
         "tokens_per_s": step_tokens / seconds,
         "mfu": flops / seconds / (run.peak_flops * run.world.size),
-        "data_wait_s": totals.data_wait_s,
         "peak_memory_bytes": totals.peak_memory_bytes,
+        "epochs": run.stream.epochs(step + 1),
+        **asdict(totals.data),
     }
 
 
@@ -237,6 +239,7 @@ def set_up(config: Config, data: Dataset, world: World) -> Run:
     engine = Engine(build_model(config.model, config.run.seed, config.train.recompute), config, world)
     done_steps = resume(engine, config, data)
     plan = stream_plan(config, world)
+    stream = TokenStream(data.train, plan)
     peak, peak_source = peak_flops(config, world.device)
     if done_steps < config.train.steps:
         if world.is_main:
@@ -248,7 +251,8 @@ def set_up(config: Config, data: Dataset, world: World) -> Run:
         data=data,
         world=world,
         engine=engine,
-        batches=TokenStream(data.train, plan).batches(done_steps, config.train.steps),
+        stream=stream,
+        batches=stream.batches(done_steps, config.train.steps),
         valid=list(validation_batches(data.valid, plan, config.eval.sequences)),
         token_bytes=data.token_bytes(config.model.vocab_size),
         journal=Journal(config, done_steps) if world.is_main else None,

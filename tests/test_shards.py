@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megassm.data.blocks import BlockCache, local_fetch, read_block, verify
+from megassm.data.blocks import local_fetch, read_block, verify
 from megassm.data.shards import ShardSet, ShardSizes, ShardWriter, load_index
 from megassm.data.tokenizer import BytesTokenizer, Ids
 from megassm.errors import UserError
@@ -201,11 +201,3 @@ def test_an_unfinished_writer_leaves_no_data_set(tmp_path: Path) -> None:
 def test_a_data_set_without_documents_is_refused(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, WideTokenizer()) as writer, pytest.raises(UserError, match="no document"):
         writer.finish()
-
-
-def test_the_cache_keeps_its_bound(shards: ShardSet) -> None:
-    cache = BlockCache(shards, local_fetch(shards.directory), max_bytes=2500)
-    for block in [*range(len(shards.blocks)), 0, 1, 0, 1]:
-        cache.get(block)
-        assert cache.resident_bytes <= 2500
-    assert cache.fetches == len(shards.blocks) + 2

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megassm.data.blocks import local_fetch
+from megassm.data.blocks import FETCHES, local_fetch
+from megassm.data.order import epoch_samples
 from megassm.data.shards import ShardSet, ShardSizes
 from megassm.data.stream import MicroBatch, StreamPlan, TokenStream, validation_batches
 from megassm.errors import UserError
@@ -32,6 +33,10 @@ def plan(world_size: int = 1, rank: int = 0, micro: int = 1, batch: int = BATCH,
     return StreamPlan(seq_len, batch, micro, seed=7, rank=rank, world_size=world_size)
 
 
+def samples_of(shards: ShardSet, seq_len: int = 10) -> int:
+    return epoch_samples(shards.tokens, seq_len)
+
+
 def global_micro_batch(streams: list[TokenStream], step: int, micro_step: int) -> dict[int, bytes]:
     """Sample number -> its ids and mask, over all ranks."""
     rows = {}
@@ -45,8 +50,8 @@ def global_micro_batch(streams: list[TokenStream], step: int, micro_step: int) -
 
 def test_every_world_sees_the_same_global_micro_batches(shards: ShardSet) -> None:
     reference = TokenStream(shards, plan(micro=BATCH))
-    assert reference.epoch_samples == -(-(shards.tokens - 1) // 10)
-    last_step = reference.epoch_samples // BATCH + 1
+    assert samples_of(shards) == -(-(shards.tokens - 1) // 10)
+    last_step = samples_of(shards) // BATCH + 1
     for world in WORLDS:
         streams = [TokenStream(shards, plan(world, rank)) for rank in range(world)]
         for step in (0, 1, 5, last_step):
@@ -82,7 +87,7 @@ def test_a_resumed_run_goes_on_with_the_same_batches(shards: ShardSet, start: in
 def test_every_token_is_predicted_once_an_epoch(tmp_path: Path, tokens: int, seq_len: int) -> None:
     shards = write_unique_ids(tmp_path, tokens)
     stream = TokenStream(shards, plan(micro=4, batch=4, seq_len=seq_len))
-    n = stream.epoch_samples
+    n = samples_of(shards, seq_len)
     predicted: list[Counter[int]] = [Counter(), Counter()]
     first_token = [{shards.eod}, {shards.eod}]
     for batch in stream.batches(0, -(-2 * n // 4)):
@@ -122,7 +127,7 @@ def test_validation_gives_each_sequence_once(shards: ShardSet, world: int, asked
     ranks = [list(validation_batches(shards, plan(world, rank), asked)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
     samples = [s for batches in ranks for batch in batches for s in batch.sample_ids_B.tolist()]
-    held = TokenStream(shards, plan()).epoch_samples
+    held = samples_of(shards)
     assert sorted(s for s in samples if s >= 0) == list(range(min(asked, held)))
     for batches in ranks:
         for batch in batches:
@@ -135,19 +140,19 @@ def test_memory_stays_within_its_bound(tmp_path: Path) -> None:
     """Many blocks, a cache that holds few: the bound holds, the batches are the same."""
     shards = write_documents(tmp_path, random_documents(3000), ShardSizes(10_000, 500, 500))
     assert len(shards.blocks) > 200
-    roomy, tight = TokenStream(shards, plan(micro=4)), TokenStream(shards, plan(micro=4), cache_bytes=8000)
+    roomy, tight = TokenStream(shards, plan(micro=4)), TokenStream(shards, plan(micro=4), memory_bytes=8000)
     for left, right in zip(roomy.batches(0, 10), tight.batches(0, 10), strict=True):
         assert np.array_equal(left.ids_BT, right.ids_BT)
-        assert tight._reader.cache.resident_bytes <= 8000
+        assert tight.reader.memory.largest_bytes <= 8000
 
 
 def test_a_rank_reads_its_own_lanes_only(tmp_path: Path) -> None:
     """With 48 lanes on 48 ranks, a rank reads about a 48th of the blocks, each once."""
     shards = write_documents(tmp_path, random_documents(3000), ShardSizes(10_000, 500, 500))
     stream = TokenStream(shards, plan(48, rank=11))
-    steps = stream.epoch_samples // BATCH
+    steps = samples_of(shards) // BATCH
     assert sum(1 for _ in stream.batches(0, steps)) == steps
-    assert stream._reader.cache.fetches <= len(shards.blocks) / 48 + 2
+    assert stream.reader.memory.fetches <= len(shards.blocks) / 48 + 2
 
 
 def data_threads() -> list[threading.Thread]:
@@ -193,11 +198,11 @@ def test_damage_is_raised_in_the_consumer_after_the_batches_before_it(tmp_path: 
         fetched += 1
         return read(shard, offset, size) if fetched <= 10 else bytes(size)
 
-    stream = TokenStream(shards, plan(), fetch=damaged_after_ten, cache_bytes=1)
+    stream = TokenStream(shards, plan(), fetch=damaged_after_ten, memory_bytes=1)
     got: list[MicroBatch] = []
     with pytest.raises(UserError, match=r"shard-\d+\.tar, block at offset \d+: .*CRC32"):
         got.extend(stream.batches(0, 10))
-    assert fetched == 11
+    assert fetched == 10 + FETCHES
     assert len(got) > 5
     for batch, sound in zip(got, TokenStream(shards, plan()).batches(0, 10), strict=False):
         assert np.array_equal(batch.ids_BT, sound.ids_BT)

@@ -60,11 +60,15 @@ class DiskCache:
         try:
             with self._locked() as file:
                 path.parent.mkdir(exist_ok=True)
-                damaged_bytes = path.stat().st_size if path.exists() else 0
-                kept = _number(file) + len(raw) - damaged_bytes
+                if path.exists():
+                    if path.read_bytes() == raw:  # another process was first
+                        return
+                    path.unlink()  # damaged, of any length
+                    self._evict(file, self._max_bytes)
+                kept = _number(file) + len(raw)
                 if kept > self._max_bytes:
                     target = min(int(KEPT_AFTER_EVICTION * self._max_bytes), self._max_bytes - len(raw))
-                    kept = self._evict(file, target, replaced=path) + len(raw)
+                    kept = self._evict(file, target) + len(raw)
                 write_atomically(path, raw)
                 _write_number(file, kept)
         except OSError as error:
@@ -82,14 +86,14 @@ class DiskCache:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
 
-    def _evict(self, file: IO[bytes], target: int, replaced: Path | None = None) -> int:
-        """Removes `replaced`, then the least recently used until `target` bytes are left; returns what is kept."""
+    def _evict(self, file: IO[bytes], target: int) -> int:
+        """Removes the least recently used until `target` bytes are left; returns what is kept."""
         found = []
         for path in self._directory.glob("??/*"):
             with contextlib.suppress(FileNotFoundError):
                 stat = path.stat()
-                useless = path.name.endswith(TEMPORARY_SUFFIX) or path == replaced
-                found.append((0 if useless else stat.st_mtime_ns, stat.st_size, path))
+                unfinished = path.name.endswith(TEMPORARY_SUFFIX)  # by a process that was killed
+                found.append((0 if unfinished else stat.st_mtime_ns, stat.st_size, path))
         kept = sum(size for _, size, _ in found)
         for used_ns, size, path in sorted(found):
             if used_ns and kept <= target:

@@ -236,7 +236,8 @@ def http_request(pool: urllib3.PoolManager, url: str, span: Span, etag: str | No
     except BaseException:
         response.close()
         raise
-    return Reply(length, response.headers.get("ETag"), _chunks(response), response.close)
+    chunks = _chunks(response) if length else iter(())  # a 416 has a text for people
+    return Reply(length, response.headers.get("ETag"), chunks, response.close)
 
 
 def _checked_length(response: urllib3.BaseHTTPResponse, url: str, span: Span) -> int:

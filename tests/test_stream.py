@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import threading
 import time
 from collections import Counter
@@ -80,6 +81,15 @@ def test_a_resumed_run_goes_on_with_the_same_batches(shards: ShardSet, start: in
     for left, right in zip(before.batches(start, start + 2), after.batches(start, start + 2), strict=True):
         assert np.array_equal(left.sample_ids_B, right.sample_ids_B)
         assert np.array_equal(left.ids_BT, right.ids_BT)
+
+
+def test_a_run_that_resumes_often_at_other_world_sizes_sees_the_same_global_batches(shards: ShardSet) -> None:
+    whole = TokenStream(shards, plan(micro=BATCH))
+    draw = random.Random(1)
+    for _ in range(50):
+        step, world = draw.randrange(4 * samples_of(shards) // BATCH), draw.choice(WORLDS)
+        streams = [TokenStream(shards, plan(world, rank, micro=BATCH // world)) for rank in range(world)]
+        assert global_micro_batch(streams, step, 0) == global_micro_batch([whole], step, 0)
 
 
 @pytest.mark.parametrize("tokens", [2, 37, 500, 5000])  # far fewer samples than lanes x window

@@ -128,6 +128,22 @@ def test_a_missing_shard_is_refused_at_the_start_and_while_reading(shards: Shard
     assert "no such file" in verify(shards)[0]
 
 
+def test_the_shards_of_another_set_of_the_same_sizes_are_refused(tmp_path: Path) -> None:
+    """Nothing but the checksums can tell them apart."""
+    ours, other = (
+        write_documents(tmp_path / name, [np.full(50, number) for number in range(first, first + 40)])
+        for name, first in (("ours", 0), ("other", 100))
+    )
+    assert np.array_equal(ours.blocks["size"], other.blocks["size"])
+    for name in ("index.json", "index.npz"):
+        shutil.copy(other.directory / name, ours.directory / name)
+    mixed = load_index(ours.directory)
+    for block, entry in enumerate(mixed.blocks):
+        name = mixed.shards[int(entry["shard"])].name
+        with pytest.raises(UserError, match=rf"{name}, block at offset {int(entry['offset'])}: .*expected CRC32"):
+            read_block(mixed, block, local_fetch(mixed.directory))
+
+
 @pytest.mark.parametrize("count", ["members", "tokens"])
 def test_counts_are_checked(shards: ShardSet, count: str) -> None:
     shards.blocks[count][0] += 1

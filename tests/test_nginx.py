@@ -14,7 +14,7 @@ from megassm.data.shards import ShardSet, ShardSizes, load_index
 from megassm.data.stores import open_store
 from megassm.data.stream import StreamPlan, TokenStream
 from megassm.data.transport import Patience
-from tests.services import nginx
+from tests.services import kill_a_worker, nginx
 from tests.shard_sets import random_documents, write_documents
 
 PLAN = StreamPlan(seq_len=200, batch_sequences=48, micro_batch_sequences=48, seed=3)
@@ -38,7 +38,7 @@ def test_killed_workers(local: ShardSet, tmp_path: Path) -> None:
 
         def kill() -> None:
             while not ended.wait(0.15):
-                server.kill_a_worker()
+                kill_a_worker(server)
 
         killer = threading.Thread(target=kill)
         killer.start()

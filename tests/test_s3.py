@@ -17,14 +17,15 @@ from megassm.data.shards import ShardSet, load_index
 from megassm.data.stores import open_store
 from megassm.data.transport import Meter, Patience, Transport
 from megassm.errors import UserError
-from tests.services import KEY, S3, SECRET_KEY, juicefs_s3
+from megassm.eval.local_servers import BUCKET, KEY, SECRET_KEY, Server
+from tests.services import juicefs_s3, s3_client, upload
 from tests.shard_sets import random_documents, write_documents
 
 QUICK = Patience(deadline_s=20.0, first_wait_s=0.01, longest_wait_s=0.05)
 
 
 @pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as monkeypatch, juicefs_s3(tmp_path_factory.mktemp("s3"), monkeypatch) as s3:
         yield s3
 
@@ -42,38 +43,40 @@ def read_all(shards: ShardSet) -> list[int]:
     return np.concatenate([reader(shards).read(block) for block in range(len(shards.blocks))]).tolist()
 
 
-def test_a_data_set_in_s3(s3: S3, local: ShardSet) -> None:
-    remote = load_index(open_store(s3.upload(local.directory, "whole")))
+def test_a_data_set_in_s3(s3: Server, local: ShardSet) -> None:
+    remote = load_index(open_store(upload(local.directory, "whole")))
     assert remote.store.place == "s3://texts/whole"
     assert remote.fingerprint == local.fingerprint
     assert read_all(remote) == read_all(local)
 
 
-def test_a_run_opens_its_data_and_tokenizer_in_s3(s3: S3, data_path: Path, small_config: Callable[..., Config]) -> None:
-    url = s3.upload(data_path, "run")
+def test_a_run_opens_its_data_and_tokenizer_in_s3(
+    s3: Server, data_path: Path, small_config: Callable[..., Config]
+) -> None:
+    url = upload(data_path, "run")
     remote, at_home = open_dataset(small_config(f"data.path={url}")), open_dataset(small_config())
     assert remote.train.fingerprint == at_home.train.fingerprint
     assert remote.tokenizer.sha256 == at_home.tokenizer.sha256
 
 
-def test_a_replaced_object_is_refused_by_name(s3: S3, local: ShardSet) -> None:
-    remote = load_index(open_store(s3.upload(local.directory, "replaced")))
+def test_a_replaced_object_is_refused_by_name(s3: Server, local: ShardSet) -> None:
+    remote = load_index(open_store(upload(local.directory, "replaced")))
     read = reader(remote).read
     read(0)
-    s3.client().put_object(Bucket=s3.bucket, Key="replaced/shard-00000.tar", Body=b"another object" * 1000)
+    s3_client().put_object(Bucket=BUCKET, Key="replaced/shard-00000.tar", Body=b"another object" * 1000)
     with pytest.raises(UserError, match=r"s3://texts/replaced/shard-00000\.tar, at offset \d+: the file was replaced"):
         read(1)
 
 
-def test_a_short_or_missing_object(s3: S3, local: ShardSet) -> None:
-    remote = load_index(open_store(s3.upload(local.directory, "short")))
+def test_a_short_or_missing_object(s3: Server, local: ShardSet) -> None:
+    remote = load_index(open_store(upload(local.directory, "short")))
     offset = int(remote.blocks[1]["offset"])
     whole = (local.directory / "shard-00000.tar").read_bytes()
     for kept, expected in ((offset + 512, "got 512"), (offset, "got 0")):
-        s3.client().put_object(Bucket=s3.bucket, Key="short/shard-00000.tar", Body=whole[:kept])
+        s3_client().put_object(Bucket=BUCKET, Key="short/shard-00000.tar", Body=whole[:kept])
         with pytest.raises(UserError, match=rf"shard-00000\.tar, block at offset {offset}: .*{expected}"):
             reader(remote).read(1)
-    s3.client().delete_object(Bucket=s3.bucket, Key="short/shard-00000.tar")
+    s3_client().delete_object(Bucket=BUCKET, Key="short/shard-00000.tar")
     with pytest.raises(UserError, match=rf"shard-00000\.tar, block at offset {offset}: .*got no such file"):
         reader(remote).read(1)
     with pytest.raises(UserError, match=r"s3://nosuch/set: there is no bucket 'nosuch' at this endpoint"):
@@ -93,9 +96,9 @@ def test_a_short_or_missing_object(s3: S3, local: ShardSet) -> None:
     ],
 )
 def test_credentials(
-    s3: S3, local: ShardSet, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str | None], expected: str
+    s3: Server, local: ShardSet, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str | None], expected: str
 ) -> None:
-    s3.upload(local.directory, "guarded")
+    upload(local.directory, "guarded")
     monkeypatch.setenv("HOME", str(local.directory))
     for name, value in variables.items():
         if value is None:
@@ -108,12 +111,12 @@ def test_credentials(
         assert secret not in str(told.value)
 
 
-def test_signed_links(s3: S3, local: ShardSet, tmp_path: Path) -> None:
-    s3.upload(local.directory, "signed")
-    client = s3.client()
+def test_signed_links(s3: Server, local: ShardSet, tmp_path: Path) -> None:
+    upload(local.directory, "signed")
+    client = s3_client()
 
     def sign(name: str, seconds: int) -> str:
-        key = {"Bucket": s3.bucket, "Key": f"signed/{name}"}
+        key = {"Bucket": BUCKET, "Key": f"signed/{name}"}
         return str(client.generate_presigned_url("get_object", Params=key, ExpiresIn=seconds))
 
     names = [path.name for path in local.directory.iterdir()]
@@ -126,9 +129,9 @@ def test_signed_links(s3: S3, local: ShardSet, tmp_path: Path) -> None:
     assert "Signature" not in str(told.value)
 
 
-def test_the_gateway_dies_in_the_middle(s3: S3, local: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gateway_dies_in_the_middle(s3: Server, local: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     """No server: tried again until the deadline, then refused by name."""
-    remote = load_index(open_store(s3.upload(local.directory, "dying")))
+    remote = load_index(open_store(upload(local.directory, "dying")))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     transport = Transport(S3Store(remote.store.place), Patience(0.5, 0.01, 0.1), meter := Meter())
     with pytest.raises(UserError, match=r"s3://texts/dying/shard-00000\.tar, at offset 0: .*EndpointConnectionError"):

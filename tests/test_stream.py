@@ -183,14 +183,9 @@ def test_closing_or_dropping_the_iterator_ends_its_thread(shards: ShardSet) -> N
 
 def test_the_thread_stays_a_bounded_number_of_batches_ahead(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = TokenStream(shards, plan())
-    made: list[int] = []
-    original = stream.micro_batch
-
-    def counted(step: int, micro_step: int) -> MicroBatch:
-        made.append(step)
-        return original(step, micro_step)
-
-    monkeypatch.setattr(stream, "micro_batch", counted)
+    made: list[object] = []
+    original = stream.reader.read
+    monkeypatch.setattr(stream.reader, "read", lambda pieces, into: (made.append(pieces), original(pieces, into))[1])
     batches = stream.batches(0, 10**6)
     next(batches)
     time.sleep(0.3)

@@ -8,7 +8,7 @@ and an error appears where the block is used, after all batches before it.
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -36,9 +36,9 @@ class BlockMemory:
         self._blocks: OrderedDict[BlockKey, StoredIds] = OrderedDict()
         self._damaged: dict[BlockKey, DamagedBlockError] = {}
         self._loading: set[BlockKey] = set()
-        self._planned: Counter[BlockKey] = Counter()
+        self._planned: dict[BlockKey, int] = {}
         self._planned_bytes = 0  # of each block once
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.Lock())
         self.resident_bytes = 0
         self.largest_bytes = 0  # ever resident and being loaded together
         self.fetches = 0
@@ -57,27 +57,33 @@ class BlockMemory:
         return self._finish(key)
 
     def plan(self, keys: Sequence[BlockKey]) -> bool:
-        """These will be asked for, each once more: they are kept, once loaded, until `done`. False, and nothing is
-        planned, where all that is planned would not fit: then one must be done with something first."""
+        """These, all different, will be asked for once more: they are kept, once loaded, until `done`.
+
+        False, and nothing is planned, where all that is planned would not fit: be done with something first.
+        """
         with self._changed:
-            new_bytes = sum(self._bytes_of(key) for key in set(keys) if not self._planned[key])
+            new_bytes = sum(self._bytes_of(key) for key in keys if key not in self._planned)
             if self._planned and self._planned_bytes + new_bytes > self._max_bytes:
                 return False
             self._planned_bytes += new_bytes
-            self._planned.update(keys)
+            for key in keys:
+                self._planned[key] = self._planned.get(key, 0) + 1
             return True
 
     def done(self, keys: Sequence[BlockKey]) -> None:
         """These were asked for, as planned, or will not be."""
         with self._changed:
-            self._planned -= Counter(keys)
-            self._planned_bytes -= sum(self._bytes_of(key) for key in set(keys) if not self._planned[key])
+            for key in keys:
+                self._planned[key] -= 1
+                if not self._planned[key]:
+                    del self._planned[key]
+                    self._planned_bytes -= self._bytes_of(key)
 
     def load_ahead(self, key: BlockKey) -> None:
         """Loads a planned block where there is room. What goes wrong is left to who asks for it."""
         with self._changed:
             known = key in self._blocks or key in self._loading or key in self._damaged
-            if known or not self._planned[key] or not self._make_room(key, planned_too=False):
+            if known or key not in self._planned or not self._make_room(key, planned_too=False):
                 return
             self._begin(key)
         try:
@@ -115,7 +121,7 @@ class BlockMemory:
         """Drops the least recently used blocks, planned ones last or not at all, until `key` fits."""
         room = self._max_bytes - self._bytes_of(key) - sum(map(self._bytes_of, self._loading))
         for planned in (False, True) if planned_too else (False,):
-            for other in [other for other in self._blocks if bool(self._planned[other]) is planned]:
+            for other in [other for other in self._blocks if (other in self._planned) is planned]:
                 if self.resident_bytes <= room:
                     break
                 self.resident_bytes -= self._blocks.pop(other).nbytes

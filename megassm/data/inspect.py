@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from megassm.config import Config
-from megassm.data.blocks import StoredIds
 from megassm.data.dataset import open_dataset
 from megassm.data.stream import StreamPlan, TokenStream
 from megassm.data.tokenizer import Tokenizer
@@ -53,8 +53,10 @@ def read_samples(config: Config, samples: Sequence[int]) -> Iterator[SampleText]
     for sample in samples:
         place = stream.order.locate(sample)
         source = stream.mixture.sources[place.source]
-        ids = stream.reader.read(place)
-        entries = [source.shards.blocks[piece.key.block] for piece in stream.reader.pieces(place)]
+        pieces = stream.reader.pieces(place)
+        row = np.empty(config.model.seq_len + 1, dtype=np.int64)
+        ids = row[: stream.reader.read(pieces, row)]
+        entries = [source.shards.blocks[piece.key.block] for piece in pieces]
         names = [source.shards.shards[int(entry["shard"])].name for entry in entries]
         yield SampleText(
             sample=sample,
@@ -69,7 +71,7 @@ def read_samples(config: Config, samples: Sequence[int]) -> Iterator[SampleText]
         )
 
 
-def _documents(ids: StoredIds, tokenizer: Tokenizer) -> list[str]:
+def _documents(ids: npt.NDArray[np.int64], tokenizer: Tokenizer) -> list[str]:
     ends = np.flatnonzero(ids == tokenizer.eod)
     parts = np.split(ids, ends + 1)
     return [tokenizer.decode([i for i in part.tolist() if i != tokenizer.eod]) for part in parts if part.size]

@@ -149,6 +149,8 @@ class MixtureOrder:
 
     def locate(self, global_sample: int) -> Place:
         """Where the sample is."""
+        if len(self._orders) == 1:  # what is counted below would be the number itself
+            return Place(0, *self._orders[0].locate(global_sample))
         phase = bisect_right(self._starts, global_sample) - 1
         row, lane = divmod(global_sample, self._lanes)
         pattern, taken = _pattern(self._phases[phase].weights)

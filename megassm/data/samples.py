@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from megassm.data.blockmemory import BlockKey, BlockMemory
 from megassm.data.blocks import BlockReader, DamagedBlockError, Fetch, StoredIds
@@ -49,8 +51,10 @@ class SampleReader:
     ) -> None:
         """`seed` orders the blocks of each epoch; None leaves them as stored."""
         self._sources, self._reading = mixture.sources, mixture.reading
-        self._seq_len, self._seed, self._meter = seq_len, seed, meter
+        self.seq_len, self.eod = seq_len, mixture.eod
+        self._seed, self._meter = seed, meter
         self._readers = [_block_reader(s.shards, mixture.reading, meter, fetch) for s in mixture.sources]
+        self._block_bytes = [_block_bytes(source.shards) for source in mixture.sources]
         self._layout = lru_cache(maxsize=3 * len(mixture.sources))(self._make_layout)  # lanes span two epochs
         self.memory = BlockMemory(self._load, self._bytes_of, memory_bytes)
         self._announced: set[str] = set()
@@ -58,8 +62,8 @@ class SampleReader:
     def pieces(self, place: Place) -> list[Piece]:
         """What a sample consists of: seq_len + 1 ids, fewer where the epoch ends."""
         layout = self._layout(place.source, place.epoch)
-        start = place.number * self._seq_len
-        stop = min(start + self._seq_len + 1, self._sources[place.source].shards.tokens)
+        start = place.number * self.seq_len
+        stop = min(start + self.seq_len + 1, self._sources[place.source].shards.tokens)
         at = bisect_right(layout.starts, start) - 1
         found = []
         while start < stop:
@@ -69,21 +73,24 @@ class SampleReader:
             start, at = last, at + 1
         return found
 
-    def read(self, place: Place) -> StoredIds:
-        """The sample's ids; none where a block of it is damaged and `on_bad_block` is mask.
+    def read(self, pieces: Sequence[Piece], into: npt.NDArray[np.int64]) -> int:
+        """Writes a sample's ids; returns how many, 0 where a block of it is damaged and `on_bad_block` is mask.
 
         Raises:
             UserError: a block is damaged, or cannot be had.
         """
+        written = 0
         try:
-            parts = [self.memory.get(piece.key)[piece.start : piece.stop] for piece in self.pieces(place)]
+            for key, start, stop in pieces:
+                into[written : written + stop - start] = self.memory.get(key)[start:stop]
+                written += stop - start
         except DamagedBlockError as damage:
             if self._reading.on_bad_block == "raise":
                 raise
             self._meter.add("data_masked_samples")
             self._announce(str(damage))
-            return np.empty(0, dtype=np.uint16)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            return 0
+        return written
 
     def _announce(self, damage: str) -> None:
         if damage not in self._announced:
@@ -100,13 +107,17 @@ class SampleReader:
         return self._readers[key.source].read(key.block)
 
     def _bytes_of(self, key: BlockKey) -> int:
-        shards = self._sources[key.source].shards
-        return int(shards.blocks["tokens"][key.block]) * shards.numpy_dtype.itemsize
+        return self._block_bytes[key.source][key.block]
 
 
 def _block_reader(shards: ShardSet, reading: Reading, meter: Meter, fetch: Fetch | None) -> BlockReader:
     disk = DiskCache(reading.cache_dir, reading.cache_bytes) if reading.cache_dir else None
     return BlockReader(shards, fetch or Transport(shards.store, reading.patience, meter).fetch, disk, meter)
+
+
+def _block_bytes(shards: ShardSet) -> list[int]:
+    sizes: list[int] = (shards.blocks["tokens"] * shards.numpy_dtype.itemsize).tolist()
+    return sizes
 
 
 def lane_bytes(shards: ShardSet, shape: OrderShape) -> int:

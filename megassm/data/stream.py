@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megassm.data.blockmemory import BlockKey, FetchThreads
-from megassm.data.blocks import Fetch, StoredIds
+from megassm.data.blocks import Fetch
 from megassm.data.mixture import Mixture, OrderShape, one_source
 from megassm.data.order import Place, epoch_samples
-from megassm.data.samples import SampleReader, lane_bytes
+from megassm.data.samples import Piece, SampleReader, lane_bytes
 from megassm.data.shards import ShardSet
 from megassm.data.transport import Meter
 from megassm.errors import UserError
@@ -83,12 +83,11 @@ class MicroBatch:
     sample_ids_B: npt.NDArray[np.int64]  # global sample numbers; -1 for a row that only fills the batch
 
 
-class _Turn(NamedTuple):
-    """A micro-batch to come, and the blocks it needs."""
+class _Row(NamedTuple):
+    """A sample of a micro-batch, and the pieces of blocks it consists of; none for a row that only fills it."""
 
-    step: int
-    micro_step: int
-    keys: list[BlockKey]
+    sample: int
+    pieces: Sequence[Piece]
 
 
 class TokenStream:
@@ -120,8 +119,11 @@ class TokenStream:
 
     def micro_batch(self, step: int, micro_step: int) -> MicroBatch:
         """This rank's sequences: a pure function of its arguments. UserError where the data is damaged."""
-        rows = [(sample, self.reader.read(self.order.locate(sample))) for sample in self.samples(step, micro_step)]
-        return _micro_batch(rows, self.plan.seq_len, self.mixture.eod)
+        return _micro_batch(self.reader, self._rows(step, micro_step))
+
+    def _rows(self, step: int, micro_step: int) -> list[_Row]:
+        locate, pieces = self.order.locate, self.reader.pieces
+        return [_Row(sample, pieces(locate(sample))) for sample in self.samples(step, micro_step)]
 
     def epochs(self, steps: int) -> dict[str, float]:
         """How often each source has been read after so many steps."""
@@ -135,39 +137,40 @@ class TokenStream:
         What they raise is raised here, after the batches before it.
         """
         turns = (
-            _Turn(step, micro_step, self._blocks_of(step, micro_step))
+            self._rows(step, micro_step)
             for step in range(start_step, stop_step)
             for micro_step in range(self.micro_steps)
         )
         return _prefetched(self._planned(turns), self.meter, self.mixture.reading.batch_wait_s)
 
-    def _planned(self, turns: Iterator[_Turn]) -> Iterator[MicroBatch]:
+    def _planned(self, turns: Iterator[list[_Row]]) -> Iterator[MicroBatch]:
         """Makes each micro-batch, while threads fetch the blocks of the next ones."""
         closed = threading.Event()
         threads = FetchThreads(self.reader.memory, closed)
-        planned: deque[_Turn] = deque()
+        planned: deque[tuple[list[_Row], list[BlockKey]]] = deque()
         turn = next(turns, None)
         try:
             while True:
-                while turn is not None and len(planned) < PLANNED_MICRO_BATCHES and threads.plan(turn.keys):
-                    planned.append(turn)
+                while turn is not None and len(planned) < PLANNED_MICRO_BATCHES and threads.plan(keys := _keys(turn)):
+                    planned.append((turn, keys))
                     turn = next(turns, None)
                 if planned:
-                    yield self.micro_batch(planned[0].step, planned[0].micro_step)
-                    self.reader.memory.done(planned.popleft().keys)
+                    yield _micro_batch(self.reader, planned[0][0])
+                    self.reader.memory.done(planned.popleft()[1])
                 elif turn is not None:  # another iterator's plan fills the memory
-                    yield self.micro_batch(turn.step, turn.micro_step)
+                    yield _micro_batch(self.reader, turn)
                     turn = next(turns, None)
                 else:
                     return
         finally:
             closed.set()
-            for left in planned:
-                self.reader.memory.done(left.keys)
+            for _, keys in planned:
+                self.reader.memory.done(keys)
 
-    def _blocks_of(self, step: int, micro_step: int) -> list[BlockKey]:
-        places = [self.order.locate(sample) for sample in self.samples(step, micro_step)]
-        return list(dict.fromkeys(piece.key for place in places for piece in self.reader.pieces(place)))
+
+def _keys(rows: list[_Row]) -> list[BlockKey]:
+    """The blocks of a micro-batch, each once, in the order of their use."""
+    return list(dict.fromkeys(piece.key for row in rows for piece in row.pieces))
 
 
 def validation_batches(data: ShardSet | Mixture, plan: StreamPlan, sequences: int) -> Iterator[MicroBatch]:
@@ -185,14 +188,14 @@ def validation_batches(data: ShardSet | Mixture, plan: StreamPlan, sequences: in
     meter = Meter()
     reader = SampleReader(mixture, plan.seq_len, None, meter, memory_bytes)
     places = validation_places(mixture, plan.seq_len, sequences)
-    nothing = np.empty(0, dtype=np.uint16)
 
     def micro_batch(first: int) -> MicroBatch:
         rows = []
         for row in range(plan.micro_batch_sequences):
             sample = first + row * plan.world_size + plan.rank
-            rows.append((sample, reader.read(places[sample])) if sample < len(places) else (NO_SAMPLE, nothing))
-        return _micro_batch(rows, plan.seq_len, mixture.eod)
+            known = sample < len(places)
+            rows.append(_Row(sample, reader.pieces(places[sample])) if known else _Row(NO_SAMPLE, ()))
+        return _micro_batch(reader, rows)
 
     together = plan.micro_batch_sequences * plan.world_size
     batches = (micro_batch(first) for first in range(0, len(places), together))
@@ -209,14 +212,15 @@ def validation_places(mixture: Mixture, seq_len: int, sequences: int) -> list[Pl
     return places
 
 
-def _micro_batch(rows: list[tuple[int, StoredIds]], seq_len: int, eod: int) -> MicroBatch:
-    """Pads (sample number, ids) rows with EOD to seq_len + 1; the mask says how far each goes."""
-    ids_BT = np.full((len(rows), seq_len + 1), eod, dtype=np.int64)
-    mask_BL = np.zeros((len(rows), seq_len), dtype=np.bool_)
-    for row, (_, ids) in enumerate(rows):
-        ids_BT[row, : len(ids)] = ids
-        mask_BL[row, : max(len(ids) - 1, 0)] = True
-    return MicroBatch(ids_BT, mask_BL, np.array([number for number, _ in rows], dtype=np.int64))
+def _micro_batch(reader: SampleReader, rows: list[_Row]) -> MicroBatch:
+    """Reads the rows, and fills what a short one leaves with EOD; the mask says how far each goes."""
+    ids_BT = np.empty((len(rows), reader.seq_len + 1), dtype=np.int64)
+    mask_BL = np.zeros((len(rows), reader.seq_len), dtype=np.bool_)
+    for (_, pieces), ids_T, mask_L in zip(rows, ids_BT, mask_BL, strict=True):
+        read = reader.read(pieces, ids_T)
+        ids_T[read:] = reader.eod
+        mask_L[: max(read - 1, 0)] = True
+    return MicroBatch(ids_BT, mask_BL, np.array([sample for sample, _ in rows], dtype=np.int64))
 
 
 def _prefetched(batches: Iterator[MicroBatch], meter: Meter, wait_s: float | None) -> Iterator[MicroBatch]:

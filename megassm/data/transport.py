@@ -89,38 +89,39 @@ class Transport:
             UserError: access is denied, the file was replaced, or the deadline has passed.
         """
         started = time.monotonic()
-        got = bytearray()
-        failures = 0
+        got: list[bytes] = []
+        reached = failures = 0
         while True:
-            reached = len(got)
             rest = Span(offset + reached, None if size is None else size - reached)
             try:
                 self._read(name, rest, got, started + self._patience.deadline_s)
-                return bytes(got)
+                return b"".join(got)
             except BrokenFetchError as trouble:
-                failures = 0 if len(got) > reached else failures + 1
+                before, reached = reached, sum(map(len, got))
+                failures = 0 if reached > before else failures + 1
                 self._meter.add("data_reconnects")
                 wait = max(self._patience.wait_s(failures), trouble.wait_s)
                 if time.monotonic() + wait > started + self._patience.deadline_s:
-                    raise self._given_up(name, offset, len(got), trouble) from None
+                    raise self._given_up(name, offset, reached, trouble) from None
                 time.sleep(wait)
             except NoSuchFileError:
                 raise FileNotFoundError(name) from None
             except ReplacedFileError:
                 raise self._replaced(name, offset) from None
 
-    def _read(self, name: str, span: Span, into: bytearray, deadline: float) -> None:
+    def _read(self, name: str, span: Span, into: list[bytes], deadline: float) -> None:
         reply = self._store.request(name, span, self._etags.get(name))
         try:
             self._check_etag(name, reply)
-            before = len(into)
+            came = 0
             for chunk in reply.chunks:
-                into += chunk
+                into.append(chunk)
+                came += len(chunk)
                 self._meter.add("data_fetched_bytes", len(chunk))
                 if time.monotonic() > deadline:
-                    raise BrokenFetchError(f"only {len(into) - before} bytes came in time")
-            if 0 <= reply.length != len(into) - before:
-                raise BrokenFetchError(f"{len(into) - before} of {reply.length} bytes came")
+                    raise BrokenFetchError(f"only {came} bytes came in time")
+            if 0 <= reply.length != came:
+                raise BrokenFetchError(f"{came} of {reply.length} bytes came")
         finally:
             reply.close()
 

@@ -20,7 +20,7 @@ RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class FaultServer(ThreadingHTTPServer):
-    """Takes a fault off `faults` for each request for a shard; serves well when there is none left."""
+    """Takes a fault off `faults` for each request for a `faulty` file; serves well when there is none left."""
 
     daemon_threads = True
 
@@ -28,6 +28,7 @@ class FaultServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder = folder
         self.faults: deque[Fault] = deque()
+        self.faulty = ".tar"
         self.ended = threading.Event()
         self.requests: list[tuple[str, dict[str, str]]] = []  # path with query, headers
 
@@ -49,7 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.requests.append((self.path, dict(self.headers)))
         name = self.path.partition("?")[0].lstrip("/")
-        faulty = name.endswith(".tar") and self.server.faults
+        faulty = self.server.faulty in name and self.server.faults
         fault: Fault = self.server.faults.popleft() if faulty else "none"
         path = self.server.folder / name
         if fault in ("503", "403", "404") or not path.is_file():

@@ -33,7 +33,7 @@ class Piece(NamedTuple):
 class _Layout:
     """An epoch's virtual stream: blocks in order, and where each starts in it (one more: the end)."""
 
-    blocks: list[int]
+    keys: list[BlockKey]
     starts: list[int]
 
 
@@ -62,14 +62,14 @@ class SampleReader:
     def pieces(self, place: Place) -> list[Piece]:
         """What a sample consists of: seq_len + 1 ids, fewer where the epoch ends."""
         layout = self._layout(place.source, place.epoch)
+        keys, starts = layout.keys, layout.starts
         start = place.number * self.seq_len
-        stop = min(start + self.seq_len + 1, self._sources[place.source].shards.tokens)
-        at = bisect_right(layout.starts, start) - 1
+        stop = min(start + self.seq_len + 1, starts[-1])
+        at = bisect_right(starts, start) - 1
         found = []
         while start < stop:
-            first, last = layout.starts[at], layout.starts[at + 1]
-            key = BlockKey(place.source, layout.blocks[at])
-            found.append(Piece(key, start - first, min(stop, last) - first))
+            first, last = starts[at], starts[at + 1]
+            found.append(Piece(keys[at], start - first, min(stop, last) - first))
             start, at = last, at + 1
         return found
 
@@ -101,7 +101,8 @@ class SampleReader:
         stored = self._sources[source].shards.blocks["tokens"].astype(np.int64)
         count = len(stored)
         blocks = np.arange(count) if self._seed is None else block_order(count, self._seed, epoch)
-        return _Layout(blocks.tolist(), [0, *np.cumsum(stored[blocks]).tolist()])
+        keys = [BlockKey(source, block) for block in blocks.tolist()]
+        return _Layout(keys, [0, *np.cumsum(stored[blocks]).tolist()])
 
     def _load(self, key: BlockKey) -> StoredIds:
         return self._readers[key.source].read(key.block)

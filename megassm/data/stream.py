@@ -33,7 +33,7 @@ from megassm.errors import UserError
 
 PREFETCHED_MICRO_BATCHES = 4
 PLANNED_MICRO_BATCHES = 64  # whose blocks are fetched ahead, where there is room
-POLL_SECONDS = 0.1
+JOIN_SECONDS = 1.0
 NO_SAMPLE = -1
 
 
@@ -81,6 +81,10 @@ class MicroBatch:
     ids_BT: npt.NDArray[np.int64]
     mask_BL: npt.NDArray[np.bool_]  # which labels count; L = seq_len
     sample_ids_B: npt.NDArray[np.int64]  # global sample numbers; -1 for a row that only fills the batch
+
+
+Ready = queue.SimpleQueue[MicroBatch | BaseException | None]
+"""What a thread has made, in order: batches, then an error or None for the end."""
 
 
 class _Row(NamedTuple):
@@ -228,26 +232,23 @@ def _prefetched(batches: Iterator[MicroBatch], meter: Meter, wait_s: float | Non
 
     UserError where a batch takes longer than `wait_s`: the other ranks must hear of it before they give up waiting.
     """
-    ready: queue.Queue[MicroBatch | BaseException | None] = queue.Queue(PREFETCHED_MICRO_BATCHES)
+    ready: Ready = queue.SimpleQueue()
+    room: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item for each batch that may be made ahead
+    for _ in range(PREFETCHED_MICRO_BATCHES):
+        room.put(None)
     closed = threading.Event()
-
-    def hand_over(item: MicroBatch | BaseException | None) -> None:
-        while not closed.is_set():
-            try:
-                return ready.put(item, timeout=POLL_SECONDS)
-            except queue.Full:
-                continue
 
     def produce() -> None:
         try:
             with closing(batches):  # type: ignore[type-var]
                 for batch in batches:
-                    hand_over(batch)
+                    room.get()
                     if closed.is_set():
                         return
-            hand_over(None)
+                    ready.put(batch)
+            ready.put(None)
         except BaseException as error:
-            hand_over(error)
+            ready.put(error)
 
     thread = threading.Thread(target=produce, name="data-prefetch", daemon=True)
     thread.start()
@@ -255,15 +256,15 @@ def _prefetched(batches: Iterator[MicroBatch], meter: Meter, wait_s: float | Non
         while (item := _wait_for(ready, meter, wait_s)) is not None:
             if isinstance(item, BaseException):
                 raise item
+            room.put(None)
             yield item
     finally:
         closed.set()
-        thread.join(10 * POLL_SECONDS)  # not for ever: it may be waiting for a server
+        room.put(None)
+        thread.join(JOIN_SECONDS)  # not for ever: it may be waiting for a server
 
 
-def _wait_for(
-    ready: queue.Queue[MicroBatch | BaseException | None], meter: Meter, wait_s: float | None
-) -> MicroBatch | BaseException | None:
+def _wait_for(ready: Ready, meter: Meter, wait_s: float | None) -> MicroBatch | BaseException | None:
     started = time.perf_counter()
     try:
         return ready.get(timeout=wait_s)

@@ -187,8 +187,8 @@ def _links(path: str) -> LinkedStore:
     from megassm.data.transport import read_file
 
     parts = urlsplit(path)
-    folder, _, name = parts.path.rpartition("/")
-    raw = read_file(open_store(urlunsplit(parts._replace(path=folder or "."))), name)
+    folder, slash, name = parts.path.rpartition("/")
+    raw = read_file(open_store(urlunsplit(parts._replace(path=folder or slash or "."))), name)
     try:
         links = json.loads(raw)
         if not all(isinstance(link, str) and link.startswith("http") for link in links.values()):

@@ -67,7 +67,8 @@ def open_session(path: Path, data_path: str | None, device: Literal["auto", "cpu
     checkpoint = find_checkpoint(path)
     config = checkpoint.config
     if data_path is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"path": data_path})})
+        one_set = {"path": data_path, "sources": {}, "phases": ()}
+        config = config.model_copy(update={"data": config.data.model_copy(update=one_set)})
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
     name = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"

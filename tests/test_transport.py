@@ -86,7 +86,7 @@ def test_the_same_bytes_through_a_fault(local: ShardSet, remote: ShardSet, serve
 
 def test_a_training_stream_through_all_faults_at_once(local: ShardSet, remote: ShardSet, server: FaultServer) -> None:
     plan = StreamPlan(seq_len=10, batch_sequences=48, micro_batch_sequences=48, seed=7)
-    server.faults.extend([fault for fault in (*FAULTS, "flip") for _ in range(3)])  # type: ignore[misc]
+    server.faults.extend((*FAULTS, "flip", *FAULTS, "flip", *FAULTS))  # fewer flips than one block has fetches
     whole = (MixturePhase(0, {"data": 1.0}),)
     stream = TokenStream(Mixture((Source("data", remote),), whole, Reading(QUICK)), plan)
     steps = 2 * len(stream.mixture.sources[0].shards.blocks)
@@ -96,7 +96,7 @@ def test_a_training_stream_through_all_faults_at_once(local: ShardSet, remote: S
     counted = stream.meter.take()
     assert not server.faults
     assert counted.data_reconnects >= 18
-    assert counted.data_refetches == 3
+    assert counted.data_refetches == 2
     assert counted.data_wait_s > 0
 
 

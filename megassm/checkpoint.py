@@ -1,13 +1,16 @@
 """Checkpoints: save, publish, find the newest complete one, rotate, load.
 
     RUN_DIR/checkpoints/step-00000100/
-        manifest.json           what it is: step, config, data fingerprint, shape of the job, size of every file
-        weights.safetensors     the whole model in float32: all that evaluation, sampling and export need
-        state/                  DeepSpeed's shards: weights and optimizer moments, one part a rank
+        manifest.json                         what it is: step, config, data fingerprint, size, checksum of every file
+        weights-00001-of-00002.safetensors    float32: all that evaluation, sampling and export need
+        moments-00001-of-00002.safetensors    AdamW's: NAME.exp_avg, NAME.exp_avg_sq
 
-DeepSpeed moves its own `latest` file before all ranks have written, so that file is neither written nor read here.
-A checkpoint is written under a hidden name, gets its manifest when every rank is done, and is then renamed:
-it is complete or it does not exist. Everything else of a run is a pure function of the step.
+Every tensor is whole, whatever mesh and ZeRO stage it was trained on (`megassm.parallel.state`); the ranks divide the
+parameters among themselves and each writes its own two files. So a run continues on any number of ranks, and a tool
+needs one process. Everything else of a run is a pure function of the step.
+
+A checkpoint is written under a hidden name, gets its manifest when every rank's files are on disk, and is then
+renamed: it is complete or it does not exist.
 """
 
 from __future__ import annotations
@@ -16,24 +19,28 @@ import contextlib
 import json
 import shutil
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
+from megassm.cli import refusal_text
 from megassm.config import Config
 from megassm.durable import sync, write_atomically
 from megassm.errors import UserError
-from megassm.model import LanguageModel
+from megassm.model import LanguageModel, parameter_shapes
 from megassm.parallel.engine import Engine
-from megassm.parallel.world import barrier
+from megassm.parallel.state import KINDS, MOMENTS, Kind
+from megassm.parallel.world import barrier, gather_texts
 from megassm.rundir import CHECKPOINTS
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
-WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,10 @@ class Manifest:
     """Updates done."""
     tokens: int
     """Training tokens seen."""
+    updates: int
+    """Updates that changed the weights: steps but for those skipped."""
+    mesh: dict[str, int]
+    """Ranks along each axis, and the ZeRO stage, that it was written by; it can be continued by others."""
     identity: dict[str, Any]
     config: dict[str, Any]
     files: dict[str, list[int]]
@@ -70,14 +81,28 @@ class Checkpoint:
                 "version that wrote it"
             ) from None
 
+    def tensors(self) -> Callable[[str, Kind], Tensor]:
+        """Reads a parameter's weight or moment, whole, by name; one at a time."""
+        files: list[Any] = [safe_open(self.folder / name, framework="pt") for name in self.manifest.files]
+        place = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+
+        def read(name: str, kind: Kind) -> Tensor:
+            key = _key(name, kind)
+            if key not in place:
+                raise UserError(f"{self.folder}: has no {key}; use another checkpoint of this run")
+            tensor: Tensor = place[key].get_tensor(key)
+            return tensor
+
+        return read
+
     def load_model(self) -> LanguageModel:
         """The whole model, float32, on the CPU, in evaluation mode."""
         model = LanguageModel(self.config.model)
-        path = self.folder / WEIGHTS
+        read = self.tensors()
         try:
-            model.load_state_dict(load_file(path))
-        except Exception as error:  # safetensors raises its own type, torch a RuntimeError
-            raise UserError(f"{path}: damaged weights ({error}); use another checkpoint of this run") from None
+            model.load_state_dict({name: read(name, "weight") for name, _ in model.named_parameters()})
+        except RuntimeError as error:
+            raise UserError(f"{self.folder}: weights of another model ({error}); use another checkpoint") from None
         model.reset_filters()
         return model.eval()
 
@@ -86,62 +111,105 @@ def checkpoints_folder(run_dir: Path) -> Path:
     return run_dir / CHECKPOINTS
 
 
-def save_checkpoint(engine: Engine, config: Config, step: int, data_fingerprint: str) -> None:
-    """Writes, publishes and rotates; every rank must call it. `step` updates are done."""
+def save_checkpoint(engine: Engine, config: Config, step: int, data_fingerprint: str) -> str | None:
+    """Writes, publishes and rotates; every rank must call it. `step` updates are done.
+
+    Returns:
+        None, or why there is no new checkpoint (a full disk); what was there is untouched.
+    """
     folder = checkpoints_folder(Path(config.run.dir))
     partial = folder / f".partial-step-{step:08d}"
-    if engine.world.is_main:
+    world = engine.world
+    if world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     barrier()
-    engine.save_shards(partial)
-    weights = engine.whole_weights()
-    if engine.world.is_main:
-        save_file(weights, partial / WEIGHTS)
-        (partial / WEIGHTS).chmod(0o644)
-        for script in partial.glob("zero_to_*.py"):
-            script.unlink()  # DeepSpeed's converters: the weights are whole already
-    barrier()  # every rank's shard is on disk
-    if engine.world.is_main:
-        identity = run_identity(config, engine.world.size, data_fingerprint)
-        _publish(partial, folder / f"step-{step:08d}", _manifest(partial, config, step, identity))
-        _rotate(folder, config.checkpoint.keep, newest=step)
-    barrier()
+    shares = [json.loads(text) for text in gather_texts(json.dumps(_write_share(engine, partial)))]
+    failure = next((f"rank {rank}: {share}" for rank, share in enumerate(shares) if isinstance(share, str)), "")
+    if world.is_main and not failure:
+        files = {name: facts for share in shares for name, facts in share.items()}
+        try:
+            _publish(partial, folder / f"step-{step:08d}", _manifest(engine, config, step, data_fingerprint, files))
+            _rotate(folder, config.checkpoint.keep, newest=step)
+        except OSError as error:
+            failure = refusal_text(error)
+    if world.is_main and failure:
+        shutil.rmtree(partial, ignore_errors=True)
+    return gather_texts(failure)[0] or None
 
 
-def run_identity(config: Config, world_size: int, data_fingerprint: str) -> dict[str, Any]:
-    """What must not change between a checkpoint and the run that continues it, by knob."""
+def _write_share(engine: Engine, partial: Path) -> dict[str, list[int]] | str:
+    """Writes this rank's parameters; returns size and checksum of its files, or what went wrong."""
+    world = engine.world
+    mine = _owned(engine, world.rank)
+    state = engine.read_state(KINDS, lambda name: name in mine)
+    number = f"{world.rank + 1:05d}-of-{world.size:05d}"
+    files = {}
+    try:
+        for title, kinds in (("weights", KINDS[:1]), ("moments", MOMENTS)):
+            tensors = {_key(name, kind): state[name][kind].contiguous() for name in mine for kind in kinds}
+            path = partial / f"{title}-{number}.safetensors"
+            save_file(tensors, path)
+            path.chmod(0o644)
+            sync(path)
+            files[path.name] = [path.stat().st_size, _crc32(path)]
+    except Exception as error:  # a full disk has several types: safetensors', RuntimeError, OSError
+        return str(error) or type(error).__name__
+    return files
+
+
+def _owned(engine: Engine, rank: int) -> set[str]:
+    """The parameters that `rank` writes: the largest first, each to the rank with the least so far."""
+    loads = [0] * engine.world.size
+    owned = set()
+    sizes = {name: shape.numel() for name, shape in parameter_shapes(engine.config.model).items()}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = loads.index(min(loads))
+        loads[least] += sizes[name]
+        if least == rank:
+            owned.add(name)
+    return owned
+
+
+def _key(name: str, kind: Kind) -> str:
+    return name if kind == "weight" else f"{name}.{kind}"
+
+
+def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
+    """What must not change between a checkpoint and the run that continues it, by knob.
+
+    The mesh and the ZeRO stage may change, and so may everything that a schedule is made of.
+    """
     model = {f"model.{name}": value for name, value in config.model.model_dump(mode="json").items()}
     return model | {
         "run.seed": config.run.seed,
         "train.batch_sequences": config.train.batch_sequences,
+        "data.isolate_documents": config.data.isolate_documents,
         "train.precision": config.train.precision,
-        "parallel.zero_stage": config.parallel.zero_stage,
-        "the number of ranks": world_size,
         "the data's fingerprint": data_fingerprint,
     }
 
 
-def newest_checkpoint(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest complete checkpoint of a run, and why newer ones were passed over."""
+def newest_checkpoint(run_dir: Path, check: str = "") -> tuple[Checkpoint | None, list[str]]:
+    """The newest complete checkpoint of a run, and why newer ones were passed over; `check` as in `read_checkpoint`."""
     skipped: list[str] = []
     for folder in sorted(checkpoints_folder(run_dir).glob("step-*"), reverse=True):
         try:
-            return read_checkpoint(folder, check_content=True), skipped
+            return read_checkpoint(folder, check), skipped
         except UserError as error:
             skipped.append(str(error))
     return None, skipped
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint by its own folder, or a run's newest.
+    """A checkpoint by its own folder, or a run's newest, for its weights.
 
     Raises:
         UserError: there is none.
     """
     if (path / MANIFEST).exists():
-        return read_checkpoint(path)
-    checkpoint, skipped = newest_checkpoint(path)
+        return read_checkpoint(path, check="weights")
+    checkpoint, skipped = newest_checkpoint(path, check="weights")
     if checkpoint is None:
         why = f" ({'; '.join(skipped)})" if skipped else ""
         raise UserError(
@@ -151,8 +219,8 @@ def find_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def read_checkpoint(folder: Path, check_content: bool = False) -> Checkpoint:
-    """Reads the manifest and checks that every file is there in its size and, if asked, with its checksum.
+def read_checkpoint(folder: Path, check: str | None = None) -> Checkpoint:
+    """Reads the manifest and checks that every file is there in its size, and the checksums of those named `check`*.
 
     Raises:
         UserError: naming what is missing or damaged.
@@ -171,7 +239,7 @@ def read_checkpoint(folder: Path, check_content: bool = False) -> Checkpoint:
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise UserError(f"{folder}: incomplete: {name} {state}; the manifest says {size}")
-        if check_content and _crc32(file) != crc:
+        if check is not None and name.startswith(check) and _crc32(file) != crc:
             raise UserError(f"{folder}: damaged: the checksum of {name} is not the manifest's")
     return Checkpoint(folder, manifest)
 
@@ -195,19 +263,22 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
         )
 
 
-def _manifest(partial: Path, config: Config, step: int, identity: dict[str, Any]) -> Manifest:
-    files = {
-        str(file.relative_to(partial)): [file.stat().st_size, _crc32(file)]
-        for file in sorted(partial.rglob("*"))
-        if file.is_file()
-    }
-    tokens = step * config.tokens_per_step()
-    return Manifest(FORMAT, step, tokens, identity, config.model_dump(mode="json"), files)
+def _manifest(
+    engine: Engine, config: Config, step: int, data_fingerprint: str, files: dict[str, list[int]]
+) -> Manifest:
+    return Manifest(
+        format=FORMAT,
+        step=step,
+        tokens=step * config.tokens_per_step(),
+        updates=engine.applied_updates,
+        mesh=engine.world.mesh._asdict() | {"zero_stage": config.parallel.zero_stage},
+        identity=run_identity(config, data_fingerprint),
+        config=config.model_dump(mode="json"),
+        files=files,
+    )
 
 
 def _publish(partial: Path, final: Path, manifest: Manifest) -> None:
-    for name in manifest.files:
-        sync(partial / name)
     write_atomically(partial / MANIFEST, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
     if final.exists():  # an incomplete folder of that name that resume passed over
         shutil.rmtree(final)

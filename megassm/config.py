@@ -1,7 +1,7 @@
-"""Every knob of a run, in one place: frozen sections with type, unit and meaning. `megassm.rules` has what spans them.
+"""Every knob of a run, in one place: frozen sections with type, unit and meaning; `megassm.rules` has the rest.
 
-A run is one `Config`. It is read from YAML by `megassm.configfile`, which turns every violation found here
-or there into a message with file and line. Nothing here imports torch: a refusal costs milliseconds.
+A run is one `Config`. It is read from YAML by `megassm.configfile`, which turns every violation into a message
+with file and line. Nothing here imports torch: a refusal costs milliseconds.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+CHUNK = 64
+"""Positions that the chunked filter bank computes at a time; near its number of states, so that neither half of the
+product dominates."""
+
 Budgets = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
@@ -90,12 +94,21 @@ class ModelConfig(Section):
 class BudgetConfig(Section):
     """How many channels K a micro-batch may use (budget dropout)."""
 
-    strategy: Literal["fixed", "uniform", "log_uniform", "paper"] = "paper"
-    """fixed: always `k`; uniform, log_uniform: any K in [min_k, K_max]; paper: the listed budgets."""
+    strategy: Literal["fixed", "uniform", "log_uniform", "paper", "sandwich"] = "paper"
+    """fixed: always `k`; uniform, log_uniform: any K in [min_k, K_max]; paper: the listed ones; sandwich: K_max, min_k
+    and one between in turn."""
+    draws: PositiveInt | None = None
+    """Budgets drawn an update, each for as many micro-steps; null: one a micro-step when the run began."""
     k: PositiveInt | None = None
     """The K of `fixed`; null is K_max, the static baseline."""
     min_k: PositiveInt = 1
-    """Smallest K that `uniform` and `log_uniform` draw."""
+    """Smallest K that `uniform`, `log_uniform` and `sandwich` draw."""
+    min_k_steps: PositiveInt | None = None
+    """Updates over which the smallest K allowed falls from K_max to 1, whatever the strategy; null: none."""
+    distill_weight: Fraction = 0.0
+    """Share of the loss, at a K below K_max, that is the divergence from the model's own prediction at K_max."""
+    distill_temperature: Positive = 1.0
+    """Temperature of both predictions in that divergence."""
     budgets: Budgets = (2, 3, 4, 6, 8, 12, 16, 24, 32)
     """The budgets of `paper`, increasing; those beyond K_max are a violation."""
     full_every: PositiveInt | None = 8
@@ -142,6 +155,8 @@ class TrainConfig(Section):
     """Sequences one rank processes at a time; one budget K is drawn for each micro-step."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of weights and activations; filters, gates' softmax and losses stay float32."""
+    max_skipped: PositiveInt = 10
+    """Updates in a row that may be dropped because loss or gradient is not finite, before the run stops."""
     recompute: bool = False
     """Recompute each block's activations in the backward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -154,7 +169,11 @@ class ParallelConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
     tensor: PositiveInt = 1
-    """Tensor-parallel ranks."""
+    """Tensor-parallel ranks: each holds a part of every large matrix. Keep them inside a node."""
+    sequence: PositiveInt = 1
+    """Sequence-parallel ranks: each holds a part of every sequence."""
+    data: PositiveInt | None = None
+    """Data-parallel ranks; null is what tensor and sequence ranks leave of the world."""
     timeout_s: PositiveInt = 600
     """Seconds a collective may wait for a rank before the job fails."""
 
@@ -181,6 +200,8 @@ class DataConfig(Section):
     """With sources: a run that would read one of them more often over train.steps is refused."""
     tokenizer: str | None = None
     """"bytes" or a SentencePiece model; null is the one the data set was made with."""
+    isolate_documents: bool = False
+    """No position sees another document of its sequence; attention then holds a mask of B x L x L numbers."""
     cache_dir: str | None = None
     """Folder on a local disk where fetched blocks are kept for all ranks of the node; null keeps none."""
     cache_gib: Positive = 50.0
@@ -247,6 +268,10 @@ class Config(Section):
 
     def tokens_per_step(self) -> int:
         return self.train.batch_sequences * self.model.seq_len
+
+    def data_ranks(self, world_size: int) -> int:
+        """Data-parallel ranks of a job of `world_size`."""
+        return world_size // (self.parallel.sequence * self.parallel.tensor)
 
     def micro_steps(self, data_ranks: int) -> int:
         """Micro-steps an update (gradient accumulation) on each of `data_ranks` ranks."""

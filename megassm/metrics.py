@@ -94,11 +94,11 @@ def format_row(row: Row, steps: int, eta_s: float) -> str:
     """One line for people."""
     parts = [
         f"step {row['step']:>{len(str(steps))}}/{steps}",
-        f"loss {row['loss']:.4f}",
-        f"{row['bits_per_byte']:.3f} bits/byte",
+        f"loss {_number(row['loss']):.4f}",
+        f"{_number(row['bits_per_byte']):.3f} bits/byte",
         f"K {row['k']:>2}",
         f"lr {row['lr']:.2e}",
-        f"norm {row['grad_norm']:.3f}",
+        f"norm {_number(row['grad_norm']):.3f}",
         f"{row['tokens_per_s']:,.0f} tok/s",
         f"MFU {row['mfu']:.1%}",
         f"data wait {row['data_wait_s'] / row['step_s']:.1%}",
@@ -126,10 +126,13 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def peak_flops(config: Config, device: torch.device) -> tuple[float, str]:
-    """(FLOP/s of one rank's device, where the figure is from), the denominator of model FLOPs utilisation."""
-    if config.log.peak_tflops is not None:
-        return config.log.peak_tflops * 1e12, "log.peak_tflops"
+def peak_flops(peak_tflops: float | None, device: torch.device) -> tuple[float, str]:
+    """(FLOP/s of one rank's device, where the figure is from), the denominator of model FLOPs utilisation.
+
+    `peak_tflops` is the knob log.peak_tflops.
+    """
+    if peak_tflops is not None:
+        return peak_tflops * 1e12, "log.peak_tflops"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, tflops in PEAK_TFLOPS.items():
@@ -197,6 +200,11 @@ def _parse(line: str) -> Row | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def _number(value: float | None) -> float:
+    """A figure of a row; null where it was not finite."""
+    return float("nan") if value is None else value
 
 
 def _duration(seconds: float) -> str:

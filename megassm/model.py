@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,11 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 from megassm.config import ModelConfig
 from megassm.errors import UserError
-from megassm.layers.attention import Attention, KeyValueCache, rope_tables
+from megassm.layers.attention import Attention, KeyValueCache, attention_mask, rope_tables
 from megassm.layers.context import Context
 from megassm.layers.ffn import FeedForward
 from megassm.layers.filterbank import FilterBank
 from megassm.layers.spectral import SpectralMixer
+from megassm.ops.documents import check_documents
 
 LayerState = Tensor | KeyValueCache
 """S x D numbers a sequence for a spectral layer, keys and values for attention."""
@@ -39,6 +41,13 @@ class DecodingState(NamedTuple):
     def nbytes(self) -> int:
         tensors = (part for layer in self.layers for part in ((layer,) if isinstance(layer, Tensor) else layer))
         return sum(tensor.nbytes for tensor in tensors)
+
+
+class Distillation(NamedTuple):
+    """In-place distillation: the model at a larger budget teaches itself at a smaller one (arXiv 1903.05134)."""
+
+    teacher_k: int
+    temperature: float
 
 
 class Block(nn.Module):
@@ -82,7 +91,7 @@ class LanguageModel(nn.Module):
     Embedding and head are parameters of this module itself: under ZeRO-3 they are then gathered for the whole
     forward pass, which is what tied embeddings need.
 
-    A new model is uninitialised memory (or on the meta device): call `initialise`, or load weights and call
+    A new model is uninitialised memory (or on the meta device): use `build_model`, or load weights and call
     `reset_filters`.
     """
 
@@ -100,84 +109,111 @@ class LanguageModel(nn.Module):
             else None
         )
 
-    def forward(self, ids_BL: Tensor, k: int, targets_BL: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids_BL: Tensor,
+        k: int,
+        targets_BL: Tensor | None = None,
+        documents_BL: Tensor | None = None,
+        distill: Distillation | None = None,
+    ) -> Tensor:
         """Logits (B, L, V), or with `targets_BL` the negative log-likelihood in nats of each, (B, L) float32.
+
+        With `distill` too, (2, B, L): the negative log-likelihood, and the divergence from the teacher.
 
         Args:
             ids_BL: token ids.
             k: the budget, 1 <= k <= K_max.
             targets_BL: the ids to predict, ids_BL one step later.
+            documents_BL: the number of each position's document, which does not fall along a sequence: no position
+                then sees another document. Rotary positions run on. None: a sequence is one document.
+            distill: which of its own predictions the model is to approach at k.
 
         Raises:
-            UserError: a budget out of range.
+            UserError: a budget out of range, documents that are none.
         """
-        context = self._context(0, ids_BL.shape[1], k)
-        x_BLD = F.embedding(ids_BL, self.embedding_VD)
+        context = self.context(0, ids_BL.shape[1], k)
+        if documents_BL is not None:
+            check_documents(documents_BL, ids_BL)
+            context = self._apart(context, documents_BL)
+        x_BLD = self._hidden(ids_BL, context)
+        if targets_BL is None:
+            return self.logits(x_BLD)
+        losses_BL = self.token_losses(x_BLD, targets_BL)
+        if distill is None:
+            return losses_BL
+        with torch.no_grad():
+            teacher_BLD = self._hidden(ids_BL, context._replace(k=distill.teacher_k))
+        return torch.stack((losses_BL, self.divergences(x_BLD, teacher_BLD, distill.temperature)))
+
+    def _hidden(self, ids_BL: Tensor, context: Context) -> Tensor:
+        """What the head reads, (B, L, D)."""
+        x_BLD = self.embed(ids_BL)
         for block in self.blocks:
             if self.recompute and self.training:
                 x_BLD = checkpoint(block, x_BLD, context, use_reentrant=False)
             else:
                 x_BLD = block(x_BLD, context)
-        logits_BLV = self._logits(x_BLD)
-        if targets_BL is None:
-            return logits_BLV
-        return F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten(), reduction="none").view_as(
-            targets_BL
-        )
+        return cast(Tensor, self.head_norm(x_BLD))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.embedding_VD)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of the normed output of the last block."""
+        return F.linear(x, self.embedding_VD if self.head_VD is None else self.head_VD)
+
+    def token_losses(self, x_BLD: Tensor, targets_BL: Tensor) -> Tensor:
+        """Negative log-likelihood in nats, float32."""
+        logits_NV = self.logits(x_BLD).flatten(0, 1).float()
+        return F.cross_entropy(logits_NV, targets_BL.flatten(), reduction="none").view_as(targets_BL)
+
+    def divergences(self, x_BLD: Tensor, teacher_BLD: Tensor, temperature: float) -> Tensor:
+        """T^2 KL(teacher || student) of the predictions at temperature T, (B, L) float32 (arXiv 1503.02531)."""
+        student_BLV = (self.logits(x_BLD).float() / temperature).log_softmax(-1)
+        with torch.no_grad():
+            teacher_BLV = (self.logits(teacher_BLD).float() / temperature).log_softmax(-1)
+        return temperature**2 * (teacher_BLV.exp() * (teacher_BLV - student_BLV)).sum(-1)
 
     @torch.no_grad()
     def prefill(self, ids_BL: Tensor, k: int) -> tuple[Tensor, DecodingState]:
         """(logits (B, V) of the token after the last, the state that `step` continues from), by the parallel form."""
-        context = self._context(0, ids_BL.shape[1], k)
-        x_BLD = F.embedding(ids_BL, self.embedding_VD)
+        context = self.context(0, ids_BL.shape[1], k)
+        x_BLD = self.embed(ids_BL)
         layers = []
         for block in cast(list[Block], self.blocks):
             x_BLD, state = block.prefill(x_BLD, context)
             layers.append(state)
-        return self._logits(x_BLD[:, -1]), DecodingState(ids_BL.shape[1], layers)
+        return self.logits(self.head_norm(x_BLD[:, -1])), DecodingState(ids_BL.shape[1], layers)
 
     @torch.no_grad()
     def step(self, ids_B: Tensor, state: DecodingState, k: int) -> tuple[Tensor, DecodingState]:
         """(logits (B, V) of the token after `ids_B`, the state after it); k may differ from step to step."""
-        context = self._context(state.position, 1, k)
-        x_BD = F.embedding(ids_B, self.embedding_VD)
+        context = self.context(state.position, 1, k)
+        x_BD = self.embed(ids_B)
         layers = []
         for block, layer in zip(cast(list[Block], self.blocks), state.layers, strict=True):
             x_BD, after = block.step(x_BD, layer, context)
             layers.append(after)
-        return self._logits(x_BD), DecodingState(state.position + 1, layers)
+        return self.logits(self.head_norm(x_BD)), DecodingState(state.position + 1, layers)
 
-    def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(self.head_norm(x), self.embedding_VD if self.head_VD is None else self.head_VD)
-
-    def _context(self, first: int, length: int, k: int) -> Context:
+    def context(self, first: int, length: int, k: int) -> Context:
         """For `length` positions from `first` on."""
         if not 1 <= k <= self.config.num_channels:
             raise UserError(f"budget K = {k}: must be between 1 and this model's K_max = {self.config.num_channels}")
-        rope = None
+        if "A" not in self.config.mixers:
+            return Context(k, self.filterbank, None)
+        positions_L = torch.arange(first, first + length, device=self.embedding_VD.device)
+        rope = rope_tables(positions_L, self.config.d_model // self.config.n_heads, self.config.rope_theta)
+        return Context(k, self.filterbank, rope, attention_mask(length, self.config.window, None, self.embedding_VD))
+
+    def _apart(self, context: Context, documents_BL: Tensor) -> Context:
+        """`context` with the documents kept apart."""
+        mask = None
         if "A" in self.config.mixers:
-            positions_L = torch.arange(first, first + length, device=self.embedding_VD.device)
-            rope = rope_tables(positions_L, self.config.d_model // self.config.n_heads, self.config.rope_theta)
-        return Context(k, self.filterbank, rope)
-
-    @torch.no_grad()
-    def initialise(self, seed: int) -> None:
-        """Draws every parameter from its own stream, keyed by (seed, name), and derives the filters.
-
-        Matrices start at standard deviation 1/sqrt(inputs); those that write into the residual stream are divided by
-        sqrt(2 n_layers), so that its variance does not grow with depth. Biases start at 0, norm gains at 1.
-        """
-        for name, parameter in self.named_parameters():
-            std = _initial_std(name, parameter, self.config)
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif std == 0.0:
-                parameter.zero_()
-            else:
-                digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-        self.reset_filters()
+            mask = attention_mask(documents_BL.shape[1], self.config.window, documents_BL, self.embedding_VD)
+        segments = None if self.filterbank is None else self.filterbank.segments(documents_BL)
+        return context._replace(mask=mask, segments=segments)
 
     def reset_filters(self) -> None:
         if self.filterbank is not None:
@@ -188,9 +224,33 @@ class LanguageModel(nn.Module):
             self.filterbank.check_dtype()
 
 
-def _initial_std(name: str, parameter: Tensor, config: ModelConfig) -> float:
+def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """The shape of every parameter of the whole model, by name."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in LanguageModel(config).named_parameters()}
+
+
+def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, float32 values) of every parameter, each drawn from its own stream, keyed by (seed, name).
+
+    Matrices start at standard deviation 1/sqrt(inputs); those that write into the residual stream are divided by
+    sqrt(2 n_layers), so that its variance does not grow with depth. Biases start at 0, norm gains at 1.
+    """
+    for name, shape in parameter_shapes(config).items():
+        std = _initial_std(name, shape, config)
+        if name.endswith("norm.weight"):
+            yield name, torch.ones(shape)
+        elif std == 0.0:
+            yield name, torch.zeros(shape)
+        else:
+            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            yield name, torch.randn(shape, generator=generator) * std
+
+
+def _initial_std(name: str, shape: torch.Size, config: ModelConfig) -> float:
     depth = 1.0 / math.sqrt(2 * config.n_layers)
-    inputs = 1.0 / math.sqrt(parameter.shape[-1])
+    inputs = 1.0 / math.sqrt(shape[-1])
     match name.rpartition("blocks.")[2].partition(".")[2] or name:
         case "embedding_VD" | "head_VD":
             return config.embed_init_std
@@ -199,13 +259,17 @@ def _initial_std(name: str, parameter: Tensor, config: ModelConfig) -> float:
         case "mixer.direct_DD" | "mixer.out.weight" | "ffn.down.weight":
             return inputs * depth
         case _:
-            return inputs if parameter.ndim > 1 else 0.0
+            return inputs if len(shape) > 1 else 0.0
 
 
+@torch.no_grad()
 def build_model(config: ModelConfig, seed: int, recompute: bool = False) -> LanguageModel:
     """An initialised float32 model on the CPU."""
     model = LanguageModel(config, recompute)
-    model.initialise(seed)
+    parameters = dict(model.named_parameters())
+    for name, whole in initial_weights(config, seed):
+        parameters[name].copy_(whole)
+    model.reset_filters()
     return model
 
 

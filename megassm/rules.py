@@ -1,11 +1,11 @@
-"""Rules that span the knobs of `megassm.config`. Imports no torch: a refusal costs milliseconds."""
+"""The rules that span knobs: what a valid value of each makes an invalid configuration. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from megassm.config import Config, DataConfig, ModelConfig
+from megassm.config import CHUNK, Config, DataConfig, ModelConfig, ParallelConfig
 
 
 class Violation(NamedTuple):
@@ -91,36 +91,72 @@ def _schedule_violations(config: Config) -> Iterator[Violation]:
 
 
 def _rank_violations(config: Config, world_size: int) -> Iterator[Violation]:
-    train, tensor = config.train, config.parallel.tensor
+    train, parallel = config.train, config.parallel
     if config.parallel.zero_stage == 0 and train.precision == "bf16":
         yield Violation(
             ("parallel.zero_stage", "train.precision"),
             "1, 2 or 3 with train.precision = bf16: at stage 0 DeepSpeed's bf16 optimizer makes a wrong first "
             "update. Stage 1 is the same on one rank",
         )
-    if tensor > 1:
-        yield Violation(("parallel.tensor",), "1: this version does not split a model over tensor ranks")
-    if "A" in config.model.pattern and config.model.n_heads % tensor:
+    yield from _split_violations(config.model, config.parallel)
+    if config.data.isolate_documents and parallel.sequence > 1:
         yield Violation(
-            ("model.n_heads", "parallel.tensor"), f"divisible by parallel.tensor = {tensor}, the tensor ranks"
+            ("data.isolate_documents", "parallel.sequence"),
+            "false with parallel.sequence above 1: the state is handed from part to part whatever documents they hold",
         )
-    if config.model.d_model % tensor:
+    data_ranks = parallel.data or max(1, config.data_ranks(world_size))
+    product = data_ranks * parallel.sequence * parallel.tensor
+    if product != world_size:
         yield Violation(
-            ("model.d_model", "parallel.tensor"), f"divisible by parallel.tensor = {tensor}, the tensor ranks"
+            ("parallel.tensor", "parallel.sequence", "parallel.data"),
+            f"such that parallel.data x parallel.sequence x parallel.tensor is the number of ranks: "
+            f"{data_ranks} x {parallel.sequence} x {parallel.tensor} = {product}, but {world_size} were started",
         )
-    if world_size % tensor:
-        yield Violation(("parallel.tensor",), f"a divisor of the world size, {world_size} ranks")
         return
-    data_ranks = world_size // tensor
     share = train.micro_batch_sequences * data_ranks
     if train.batch_sequences % share:
         yield Violation(
-            ("train.batch_sequences", "train.micro_batch_sequences", "parallel.tensor"),
+            ("train.batch_sequences", "train.micro_batch_sequences"),
             f"a multiple of train.micro_batch_sequences x data-parallel ranks = "
             f"{train.micro_batch_sequences} x {data_ranks} = {share}",
         )
+    elif config.budget.draws is not None and config.micro_steps(data_ranks) % config.budget.draws:
+        yield Violation(
+            ("budget.draws", "train.micro_batch_sequences"),
+            f"a divisor of the {config.micro_steps(data_ranks)} micro-steps of a rank",
+        )
     if config.eval.sequences % data_ranks:
         yield Violation(("eval.sequences",), f"a multiple of the {data_ranks} data-parallel ranks")
+
+
+def _split_violations(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Violation]:
+    """Rules about what one rank holds of a model and of a sequence."""
+    tensor, sequence = parallel.tensor, parallel.sequence
+    heads = tensor * sequence
+    if "A" in model.pattern and model.n_heads % heads:
+        yield Violation(
+            ("model.n_heads", "parallel.tensor", "parallel.sequence"),
+            f"divisible by parallel.tensor x parallel.sequence = {tensor} x {sequence} = {heads}: they share the heads",
+        )
+    if "A" in model.pattern and model.kv_heads % tensor and tensor % model.kv_heads:
+        yield Violation(
+            ("model.n_kv_heads", "parallel.tensor"), f"a divisor or a multiple of parallel.tensor = {tensor}"
+        )
+    for name in ("d_model", "d_ffn", "vocab_size"):
+        if getattr(model, name) < tensor:
+            yield Violation((f"model.{name}", "parallel.tensor"), f"at least parallel.tensor = {tensor}")
+    if sequence == 1:
+        return
+    if model.seq_len % (sequence * CHUNK):
+        yield Violation(
+            ("model.seq_len", "parallel.sequence"),
+            f"a multiple of {CHUNK} x parallel.sequence = {CHUNK * sequence}: every rank holds whole chunks of {CHUNK}",
+        )
+    if "S" in model.pattern and model.filterbank not in ("auto", "chunked"):
+        yield Violation(
+            ("model.filterbank", "parallel.sequence"),
+            f"chunked with parallel.sequence = {sequence}: only its state can be handed from rank to rank",
+        )
 
 
 def _data_violations(data: DataConfig) -> Iterator[Violation]:

@@ -132,9 +132,24 @@ def test_duplicate_key(tmp_path: Path) -> None:
         ("model.pattern=A model.n_heads=7", "model.d_model = 64: must be divisible by model.n_heads = 7"),
         ("model.pattern=A model.n_heads=64", "an even number of dimensions a head"),
         ("model.pattern=A model.n_kv_heads=3", "model.n_kv_heads = 3: must be a divisor of model.n_heads = 8"),
-        ("parallel.tensor=3 model.pattern=A", "model.n_heads = 8: must be divisible by parallel.tensor = 3"),
-        ("parallel.tensor=3", "parallel.tensor = 3: must be a divisor of the world size, 2 ranks"),
-        ("parallel.tensor=2", "parallel.tensor = 2: must be 1"),
+        (
+            "parallel.tensor=3 model.pattern=A",
+            "model.n_heads = 8: must be divisible by parallel.tensor x parallel.sequence = 3 x 1 = 3",
+        ),
+        (
+            "parallel.tensor=3",
+            "parallel.data x parallel.sequence x parallel.tensor is the number of ranks: 1 x 1 x 3 = 3, but 2",
+        ),
+        ("parallel.data=1 parallel.tensor=4", "1 x 1 x 4 = 4, but 2 were started"),
+        (
+            "parallel.sequence=2 model.seq_len=192",
+            "model.seq_len = 192: must be a multiple of 64 x parallel.sequence = 128",
+        ),
+        (
+            "parallel.sequence=2 model.filterbank=fft",
+            "model.filterbank = 'fft': must be chunked with parallel.sequence = 2",
+        ),
+        ("budget.draws=3", "budget.draws = 3: must be a divisor of the 2 micro-steps of a rank"),
         ("train.batch_sequences=6", "train.batch_sequences = 6: must be a multiple of"),
         ("eval.sequences=3", "eval.sequences = 3: must be a multiple of the 2 data-parallel ranks"),
         ("optim.warmup_steps=200", "optim.warmup_steps = 200: must be less than train.steps = 200"),

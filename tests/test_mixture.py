@@ -19,7 +19,8 @@ from megassm.configfile import ConfigError
 from megassm.data.dataset import open_dataset
 from megassm.data.mixture import Mixture, MixturePhase, Reading, Source, one_source
 from megassm.data.order import PATTERN, MixtureOrder, Phase, SampleOrder, epoch_samples
-from megassm.data.shards import ShardSet, ShardSizes, ShardWriter
+from megassm.data.shard_writer import ShardWriter
+from megassm.data.shards import ShardSet, ShardSizes
 from megassm.data.stream import StreamPlan, TokenStream, validation_batches
 from megassm.errors import UserError
 from tests.conftest import run_python

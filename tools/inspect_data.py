@@ -37,8 +37,9 @@ def main() -> None:
     from megassm.configfile import load_config_or_exit
     from megassm.data.inspect import read_samples, samples_of_update
 
-    # how a model is split over ranks decides no batch, and must not be refused in this one process
-    alone = [*arguments.overrides, "parallel.tensor=1"]
+    # how a run is spread over ranks decides no batch, and must not be refused in this one process
+    one_process = ["parallel.tensor=1", "parallel.sequence=1", "parallel.data=null"]
+    alone = [*arguments.overrides, *one_process]
     config = load_config_or_exit(arguments.run / "config.yaml", alone)
     samples = arguments.samples or samples_of_update(config, arguments.step)
     rows = []

@@ -7,7 +7,6 @@ or with one flipped header byte gives it part of the samples and no error. Nothi
 
 from __future__ import annotations
 
-import hashlib
 import io
 import zlib
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megassm.data.diskcache import DiskCache
+from megassm.data.members import member_ids
 from megassm.data.shards import PREPARE_AGAIN, ShardSet
 from megassm.data.transport import Meter
 from megassm.errors import UserError
@@ -29,7 +29,6 @@ Fetch = Callable[[str, int, int], bytes]
 no such shard. `megassm.data.transport` has the one that training uses."""
 
 FETCHES = 3  # of a block whose bytes are not what the index says: a link may damage what a disk holds well
-HASH_CHUNK_BYTES = 1 << 20
 
 
 class DamagedBlockError(UserError):
@@ -65,16 +64,15 @@ class BlockReader:
         """See `read_block`."""
         shard_set, entry = self.shard_set, self.shard_set.blocks[block]
         name = shard_set.shards[int(entry["shard"])].name
-        members = _unpack(self._raw(block), name, shard_set.dtype)
+        members = _unpack(self._raw(block), name, shard_set.suffix)
         if len(members) != entry["members"]:
             raise self._damaged(block, "members", entry["members"], len(members))
-        ids: StoredIds = np.frombuffer(b"".join(members), dtype=shard_set.numpy_dtype)
+        try:
+            ids: StoredIds = np.concatenate([member_ids(member, shard_set.layout) for member in members])
+        except ValueError as error:
+            raise self._damaged(block, "members of ids", f"like *.{shard_set.suffix}", error) from None
         if ids.size != entry["tokens"]:
             raise self._damaged(block, "tokens", entry["tokens"], ids.size)
-        if (largest := int(ids.max())) >= shard_set.vocab_size:
-            raise self._damaged(block, "ids below", shard_set.vocab_size, largest)
-        if ids[-1] != shard_set.eod:
-            raise self._damaged(block, "last id", shard_set.eod, ids[-1])
         return ids
 
     def _raw(self, block: int) -> bytes:
@@ -124,35 +122,3 @@ def _unpack(raw: bytes, shard: str, suffix: str) -> list[bytes]:
 
     files = tar_file_expander([{"url": shard, "stream": io.BytesIO(raw)}])
     return [sample[suffix] for sample in group_by_keys(files) if suffix in sample]
-
-
-def verify(shard_set: ShardSet) -> list[str]:
-    """Reads every byte of a data set; every damage found, one message each. Empty: it is sound."""
-    damages = []
-    fetch = local_fetch(shard_set.directory)
-    documents = np.zeros(len(shard_set.shards), dtype=np.int64)
-    for block in range(len(shard_set.blocks)):
-        try:
-            ids = read_block(shard_set, block, fetch)
-        except UserError as error:
-            damages.append(str(error))
-        else:
-            documents[shard_set.blocks[block]["shard"]] += np.count_nonzero(ids == shard_set.eod)
-    for shard, found in zip(shard_set.shards, documents.tolist(), strict=True):
-        path = shard_set.directory / shard.name
-        if not path.exists():
-            continue  # each of its blocks has said so
-        sha256 = _file_sha256(path)
-        if sha256 != shard.sha256:
-            damages.append(f"{path}: expected sha256 {shard.sha256}, got {sha256}; {PREPARE_AGAIN}")
-        elif found != shard.documents:
-            damages.append(f"{path}: expected {shard.documents} documents, got {found}; {PREPARE_AGAIN}")
-    return damages
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,16 +10,18 @@ import numpy as np
 import numpy.typing as npt
 
 from megassm.config import Config
-from megassm.data.filecache import local_copy
+from megassm.data.filecache import local_copies
 from megassm.data.mixture import ONE_SOURCE, Mixture, MixturePhase, Reading, Source, check_repeats
 from megassm.data.shards import ShardSet, load_index
 from megassm.data.stores import LocalStore, Store, open_store
-from megassm.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
-from megassm.data.transport import Patience
+from megassm.data.tokenizer import MODEL_NAME, BytesTokenizer, Tokenizer, load_tokenizer
+from megassm.data.tokenizer_json import CONFIG_NAME, FILE_NAME
+from megassm.data.transport import Patience, read_file
+from megassm.durable import write_atomically
 from megassm.errors import UserError
 
 TRAIN, VALID = "train", "valid"
-TOKENIZER_NAME = "tokenizer.model"
+TOKENIZER_NAMES = (MODEL_NAME, FILE_NAME, CONFIG_NAME)
 FETCH_SHARE = 0.5  # of parallel.timeout_s, for all attempts at one block
 BATCH_SHARE = 0.8  # for one batch: a rank must say what it waits for before the others give it up
 
@@ -34,6 +37,10 @@ class Dataset(NamedTuple):
         """(V,) UTF-8 bytes of text each id stands for; 0 for ids of the model beyond the tokenizer's."""
         known = self.tokenizer.token_bytes()
         return np.pad(known, (0, vocab_size - len(known))).astype(np.int64)
+
+    def document_end(self, config: Config) -> int | None:
+        """The id that ends a document, where documents are to be kept apart."""
+        return self.train.eod if config.data.isolate_documents else None
 
 
 def open_dataset(config: Config) -> Dataset:
@@ -52,7 +59,7 @@ def open_dataset(config: Config) -> Dataset:
         store = _open(knob, path)
         train.append(Source(name, load_index(store.child(TRAIN))))
         valid.append(Source(name, _valid_index(store)))
-        spec = config.data.tokenizer or own_tokenizer(store, train[-1].shards)
+        spec = config.data.tokenizer or own_tokenizer(store)
         tokenizer = tokenizer or load_tokenizer(spec)
         for _, shards in (train[-1], valid[-1]):
             _check_tokenizer(shards, tokenizer, str(spec))
@@ -111,14 +118,34 @@ def _reading(config: Config) -> Reading:
     )
 
 
-def own_tokenizer(store: Store, shards: ShardSet) -> str:
+def own_tokenizer(place: Path | Store) -> str:
     """The tokenizer a data set was made with: a file beside the shards, or bytes."""
+    store = LocalStore(place) if isinstance(place, Path) else place
     if isinstance(store, LocalStore):
-        model = store.directory / TOKENIZER_NAME
-        return str(model) if model.exists() else BytesTokenizer.name
-    if shards.tokenizer_sha256 == BytesTokenizer.sha256:
-        return BytesTokenizer.name
-    try:
-        return str(local_copy(store, TOKENIZER_NAME, shards.tokenizer_sha256))
-    except FileNotFoundError:
-        raise UserError(f"{store.place}/{TOKENIZER_NAME}: no such file; upload it, or set data.tokenizer") from None
+        files = (store.directory / name for name in (MODEL_NAME, FILE_NAME))
+        return next((str(path) for path in files if path.exists()), BytesTokenizer.name)
+    raw = {}
+    for name in TOKENIZER_NAMES:
+        with contextlib.suppress(FileNotFoundError):
+            raw[name] = read_file(store, name)
+    found = next((name for name in (MODEL_NAME, FILE_NAME) if name in raw), None)
+    return BytesTokenizer.name if found is None else str(local_copies(raw) / found)
+
+
+def keep_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Puts the tokenizer's files beside the shards, where `own_tokenizer` finds them.
+
+    Raises:
+        UserError: files of another tokenizer are there; they are left alone.
+    """
+    files = tokenizer.files()
+    rule = f"is not the tokenizer of these shards ({tokenizer.name}), or ends documents with another token"
+    for path in (directory / MODEL_NAME, directory / FILE_NAME):
+        if path.exists() and path.read_bytes() != files.get(path.name):
+            raise UserError(f"{path}: {rule}; move it and what belongs to it out of {directory}")
+    for name, content in files.items():
+        if not (directory / name).exists():
+            write_atomically(directory / name, content)
+    own = own_tokenizer(directory)
+    if load_tokenizer(own).sha256 != tokenizer.sha256:  # the other file beside it says so
+        raise UserError(f"{own}: {rule}; move it and what belongs to it out of {directory}")

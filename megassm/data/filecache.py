@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from megassm.data.stores import LocalStore, Store
@@ -27,28 +28,30 @@ def read_known(store: Store, name: str, sha256: str) -> bytes:
             return raw
     raw = read_file(store, name)
     with contextlib.suppress(OSError):  # no room, no right: it is fetched again next time
-        _keep(raw, name)
+        _put(_kept_path(name, hashlib.sha256(raw).hexdigest()), raw)
     return raw
 
 
-def local_copy(store: Store, name: str, sha256: str) -> Path:
-    """A path where a file can be read that should have this hash.
+def local_copies(files: Mapping[str, bytes]) -> Path:
+    """A folder with these files, which belong together.
 
     Raises:
-        FileNotFoundError, UserError: see `Transport.fetch`.
-        OSError: there is nowhere to put it.
+        OSError: there is nowhere to put them.
     """
-    return _keep(read_known(store, name, sha256), name)
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(f"{name} {len(files[name])} ".encode() + files[name])
+    for name, raw in files.items():
+        _put(cache_folder() / "data" / digest.hexdigest() / name, raw)
+    return cache_folder() / "data" / digest.hexdigest()
 
 
-def _keep(raw: bytes, name: str) -> Path:
-    path = _kept_path(name, hashlib.sha256(raw).hexdigest())
+def _put(path: Path, raw: bytes) -> None:
     if not path.exists() or path.read_bytes() != raw:
         path.parent.mkdir(parents=True, exist_ok=True)
-        own = path.with_name(f"{name}.{os.getpid()}")  # several ranks may do this at once
+        own = path.with_name(f"{path.name}.{os.getpid()}")  # several ranks may do this at once
         write_atomically(own, raw)
         own.replace(path)
-    return path
 
 
 def _kept_path(name: str, sha256: str) -> Path:

@@ -82,6 +82,14 @@ class MicroBatch:
     mask_BL: npt.NDArray[np.bool_]  # which labels count; L = seq_len
     sample_ids_B: npt.NDArray[np.int64]  # global sample numbers; -1 for a row that only fills the batch
 
+    def span(self, part: int, parts: int) -> MicroBatch:
+        """Part `part` of the positions, divided evenly; each with the label after its last position."""
+        length = self.mask_BL.shape[1] // parts
+        first = part * length
+        return MicroBatch(
+            self.ids_BT[:, first : first + length + 1], self.mask_BL[:, first : first + length], self.sample_ids_B
+        )
+
 
 Ready = queue.SimpleQueue[MicroBatch | BaseException | None]
 """What a thread has made, in order: batches, then an error or None for the end."""

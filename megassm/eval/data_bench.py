@@ -19,7 +19,8 @@ from unittest.mock import patch
 import numpy as np
 import numpy.typing as npt
 
-from megassm.data.shards import ShardSet, ShardSizes, ShardWriter, load_index
+from megassm.data.shard_writer import ShardWriter
+from megassm.data.shards import ShardSet, ShardSizes, load_index
 from megassm.data.stores import open_store
 from megassm.data.stream import StreamPlan, TokenStream
 from megassm.data.tokenizer import BytesTokenizer

@@ -47,6 +47,11 @@ class Session:
         """(V,) UTF-8 bytes of text of every id the model knows."""
         return self.data.token_bytes(self.config.model.vocab_size)
 
+    @property
+    def document_end(self) -> int | None:
+        """The id that ends a document, where the model was trained to keep documents apart."""
+        return self.data.document_end(self.config)
+
     def validation(self, sequences: int) -> list[MicroBatch]:
         """The first `sequences` validation sequences."""
         plan = StreamPlan(

@@ -9,20 +9,26 @@ Shapes: B batch, L length, D width, K filters, C chunk, S states, I = C + S.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal, assert_never
+from typing import Any, Literal, NamedTuple, Protocol, assert_never
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from megassm.config import CHUNK
 from megassm.errors import UserError
+from megassm.ops.documents import Segments, cut_into_rows
 from megassm.ops.filterbank import (
     ChunkTables,
     check_flashfft,
     chunk_inputs,
+    chunk_powers,
     chunk_states,
+    chunked,
     chunked_filterbank,
+    copied_inputs,
     direct_filterbank,
     fft_filterbank,
     flashfft_filterbank,
@@ -38,8 +44,22 @@ Method = Literal["auto"] | Way
 DIRECT_LENGTH = 512
 """Up to this length one Toeplitz product beats the FFT (CPU, see docs/LOG.md)."""
 
-CHUNK = 64
-"""Positions a chunk; near the number of states, so that neither half of the product dominates."""
+
+class Carry(Protocol):
+    """Hands the state from the holder of one part of a sequence to that of the next (`megassm.parallel.sequence`)."""
+
+    def send(self, end_BSD: Tensor) -> Any:
+        """Starts to tell the others the state after this part, had it started from zero; what `receive` wants."""
+
+    def receive(self, sent: Any, power_SS: Tensor) -> Tensor:
+        """The state (B, S, D) before this part; `power_SS` carries a state over a whole part."""
+
+
+class SentState(NamedTuple):
+    """A part's chunk states (B, N, S, D), had it started from zero, and what is under way to the other parts."""
+
+    states_BNSD: Tensor
+    sent: Any
 
 
 class FilterBank(nn.Module):
@@ -50,7 +70,7 @@ class FilterBank(nn.Module):
     transition_SS: Tensor
     input_SC: Tensor
     rows_CKI: Tensor
-    step_transition_SS: Tensor
+    step_change_SS: Tensor
     step_input_S: Tensor
     step_output_KS: Tensor
 
@@ -59,6 +79,7 @@ class FilterBank(nn.Module):
         self.seq_len, self.num_channels = seq_len, num_channels
         self.sigma_scale = sigma_scale
         self.method = method
+        self.carry: Carry | None = None
         for name in FilterBank.__annotations__:  # sizes follow from the filters: see `reset`
             self.register_buffer(name, torch.empty(0, dtype=torch.float64), persistent=False)
 
@@ -74,8 +95,10 @@ class FilterBank(nn.Module):
             if self.method == "chunked":
                 raise
             return
-        for name in ("transition_SS", "input_SC", "step_transition_SS", "step_input_S", "step_output_KS"):
+        for name in ("transition_SS", "input_SC", "step_input_S", "step_output_KS"):
             self._fill(name, getattr(chunk, name))
+        # x' - x: a rounded A1 would lose how near to 1 its eigenvalues are
+        self._fill("step_change_SS", chunk.step_transition_SS - np.eye(len(chunk.step_input_S)))
         self._fill("rows_CKI", np.concatenate((chunk.toeplitz_CKC, chunk.output_CKS), axis=2))
 
     def _fill(self, name: str, value: npt.NDArray[np.float64]) -> None:
@@ -126,13 +149,24 @@ class FilterBank(nn.Module):
             return "chunked"
         return "direct" if length <= DIRECT_LENGTH else "fft"
 
-    def forward(self, u_BLD: Tensor, k: int) -> Tensor:
-        """Features (B, L, k, D), in at least float32."""
+    def segments(self, documents_BL: Tensor) -> Segments:
+        """How documents cut the rows in which sequences of this length are computed: chunks, or whole sequences."""
+        length = documents_BL.shape[1]
+        return cut_into_rows(documents_BL, CHUNK if self.way(length) == "chunked" else length)
+
+    def forward(self, u_BLD: Tensor, k: int, segments: Segments | None = None) -> Tensor:
+        """Features (B, L, k, D), in at least float32; with `segments`, made by `segments`, of each document alone."""
         u_BLD = u_BLD.to(torch.promote_types(u_BLD.dtype, torch.float32))
+        features_BLKD = self._features(u_BLD, k, segments)
+        if segments is None or not segments.has_copies or self.way(u_BLD.shape[1]) == "chunked":
+            return features_BLKD
+        return segments.join(features_BLKD, self._features(segments.copies(u_BLD), k, None))
+
+    def _features(self, u_BLD: Tensor, k: int, segments: Segments | None) -> Tensor:
         way = self.way(u_BLD.shape[1])
         match way:
             case "chunked":
-                return chunked_filterbank(u_BLD, self.tables(u_BLD.dtype), k)
+                return chunked_filterbank(u_BLD, self.tables(u_BLD.dtype, k), segments)
             case "direct":
                 return direct_filterbank(u_BLD, self.filters(u_BLD), k)
             case "fft":
@@ -142,24 +176,55 @@ class FilterBank(nn.Module):
                 return flashfft_filterbank(u_BLD, self.filters(u_BLD), k)
         assert_never(way)
 
-    def mix(self, u_BLD: Tensor, weights_BLK: Tensor, channels_KDE: Tensor) -> Tensor:
-        """sum_k weights[k] * (features[k] @ channels[k]), (B, L, E); features are kept by the FFT ways only."""
+    def send_state(self, u_BLD: Tensor) -> SentState | None:
+        """Starts to hand the state on, where u is a part of a sequence; L is then a multiple of CHUNK."""
+        if self.carry is None:
+            return None
+        assert self.state_size
+        u_BLD = u_BLD.to(torch.promote_types(u_BLD.dtype, torch.float32))
+        states_BNSD = chunk_states(F.pad(chunked(u_BLD, CHUNK), (0, 0, 0, 0, 0, 1)), self.tables(u_BLD.dtype, 0))
+        return SentState(states_BNSD[:, :-1], self.carry.send(states_BNSD[:, -1]))
+
+    def mix(
+        self,
+        u_BLD: Tensor,
+        weights_BLK: Tensor,
+        channels_KDE: Tensor,
+        segments: Segments | None = None,
+        sent: SentState | None = None,
+    ) -> Tensor:
+        """sum_k weights[k] * (features[k] @ channels[k]), (B, L, E); features are kept by the FFT ways only.
+
+        `sent` is what `send_state(u_BLD)` gave.
+        """
         batch, length, k = weights_BLK.shape
         way = self.way(length)
         if way in ("fft", "flashfft"):
-            return mix_channels(self(u_BLD, k), weights_BLK, channels_KDE)
+            return mix_channels(self(u_BLD, k, segments), weights_BLK, channels_KDE)
         if u_BLD.device.type == "cpu":  # no fast bfloat16 products there
             u_BLD = u_BLD.to(torch.promote_types(u_BLD.dtype, torch.float32))
         if way == "direct":
             z_NID, rows_CKI = u_BLD, toeplitz_rows(self.filters(u_BLD)[:length, :k])
         else:
-            tables = self.tables(u_BLD.dtype)
-            z_NID, rows_CKI = chunk_inputs(u_BLD, tables), tables.rows_CKI[:, :k]
+            tables = self.tables(u_BLD.dtype, k)
+            states_BNSD = None if sent is None else self._received(sent)
+            z_NID, rows_CKI = chunk_inputs(u_BLD, tables, segments, states_BNSD), tables.rows_CKI
         positions = rows_CKI.shape[0]
         padding = -length % positions
-        weights_NCK = nn.functional.pad(weights_BLK, (0, 0, 0, padding)).view(-1, positions, k)
+        weights_NCK = F.pad(weights_BLK, (0, 0, 0, padding)).view(-1, positions, k)
         mixed_NCE = gated_product(z_NID, rows_CKI, weights_NCK, channels_KDE)
+        if segments is not None and segments.has_copies:
+            z_XID, weights_XCK = copied_inputs(z_NID, segments), weights_NCK[segments.copied_X]
+            mixed_NCE = segments.join(mixed_NCE, gated_product(z_XID, rows_CKI, weights_XCK, channels_KDE))
         return mixed_NCE.reshape(batch, length + padding, -1)[:, :length]
+
+    def _received(self, sent: SentState) -> Tensor:
+        """The chunk states of this part, with what came before it."""
+        assert self.carry is not None
+        dtype, count = sent.states_BNSD.dtype, sent.states_BNSD.shape[1]
+        powers_MSS = chunk_powers(self.transition_SS, count + 1)
+        before_BSD = self.carry.receive(sent.sent, powers_MSS[count].to(dtype))
+        return sent.states_BNSD + powers_MSS[:count].to(dtype) @ before_BSD[:, None]
 
     def step(self, u_BD: Tensor, state_BSD: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(features (B, k, D) of one position, the state after it) from the state before it: any K at any position."""
@@ -167,8 +232,8 @@ class FilterBank(nn.Module):
         u_B1D = u_BD.to(dtype)[:, None]
         first_K = self.filters_LK[0, :k].to(dtype)
         features_BKD = self.step_output_KS[:k].to(dtype) @ state_BSD + first_K[:, None] * u_B1D
-        state_BSD = self.step_transition_SS.to(dtype) @ state_BSD + self.step_input_S.to(dtype)[:, None] * u_B1D
-        return features_BKD, state_BSD
+        change_BSD = self.step_change_SS.to(dtype) @ state_BSD + self.step_input_S.to(dtype)[:, None] * u_B1D
+        return features_BKD, state_BSD + change_BSD
 
     def final_state(self, u_BLD: Tensor) -> Tensor:
         """The state (B, S, D) after all L positions, in at least float32: what `step` continues from."""
@@ -176,15 +241,15 @@ class FilterBank(nn.Module):
         dtype = torch.promote_types(u_BLD.dtype, torch.float32)
         u_BLD = u_BLD.to(dtype)
         whole = u_BLD.shape[1] // CHUNK * CHUNK
-        u_BNCD = nn.functional.pad(u_BLD[:, :whole], (0, 0, 0, CHUNK)).view(len(u_BLD), -1, CHUNK, u_BLD.shape[2])
-        state_BSD = chunk_states(u_BNCD, self.tables(dtype))[:, -1]
+        u_BNCD = F.pad(u_BLD[:, :whole], (0, 0, 0, CHUNK)).view(len(u_BLD), -1, CHUNK, u_BLD.shape[2])
+        state_BSD = chunk_states(u_BNCD, self.tables(dtype, 0))[:, -1]
         for u_BD in u_BLD[:, whole:].unbind(1):
             _, state_BSD = self.step(u_BD, state_BSD, 0)
         return state_BSD
 
-    def tables(self, dtype: torch.dtype) -> ChunkTables:
-        """The chunk's matrices in `dtype`."""
-        return ChunkTables(self.transition_SS.to(dtype), self.input_SC.to(dtype), self.rows_CKI.to(dtype))
+    def tables(self, dtype: torch.dtype, k: int) -> ChunkTables:
+        """The chunk's matrices for k filters in `dtype`."""
+        return ChunkTables(self.transition_SS, self.input_SC.to(dtype), self.rows_CKI[:, :k].to(dtype))
 
     def filters(self, u_BLD: Tensor) -> Tensor:
         """At least L rows of the filters, continued beyond the length they were made for, in u's dtype."""
@@ -195,9 +260,9 @@ class FilterBank(nn.Module):
 
     def _continued(self, count: int) -> Tensor:
         """(count, K) rows after the last: the response q A1^(i-1) b of the state, so that all ways agree on them."""
-        assert self.state_size
         response_SC = self.input_SC.flip(1)  # A1^m b for m = 0..C-1
-        power_SS = torch.linalg.matrix_power(self.step_transition_SS, self.seq_len - 1)
+        step_SS = self.step_change_SS + torch.eye(self.state_size, dtype=torch.float64, device=self.filters_LK.device)
+        power_SS = torch.linalg.matrix_power(step_SS, self.seq_len - 1)
         rows = []
         for _ in range(0, count, CHUNK):
             rows.append((self.step_output_KS @ (power_SS @ response_SC)).t())

@@ -8,33 +8,42 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import warnings
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megassm.config import Config
-from megassm.errors import UserError
-from megassm.model import LanguageModel
+from megassm.model import Distillation, LanguageModel, initial_weights, parameter_shapes
+from megassm.ops.documents import document_numbers
 from megassm.optim import build_optimizer
-from megassm.parallel.world import World
+from megassm.parallel import state
+from megassm.parallel.mesh import Mesh
+from megassm.parallel.sequence import split_sequence
+from megassm.parallel.state import Kind
+from megassm.parallel.tensor import build_split_model, gather_whole, parts_of
+from megassm.parallel.world import Group, World
 
-SHARDS_TAG = "state"
-"""Sub-folder of a checkpoint that DeepSpeed writes."""
+Source = Callable[[str, Kind], Tensor]
+"""The whole value of a kind of state of a parameter, by name."""
 
 
-def deepspeed_config(config: Config, data_ranks: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
     """DeepSpeed's dict, derived from ours; never written by hand."""
     train = config.train
     bf16 = train.precision == "bf16"
     derived: dict[str, Any] = {
-        "train_batch_size": train.batch_sequences,
+        # all replicas are data ranks to DeepSpeed; sequence ranks hold parts of the same sequences
+        "train_batch_size": train.batch_sequences * mesh.sequence,
         "train_micro_batch_size_per_gpu": train.micro_batch_sequences,
-        "gradient_accumulation_steps": config.micro_steps(data_ranks),
-        "gradient_clipping": config.optim.grad_clip or 0.0,
+        "gradient_accumulation_steps": config.micro_steps(mesh.data),
+        # at stage 0 we clip, because we need the norm
+        "gradient_clipping": (config.optim.grad_clip or 0.0) if config.parallel.zero_stage > 0 else 0.0,
         "zero_optimization": {"stage": config.parallel.zero_stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # its CPU Adam would be compiled at start
@@ -47,31 +56,85 @@ def deepspeed_config(config: Config, data_ranks: int) -> dict[str, Any]:
     return derived
 
 
-class Engine:
-    """A model under DeepSpeed ZeRO: forward, backward, one update, shards on disk."""
+class _ModelParallelUnit:
+    """What DeepSpeed asks about the mesh (its `mpu`). It gets no sequence groups: see `deepspeed_config`."""
 
-    def __init__(self, model: LanguageModel, config: Config, world: World) -> None:
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def get_data_parallel_group(self) -> Group:
+        return self._world.replicas
+
+    def get_data_parallel_rank(self) -> int:
+        return self._world.replicas.rank()
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._world.replicas.size()
+
+    def get_model_parallel_group(self) -> Group:
+        return self._world.tensor
+
+    def get_model_parallel_rank(self) -> int:
+        return self._world.tensor.rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._world.tensor.size()
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+
+class Engine:
+    """This rank's part of a model under DeepSpeed ZeRO: forward, backward, one update, its state in and out."""
+
+    def __init__(self, config: Config, world: World, document_end: int | None = None) -> None:
+        """Builds the model of `config` with its initial weights.
+
+        With `document_end`, the id of that name, no position sees another document.
+        """
         deepspeed = _import_deepspeed(world.device)
+        self.document_end = document_end
         self.config = config
         self.world = world
-        self.micro_steps = config.micro_steps(world.size)
-        self._positions = config.train.micro_batch_sequences * config.model.seq_len
+        self.micro_steps = config.micro_steps(world.mesh.data)
+        self._positions = config.train.micro_batch_sequences * config.model.seq_len // world.mesh.sequence
+        weights = initial_weights(config.model, config.run.seed)
+        model = build_split_model(config.model, weights, world.tensor, config.train.recompute)
+        split_sequence(model, world.sequence)
         model.to(world.device)
         deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
         with contextlib.redirect_stdout(io.StringIO()):  # the bf16 optimizer prints its memory use, unasked
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=build_optimizer(model, config.optim),
-                config=deepspeed_config(config, world.size),
+                config=deepspeed_config(config, world.mesh),
+                mpu=_ModelParallelUnit(world),
                 dist_init_required=False,
             )
         self.model: LanguageModel = self._engine.module
         self.model.check_filters()
+        self._parts = parts_of(config.model, world.mesh.tensor, world.place.tensor)
+        self._shapes = parameter_shapes(config.model)
+        state.create_moments(self._engine)
 
     def losses(self, ids_BT: Tensor, k: int) -> Tensor:
         """Negative log-likelihood in nats (B, L) of the tokens that follow each of the first L = T - 1."""
-        nll: Tensor = self._engine(ids_BT[:, :-1], k, ids_BT[:, 1:])
+        documents_BL = document_numbers(ids_BT[:, :-1], self.document_end)
+        nll: Tensor = self._engine(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL)
         return nll
+
+    def training_losses(self, ids_BT: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """(`losses`, what to train on): the same, or partly the divergence from the prediction at K_max."""
+        budget, k_max = self.config.budget, self.config.model.num_channels
+        if budget.distill_weight == 0 or k == k_max:
+            nll_BL = self.losses(ids_BT, k)
+            return nll_BL, nll_BL
+        documents_BL = document_numbers(ids_BT[:, :-1], self.document_end)
+        distill = Distillation(k_max, budget.distill_temperature)
+        both_2BL = self._engine(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL, distill)
+        nll_BL, divergence_BL = both_2BL.unbind(0)
+        return nll_BL, nll_BL.lerp(divergence_BL, budget.distill_weight)
 
     @torch.no_grad()
     def eval_losses(self, ids_BT: Tensor, k: int) -> Tensor:
@@ -82,56 +145,75 @@ class Engine:
         finally:
             self._engine.train()
 
-    def backward(self, nll_BL: Tensor, mask_BL: Tensor) -> None:
+    def backward(self, losses_BL: Tensor, mask_BL: Tensor) -> None:
         """Accumulates the gradient of the mean loss over the global batch's positions.
 
         The denominator counts all positions, masked ones too: so it is the same on every rank, and any split of a
         batch over ranks and micro-steps gives the same gradient.
         """
-        self._engine.backward((nll_BL * mask_BL).sum() / self._positions)
+        self._engine.backward((losses_BL * mask_BL).sum() / self._positions)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
     def update(self, learning_rate: float) -> float:
-        """Clips, updates the weights, and returns the gradient's global norm before clipping."""
+        """Clips, updates the weights, and returns the gradient's global norm before clipping.
+
+        Where that is not finite, the gradient is dropped and no weight changes.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = self._stage_0_norm() if self.config.parallel.zero_stage == 0 else None
+        if self.config.parallel.zero_stage > 0:
+            self._engine.step()
+            return float(self._engine.get_global_grad_norm())
+        norm = self._stage_0_norm()
+        limit = self.config.optim.grad_clip
+        if not math.isfinite(norm):
+            self._engine.zero_grad()
+        elif limit is not None and norm > limit:
+            for parameter in self.model.parameters():
+                cast(Tensor, parameter.grad).mul_(limit / (norm + 1e-6))
         self._engine.step()
-        return float(norm if norm is not None else self._engine.get_global_grad_norm())
+        return norm
 
-    def _stage_0_norm(self) -> Tensor:
-        # DeepSpeed reports none at stage 0; the gradients are whole and reduced on every rank at this point
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+    @torch.no_grad()
+    def _stage_0_norm(self) -> float:
+        """DeepSpeed reports no norm at stage 0; the gradients are reduced over the replicas at this point."""
+        squares = torch.zeros(2, dtype=torch.float64)
+        for parameter in self.model.parameters():
+            assert parameter.grad is not None
+            split = bool(parameter.tensor_model_parallel)  # type: ignore[attr-defined]
+            squares[int(split)] += float(parameter.grad.double().square().sum())
+        if self.world.mesh.tensor > 1:
+            dist.all_reduce(squares[1], group=self.world.tensor)
+        return float(squares.sum().sqrt())
 
-    def whole_weights(self) -> dict[str, Tensor]:
-        """The float32 weights, whole and on the CPU, on the main rank; empty elsewhere. All ranks must call it."""
-        from deepspeed.utils import safe_get_full_fp32_param
+    def read_state(self, kinds: Sequence[Kind], mine: Callable[[str], bool]) -> dict[str, dict[Kind, Tensor]]:
+        """Kinds of state of the parameters that are `mine`, whole, float32, on the CPU. All ranks must call it.
 
-        weights = {}
+        One parameter at a time is put together, so that no device ever holds a second model.
+        """
+        kept: dict[str, dict[Kind, Tensor]] = {}
         for name, parameter in self.model.named_parameters():
-            # one parameter at a time, so that no device ever holds a second model
-            whole = parameter.detach() if self.config.parallel.zero_stage == 0 else safe_get_full_fp32_param(parameter)
-            if self.world.is_main:
-                weights[name] = whole.to("cpu", torch.float32, copy=True)
-        return weights
+            for kind in kinds:
+                part = state.read(self._engine, parameter, kind)
+                whole = gather_whole(part, self._parts[name], self._shapes[name], self.world.tensor)
+                if mine(name):
+                    kept.setdefault(name, {})[kind] = whole.to("cpu", torch.float32, copy=True)
+        return kept
 
-    def save_shards(self, folder: Path) -> None:
-        """Every rank writes its part of weights and optimizer state below `folder`."""
-        self._engine.save_checkpoint(str(folder), tag=SHARDS_TAG, save_latest=False)
+    def write_state(self, source: Source, updates: int) -> None:
+        """Restores what `read_state` gave on any mesh; `updates` is what `applied_updates` was."""
+        for name, parameter in self.model.named_parameters():
+            for kind in state.KINDS:
+                part = self._parts[name].of(source(name, kind))
+                state.write(self._engine, parameter, kind, part.to(self.world.device))
+        state.set_applied_updates(self._engine, updates)
+        state.finish_writing(self._engine)
 
-    def load_shards(self, folder: Path) -> None:
-        """Restores what `save_shards` wrote at the same world size and ZeRO stage."""
-        try:
-            path, _ = self._engine.load_checkpoint(str(folder), tag=SHARDS_TAG)
-        except Exception as error:  # what torch.load and DeepSpeed raise for a damaged shard has many types
-            raise UserError(
-                f"{folder / SHARDS_TAG}: DeepSpeed cannot load it ({type(error).__name__}: {error}); move {folder} "
-                "away to continue from the checkpoint before"
-            ) from None
-        if path is None:
-            raise UserError(f"{folder / SHARDS_TAG}: DeepSpeed finds no checkpoint there; move {folder} away")
+    @property
+    def applied_updates(self) -> int:
+        """Updates made; fewer than steps where some were skipped."""
+        return state.applied_updates(self._engine)
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -7,46 +7,89 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, NamedTuple
+from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from megassm.config import Config
 from megassm.errors import UserError
+from megassm.parallel.mesh import Mesh, Place, mesh_of
+
+Group = dist.ProcessGroup
 
 
-class World(NamedTuple):
-    """Coordinates of this process."""
+@dataclass(frozen=True)
+class World:
+    """Coordinates of this process, and the groups it speaks in (see `megassm.parallel.mesh`)."""
 
     rank: int
-    size: int
     device: torch.device
+    mesh: Mesh
+    tensor: Group
+    sequence: Group
+    replicas: Group
+    readers: Group
+
+    @property
+    def size(self) -> int:
+        return self.mesh.size
+
+    @property
+    def place(self) -> Place:
+        return self.mesh.place(self.rank)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
 
-def join_world(device: Literal["auto", "cpu", "cuda"], timeout_s: int) -> World:
+def join_world(config: Config) -> World:
     """Joins the process group that the launcher's environment describes; alone without a launcher.
 
     Raises:
-        UserError: CUDA is asked for and absent, or there are more local ranks than devices.
+        UserError: CUDA is asked for and absent, there are more local ranks than devices, or a tensor group would
+            span machines.
     """
+    timeout = timedelta(seconds=config.parallel.timeout_s)
+    rank, device = _join(config.train.device, timeout)
+    mesh = mesh_of(config, dist.get_world_size())
+    _check_machines(mesh)
+    tensor, sequence, replicas, readers = (
+        dist.new_subgroups_by_enumeration(groups, timeout=timeout)[0]  # type: ignore[no-untyped-call]
+        for groups in (mesh.tensor_groups(), mesh.sequence_groups(), mesh.replica_groups(), mesh.reader_groups())
+    )
+    return World(rank, device, mesh, tensor, sequence, replicas, readers)
+
+
+def _check_machines(mesh: Mesh) -> None:
+    local = _local_ranks(mesh.size)
+    if local % mesh.tensor:
+        raise UserError(
+            f"parallel.tensor = {mesh.tensor}: must divide the {local} ranks of a machine, or a tensor group would "
+            "span machines; use a divisor, and parallel.sequence or ZeRO for the rest"
+        )
+
+
+def _join(device: Literal["auto", "cpu", "cuda"], timeout: timedelta) -> tuple[int, torch.device]:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     place = _pick_device(device, int(os.environ.setdefault("LOCAL_RANK", "0")))  # DeepSpeed insists on it
     if place.type == "cpu":
         _share_cores(size)
+    if dist.is_initialized():  # a process may hold several models, one after another
+        return dist.get_rank(), place
     backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
-    timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(
             backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=timeout
         )
-    return World(dist.get_rank(), dist.get_world_size(), place)
+    return dist.get_rank(), place
 
 
 def leave_world() -> None:
@@ -87,18 +130,38 @@ def is_lost_peer(error: BaseException) -> bool:
 def _share_cores(world_size: int) -> None:
     """Divides this machine's cores among its ranks, where nobody has said otherwise; torch takes all for each."""
     if "OMP_NUM_THREADS" not in os.environ:
-        # torchrun calls the ranks on this machine LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE
-        local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(world_size)))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(local)))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_ranks(world_size)))
 
 
-def gather_rows(row: Sequence[float], world: World) -> list[list[float]]:
+def _local_ranks(world_size: int) -> int:
+    """Ranks on this machine; torchrun calls them LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
+
+
+def gather_rows(row: Sequence[float]) -> list[list[float]]:
     """Every rank's `row` of float64 numbers, in the order of ranks, on every rank."""
     mine = torch.tensor(row, dtype=torch.float64)
-    rows = [torch.empty_like(mine) for _ in range(world.size)]
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, mine)  # over gloo also on CUDA: a few bytes, no device synchronisation of its own
     return [other.tolist() for other in rows]
 
 
+def broadcast_array(array: npt.NDArray[np.int64], group: Group) -> npt.NDArray[np.int64]:
+    """The array of the group's first rank, on all of its ranks."""
+    tensor = torch.from_numpy(array)
+    dist.broadcast(tensor, group=group, group_src=0)
+    return tensor.numpy()
+
+
+def gather_texts(text: str) -> list[str]:
+    """Every rank's text, in the order of ranks, on every rank; almost always empty, and then one small message."""
+    raw = text.encode()
+    longest = int(max(row[0] for row in gather_rows([len(raw)])))
+    if longest == 0:
+        return [""] * dist.get_world_size()
+    rows = gather_rows([*raw, *([0] * (longest - len(raw)))])
+    return [bytes(int(byte) for byte in row).rstrip(b"\0").decode() for row in rows]
+
+
 def barrier() -> None:
-    gather_rows([0.0], World(dist.get_rank(), dist.get_world_size(), torch.device("cpu")))
+    gather_rows([0.0])

@@ -1,0 +1,173 @@
+"""Sequence parallelism: every rank of a sequence group holds L/R consecutive positions of the same sequences.
+
+A spectral layer needs nothing of the past but its state, S x D numbers a sequence. Each rank computes the state e_r
+that its part would end with from zero, tells it to the others, and starts from
+
+    x_r = sum_{j<r} (A^n)^(r-1-j) e_j                     n chunks a part
+
+which is exact. One message of S x D forward and one backward; the layer's direct product runs while it is under way,
+in both directions: autograd takes `receive` back before that product, and `send` after it.
+
+Attention layers exchange positions for heads (all-to-all; DeepSpeed-Ulysses, arXiv 2309.14509): between two exchanges
+every rank sees all positions of its share of the heads.
+
+Gradients: the parts' losses add up, so the sequence ranks of a group count as replicas (see `megassm.parallel.mesh`).
+Shapes: B batch, L length, D width, S states, H heads, G key-value heads, P dimensions a head, R ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megassm.layers.attention import Attention
+from megassm.layers.context import Context
+from megassm.model import Block, LanguageModel
+from megassm.parallel.world import Group
+
+
+def split_sequence(model: LanguageModel, group: Group) -> None:
+    """Makes `model` compute this rank's part of every sequence; what it is given are the ids of that part."""
+    if group.size() == 1:
+        return
+    whole = model.context
+
+    def context(first: int, length: int, k: int) -> Context:
+        every = whole(first, length * group.size(), k)  # attention's mask is of all positions: see `_exchange_heads`
+        if every.rope is None:
+            return every
+        mine = slice(group.rank() * length, (group.rank() + 1) * length)
+        return every._replace(rope=(every.rope[0][mine], every.rope[1][mine]))
+
+    object.__setattr__(model, "context", context)
+    if model.filterbank is not None:
+        assert model.filterbank.state_size, "there is a state to hand on"
+        model.filterbank.carry = StateCarry(group)
+    for block in cast(list[Block], model.blocks):
+        if isinstance(block.mixer, Attention):
+            _exchange_heads(block.mixer, group)
+
+
+class _Exchange:
+    """One layer's message between the ranks of a group: forward, and back."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.rank, self.ranks = group.rank(), group.size()
+        self.power_SS = torch.empty(0)
+        self._work: Any = None
+
+    def start(self, mine_BSD: Tensor) -> Tensor:
+        """A buffer (R, B, S, D) that has every rank's once `finish` returns."""
+        buffer = mine_BSD.new_empty(self.ranks, *mine_BSD.shape)
+        self._work = dist.all_gather(list(buffer), mine_BSD.contiguous(), group=self.group, async_op=True)
+        return buffer
+
+    def finish(self) -> None:
+        self._work.wait()
+
+
+class StateCarry:
+    """A `megassm.layers.filterbank.Carry` over the ranks of a group."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def send(self, end_BSD: Tensor) -> tuple[Tensor, _Exchange]:
+        exchange = _Exchange(self.group)
+        return _Send.apply(end_BSD, exchange), exchange  # type: ignore[no-untyped-call]
+
+    def receive(self, sent: tuple[Tensor, _Exchange], power_SS: Tensor) -> Tensor:
+        before_BSD: Tensor = _Receive.apply(*sent, power_SS)  # type: ignore[no-untyped-call]
+        return before_BSD
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, end_BSD: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.start(end_BSD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """`grads` is the buffer that `_Receive.backward` has begun to fill: the gradient of every rank's x_r.
+
+        de_j = sum_{r>j} ((A^n)^T)^(r-1-j) dx_r.
+        """
+        exchange: _Exchange = ctx.exchange
+        exchange.finish()
+        later_RBSD = grads[0][exchange.rank + 1 :].flip(0)
+        return _scan(later_RBSD, exchange.power_SS.t(), like=grads[0][0]), None
+
+
+class _Receive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sent_RBSD: Tensor, exchange: _Exchange, power_SS: Tensor) -> Tensor:
+        exchange.finish()
+        exchange.power_SS = power_SS
+        ctx.exchange = exchange
+        return _scan(sent_RBSD[: exchange.rank], power_SS, like=sent_RBSD[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.exchange.start(grads[0]), None, None
+
+
+def _scan(parts_RBSD: Tensor, power_SS: Tensor, like: Tensor) -> Tensor:
+    """The last of x = power x + part, from x = 0 on."""
+    x_BSD = torch.zeros_like(like)
+    for part_BSD in parts_RBSD:
+        x_BSD = power_SS @ x_BSD + part_BSD
+    return x_BSD
+
+
+def _exchange_heads(attention: Attention, group: Group) -> None:
+    whole, ranks = attention.attend, group.size()
+
+    def attend(query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, mask: Tensor | None) -> Tensor:
+        copies = ranks // math.gcd(key_BGLP.shape[1], ranks)  # so that every rank gets whole key-value heads
+        key_BGLP, value_BGLP = (x.repeat_interleave(copies, dim=1) for x in (key_BGLP, value_BGLP))
+        query_BHLP, key_BGLP, value_BGLP = (_to_heads(x, group) for x in (query_BHLP, key_BGLP, value_BGLP))
+        return _to_positions(whole(query_BHLP, key_BGLP, value_BGLP, mask), group)
+
+    object.__setattr__(attention, "attend", attend)
+
+
+def _to_heads(x_BHLP: Tensor, group: Group) -> Tensor:
+    """(B, H, L/R, P) of all heads -> (B, H/R, L, P) of all positions."""
+    x_RBHLP = torch.stack(x_BHLP.chunk(group.size(), dim=1))
+    return torch.cat(list(_all_to_all(x_RBHLP, group)), dim=2)
+
+
+def _to_positions(x_BHLP: Tensor, group: Group) -> Tensor:
+    """The inverse of `_to_heads`."""
+    x_RBHLP = torch.stack(x_BHLP.chunk(group.size(), dim=2))
+    return torch.cat(list(_all_to_all(x_RBHLP, group)), dim=1)
+
+
+def _all_to_all(x: Tensor, group: Group) -> Tensor:
+    exchanged: Tensor = _AllToAll.apply(x, group)  # type: ignore[no-untyped-call]
+    return exchanged
+
+
+class _AllToAll(torch.autograd.Function):
+    """x[r] goes to rank r; what comes from rank r is at r. Its own inverse, and its own gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _exchanged(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _exchanged(grads[0], ctx.group), None
+
+
+def _exchanged(x: Tensor, group: Group) -> Tensor:
+    received = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, x.contiguous(), group=group)
+    return received

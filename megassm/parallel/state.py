@@ -1,0 +1,110 @@
+"""What a training job must remember, parameter by parameter, in and out of a DeepSpeed engine at any ZeRO stage.
+
+A kind of state is the float32 weight, or one of AdamW's moments. `read` gives it whole over the replicas of this rank,
+`write` takes it so; with the tensor group's parts put together it depends on no mesh and no stage. DeepSpeed's own
+checkpoints depend on both: its universal format would need a conversion, and does not go between stages 1 and 3.
+
+Everything here that begins with an underscore is DeepSpeed's, as 0.19.8 has it; tests/test_resume.py holds every stage.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+MOMENTS: tuple[Kind, ...] = KINDS[1:]
+
+
+def create_moments(engine: Any) -> None:
+    """Fills AdamW's empty state, as its first step would: so that it can be read and written before that."""
+    optimizer = _torch_optimizer(engine)
+    for master in _masters(engine):
+        optimizer.state[master] = {
+            "step": torch.zeros((), dtype=torch.float32),
+            "exp_avg": torch.zeros_like(master),
+            "exp_avg_sq": torch.zeros_like(master),
+        }
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def applied_updates(engine: Any) -> int:
+    """Updates that AdamW has counted: those that were not skipped."""
+    state = _torch_optimizer(engine).state
+    return int(next(iter(state.values()))["step"])
+
+
+def set_applied_updates(engine: Any, count: int) -> None:
+    for state in _torch_optimizer(engine).state.values():
+        state["step"].fill_(count)
+
+
+def read(engine: Any, parameter: nn.Parameter, kind: Kind) -> Tensor:
+    """float32, of this rank's part of the model; all replicas must call it."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if engine.zero_optimization_stage() == 0:
+        whole = parameter.detach() if kind == "weight" else engine.optimizer.state[parameter][kind]
+    elif kind == "weight":
+        whole = safe_get_full_fp32_param(parameter)
+    else:
+        whole = safe_get_full_optimizer_state(parameter, kind)
+    assert isinstance(whole, Tensor), "DeepSpeed knows the parameter"
+    return whole
+
+
+@torch.no_grad()
+def write(engine: Any, parameter: nn.Parameter, kind: Kind, value: Tensor) -> None:
+    """The inverse of `read`; needs no other rank. Call `finish_writing` after the last."""
+    key = None if kind == "weight" else kind
+    match engine.zero_optimization_stage():
+        case 0:
+            (parameter if key is None else engine.optimizer.state[parameter][key]).copy_(value)
+        case 1 | 2:
+            parameter.set_full_hp_param(value, key)  # type: ignore[attr-defined]
+            if key is None:
+                parameter.copy_(value)
+        case 3:
+            _write_partition(engine.optimizer, parameter, key, value)
+        case stage:
+            raise AssertionError(f"stage {stage}")
+
+
+def finish_writing(engine: Any) -> None:
+    """ZeRO-3 keeps small parameters whole on every rank: they are gathered again."""
+    if engine.zero_optimization_stage() == 3:
+        persistent = engine.optimizer.persistent_parameters
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+
+def _write_partition(zero: Any, parameter: Any, key: str | None, value: Tensor) -> None:
+    partition, _ = zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
+    first = partition.numel() * zero._get_param_partition_rank(parameter)
+    mine = value.flatten()[first : first + partition.numel()]  # shorter on the last rank: partitions are padded
+    partition[: mine.numel()].copy_(mine)
+    if key is None:
+        parameter.ds_tensor.data[: mine.numel()].copy_(mine)
+
+
+def _torch_optimizer(engine: Any) -> torch.optim.Optimizer:
+    optimizer = engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    return optimizer
+
+
+def _masters(engine: Any) -> list[Tensor]:
+    """The float32 tensors that the optimizer updates: parameters, or this rank's flat share of them."""
+    if engine.zero_optimization_stage() == 0:
+        return list(engine.module.parameters())
+    names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
+    for name in names:  # stages 1 and 2; stage 1 in bfloat16; stage 3
+        masters = getattr(engine.optimizer, name, None)
+        if masters is not None:
+            return list(masters)
+    raise AssertionError(f"{type(engine.optimizer)} has none of {names}")

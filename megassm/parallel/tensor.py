@@ -1,0 +1,296 @@
+"""Tensor parallelism: a finished model, split over the ranks of a tensor group from outside; its layers do not know.
+
+Every large matrix is divided along the axis that leaves one sum per layer (arXiv 1909.08053, section 3, for attention
+and feed-forward):
+
+    spectral mixer     its input channels: rank r computes the convolutions of its own channels of u and holds rows
+                       M_k[d_r, :], D[d_r, :]; its product is a part of the sum y. The spectral channels K are never
+                       divided: a small budget would leave ranks idle. The gate is replicated
+    attention          its heads. Keys and values are replicated where there are fewer key-value heads than ranks
+    feed-forward       its hidden width
+    embedding, head    the vocabulary; the loss is computed from parts of the logits, which are never gathered
+
+Forward, each layer sums its outputs once over the group; backward, the gradient of its input once. All ranks then hold
+the same activations between layers, bit for bit, so replicated parameters get the same gradient on all of them.
+
+Shapes: B batch, L length, D width, K budget, V vocabulary, N = B * L.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megassm.config import ModelConfig
+from megassm.layers.attention import Attention
+from megassm.layers.context import Context
+from megassm.layers.spectral import SpectralMixer
+from megassm.model import Block, LanguageModel, parameter_shapes
+from megassm.parallel.world import Group
+
+SPLIT_AXIS = {
+    "embedding_VD": 0,
+    "head_VD": 0,
+    "mixer.channels_KDD": 1,
+    "mixer.direct_DD": 0,
+    "mixer.query.weight": 0,
+    "mixer.key.weight": 0,
+    "mixer.value.weight": 0,
+    "mixer.out.weight": 1,
+    "ffn.gate.weight": 0,
+    "ffn.up.weight": 0,
+    "ffn.down.weight": 1,
+}
+"""By the end of a parameter's name; the others are replicated."""
+
+
+class Part(NamedTuple):
+    """What one rank holds of a parameter: indices [start, stop) of `axis`, or all of it where `axis` is None."""
+
+    axis: int | None
+    start: int
+    stop: int
+
+    def of(self, whole: Tensor) -> Tensor:
+        return whole if self.axis is None else whole.narrow(self.axis, self.start, self.stop - self.start)
+
+
+def bounds(size: int, ranks: int, rank: int) -> tuple[int, int]:
+    """The rank's share [start, stop) of `size` things; shares differ by one at most."""
+    return size * rank // ranks, size * (rank + 1) // ranks
+
+
+def parts_of(config: ModelConfig, ranks: int, rank: int) -> dict[str, Part]:
+    """What tensor rank `rank` of `ranks` holds of each parameter: a pure function."""
+    parts = {}
+    for name, shape in parameter_shapes(config).items():
+        short = ".".join(name.split(".")[2:]) if name.startswith("blocks.") else name
+        axis = SPLIT_AXIS.get(short)
+        if short in ("mixer.key.weight", "mixer.value.weight") and config.kv_heads < ranks:
+            axis = None
+        parts[name] = Part(None, 0, 0) if axis is None else Part(axis, *bounds(shape[axis], ranks, rank))
+    return parts
+
+
+@torch.no_grad()
+def build_split_model(
+    config: ModelConfig, weights: Iterable[tuple[str, Tensor]], group: Group, recompute: bool = False
+) -> LanguageModel:
+    """This rank's part of a model, on the CPU; `weights` are (name, whole value), as `initial_weights` yields them.
+
+    Parameters that are parts are marked `tensor_model_parallel`, by which DeepSpeed counts the others once in the
+    gradient's norm.
+    """
+    ranks, rank = group.size(), group.rank()
+    with torch.device("meta"):
+        model = LanguageModel(config, recompute)
+    parts = parts_of(config, ranks, rank)
+    for name, whole in weights:
+        module, _, attribute = name.rpartition(".")
+        parameter = nn.Parameter(parts[name].of(whole).clone())
+        parameter.tensor_model_parallel = parts[name].axis is not None and ranks > 1  # type: ignore[attr-defined]
+        setattr(model.get_submodule(module), attribute, parameter)
+    if model.filterbank is not None:
+        model.filterbank.to_empty(device="cpu")
+    model.reset_filters()
+    if ranks > 1:
+        _connect(model, group)
+    return model
+
+
+def gather_whole(part: Tensor, of: Part, shape: torch.Size, group: Group) -> Tensor:
+    """The whole parameter, from the parts of all ranks of the group; every rank of it must call."""
+    if of.axis is None or group.size() == 1:
+        return part
+    shares = [bounds(shape[of.axis], group.size(), rank) for rank in range(group.size())]
+    widest = max(stop - start for start, stop in shares)
+    padded = part.new_zeros(*shape[: of.axis], widest, *shape[of.axis + 1 :])
+    padded.narrow(of.axis, 0, of.stop - of.start).copy_(part)
+    pieces = [torch.empty_like(padded) for _ in shares]
+    dist.all_gather(pieces, padded, group=group)
+    return torch.cat(
+        [piece.narrow(of.axis, 0, stop - start) for piece, (start, stop) in zip(pieces, shares, strict=True)], of.axis
+    )
+
+
+def _connect(model: LanguageModel, group: Group) -> None:
+    """Puts the collectives around the parts of a model."""
+    _replace(model, "embed", lambda ids: _sum(_embedded(model, ids, group), group))
+    _replace(model, "token_losses", lambda x, targets: _split_losses(model, x, targets, group))
+    _replace(model, "divergences", lambda x, teacher, t: _split_divergences(model, x, teacher, t, group))
+    for block in cast(list[Block], model.blocks):
+        match block.mixer:
+            case SpectralMixer():
+                _connect_spectral(block.mixer, model.config.d_model, group)
+            case Attention():
+                _connect_attention(block.mixer, model.config, group)
+            case other:
+                raise AssertionError(f"no split is known for {type(other)}")
+        block.ffn.register_forward_pre_hook(lambda _, inputs: (_spread(inputs[0], group),))
+        block.ffn.register_forward_hook(lambda _module, _inputs, output: _sum(output, group))
+
+
+def _replace(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    object.__setattr__(module, name, function)
+
+
+def _connect_spectral(mixer: SpectralMixer, d_model: int, group: Group) -> None:
+    whole = mixer.mix
+    start, stop = bounds(d_model, group.size(), group.rank())
+
+    def mix(u_BLD: Tensor, weights_BLK: Tensor, context: Context) -> Tensor:
+        mine_BLD, weights_BLK = _EnterMixer.apply(u_BLD, weights_BLK, start, stop, group)  # type: ignore[no-untyped-call]
+        return _sum(whole(mine_BLD, weights_BLK, context), group)
+
+    _replace(mixer, "mix", mix)
+
+
+def _connect_attention(attention: Attention, config: ModelConfig, group: Group) -> None:
+    attention.out.register_forward_hook(lambda _module, _inputs, output: _sum(output, group))
+    if config.kv_heads >= group.size():
+        attention.register_forward_pre_hook(lambda _, inputs: (_spread(inputs[0], group), *inputs[1:]))
+        return
+    # fewer key-value heads than ranks: all are computed everywhere, and each rank's queries use one of them
+    attention.query.register_forward_pre_hook(lambda _, inputs: (_spread(inputs[0], group),))
+    whole = attention.attend
+    head = group.rank() * config.kv_heads // group.size()
+
+    def attend(query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, mask: Tensor | None) -> Tensor:
+        both_BGLQ = _spread(torch.cat((key_BGLP, value_BGLP), dim=-1), group)
+        key_B1LP, value_B1LP = both_BGLQ[:, head : head + 1].chunk(2, dim=-1)
+        return whole(query_BHLP, key_B1LP, value_B1LP, mask)
+
+    _replace(attention, "attend", attend)
+
+
+def _embedded(model: LanguageModel, ids: Tensor, group: Group) -> Tensor:
+    """The rows of the ids that this rank holds, and zeros for the others."""
+    start, stop = bounds(model.config.vocab_size, group.size(), group.rank())
+    mine = (ids >= start) & (ids < stop)
+    rows = nn.functional.embedding((ids - start).where(mine, 0), model.embedding_VD)
+    return rows * mine[..., None].to(rows.dtype)
+
+
+def _split_losses(model: LanguageModel, x_BLD: Tensor, targets_BL: Tensor, group: Group) -> Tensor:
+    logits_NV = model.logits(_spread(x_BLD, group)).flatten(0, 1).float()
+    start, _ = bounds(model.config.vocab_size, group.size(), group.rank())
+    losses: Tensor = _SplitCrossEntropy.apply(logits_NV, targets_BL.flatten() - start, group)  # type: ignore[no-untyped-call]
+    return losses.view_as(targets_BL)
+
+
+def _split_divergences(
+    model: LanguageModel, x_BLD: Tensor, teacher_BLD: Tensor, temperature: float, group: Group
+) -> Tensor:
+    student_BLV = model.logits(_spread(x_BLD, group)).float() / temperature
+    with torch.no_grad():
+        teacher_BLV = model.logits(teacher_BLD).float() / temperature
+    divergences: Tensor = _SplitDivergence.apply(student_BLV, teacher_BLV, group)  # type: ignore[no-untyped-call]
+    return temperature**2 * divergences
+
+
+def _spread(x: Tensor, group: Group) -> Tensor:
+    """The same x on all ranks of the group; backward, its gradients are summed."""
+    spread: Tensor = _Spread.apply(x, group)  # type: ignore[no-untyped-call]
+    return spread
+
+
+def _sum(x: Tensor, group: Group) -> Tensor:
+    """The sum of the ranks' x; backward, the gradient is that of each."""
+    total: Tensor = _Sum.apply(x, group)  # type: ignore[no-untyped-call]
+    return total
+
+
+def _all_reduce(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    x = x.contiguous()
+    dist.all_reduce(x, op=op, group=group)
+    return x
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(grads[0].clone(), ctx.group), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return _all_reduce(x.clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _EnterMixer(torch.autograd.Function):
+    """(this rank's channels of u, the gate's weights); backward, one message carries the gradients of both.
+
+    The message is (D + K) wide and in u's dtype: the gate's K numbers ride along with u's D.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, u_BLD: Tensor, weights_BLK: Tensor, start: int, stop: int, group: Group
+    ) -> tuple[Tensor, Tensor]:
+        ctx.bounds, ctx.width, ctx.group = (start, stop), u_BLD.shape[-1], group
+        return u_BLD[..., start:stop].contiguous(), weights_BLK.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        (du_BLd, dweights_BLK), (start, stop) = grads, ctx.bounds
+        both = du_BLd.new_zeros(*du_BLd.shape[:-1], ctx.width + dweights_BLK.shape[-1])
+        both[..., start:stop] = du_BLd
+        both[..., ctx.width :] = dweights_BLK
+        both = _all_reduce(both, ctx.group)
+        return both[..., : ctx.width], both[..., ctx.width :].to(dweights_BLK.dtype), None, None, None
+
+
+class _SplitCrossEntropy(torch.autograd.Function):
+    """Cross-entropy (N,) from each rank's columns of the logits; `targets_N` count from the rank's first column."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, group: Group) -> Tensor:
+        top_N = _all_reduce(logits_NV.amax(dim=-1), group, dist.ReduceOp.MAX)
+        shifted_NV = logits_NV - top_N[:, None]
+        mine_N = (targets_N >= 0) & (targets_N < logits_NV.shape[-1])
+        column_N1 = targets_N.where(mine_N, 0)[:, None]
+        target_N = shifted_NV.gather(1, column_N1)[:, 0] * mine_N
+        exp_NV = shifted_NV.exp_()
+        totals_2N = _all_reduce(torch.stack((exp_NV.sum(dim=-1), target_N)), group)
+        ctx.save_for_backward(exp_NV.div_(totals_2N[0][:, None]), mine_N, column_N1)
+        return totals_2N[0].log() - totals_2N[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        softmax_NV, mine_N, column_N1 = ctx.saved_tensors
+        dlogits_NV = softmax_NV.scatter_add(1, column_N1, -mine_N.to(softmax_NV.dtype)[:, None])
+        return dlogits_NV * grads[0][:, None], None, None
+
+
+class _SplitDivergence(torch.autograd.Function):
+    """KL(teacher || student) (B, L) from each rank's columns of both logits; the teacher gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, student_BLV: Tensor, teacher_BLV: Tensor, group: Group) -> Tensor:
+        both = torch.stack((student_BLV, teacher_BLV))
+        top = _all_reduce(both.amax(dim=-1), group, dist.ReduceOp.MAX)
+        both -= top[..., None]
+        totals = _all_reduce(both.exp().sum(dim=-1), group)
+        both -= totals.log()[..., None]
+        teacher_BLV = both[1].exp()
+        ctx.save_for_backward(both[0].exp() - teacher_BLV)
+        return _all_reduce((teacher_BLV * (both[1] - both[0])).sum(dim=-1), group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (difference_BLV,) = ctx.saved_tensors
+        return difference_BLV * grads[0][..., None], None, None

@@ -1,0 +1,187 @@
+"""A run: everything its loop needs, built from a configuration and from where an earlier job stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megassm import __version__
+from megassm.checkpoint import check_identity, newest_checkpoint, run_identity
+from megassm.config import Config
+from megassm.cost import parameters
+from megassm.data.dataset import Dataset
+from megassm.data.stream import MicroBatch, StreamPlan, TokenStream, validation_batches
+from megassm.errors import UserError
+from megassm.metrics import Journal, peak_flops
+from megassm.parallel.engine import Engine
+from megassm.parallel.launcher import launcher_is_gone, launcher_pids
+from megassm.parallel.world import World
+from megassm.rundir import write_config
+
+
+class StopRequest:
+    """SIGTERM, SIGINT, or the launcher's end: finish the update, save, leave. A second signal acts at once."""
+
+    def __init__(self) -> None:
+        self._signalled = False
+        self._launcher = launcher_pids()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+        signal.signal(number, signal.SIG_DFL)
+
+    @property
+    def received(self) -> bool:
+        return self._signalled or launcher_is_gone(self._launcher)
+
+
+@dataclass
+class Run:
+    """Everything the loop needs."""
+
+    config: Config
+    data: Dataset
+    world: World
+    engine: Engine
+    stream: TokenStream
+    batches: Iterator[MicroBatch]
+    valid: list[MicroBatch]
+    token_bytes: npt.NDArray[np.int64]
+    journal: Journal | None
+    done_steps: int
+    peak_flops: float
+    start_digest: int
+    stop: StopRequest
+
+
+def set_up(config: Config, data: Dataset, world: World) -> Run:
+    """Builds the run, and continues from its newest complete checkpoint where there is one."""
+    stop = StopRequest()
+    digest = start_digest(config, data)
+    engine = Engine(config, world, data.document_end(config))
+    config, done_steps = resume(engine, config, data)
+    plan = stream_plan(config, world)
+    stream = TokenStream(data.train, plan)
+    peak, peak_source = peak_flops(config.log.peak_tflops, world.device)
+    if done_steps < config.train.steps:
+        if world.is_main:
+            write_config(config)
+            write_environment(Path(config.run.dir), world, peak, peak_source)
+        introduce(config, data, world, done_steps)
+    place, mesh = world.place, world.mesh
+    valid = validation_batches(data.valid, plan, config.eval.sequences)
+    return Run(
+        config=config,
+        data=data,
+        world=world,
+        engine=engine,
+        stream=stream,
+        batches=stream.batches(done_steps, config.train.steps),
+        valid=[batch.span(place.sequence, mesh.sequence) for batch in valid],
+        token_bytes=data.token_bytes(config.model.vocab_size),
+        journal=Journal(config, done_steps) if world.is_main else None,
+        done_steps=done_steps,
+        peak_flops=peak,
+        start_digest=digest,
+        stop=stop,
+    )
+
+
+def resume(engine: Engine, config: Config, data: Dataset) -> tuple[Config, int]:
+    """Loads the newest complete checkpoint of the run, whatever mesh wrote it.
+
+    Returns:
+        The configuration with its number of draws, and how many steps are done.
+    """
+    checkpoint, skipped = newest_checkpoint(Path(config.run.dir))
+    for reason in skipped:
+        say(engine.world, f"passed over a checkpoint: {reason}")
+    if checkpoint is None and skipped:
+        raise UserError(
+            f"{config.run.dir}: has checkpoints, but none that can be continued; move them away to start from the "
+            "beginning, or choose another run.dir"
+        )
+    if checkpoint is None:
+        return with_draws(config, config.budget.draws or engine.micro_steps), 0
+    manifest = checkpoint.manifest
+    check_identity(checkpoint, run_identity(config, data.train.fingerprint))
+    draws = config.budget.draws or checkpoint.config.budget.draws or engine.micro_steps
+    if engine.micro_steps % draws:
+        raise UserError(
+            f"{checkpoint.folder}: the run draws {draws} budgets a step, but {engine.world.mesh.data} data-parallel "
+            f"ranks with train.micro_batch_sequences = {config.train.micro_batch_sequences} make {engine.micro_steps} "
+            f"micro-steps of it. Choose them so that the micro-steps are a multiple of {draws}, or set budget.draws"
+        )
+    engine.write_state(checkpoint.tensors(), manifest.updates)
+    here = engine.world.mesh._asdict() | {"zero_stage": config.parallel.zero_stage}
+    other = "" if here == manifest.mesh else f", written by {manifest.mesh} and continued by {here}"
+    say(engine.world, f"continuing after step {manifest.step} from {checkpoint.folder}{other}")
+    return with_draws(config, draws), manifest.step
+
+
+def with_draws(config: Config, draws: int) -> Config:
+    return config.model_copy(update={"budget": config.budget.model_copy(update={"draws": draws})})
+
+
+def stream_plan(config: Config, world: World) -> StreamPlan:
+    """How this rank reads its share of every global batch."""
+    return StreamPlan(
+        seq_len=config.model.seq_len,
+        batch_sequences=config.train.batch_sequences,
+        micro_batch_sequences=config.train.micro_batch_sequences,
+        seed=config.run.seed,
+        rank=world.place.data,
+        world_size=world.mesh.data,
+    )
+
+
+def introduce(config: Config, data: Dataset, world: World, done_steps: int) -> None:
+    """Says what is about to run."""
+    full = parameters(config.model, config.model.num_channels)
+    epochs = config.train.steps * config.tokens_per_step() / data.train.tokens
+    say(
+        world,
+        f"{full:,} parameters at K={config.model.num_channels}, {parameters(config.model, 1):,} at K=1; "
+        f"layers {config.model.mixers}; {world.size} rank(s) on {world.device.type}, ZeRO "
+        f"{config.parallel.zero_stage}, {config.train.precision}\n"
+        f"{data.train.tokens:,} training tokens, {data.valid.tokens:,} for validation; "
+        f"steps {done_steps + 1}..{config.train.steps} of {config.tokens_per_step():,} tokens ({epochs:.2f} epochs)",
+    )
+
+
+def write_environment(run_dir: Path, world: World, peak: float, peak_source: str) -> None:
+    """What the figures of this run were measured on."""
+    facts = {
+        "megassm": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "world_size": world.size,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine(),
+        "threads_per_rank": torch.get_num_threads(),
+        "peak_flops_per_rank": peak,
+        "peak_flops_source": peak_source,
+    }
+    (run_dir / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def start_digest(config: Config, data: Dataset) -> int:
+    """Of what all ranks must be started with."""
+    text = f"{__version__} {torch.__version__} {config.model_dump_json()} {data.train.fingerprint}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:5], "little")
+
+
+def say(world: World, message: str) -> None:
+    if world.is_main:
+        print(message, flush=True)

@@ -1,0 +1,83 @@
+"""N ranks equal one: the same weights, losses, gradients and updates whatever the mesh and the ZeRO stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megassm.config import ModelConfig
+from megassm.model import build_model, initial_weights, parameter_shapes
+from megassm.parallel.mesh import Mesh
+from megassm.parallel.sequence import split_sequence
+from megassm.parallel.tensor import build_split_model, gather_whole, parts_of
+from tests.ranks import run_on_ranks
+
+BASE: dict[str, Any] = {
+    "vocab_size": 51, "d_model": 24, "n_layers": 2, "pattern": "SA", "seq_len": 256, "num_channels": 8,
+    "n_heads": 4, "n_kv_heads": 2, "d_ffn": 34,
+}  # fmt: skip
+
+
+def gradients(config: ModelConfig, mesh: Mesh, budgets: list[int]) -> tuple[list[Any], dict[str, Any]]:
+    """(losses (B, L) at each budget, whole gradients of their sum) computed by the ranks of `mesh`."""
+    import os
+
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo")
+    groups = [dist.new_subgroups_by_enumeration(g)[0] for g in (mesh.tensor_groups(), mesh.sequence_groups())]
+    tensor, sequence = groups
+    model = build_split_model(config, initial_weights(config, seed=3), tensor)
+    split_sequence(model, sequence)
+    share = config.seq_len // mesh.sequence
+    first = mesh.place(rank).sequence * share
+    ids_BT = tokens(config)[:, first : first + share + 1]
+    parts = [model(ids_BT[:, :-1], k, ids_BT[:, 1:]) for k in budgets]
+    torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
+    losses = []
+    for part in parts:
+        pieces = [torch.empty_like(part) for _ in range(mesh.sequence)]
+        dist.all_gather(pieces, part.detach(), group=sequence)
+        losses.append(torch.cat(pieces, dim=1))
+    parts_here, shapes = parts_of(config, mesh.tensor, mesh.place(rank).tensor), parameter_shapes(config)
+    whole = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        dist.all_reduce(parameter.grad, group=sequence)
+        whole[name] = gather_whole(parameter.grad, parts_here[name], shapes[name], tensor)
+    dist.destroy_process_group()
+    # as arrays: a tensor in a queue needs its sender alive
+    return [part.numpy() for part in losses], {name: value.numpy() for name, value in whole.items()}
+
+
+def tokens(config: ModelConfig) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(0, config.vocab_size, (2, config.seq_len + 1), generator=generator)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 1, "window": 20, "tie_embeddings": False}], ids=["gqa", "mqa"])
+@pytest.mark.parametrize("mesh", [Mesh(1, 1, 2), Mesh(1, 1, 4), Mesh(1, 2, 1), Mesh(1, 4, 1), Mesh(1, 2, 2)], ids=str)
+def test_gradients_equal_those_of_one_process(mesh: Mesh, changes: dict[str, Any]) -> None:
+    config, budgets = ModelConfig(**(BASE | changes)), [8, 3]
+    model = build_model(config, seed=3)
+    ids_BT = tokens(config)
+    truth = [model(ids_BT[:, :-1], k, ids_BT[:, 1:]) for k in budgets]
+    torch.stack(truth).sum().backward()  # type: ignore[no-untyped-call]
+    answers = run_on_ranks(mesh.size, gradients, config, mesh, budgets)
+    for losses, whole in answers:
+        for mine, true in zip(losses, truth, strict=True):
+            assert torch.allclose(torch.from_numpy(mine), true, atol=1e-5)
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            error = (torch.from_numpy(whole[name]) - parameter.grad).norm() / parameter.grad.norm()
+            assert error < 1e-5, (name, float(error))
+    for _, whole in answers[1:]:
+        for name, gradient in whole.items():
+            if parts_of(config, mesh.tensor, 0)[name].axis is None and mesh.sequence == 1:
+                assert (gradient == answers[0][1][name]).all(), f"replicated {name} would drift apart"

@@ -184,8 +184,9 @@ def _start_wandb(config: Config, done_steps: int) -> Any:
 
 
 def _flat(row: Row) -> Row:
-    """A row as wandb draws it: numbers only, one curve a K."""
+    """A row as wandb draws it: numbers only, one curve a K, one a source."""
     flat = {name: value for name, value in row.items() if not isinstance(value, (dict, list))}
+    flat |= {f"epochs/{source}": value for source, value in row.get("epochs", {}).items()}
     return flat | {f"valid/bits_per_byte_k{k}": value for k, value in row.get("valid", {}).items()}
 
 

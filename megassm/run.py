@@ -58,6 +58,7 @@ class Run:
     data: Dataset
     world: World
     engine: Engine
+    stream: TokenStream
     batches: Iterator[MicroBatch]
     valid: list[MicroBatch]
     token_bytes: npt.NDArray[np.int64]
@@ -75,6 +76,7 @@ def set_up(config: Config, data: Dataset, world: World) -> Run:
     engine = Engine(config, world, data.document_end(config), start_weights(config, data, world))
     config, done_steps = resume(engine, config, data)
     plan = stream_plan(config, world)
+    stream = TokenStream(data.train, plan)
     peak, peak_source = peak_flops(config.log.peak_tflops, world.device)
     if done_steps < config.train.steps:
         if world.is_main:
@@ -88,7 +90,8 @@ def set_up(config: Config, data: Dataset, world: World) -> Run:
         data=data,
         world=world,
         engine=engine,
-        batches=TokenStream(data.train, plan).batches(done_steps, config.train.steps),
+        stream=stream,
+        batches=stream.batches(done_steps, config.train.steps),
         valid=[batch.span(place.sequence, mesh.sequence) for batch in valid],
         token_bytes=data.token_bytes(config.model.vocab_size),
         journal=Journal(config, done_steps) if world.is_main else None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +188,8 @@ def journal_row(run: Run, step: int, budgets: list[int], totals: Totals, seconds
         "tokens_per_s": step_tokens / seconds,
         "mfu": flops / seconds / (run.peak_flops * run.world.size),
         "relative_cost": flops / static,
-        "data_wait_s": totals.data_wait_s,
+        "epochs": run.stream.epochs(step + 1),
+        **asdict(totals.data),
         "peak_memory_bytes": totals.peak_memory_bytes,
     }
 

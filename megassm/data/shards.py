@@ -14,6 +14,7 @@ The index is written last, so a directory without one holds no data set. `shard_
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from megassm.data.filecache import read_known
+from megassm.data.stores import LocalStore, Store
+from megassm.data.transport import read_file
 from megassm.errors import UserError
 
 INDEX_VERSION = 1
@@ -37,6 +41,7 @@ BLOCK_DTYPE = np.dtype(
         ("crc32", "<u4"),  # of the `size` raw bytes
     ]
 )
+FACTS = ("dtype", "eod", "vocab_size", "tokenizer", "tokenizer_sha256", "tokens", "documents", "text_bytes")
 PREPARE_AGAIN = "prepare the data again (tools/prepare_data.py)"
 
 TokenDtype = Literal["u16", "u32"]
@@ -72,7 +77,7 @@ class MemberLayout:
 class ShardSet:
     """A data set: its index, read and checked. Tokens include each document's EOD; `text_bytes` do not."""
 
-    directory: Path
+    store: Store
     fingerprint: str  # sha256 of index.json, which holds the sha256 of index.npz and of every shard
     dtype: TokenDtype
     eod: int
@@ -86,6 +91,12 @@ class ShardSet:
     blocks: Blocks  # structured, one element of BLOCK_DTYPE a block, in the order written
     suffix: str  # see MemberLayout
     members: MemberKind
+
+    @property
+    def directory(self) -> Path:
+        """Of a data set on this machine."""
+        assert isinstance(self.store, LocalStore), f"{self.store.place} is not a folder"
+        return self.store.directory
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -107,57 +118,52 @@ def stored_dtype(dtype: TokenDtype) -> np.dtype[Any]:
     return np.dtype("<u2" if dtype == "u16" else "<u4")
 
 
-def load_index(directory: Path) -> ShardSet:
-    """Reads and checks a data set's index, and that every shard is there with its size.
+def load_index(place: Path | Store) -> ShardSet:
+    """Reads and checks a data set's index and, in a folder, that every shard is there with its size.
 
     UserError naming the file, what is wrong and the way out. Contents are checked as they are read.
     """
-    shard_set = read_index(directory)
-    _check_sizes(shard_set)
+    shard_set = read_index(place)
+    if isinstance(shard_set.store, LocalStore):
+        _check_sizes(shard_set)
     return shard_set
 
 
-def read_index(directory: Path) -> ShardSet:
+def read_index(place: Path | Store) -> ShardSet:
     """`load_index` without a look at the shards."""
-    raw, index = _read_index_json(directory / INDEX_NAME)
-    blocks = _read_blocks(directory / BLOCKS_NAME, str(index.get("blocks_sha256")))
+    store = LocalStore(place) if isinstance(place, Path) else place
+    raw, index = _read_index_json(store)
+    blocks = _read_blocks(store, str(index.get("blocks_sha256")))
     try:
-        shards = tuple(ShardFile(**shard) for shard in index["shards"])
         shard_set = ShardSet(
-            directory=directory,
+            store=store,
             fingerprint=hashlib.sha256(raw).hexdigest(),
-            dtype=index["dtype"],
-            eod=index["eod"],
-            vocab_size=index["vocab_size"],
-            tokenizer=index["tokenizer"],
-            tokenizer_sha256=index["tokenizer_sha256"],
-            tokens=index["tokens"],
-            documents=index["documents"],
-            text_bytes=index["text_bytes"],
-            shards=shards,
+            shards=tuple(ShardFile(**shard) for shard in index["shards"]),
             blocks=blocks,
             suffix=index.get("suffix", index["dtype"]),
             members=index.get("members", "documents"),
+            **{name: index[name] for name in FACTS},
         )
         consistent = _is_consistent(shard_set)
     except (KeyError, TypeError) as error:
-        raise _damaged_index(directory / INDEX_NAME, f"missing or malformed entry: {error}") from None
+        raise _damaged_index(store, INDEX_NAME, f"missing or malformed entry: {error}") from None
     if not consistent:
-        raise _damaged_index(directory / INDEX_NAME, "its blocks, shards and totals disagree")
+        raise _damaged_index(store, INDEX_NAME, "its blocks, shards and totals disagree")
     return shard_set
 
 
-def _read_index_json(path: Path) -> tuple[bytes, dict[str, Any]]:
+def _read_index_json(store: Store) -> tuple[bytes, dict[str, Any]]:
+    path = f"{store.place}/{INDEX_NAME}"
     try:
-        raw = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+        raw = read_file(store, INDEX_NAME)
+    except FileNotFoundError:
         raise UserError(f"{path}: no such file; make the data set with tools/prepare_data.py") from None
     try:
         index = json.loads(raw)
     except ValueError as error:
-        raise _damaged_index(path, f"not JSON: {error}") from None
+        raise _damaged_index(store, INDEX_NAME, f"not JSON: {error}") from None
     if not isinstance(index, dict):
-        raise _damaged_index(path, "not a JSON object")
+        raise _damaged_index(store, INDEX_NAME, "not a JSON object")
     version = index.get("version")
     if version != INDEX_VERSION:
         rule = f"this program reads {INDEX_VERSION}"
@@ -165,15 +171,15 @@ def _read_index_json(path: Path) -> tuple[bytes, dict[str, Any]]:
     return raw, index
 
 
-def _read_blocks(path: Path, expected_sha256: str) -> Blocks:
+def _read_blocks(store: Store, expected_sha256: str) -> Blocks:
     try:
-        raw = path.read_bytes()
+        raw = read_known(store, BLOCKS_NAME, expected_sha256)
     except FileNotFoundError:
-        raise _damaged_index(path, "no such file") from None
+        raise _damaged_index(store, BLOCKS_NAME, "no such file") from None
     sha256 = hashlib.sha256(raw).hexdigest()
     if sha256 != expected_sha256:
-        raise _damaged_index(path, f"sha256 {sha256}, {INDEX_NAME} says {expected_sha256}")
-    with np.load(path, allow_pickle=False) as columns:
+        raise _damaged_index(store, BLOCKS_NAME, f"sha256 {sha256}, {INDEX_NAME} says {expected_sha256}")
+    with np.load(io.BytesIO(raw), allow_pickle=False) as columns:
         blocks = np.empty(len(columns["shard"]), dtype=BLOCK_DTYPE)
         for name in BLOCK_DTYPE.names or ():
             blocks[name] = columns[name]
@@ -206,8 +212,8 @@ def _check_sizes(shard_set: ShardSet) -> None:
             raise UserError(f"{path}: {what}, expected {shard.bytes} bytes from offset 0; {PREPARE_AGAIN}")
 
 
-def _damaged_index(path: Path, what: str) -> UserError:
-    return UserError(f"{path}: damaged index: {what}; {PREPARE_AGAIN}")
+def _damaged_index(store: Store, name: str, what: str) -> UserError:
+    return UserError(f"{store.place}/{name}: damaged index: {what}; {PREPARE_AGAIN}")
 
 
 @dataclass(frozen=True)

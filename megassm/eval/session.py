@@ -75,7 +75,8 @@ def open_session(path: Path, data_path: str | None, device: Device) -> Session:
     checkpoint = find_checkpoint(path)
     config = checkpoint.config
     if data_path is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"path": data_path})})
+        one_set = {"path": data_path, "sources": {}, "phases": ()}
+        config = config.model_copy(update={"data": config.data.model_copy(update=one_set)})
     return Session(checkpoint, config, open_dataset(config), _device(device))
 
 

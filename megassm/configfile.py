@@ -63,10 +63,13 @@ def world_size_from_environment() -> int:
     return int(text)
 
 
-def load_config_or_exit(path: Path, overrides: Sequence[str]) -> Config:
-    """`load_config` for an entry point: mistakes are printed by rank 0 and all ranks leave with code 2."""
+def load_config_or_exit(path: Path, overrides: Sequence[str], world_size: int | None = None) -> Config:
+    """`load_config` for an entry point: mistakes are printed by rank 0 and all ranks leave with code 2.
+
+    Without `world_size` it is the launcher's.
+    """
     try:
-        return load_config(path, overrides, world_size_from_environment())
+        return load_config(path, overrides, world_size or world_size_from_environment())
     except ConfigError as error:
         count = len(error.mistakes)
         refuse(f"{error}\n{count} mistake{'s' * (count > 1)} in the configuration; nothing was started", 2)

@@ -19,19 +19,10 @@ from typing import IO, Any
 import torch
 
 from megassm.config import Config
+from megassm.cost import PEAK_TFLOPS
 from megassm.durable import write_atomically
 
 METRICS = "metrics.jsonl"
-
-PEAK_TFLOPS = {
-    # dense bf16 matrix products, the vendors' data sheets
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "RTX 4090": 165.0,
-}
 
 Row = dict[str, Any]
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megassm.config import Config
+from megassm.cost import reduce_bucket_numbers
 from megassm.model import Distillation, LanguageModel, initial_weights, parameter_shapes
 from megassm.ops.documents import document_numbers
 from megassm.optim import build_optimizer
@@ -44,7 +45,7 @@ def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
         "gradient_accumulation_steps": config.micro_steps(mesh.data),
         # at stage 0 we clip, because we need the norm
         "gradient_clipping": (config.optim.grad_clip or 0.0) if config.parallel.zero_stage > 0 else 0.0,
-        "zero_optimization": {"stage": config.parallel.zero_stage},
+        "zero_optimization": {"stage": config.parallel.zero_stage, "reduce_bucket_size": reduce_bucket_numbers(config)},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # its CPU Adam would be compiled at start
         "bf16": {"enabled": bf16},

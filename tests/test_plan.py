@@ -141,18 +141,15 @@ HYBRID = ("model.pattern=SA", "model.n_layers=4", "model.n_kv_heads=2", "model.n
 LIGHT = ("model.seq_len=256", "train.batch_sequences=2", "train.micro_batch_sequences=1")
 CASES = {
     "tiny on one rank": (1, [
-        *(case("tiny", f"parallel.zero_stage={stage}") for stage in range(4)),
+        *(case("tiny", f"parallel.zero_stage={stage}") for stage in (0, 3)),
         case("tiny", "train.recompute=true"),
     ]),
     "tiny on two ranks": (2, [
-        *(case("tiny", "train.micro_batch_sequences=2", f"parallel.zero_stage={stage}") for stage in range(4)),
-        case("tiny", *HYBRID, "parallel.tensor=2"),
+        *(case("tiny", "train.micro_batch_sequences=2", f"parallel.zero_stage={stage}") for stage in (1, 2)),
         case("tiny", *HYBRID, "parallel.tensor=2", "train.recompute=true", "model.n_kv_heads=1"),
-        case("tiny", *HYBRID, "parallel.sequence=2"),
         case("tiny", *HYBRID, "parallel.sequence=2", "train.recompute=true", "model.n_kv_heads=1"),
     ]),
     "125m in bf16 on one rank": (1, [case("125m", *LIGHT)]),
-    "125m in bf16 on two ranks": (2, [case("125m", *LIGHT, f"parallel.zero_stage={stage}") for stage in (1, 3)]),
 }  # fmt: skip
 
 
@@ -164,7 +161,6 @@ def test_planned_memory_and_messages_are_the_measured_ones(name: str) -> None:
     for case, config, found in zip(cases, configs, run_on_ranks(ranks, measured, configs)[0], strict=True):
         mesh, filters = mesh_of(config, ranks), filters_of(config)
         memory = rank_memory(config, mesh, filters, GROUP_BYTES["cpu"])
-        print(case, "planned/measured", round(sum(memory.values()) / found["peak"], 3), memory, found)
         assert sum(memory.values()) == pytest.approx(found["peak"], rel=0.1), case
         kept = sum(memory[kind] for kind in ("weights", "master weights", "moments", "filters"))
         kept += kept_buffers(config, memory)

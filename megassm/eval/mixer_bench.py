@@ -201,7 +201,7 @@ def _measure(
         parameters=sum(tensor.numel() for tensor in inputs[1 if truth is None else 2 :]),
         forward_s=statistics.median(timed_seconds(forward, u_BLD.device, repeats)),
         forward_backward_s=seconds,
-        peak_bytes=sum(tensor.nbytes for tensor in inputs) + peak_tensor_bytes([], forward_backward, u_BLD.device),
+        peak_bytes=peak_tensor_bytes(inputs, forward_backward, u_BLD.device),
         relative_error=error,
         gflops_per_s=counter.get_total_flops() / seconds / 1e9,
         share_of_matmul=counter.get_total_flops() / seconds / rate,

@@ -30,7 +30,7 @@ def test_every_method_computes_the_same() -> None:
 
 
 def test_chunked_keeps_less_than_the_authors_formulation() -> None:
-    plan = BenchPlan([2048], [16], methods=("authors", "chunked"), d_model=32, repeats=1)
+    plan = BenchPlan([2048], [16], methods=("authors", "chunked"), d_model=64, repeats=1)
     authors, chunked = bench(plan)
     assert chunked.peak_bytes < authors.peak_bytes / 2
 

@@ -7,7 +7,24 @@ parameters, and its cost belongs to the algorithm that computes it, not to the m
 
 from __future__ import annotations
 
-from megassm.config import ModelConfig
+import math
+from typing import NamedTuple
+
+from megassm.config import Config, ModelConfig
+
+FLOAT32 = 4
+TOKEN_ID = 8
+REDUCE_BUCKET = 500_000_000
+
+PEAK_TFLOPS = {
+    # dense bf16 matrix products, the vendors' data sheets
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "RTX 4090": 165.0,
+}
 
 
 def mixer_parameters(config: ModelConfig, mixer: str, k: int) -> int:
@@ -30,6 +47,23 @@ def parameters(config: ModelConfig, k: int) -> int:
     return embeddings + mixers + config.n_layers * block + d
 
 
+def rank_parameters(config: ModelConfig, tensor: int) -> int:
+    """Parameters that the fullest of `tensor` ranks holds (`megassm.parallel.tensor`): norms and gates are on all."""
+    d, k = config.d_model, config.num_channels
+    head, kv_ranks = d // config.n_heads, tensor if config.kv_heads >= tensor else 1
+    attention = 2 * d * head * -(-config.n_heads // tensor) + 2 * d * head * -(-config.kv_heads // kv_ranks)
+    gate = mixer_parameters(config, "S", k) - (k + 1) * d * d
+    spectral = (k + 1) * d * -(-d // tensor) + gate
+    embeddings = -(-config.vocab_size // tensor) * d * (1 if config.tie_embeddings else 2)
+    layers = sum(attention if mixer == "A" else spectral for mixer in config.mixers)
+    return embeddings + layers + config.n_layers * (2 * d + 3 * d * -(-config.d_ffn // tensor)) + d
+
+
+def reduce_bucket_numbers(config: Config) -> int:
+    """Size of DeepSpeed's bucket of gradients: its default, but no more than there are; it is allocated whole."""
+    return min(REDUCE_BUCKET, parameters(config.model, config.model.num_channels))
+
+
 def forward_flops_per_token(config: ModelConfig, k: int, seq_len: int) -> float:
     """Model FLOPs of a forward pass at budget k, a token, in sequences of `seq_len` tokens."""
     d = config.d_model
@@ -43,6 +77,17 @@ def forward_flops_per_token(config: ModelConfig, k: int, seq_len: int) -> float:
             hidden = max(1, d // 2)
             total += 2.0 * (k + 1) * d * d + (2.0 * hidden * (d + k) if config.gate else 0.0)
     return total
+
+
+def filterbank_flops_per_token(config: ModelConfig, k: int, work: Workload, backward: bool = False) -> float:
+    """FLOPs that the filter bank adds to the model's, by chunks or directly, a token of one forward pass, or of forward
+    and backward: the features are made again there, and their gradients go to the inputs; the chunk states, the sums
+    over earlier chunks by doubling, and their gradients."""
+    inputs, size = work.chunk + work.state_size, work.state_size
+    products = 2.0 * k * inputs * (3 if backward else 1)
+    doublings = math.ceil(math.log2(work.chunks)) if size and work.chunks > 1 else 0
+    states = 2.0 * size * (1 + size * doublings / work.chunk) * (2 if backward else 1)
+    return (products + states) * config.d_model * config.mixers.count("S")
 
 
 def training_flops_per_token(config: ModelConfig, k: int, seq_len: int) -> float:
@@ -79,3 +124,135 @@ def decoding_bytes_per_token(config: ModelConfig, k: int, context: int, state_si
     unread = 0 if config.tie_embeddings else (config.vocab_size - 1) * config.d_model
     weights = (parameters(config, k) - unread) * bytes_per_number
     return weights + 2 * decoding_state_bytes(config, context, state_size, bytes_per_number)
+
+
+class Workload(NamedTuple):
+    """What one rank computes at a time, and how the filter bank computes it."""
+
+    batch: int
+    """Sequences of a micro-batch."""
+    length: int
+    """L, tokens a sequence."""
+    number_bytes: int
+    """Of an activation: 4 in fp32, 2 in bf16."""
+    chunk: int
+    """C, positions a chunk; L where the filter bank is computed directly."""
+    state_size: int
+    """S, `FilterBank.state_size`; 0 where it is computed directly."""
+    tensor: int = 1
+    """Ranks among which a layer's inner width is divided (`megassm.parallel.tensor`)."""
+
+    def share(self, size: int) -> int:
+        """The largest rank's part of an inner width."""
+        return -(-size // self.tensor)
+
+    @property
+    def positions(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def chunks(self) -> int:
+        """Of one sequence, the last filled up."""
+        return -(-self.length // self.chunk)
+
+    @property
+    def chunked_positions(self) -> int:
+        return self.batch * self.chunks * self.chunk
+
+
+def activation_bytes(config: ModelConfig, k: int, work: Workload, recompute: bool = False) -> int:
+    """Bytes that autograd keeps from the forward pass to the backward pass at budget k, the loss included.
+
+    What torch keeps on a CPU; CUDA's fused norm keeps less. K enters through 12 bytes a position of gate weights and
+    the filters' matrices, which do not grow with the batch: no feature is kept.
+    """
+    n, head = work.number_bytes, _head_bytes(config, work)
+    ids = TOKEN_ID * work.batch * (2 * work.length + 1)  # the targets once more, without their row's first
+    if recompute:
+        return ids + head + config.n_layers * work.positions * config.d_model * n
+    shared = 0
+    if "A" in config.mixers:
+        shared += _rope_bytes(config, work.length, FLOAT32) if n == FLOAT32 else 0
+        shared += work.length**2 * n if config.window and config.window < work.length else 0
+    return ids + head + shared + sum(layer_activation_bytes(config, mixer, k, work) for mixer in config.mixers)
+
+
+def layer_activation_bytes(config: ModelConfig, mixer: str, k: int, work: Workload) -> int:
+    """Of `activation_bytes`, what one block with the mixer "S" or "A" keeps."""
+    norm = work.positions * _norm_bytes(config.d_model, work.number_bytes)
+    mixing = _attention_bytes(config, work) if mixer == "A" else _spectral_bytes(config, k, work)
+    return norm + mixing + _feed_forward_bytes(config, work)
+
+
+def _feed_forward_bytes(config: ModelConfig, work: Workload) -> int:
+    return work.positions * (
+        _norm_bytes(config.d_model, work.number_bytes) + 4 * work.number_bytes * work.share(config.d_ffn)
+    )
+
+
+def _head_bytes(config: ModelConfig, work: Workload) -> int:
+    """The last norm, and the tokens' log-probabilities."""
+    return work.positions * (_norm_bytes(config.d_model, work.number_bytes) + FLOAT32 * work.share(config.vocab_size))
+
+
+def _norm_bytes(d: int, n: int) -> int:
+    """A position of RMSNorm: its input and the normalised input in float32, the factor, the output."""
+    return 2 * FLOAT32 * d + FLOAT32 + n * d
+
+
+def _spectral_bytes(config: ModelConfig, k: int, work: Workload) -> int:
+    n, inputs = work.number_bytes, work.chunk + work.state_size
+    gate = 2 * n * max(1, config.d_model // 2) + FLOAT32 * k + (FLOAT32 * (k + 3) if config.gate_rescale else 0)
+    kept = work.positions * gate if config.gate else 0
+    kept += work.chunked_positions * FLOAT32 * k  # the weights as the products take them
+    kept += work.positions * n * work.share(config.d_model) if work.tensor > 1 else 0  # its own channels of u
+    rows = n * work.chunk * k * inputs
+    if not work.state_size:
+        return kept + rows
+    doublings = math.ceil(math.log2(work.chunks)) if work.chunks > 1 else 0
+    states = FLOAT32 * work.state_size * (work.chunk + work.state_size * doublings)
+    return kept + rows + states + work.batch * work.chunks * inputs * work.share(config.d_model) * n
+
+
+def _attention_bytes(config: ModelConfig, work: Workload) -> int:
+    """Queries, keys, values, the output twice, the softmax's logarithms; rotary tables where they are cast."""
+    n, d = work.number_bytes, work.share(config.d_model)
+    kv_width = config.d_model // config.n_heads * -(-config.kv_heads // min(work.tensor, config.kv_heads))
+    tables = 0 if n == FLOAT32 else 2 * _rope_bytes(config, work.length, n)
+    return work.positions * (n * (3 * d + 2 * kv_width) + FLOAT32 * work.share(config.n_heads)) + tables
+
+
+def _rope_bytes(config: ModelConfig, length: int, n: int) -> int:
+    return length * config.d_model // config.n_heads * n
+
+
+def peak_activation_bytes(
+    config: ModelConfig, k: int, work: Workload, group_bytes: int, recompute: bool = False
+) -> int:
+    """The most that one forward and backward pass holds besides weights and their gradients.
+
+    It is reached in the loss (logits and their gradient), or in the backward pass of the last block, when what the loss
+    kept is free again: in its feed-forward layer, or in its spectral mixer by a group of gated features and their
+    gradients, each of `group_bytes` (`megassm.ops.mixing.GROUP_BYTES`) or of one filter. In a hybrid the last spectral
+    block is taken for the last of all.
+    """
+    n, d = work.number_bytes, config.d_model
+    kept = activation_bytes(config, k, work, recompute)
+    rest = kept - _head_bytes(config, work)
+    mixer = "S" if "S" in config.mixers else "A"
+    if recompute:
+        rest += layer_activation_bytes(config, mixer, k, work)
+    peaks = [
+        kept + work.positions * work.share(config.vocab_size) * (2 * FLOAT32 if n == FLOAT32 else n + 2 * FLOAT32),
+        rest + work.positions * n * (2 * work.share(config.d_ffn) + d),
+    ]
+    if mixer == "S":
+        one = work.chunked_positions * work.share(d) * n
+        filters = max(1, min(k, group_bytes // one))
+        group, rows = filters * one, filters * n * work.chunk * (work.chunk + work.state_size)
+        inputs = work.batch * work.chunks * (work.chunk + work.state_size) * work.share(d) * FLOAT32
+        sums = inputs + work.positions * (
+            3 * d * n + FLOAT32 * k
+        )  # gradients of input, output, both paths around, gate
+        peaks.append(rest - _feed_forward_bytes(config, work) + 2 * group + rows + sums)
+    return max(peaks)

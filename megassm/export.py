@@ -25,6 +25,7 @@ from megassm.eval.session import Session
 from megassm.model import LanguageModel, truncate
 from megassm.modelcard import ExportedModel, Origin, model_card
 from megassm.modelfolder import WEIGHTS, is_model_folder, open_model_folder, write_model_folder
+from megassm.ops.documents import document_numbers
 
 TOLERANCE = 1e-5
 """Largest difference of a logit: weights are copied; the filters, derived anew for fewer channels, agree to less."""
@@ -151,7 +152,8 @@ def _bits_per_byte(session: Session, model: LanguageModel, batches: Sequence[Mic
     model = model.to(session.device)
 
     def losses(ids_BT: Tensor, k: int) -> Tensor:
-        nll_BL: Tensor = model(ids_BT[:, :-1], k, ids_BT[:, 1:])
+        documents_BL = document_numbers(ids_BT[:, :-1], session.document_end)
+        nll_BL: Tensor = model(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL)
         return nll_BL
 
     k = model.config.num_channels

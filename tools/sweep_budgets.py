@@ -35,7 +35,8 @@ def main() -> None:
         name = f"{path}, step {session.checkpoint.manifest.step}"
         batches = session.validation(arguments.sequences or session.config.eval.sequences)
         budgets = arguments.budgets or session.config.eval.budgets
-        curves[name] = sweep(session.model, batches, budgets, session.token_bytes, session.device)
+        tokens = (session.token_bytes, session.device, session.document_end)
+        curves[name] = sweep(session.model, batches, budgets, *tokens)
         rows: list[Row] = [asdict(row) for row in curves[name]]
         print_table(name, rows)
         unigram = best_unigram(batches, session.token_bytes).bits_per_byte

@@ -1,4 +1,4 @@
-"""Text to token ids and back, exactly: raw bytes, or a SentencePiece model.
+"""Text to token ids and back, exactly: raw bytes, a SentencePiece model, or a tokenizer.json (`tokenizer_json`).
 
 Exactly means that `decode(encode(text)) == text` for every text, and that every id stands for a fixed
 number of UTF-8 bytes (`token_bytes`). Bits per byte, the one score that compares tokenizers, needs both.
@@ -12,6 +12,7 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -25,6 +26,7 @@ ModelType = Literal["bpe", "unigram"]
 
 MODEL_NAME = "tokenizer.model"
 EOD_PIECE = "<|eod|>"
+LEAST_VOCAB_SIZE = 259
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space inside a piece
 CHUNK_CHARS = 1 << 18  # SentencePiece's memory grows with the length of one call's longest text
 TRAINING_LINE_CHARS = 4096
@@ -35,7 +37,7 @@ PROBE = "  def f(x):\n\t return  'caf\u00e9 \ufb01 \u2581 \u4e16\u754c\U0001f642
 
 
 class Tokenizer(Protocol):
-    """What data preparation, training and scoring need of a tokenizer; a closed set of two."""
+    """What data preparation, training and scoring need of a tokenizer; a closed set of three."""
 
     @property
     def name(self) -> str:
@@ -140,11 +142,28 @@ class SentencePieceTokenizer:
         return {MODEL_NAME: self._model}
 
 
-def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """`"bytes"`, or the path of a SentencePiece `.model` file. UserError where there is none."""
-    if str(spec) == BytesTokenizer.name:
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """Which tokenizer, as a user names it."""
+
+    name: str = BytesTokenizer.name  # or the path of a SentencePiece .model or a tokenizer.json
+    eod_token: str | None = None  # of a tokenizer.json; None: what the file says
+
+
+def load_tokenizer(spec: str | Path | TokenizerSpec) -> Tokenizer:
+    """The tokenizer of that name. UserError where there is none."""
+    if not isinstance(spec, TokenizerSpec):
+        spec = TokenizerSpec(str(spec))
+    if spec.name.endswith(".json"):
+        from megassm.data.tokenizer_json import JsonTokenizer
+
+        return JsonTokenizer(Path(spec.name), spec.eod_token)
+    if spec.eod_token is not None:
+        rule = f"--eod-token is for a tokenizer.json, and {spec.name!r} has an end of document of its own"
+        raise UserError(f"{rule}; leave it out")
+    if spec.name == BytesTokenizer.name:
         return BytesTokenizer()
-    return SentencePieceTokenizer(Path(spec))
+    return SentencePieceTokenizer(Path(spec.name))
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: ModelType = "bpe") -> bytes:
@@ -156,6 +175,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: Model
     """
     import sentencepiece
 
+    if vocab_size < LEAST_VOCAB_SIZE:
+        rule = f"256 bytes, 2 control pieces and at least one piece make {LEAST_VOCAB_SIZE}"
+        raise UserError(f"vocabulary of {vocab_size}: {rule}; raise --vocab-size")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -214,16 +236,23 @@ def _chunks(text: str) -> Iterator[str]:
             yield span[start:]
 
 
-def _load_processor(model: bytes, path: Path) -> Any:
+def is_sentencepiece_model(content: bytes) -> bool:
+    """Whether SentencePiece can load it."""
     import sentencepiece
 
     try:
-        if not model:
-            raise RuntimeError("empty file")
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
+        return bool(content) and sentencepiece.SentencePieceProcessor(model_proto=content).vocab_size() > 0
     except RuntimeError:
-        way_out = "give 'bytes' or a .model file made by tools/train_tokenizer.py"
-        raise UserError(f"tokenizer {path}: not a SentencePiece model; {way_out}") from None
+        return False
+
+
+def _load_processor(model: bytes, path: Path) -> Any:
+    import sentencepiece
+
+    if not is_sentencepiece_model(model):
+        way_out = "give 'bytes', a .model file made by tools/train_tokenizer.py, or a tokenizer.json"
+        raise UserError(f"tokenizer {path}: not a SentencePiece model; {way_out}")
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
 def _piece_bytes(processor: Any, token_id: int) -> bytes:

@@ -50,6 +50,11 @@ class Session:
         """(V,) UTF-8 bytes of text of every id the model knows."""
         return self.data.token_bytes(self.config.model.vocab_size)
 
+    @property
+    def document_end(self) -> int | None:
+        """The id that ends a document, where the model was trained to keep documents apart."""
+        return self.data.document_end(self.config)
+
     def validation(self, sequences: int, seq_len: int | None = None) -> list[MicroBatch]:
         """The first `sequences` validation sequences, of the trained length or of another."""
         plan = StreamPlan(
@@ -70,7 +75,8 @@ def open_session(path: Path, data_path: str | None, device: Device) -> Session:
     checkpoint = find_checkpoint(path)
     config = checkpoint.config
     if data_path is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"path": data_path})})
+        one_set = {"path": data_path, "sources": {}, "phases": ()}
+        config = config.model_copy(update={"data": config.data.model_copy(update=one_set)})
     return Session(checkpoint, config, open_dataset(config), _device(device))
 
 

@@ -21,6 +21,7 @@ from megassm.eval.memory import peak_tensor_bytes
 from megassm.eval.score import Score, score
 from megassm.eval.timing import timed_seconds
 from megassm.model import LanguageModel, truncate
+from megassm.ops.documents import document_numbers
 
 TIMED_REPEATS = 5
 
@@ -48,6 +49,7 @@ def sweep(
     budgets: Sequence[int],
     token_bytes: npt.NDArray[np.int64],
     device: torch.device,
+    document_end: int | None = None,
 ) -> list[BudgetRow]:
     """Cuts `model` to each budget and to K_max in turn, and measures the smaller model.
 
@@ -57,6 +59,7 @@ def sweep(
         budgets: K; K_max is added, for the gap.
         token_bytes: (V,) UTF-8 bytes of each token.
         device: where to compute.
+        document_end: the id after which a new document begins, for a model that keeps documents apart.
 
     Raises:
         UserError: a budget beyond K_max, or no text.
@@ -67,7 +70,7 @@ def sweep(
         raise UserError(f"budgets {beyond}: must be between 1 and this model's K_max = {k_max}")
     if not batches:
         raise UserError("no validation text: the data set's valid/ is empty; prepare it with a --valid-fraction")
-    measured = {k: _measure(model, k, batches, token_bytes, device) for k in sorted({*budgets, k_max})}
+    measured = {k: _measure(model, k, batches, token_bytes, device, document_end) for k in sorted({*budgets, k_max})}
     full = measured[k_max][0].bits_per_byte
     return [
         BudgetRow(
@@ -90,11 +93,13 @@ def _measure(
     batches: Sequence[MicroBatch],
     token_bytes: npt.NDArray[np.int64],
     device: torch.device,
+    document_end: int | None,
 ) -> tuple[Score, float, int]:
     small = truncate(model, k).to(device).eval()
 
     def losses(ids_BT: Tensor, budget: int) -> Tensor:
-        nll_BL: Tensor = small(ids_BT[:, :-1], budget, ids_BT[:, 1:])
+        documents_BL = document_numbers(ids_BT[:, :-1], document_end)
+        nll_BL: Tensor = small(ids_BT[:, :-1], budget, ids_BT[:, 1:], documents_BL)
         return nll_BL
 
     quality = score(losses, batches, k, token_bytes, device)
@@ -102,7 +107,7 @@ def _measure(
 
     @torch.no_grad()
     def forward() -> None:
-        small(ids_BL, k)
+        small(ids_BL, k, documents_BL=document_numbers(ids_BL, document_end))
 
     rate = ids_BL.numel() / statistics.median(timed_seconds(forward, device, TIMED_REPEATS))
     return quality, rate, peak_tensor_bytes([*small.parameters(), *small.buffers()], forward, device)

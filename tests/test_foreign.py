@@ -221,10 +221,10 @@ def test_a_run_opens_them_with_the_tokenizer_that_was_given(
 
     dataset = open_dataset(small_config(f"data.path={directory}", "model.vocab_size=600"))
     assert dataset.tokenizer.eod == dataset.train.eod == backend.token_to_id("<|stop|>")
-    ids = np.array(read_all(dataset.train))
+    ids = np.array(read_all(dataset.train.sources[0].shards))
     assert ids.size == dataset.train.tokens == sum(len(backend.encode(text).ids) + 1 for text in texts)
     assert dataset.tokenizer.decode(ids.tolist()) == "".join(texts)
-    assert dataset.token_bytes(600)[ids].sum() == dataset.train.text_bytes == sum(map(len, texts))
+    assert dataset.token_bytes(600)[ids].sum() == dataset.train.sources[0].shards.text_bytes == sum(map(len, texts))
 
 
 def test_the_tool(tmp_path: Path) -> None:

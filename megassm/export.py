@@ -25,6 +25,7 @@ from megassm.eval.session import Session
 from megassm.model import LanguageModel, truncate
 from megassm.modelcard import ExportedModel, Origin, model_card
 from megassm.modelfolder import WEIGHTS, is_model_folder, open_model_folder, write_model_folder
+from megassm.ops.documents import document_numbers
 
 TOLERANCE = 1e-5
 """Largest difference of a logit: weights are copied; the filters, derived anew for fewer channels, agree to less."""
@@ -62,13 +63,14 @@ def export_models(session: Session, folders: Mapping[int, Path], plan: ExportPla
     if not batches:
         raise UserError("no validation text to check the files with: prepare the data with a --valid-fraction")
     k_max = session.config.model.num_channels
+    whole = _in_float64(session.model, plan.dtype)
     full = _bits_per_byte(session, rederived(session.model, k_max, seq_len), batches)
     exported = []
     for k, folder in folders.items():
         with _replaced(folder) as partial:
             write_model_folder(partial, rederived(session.model, k, seq_len), session.tokenizer, plan.dtype)
             found = open_model_folder(partial).load_model()
-            difference = _check(session, found, k, plan.dtype)
+            difference = _check(session, whole, found, k)
             quality = _bits_per_byte(session, found, batches)
             kept = _with_trained_filters(session, found, k, batches) if plan.seq_len else None
             exported.append(
@@ -112,16 +114,20 @@ def rederived(model: LanguageModel, k: int, seq_len: int) -> LanguageModel:
     return small.eval()
 
 
-def _check(session: Session, found: LanguageModel, k: int, dtype: torch.dtype) -> float:
+def _in_float64(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
+    """What a file of `dtype` has to agree with: the whole model, its weights rounded as the file's are."""
+    whole = copy.deepcopy(model).cpu().to(dtype).double()
+    whole.reset_filters()  # the cast rounded them
+    return whole
+
+
+def _check(session: Session, whole: LanguageModel, found: LanguageModel, k: int) -> float:
     """The largest difference of a logit between the file, at the trained length, and the whole model at budget k.
 
     Raises:
         UserError: it is too large.
     """
-    model = session.model
-    whole = copy.deepcopy(model).cpu().to(dtype).double()
-    whole.reset_filters()  # the cast rounded them
-    small = rederived(found.double(), k, model.config.seq_len)
+    small = rederived(found.double(), k, whole.config.seq_len)
     found.float()
     (batch, *_) = session.validation(CHECKED_SEQUENCES)
     ids_BL = torch.from_numpy(batch.ids_BT[:CHECKED_SEQUENCES, :-1])
@@ -151,7 +157,8 @@ def _bits_per_byte(session: Session, model: LanguageModel, batches: Sequence[Mic
     model = model.to(session.device)
 
     def losses(ids_BT: Tensor, k: int) -> Tensor:
-        nll_BL: Tensor = model(ids_BT[:, :-1], k, ids_BT[:, 1:])
+        documents_BL = document_numbers(ids_BT[:, :-1], session.document_end)
+        nll_BL: Tensor = model(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL)
         return nll_BL
 
     k = model.config.num_channels

@@ -33,9 +33,9 @@ SEQ_LEN = """\
 ## Another length
 
 The model was trained on sequences of {trained} tokens; its filters here are derived for {here}. Filters are
-eigenvectors of a matrix of that size, so they are other filters, near to those trained with where the lengths are near,
-and no weight was trained with them. Compare the two columns of bits per byte above (sequences of {here} tokens), the
-second with the trained filters, continued where a text is longer.
+eigenvectors of a matrix of that size: the leading ones hardly depend on it, the high ones do, and no weight was trained
+with these. Compare the two columns of bits per byte above (sequences of {here} tokens), the second with the trained
+filters, continued where a text is longer.
 """
 
 

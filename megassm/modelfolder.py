@@ -25,7 +25,9 @@ from torch import Tensor
 
 from megassm import __version__
 from megassm.config import ModelConfig
-from megassm.data.tokenizer import EOD_PIECE, BytesTokenizer, Tokenizer, load_tokenizer
+from megassm.data.dataset import own_tokenizer
+from megassm.data.tokenizer import EOD_PIECE, Tokenizer, load_tokenizer
+from megassm.data.tokenizer_json import CONFIG_NAME, FILE_NAME
 from megassm.durable import sync, write_atomically
 from megassm.errors import UserError
 from megassm.model import LanguageModel, parameter_shapes
@@ -34,7 +36,6 @@ CONFIG, WEIGHTS, CODE = "config.json", "model.safetensors", "modeling_megassm.py
 SECTION = "megassm"
 PREFIX = "model."
 CODE_PATH = Path(__file__).parent / "hf" / CODE
-TOKENIZER_CONFIG = "tokenizer_config.json"
 OF_TRAINING_ONLY = ("filterbank", "channel_init_std", "embed_init_std")
 """Knobs of a model that its results do not depend on."""
 
@@ -71,8 +72,7 @@ class ModelFolder:
         return model.eval()
 
     def tokenizer(self) -> Tokenizer:
-        files = (self.folder / name for name in ("tokenizer.model", "tokenizer.json"))
-        return load_tokenizer(next((str(path) for path in files if path.exists()), BytesTokenizer.name))
+        return load_tokenizer(own_tokenizer(self.folder))
 
     def weights_for(self, wanted: ModelConfig, tokenizer: Tokenizer) -> Iterator[tuple[str, Tensor]]:
         """`weights`, to start a run of the model `wanted` from.
@@ -144,16 +144,16 @@ def write_model_folder(folder: Path, model: LanguageModel, tokenizer: Tokenizer,
     _write_json(folder / CONFIG, config)
     generation = {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.eod}
     _write_json(folder / "generation_config.json", {**generation, "do_sample": False, "use_cache": True})
-    _write_json(folder / TOKENIZER_CONFIG, _tokenizer_config(folder, stem))
+    _write_json(folder / CONFIG_NAME, _tokenizer_config(folder, stem))
 
 
 def _tokenizer_config(folder: Path, stem: str) -> dict[str, Any]:
     """A tokenizer.json is read by transformers itself, the others by `megassm.hf`."""
     common = {"clean_up_tokenization_spaces": False, "padding_side": "left"}
-    if not (folder / "tokenizer.json").exists():
+    if not (folder / FILE_NAME).exists():
         auto_map = {"AutoTokenizer": [f"{stem}.MegaSSMTokenizer", None]}
         return {**common, "tokenizer_class": "MegaSSMTokenizer", "eos_token": EOD_PIECE, "auto_map": auto_map}
-    eod = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))["eos_token"]
+    eod = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["eos_token"]
     return {**common, "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eod, "pad_token": eod}
 
 

@@ -51,7 +51,8 @@ def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory, data_path: Path) -> Path:
     """A finished run of 12 steps of a hybrid model, by one process, through the entry point."""
     run_dir = tmp_path_factory.mktemp("runs") / "trained"
-    own = (f"run.dir={run_dir}", f"data.path={data_path}", "model.pattern=SA", "train.steps=12")
+    own = (f"run.dir={run_dir}", f"data.path={data_path}", "model.pattern=SA", "train.steps=12",
+           "data.isolate_documents=true")  # fmt: skip
     run_python("launch/pretrain.py", "--config", "configs/tiny.yaml", *SMALL, *own)
     return run_dir
 

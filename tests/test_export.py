@@ -21,6 +21,7 @@ from megassm.eval.sweep import sweep
 from megassm.export import ExportPlan, export_models
 from megassm.model import build_model
 from megassm.modelfolder import WEIGHTS, open_model_folder, write_model_folder
+from megassm.ops.documents import document_numbers
 from tests.conftest import ROOT, SMALL, run_python
 from tests.test_model import config
 
@@ -45,7 +46,7 @@ def bits_per_byte(folder: Path, session: Session) -> float:
     model = open_model_folder(folder).load_model()
 
     def losses(ids_BT: Tensor, k: int) -> Tensor:
-        nll: Tensor = model(ids_BT[:, :-1], k, ids_BT[:, 1:])
+        nll: Tensor = model(ids_BT[:, :-1], k, ids_BT[:, 1:], document_numbers(ids_BT[:, :-1], session.document_end))
         return nll
 
     batches = session.validation(session.config.eval.sequences)
@@ -56,9 +57,8 @@ def test_every_file_scores_what_the_sweep_says_and_is_smaller_in_proportion(
     family: tuple[Path, list[Row]], session: Session
 ) -> None:
     folder, table = family
-    rows = sweep(
-        session.model, session.validation(session.config.eval.sequences), BUDGETS, session.token_bytes, session.device
-    )
+    tokens = (session.token_bytes, session.device, session.document_end)
+    rows = sweep(session.model, session.validation(session.config.eval.sequences), BUDGETS, *tokens)
     assert [row["k"] for row in table] == BUDGETS
     for row, measured in zip(table, rows, strict=True):
         own = folder / f"k-{measured.k}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -190,21 +189,21 @@ def test_tokenizer_is_exact(kind: str, sentencepiece_path: Path, tmp_path: Path)
 
 
 def test_tokenizer_json_is_read_by_transformers_itself(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    fast = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, "</s>"])}, merges=[]))
+    fast = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-
-    class Own:
-        eod = 256
-
-        def files(self) -> dict[str, bytes]:
-            content = {"eos_token": "</s>"}
-            return {"tokenizer.json": fast.to_str().encode(), "tokenizer_config.json": json.dumps(content).encode()}
-
-    write_model_folder(tmp_path, random_model("S"), Own(), torch.float32)  # type: ignore[arg-type]
-    _, tokenizer = opened(tmp_path)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(["</s>"])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "model").mkdir()
+    write_model_folder(tmp_path / "model", random_model("S"), ours, torch.float32)
+    assert open_model_folder(tmp_path / "model").tokenizer().sha256 == ours.sha256
+    _, tokenizer = opened(tmp_path / "model")
     assert tokenizer.is_fast
-    assert tokenizer.eos_token_id == 256
-    assert tokenizer("ab")["input_ids"] == fast.encode("ab").ids
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == ours.eod == 256
+    for text in ("def f(x):\n  return x", PROBE):
+        assert tokenizer(text)["input_ids"] == ours.encode([text])[0].tolist()
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

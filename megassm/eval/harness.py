@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -152,12 +154,22 @@ class MegaSSMLM(TemplateLM):
     @torch.no_grad()
     def _score(self, wanted: Sequence[Continuation]) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether every token was the likeliest) of each."""
+        parts = [(i, part) for i, own in enumerate(wanted) for part in self._fitting(own)]
+        parts.sort(key=lambda own: -len(own[1].context + own[1].ids))
         answers = [(0.0, True)] * len(wanted)
-        order = sorted((i for i in range(len(wanted)) if wanted[i].ids), key=lambda i: -sum(map(len, wanted[i])))
-        for chunk in _chunks(order, self.batch_size):
-            for i, answer in zip(chunk, self._score_batch([wanted[i] for i in chunk]), strict=True):
-                answers[i] = answer
+        for chunk in _chunks(parts, self.batch_size):
+            found = self._score_batch([part for _, part in chunk])
+            for (i, _), (log_p, greedy) in zip(chunk, found, strict=True):
+                answers[i] = (answers[i][0] + log_p, answers[i][1] and greedy)
         return answers
+
+    def _fitting(self, own: Continuation) -> list[Continuation]:
+        """What is longer than `max_length` in pieces of half of it: each token once, after what fits before it."""
+        if len(own.ids) <= self.max_length:
+            return [own] if own.ids else []
+        size = max(1, self.max_length // 2)
+        starts = range(0, len(own.ids), size)
+        return [Continuation(own.context + own.ids[:start], own.ids[start : start + size]) for start in starts]
 
     def _score_batch(self, wanted: Sequence[Continuation]) -> Iterator[tuple[float, bool]]:
         """One forward pass, padded on the right, which no earlier position sees; logits where they are asked for."""
@@ -168,10 +180,6 @@ class MegaSSMLM(TemplateLM):
         x_BLD = self.model.features(ids_BL, self.k)
         for x_LD, text, (_, ids) in zip(x_BLD, texts, wanted, strict=True):
             count = len(ids)
-            if count > self.max_length:
-                raise UserError(
-                    f"a continuation of {count} tokens does not fit max_length = {self.max_length}; raise --max-length"
-                )
             targets_N = torch.tensor(ids, device=device)
             logits_NV = self.model.logits(x_LD[len(text) - 1 - count : len(text) - 1]).float()
             log_p_N = logits_NV.log_softmax(-1).gather(1, targets_N[:, None])
@@ -226,9 +234,15 @@ def evaluate_tasks(model: MegaSSMLM, tasks: Sequence[str], budgets: Sequence[int
     for k in budgets:
         model.k = k
         manager = TaskManager(include_path=str(TASKS), include_defaults=False)
-        done = simple_evaluate(
-            model, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False
-        )
+        with redirect_stdout(sys.stderr):  # it says what it does
+            done = simple_evaluate(
+                model,
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit,
+                bootstrap_iters=BOOTSTRAPS,
+                log_samples=False,
+            )
         assert done is not None
         for task in tasks:
             results, examples = done["results"][task], done["n-samples"][task]["effective"]

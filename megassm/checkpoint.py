@@ -20,7 +20,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from megassm.parallel.state import KINDS, MOMENTS, Kind
 from megassm.parallel.world import barrier, gather_texts
 from megassm.rundir import CHECKPOINTS
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 
 
@@ -60,6 +60,11 @@ class Manifest:
     config: dict[str, Any]
     files: dict[str, list[int]]
     """Size in bytes and CRC-32 of every file, by its path below the checkpoint."""
+    checksum: int = 0
+    """CRC-32 of all the above."""
+
+    def own_checksum(self) -> int:
+        return zlib.crc32(json.dumps(asdict(self) | {"checksum": None}, sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,10 @@ class Checkpoint:
         return model.eval()
 
 
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def checkpoints_folder(run_dir: Path) -> Path:
     return run_dir / CHECKPOINTS
 
@@ -118,7 +127,7 @@ def save_checkpoint(engine: Engine, config: Config, step: int, data_fingerprint:
         None, or why there is no new checkpoint (a full disk); what was there is untouched.
     """
     folder = checkpoints_folder(Path(config.run.dir))
-    partial = folder / f".partial-step-{step:08d}"
+    partial = folder / f".partial-{folder_name(step)}"
     world = engine.world
     world.progress.note("checkpoint, beginning")
     if world.is_main:
@@ -130,7 +139,7 @@ def save_checkpoint(engine: Engine, config: Config, step: int, data_fingerprint:
     if world.is_main and not failure:
         files = {name: facts for share in shares for name, facts in share.items()}
         try:
-            _publish(partial, folder / f"step-{step:08d}", _manifest(engine, config, step, data_fingerprint, files))
+            _publish(partial, folder / folder_name(step), _manifest(engine, config, step, data_fingerprint, files))
             _rotate(folder, config.checkpoint.keep, newest=step)
         except OSError as error:
             failure = refusal_text(error)
@@ -210,7 +219,10 @@ def newest_checkpoint(run_dir: Path, check: str = "") -> tuple[Checkpoint | None
     skipped: list[str] = []
     for folder in sorted(checkpoints_folder(run_dir).glob("step-*"), reverse=True):
         try:
-            return read_checkpoint(folder, check), skipped
+            found = read_checkpoint(folder, check)
+            if folder.name != folder_name(found.manifest.step):
+                raise UserError(f"{folder}: holds step {found.manifest.step}: not this run's, or renamed by hand")
+            return found, skipped
         except UserError as error:
             skipped.append(str(error))
     return None, skipped
@@ -248,6 +260,8 @@ def read_checkpoint(folder: Path, check: str | None = None) -> Checkpoint:
         raise UserError(f"{path}: not a checkpoint's manifest ({error})") from None
     if manifest.format != FORMAT:
         raise UserError(f"{path}: checkpoint format {manifest.format}, this version reads {FORMAT}")
+    if manifest.checksum != manifest.own_checksum():
+        raise UserError(f"{path}: damaged: its checksum is not that of what it says")
     for name, size, crc in files:
         file = folder / name
         found = file.stat().st_size if file.is_file() else None
@@ -274,14 +288,14 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
     if differences:
         raise UserError(
             f"{checkpoint.folder}: cannot be continued by this run: {'; '.join(differences)}. "
-            "Restore these, or start a new run with another run.dir"
+            "Restore these, move that folder away if it is another run's, or start a new run with another run.dir"
         )
 
 
 def _manifest(
     engine: Engine, config: Config, step: int, data_fingerprint: str, files: dict[str, list[int]]
 ) -> Manifest:
-    return Manifest(
+    manifest = Manifest(
         format=FORMAT,
         step=step,
         tokens=step * config.tokens_per_step(),
@@ -291,6 +305,7 @@ def _manifest(
         config=config.model_dump(mode="json"),
         files=files,
     )
+    return replace(manifest, checksum=manifest.own_checksum())
 
 
 def _publish(partial: Path, final: Path, manifest: Manifest) -> None:
@@ -303,9 +318,12 @@ def _publish(partial: Path, final: Path, manifest: Manifest) -> None:
 
 def _crc32(path: Path) -> int:
     value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            value = zlib.crc32(block, value)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                value = zlib.crc32(block, value)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     return value
 
 

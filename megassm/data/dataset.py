@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,16 +52,18 @@ def open_dataset(config: Config) -> Dataset:
     # sorted: the order of lines in a file of YAML must not decide which source a sample comes from
     paths = dict(sorted(config.data.sources.items())) or {ONE_SOURCE: config.data.path or ""}
     train, valid = [], []
+    spec = ""
     tokenizer: Tokenizer | None = None
     for name, path in paths.items():
         knob = f"data.sources.{name}" if config.data.sources else "data.path"
         store = _open(knob, path)
         train.append(Source(name, load_index(store.child(TRAIN))))
         valid.append(Source(name, _valid_index(store)))
-        spec = config.data.tokenizer or own_tokenizer(store)
-        tokenizer = tokenizer or load_tokenizer(spec)
+        if tokenizer is None:
+            spec = config.data.tokenizer or own_tokenizer(store, train[-1].shards)
+            tokenizer = load_tokenizer(spec)
         for _, shards in (train[-1], valid[-1]):
-            _check_tokenizer(shards, tokenizer, str(spec))
+            _check_tokenizer(shards, tokenizer, spec)
     assert tokenizer is not None
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -118,18 +119,26 @@ def _reading(config: Config) -> Reading:
     )
 
 
-def own_tokenizer(place: Path | Store) -> str:
-    """The tokenizer a data set was made with: a file beside the shards, or bytes."""
+def own_tokenizer(place: Path | Store, shards: ShardSet | None = None) -> str:
+    """The tokenizer a data set was made with: a file beside the shards, or bytes.
+
+    Of a remote set only the files are asked for that its `shards` need: some servers deny what is not there.
+    """
     store = LocalStore(place) if isinstance(place, Path) else place
     if isinstance(store, LocalStore):
         files = (store.directory / name for name in (MODEL_NAME, FILE_NAME))
         return next((str(path) for path in files if path.exists()), BytesTokenizer.name)
-    raw = {}
-    for name in TOKENIZER_NAMES:
-        with contextlib.suppress(FileNotFoundError):
-            raw[name] = read_file(store, name)
-    found = next((name for name in (MODEL_NAME, FILE_NAME) if name in raw), None)
-    return BytesTokenizer.name if found is None else str(local_copies(raw) / found)
+    assert shards is not None
+    if shards.tokenizer_sha256 == BytesTokenizer.sha256:
+        return BytesTokenizer.name
+    names = (FILE_NAME, CONFIG_NAME) if shards.tokenizer.startswith("json-") else (MODEL_NAME,)
+    try:
+        return str(local_copies({name: read_file(store, name) for name in names}) / names[0])
+    except FileNotFoundError:
+        raise UserError(
+            f"{store.place}: has no {' and '.join(names)}, the tokenizer {shards.tokenizer} of its shards; upload it, "
+            "or set data.tokenizer"
+        ) from None
 
 
 def keep_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:

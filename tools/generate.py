@@ -26,7 +26,7 @@ def main() -> None:
     from megassm.eval.generate import Sampling, sample_text
     from megassm.eval.session import open_session
 
-    session = open_session(arguments.run, None, arguments.device)
+    session = open_session(arguments.run, arguments.device)
     sampling = Sampling(arguments.tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     rows = []
     for k in arguments.budgets or [session.config.model.num_channels]:

@@ -1,4 +1,4 @@
-"""A trained model opened for evaluation in one process: its newest checkpoint, its data, its tokenizer."""
+"""A trained model opened in one process: its newest checkpoint, its data, its tokenizer."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from megassm.checkpoint import Checkpoint, find_checkpoint
 from megassm.config import Config
 from megassm.data.dataset import Dataset, open_dataset
-from megassm.data.stream import MicroBatch, StreamPlan, validation_batches
 from megassm.data.tokenizer import Tokenizer
 from megassm.errors import UserError
 from megassm.model import LanguageModel
@@ -34,40 +31,18 @@ class Session:
         return self.checkpoint.load_model().to(self.device)
 
     @property
-    def run_dir(self) -> Path:
-        """RUN_DIR of RUN_DIR/checkpoints/step-N."""
-        return self.checkpoint.folder.parent.parent
-
-    @property
     def tokenizer(self) -> Tokenizer:
         return self.data.tokenizer
 
-    @property
-    def token_bytes(self) -> npt.NDArray[np.int64]:
-        """(V,) UTF-8 bytes of text of every id the model knows."""
-        return self.data.token_bytes(self.config.model.vocab_size)
 
-    def validation(self, sequences: int) -> list[MicroBatch]:
-        """The first `sequences` validation sequences."""
-        plan = StreamPlan(
-            seq_len=self.config.model.seq_len,
-            batch_sequences=self.config.train.micro_batch_sequences,
-            micro_batch_sequences=self.config.train.micro_batch_sequences,
-            seed=self.config.run.seed,
-        )
-        return list(validation_batches(self.data.valid, plan, sequences))
-
-
-def open_session(path: Path, data_path: str | None, device: Literal["auto", "cpu", "cuda"]) -> Session:
-    """Opens the newest complete checkpoint of a run, or the one named, on its own data or on `data_path`.
+def open_session(path: Path, device: Literal["auto", "cpu", "cuda"]) -> Session:
+    """Opens the newest complete checkpoint of a run, or the one named.
 
     Raises:
         UserError: no checkpoint, no data, another tokenizer, no such device.
     """
     checkpoint = find_checkpoint(path)
     config = checkpoint.config
-    if data_path is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"path": data_path})})
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
     name = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"

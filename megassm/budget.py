@@ -2,7 +2,8 @@
 
 Every rank evaluates it for itself, so all agree without a message, and a resumed run draws what it would have drawn.
 The paper's recipe (ES-SSM, arXiv 2601.22488): K_max during warm-up and at every 8th update, otherwise one of the
-listed budgets, with a bias towards large ones.
+listed budgets, with a bias towards large ones. The sandwich (arXiv 1903.05134) takes the largest, the smallest and a
+random one in turn.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
+import math
 from typing import assert_never
 
 from megassm.config import BudgetConfig, Config
@@ -23,6 +25,10 @@ def budget_at(config: Config, step: int, micro_step: int) -> int:
         step: update, from 0.
         micro_step: micro-step within the update, from 0; the same on every rank.
     """
+    return max(_strategy(config, step, micro_step), _floor(config, step))
+
+
+def _strategy(config: Config, step: int, micro_step: int) -> int:
     budget, k_max = config.budget, config.model.num_channels
     draw = _uniform(config.run.seed, step, micro_step)
     match budget.strategy:
@@ -31,13 +37,28 @@ def budget_at(config: Config, step: int, micro_step: int) -> int:
         case "uniform":
             return budget.min_k + int(draw * (k_max + 1 - budget.min_k))
         case "log_uniform":
-            # K with probability log((K+1)/K) / log((K_max+1)/min_k)
-            return min(k_max, int(budget.min_k * ((k_max + 1) / budget.min_k) ** draw))
+            return _log_uniform(budget.min_k, k_max, draw)
+        case "sandwich":
+            turn = step * (budget.draws or 1) + micro_step
+            return (k_max, budget.min_k, _log_uniform(budget.min_k, k_max, draw))[turn % 3]
         case "paper":
             if step < config.full_budget_steps() or _is_full_update(budget, step):
                 return k_max
             return _listed(budget, draw)
     assert_never(budget.strategy)
+
+
+def _floor(config: Config, step: int) -> int:
+    """The smallest K allowed: falls from K_max to 1 over the first `min_k_steps` updates."""
+    over = config.budget.min_k_steps
+    if over is None or step >= over:
+        return 1
+    return math.ceil(config.model.num_channels * (1 - step / over))
+
+
+def _log_uniform(least: int, most: int, draw: float) -> int:
+    """K with probability log((K+1)/K) / log((most+1)/least)."""
+    return min(most, int(least * ((most + 1) / least) ** draw))
 
 
 def _is_full_update(budget: BudgetConfig, step: int) -> bool:

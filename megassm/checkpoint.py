@@ -184,6 +184,7 @@ def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
     return model | {
         "run.seed": config.run.seed,
         "train.batch_sequences": config.train.batch_sequences,
+        "data.isolate_documents": config.data.isolate_documents,
         "train.precision": config.train.precision,
         "the data's fingerprint": data_fingerprint,
     }

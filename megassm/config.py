@@ -92,14 +92,21 @@ class ModelConfig(Section):
 class BudgetConfig(Section):
     """How many channels K a micro-batch may use (budget dropout)."""
 
-    strategy: Literal["fixed", "uniform", "log_uniform", "paper"] = "paper"
-    """fixed: always `k`; uniform, log_uniform: any K in [min_k, K_max]; paper: the listed budgets."""
+    strategy: Literal["fixed", "uniform", "log_uniform", "paper", "sandwich"] = "paper"
+    """fixed: always `k`; uniform, log_uniform: any K in [min_k, K_max]; paper: the listed ones; sandwich: K_max, min_k
+    and one between in turn."""
     draws: PositiveInt | None = None
     """Budgets drawn an update, each for as many micro-steps; null: one a micro-step when the run began."""
     k: PositiveInt | None = None
     """The K of `fixed`; null is K_max, the static baseline."""
     min_k: PositiveInt = 1
-    """Smallest K that `uniform` and `log_uniform` draw."""
+    """Smallest K that `uniform`, `log_uniform` and `sandwich` draw."""
+    min_k_steps: PositiveInt | None = None
+    """Updates over which the smallest K allowed falls from K_max to 1, whatever the strategy; null: none."""
+    distill_weight: Fraction = 0.0
+    """Share of the loss, at a K below K_max, that is the divergence from the model's own prediction at K_max."""
+    distill_temperature: Positive = 1.0
+    """Temperature of both predictions in that divergence."""
     budgets: Budgets = (2, 3, 4, 6, 8, 12, 16, 24, 32)
     """The budgets of `paper`, increasing; those beyond K_max are a violation."""
     full_every: PositiveInt | None = 8
@@ -176,6 +183,8 @@ class DataConfig(Section):
     """Data set made by tools/prepare_data.py: holds train/ and valid/."""
     tokenizer: str | None = None
     """"bytes" or a SentencePiece model; null is the one the data set was made with."""
+    isolate_documents: bool = False
+    """No position sees another document of its sequence; attention then holds a mask of B x L x L numbers."""
 
 
 class CheckpointConfig(Section):

@@ -7,7 +7,13 @@ parameters, and its cost belongs to the algorithm that computes it, not to the m
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 from megassm.config import ModelConfig
+
+FLOAT32 = 4
+TOKEN_ID = 8
 
 
 def mixer_parameters(config: ModelConfig, mixer: str, k: int) -> int:
@@ -79,3 +85,125 @@ def decoding_bytes_per_token(config: ModelConfig, k: int, context: int, state_si
     unread = 0 if config.tie_embeddings else (config.vocab_size - 1) * config.d_model
     weights = (parameters(config, k) - unread) * bytes_per_number
     return weights + 2 * decoding_state_bytes(config, context, state_size, bytes_per_number)
+
+
+class Workload(NamedTuple):
+    """What one rank computes at a time, and how the filter bank computes it."""
+
+    batch: int
+    """Sequences of a micro-batch."""
+    length: int
+    """L, tokens a sequence."""
+    number_bytes: int
+    """Of an activation: 4 in fp32, 2 in bf16."""
+    chunk: int
+    """C, positions a chunk; L where the filter bank is computed directly."""
+    state_size: int
+    """S, `FilterBank.state_size`; 0 where it is computed directly."""
+
+    @property
+    def positions(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def chunks(self) -> int:
+        """Of one sequence, the last filled up."""
+        return -(-self.length // self.chunk)
+
+    @property
+    def chunked_positions(self) -> int:
+        return self.batch * self.chunks * self.chunk
+
+
+def activation_bytes(config: ModelConfig, k: int, work: Workload, recompute: bool = False) -> int:
+    """Bytes that autograd keeps from the forward pass to the backward pass at budget k, the loss included.
+
+    What torch keeps on a CPU; CUDA's fused norm keeps less. K enters through 12 bytes a position of gate weights and
+    the filters' matrices, which do not grow with the batch: no feature is kept.
+    """
+    n, head = work.number_bytes, _head_bytes(config, work)
+    ids = TOKEN_ID * work.batch * (2 * work.length + 1)  # the targets once more, without their row's first
+    if recompute:
+        return ids + head + config.n_layers * work.positions * config.d_model * n
+    shared = 0
+    if "A" in config.mixers:
+        shared += _rope_bytes(config, work.length, FLOAT32) if n == FLOAT32 else 0
+        shared += work.length**2 * n if config.window and config.window < work.length else 0
+    return ids + head + shared + sum(layer_activation_bytes(config, mixer, k, work) for mixer in config.mixers)
+
+
+def layer_activation_bytes(config: ModelConfig, mixer: str, k: int, work: Workload) -> int:
+    """Of `activation_bytes`, what one block with the mixer "S" or "A" keeps."""
+    norm = work.positions * _norm_bytes(config.d_model, work.number_bytes)
+    mixing = _attention_bytes(config, work) if mixer == "A" else _spectral_bytes(config, k, work)
+    return norm + mixing + _feed_forward_bytes(config, work)
+
+
+def _feed_forward_bytes(config: ModelConfig, work: Workload) -> int:
+    return work.positions * (_norm_bytes(config.d_model, work.number_bytes) + 4 * work.number_bytes * config.d_ffn)
+
+
+def _head_bytes(config: ModelConfig, work: Workload) -> int:
+    """The last norm, and the tokens' log-probabilities."""
+    return work.positions * (_norm_bytes(config.d_model, work.number_bytes) + FLOAT32 * config.vocab_size)
+
+
+def _norm_bytes(d: int, n: int) -> int:
+    """A position of RMSNorm: its input and the normalised input in float32, the factor, the output."""
+    return 2 * FLOAT32 * d + FLOAT32 + n * d
+
+
+def _spectral_bytes(config: ModelConfig, k: int, work: Workload) -> int:
+    n, inputs = work.number_bytes, work.chunk + work.state_size
+    gate = 2 * n * max(1, config.d_model // 2) + FLOAT32 * k + (FLOAT32 * (k + 3) if config.gate_rescale else 0)
+    kept = work.positions * gate if config.gate else 0
+    kept += work.chunked_positions * FLOAT32 * k  # the weights as the products take them
+    rows = n * work.chunk * k * inputs
+    if not work.state_size:
+        return kept + rows
+    doublings = math.ceil(math.log2(work.chunks)) if work.chunks > 1 else 0
+    states = FLOAT32 * work.state_size * (work.chunk + work.state_size * doublings)
+    return kept + rows + states + work.batch * work.chunks * inputs * config.d_model * n
+
+
+def _attention_bytes(config: ModelConfig, work: Workload) -> int:
+    """Queries, keys, values, the output twice, the softmax's logarithms; rotary tables where they are cast."""
+    n, d = work.number_bytes, config.d_model
+    kv_width = d // config.n_heads * config.kv_heads
+    tables = 0 if n == FLOAT32 else 2 * _rope_bytes(config, work.length, n)
+    return work.positions * (n * (3 * d + 2 * kv_width) + FLOAT32 * config.n_heads) + tables
+
+
+def _rope_bytes(config: ModelConfig, length: int, n: int) -> int:
+    return length * config.d_model // config.n_heads * n
+
+
+def peak_activation_bytes(
+    config: ModelConfig, k: int, work: Workload, group_bytes: int, recompute: bool = False
+) -> int:
+    """The most that one forward and backward pass holds besides weights and their gradients.
+
+    It is reached in the loss (logits and their gradient), or in the backward pass of the last block, when what the loss
+    kept is free again: in its feed-forward layer, or in its spectral mixer by a group of gated features and their
+    gradients, each of `group_bytes` (`megassm.ops.mixing.GROUP_BYTES`) or of one filter. In a hybrid the last spectral
+    block is taken for the last of all.
+    """
+    n, d = work.number_bytes, config.d_model
+    kept = activation_bytes(config, k, work, recompute)
+    rest = kept - _head_bytes(config, work)
+    mixer = "S" if "S" in config.mixers else "A"
+    if recompute:
+        rest += layer_activation_bytes(config, mixer, k, work)
+    peaks = [
+        kept + work.positions * config.vocab_size * (2 * FLOAT32 if n == FLOAT32 else n + 2 * FLOAT32),
+        rest + work.positions * n * (2 * config.d_ffn + d),
+    ]
+    if mixer == "S":
+        one = work.chunked_positions * d * n
+        group = one * max(1, min(k, group_bytes // one))
+        inputs = work.batch * work.chunks * (work.chunk + work.state_size) * d * FLOAT32
+        sums = inputs + work.positions * (
+            3 * d * n + FLOAT32 * k
+        )  # gradients of input, output, both paths around, gate
+        peaks.append(rest - _feed_forward_bytes(config, work) + 2 * group + sums)
+    return max(peaks)

@@ -19,11 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 from megassm.config import ModelConfig
 from megassm.errors import UserError
-from megassm.layers.attention import Attention, KeyValueCache, rope_tables
+from megassm.layers.attention import Attention, KeyValueCache, attention_mask, rope_tables
 from megassm.layers.context import Context
 from megassm.layers.ffn import FeedForward
 from megassm.layers.filterbank import FilterBank
 from megassm.layers.spectral import SpectralMixer
+from megassm.ops.documents import check_documents
 
 LayerState = Tensor | KeyValueCache
 """S x D numbers a sequence for a spectral layer, keys and values for attention."""
@@ -40,6 +41,13 @@ class DecodingState(NamedTuple):
     def nbytes(self) -> int:
         tensors = (part for layer in self.layers for part in ((layer,) if isinstance(layer, Tensor) else layer))
         return sum(tensor.nbytes for tensor in tensors)
+
+
+class Distillation(NamedTuple):
+    """In-place distillation: the model at a larger budget teaches itself at a smaller one (arXiv 1903.05134)."""
+
+    teacher_k: int
+    temperature: float
 
 
 class Block(nn.Module):
@@ -101,26 +109,52 @@ class LanguageModel(nn.Module):
             else None
         )
 
-    def forward(self, ids_BL: Tensor, k: int, targets_BL: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids_BL: Tensor,
+        k: int,
+        targets_BL: Tensor | None = None,
+        documents_BL: Tensor | None = None,
+        distill: Distillation | None = None,
+    ) -> Tensor:
         """Logits (B, L, V), or with `targets_BL` the negative log-likelihood in nats of each, (B, L) float32.
+
+        With `distill` too, (2, B, L): the negative log-likelihood, and the divergence from the teacher.
 
         Args:
             ids_BL: token ids.
             k: the budget, 1 <= k <= K_max.
             targets_BL: the ids to predict, ids_BL one step later.
+            documents_BL: the number of each position's document, which does not fall along a sequence: no position
+                then sees another document. Rotary positions run on. None: a sequence is one document.
+            distill: which of its own predictions the model is to approach at k.
 
         Raises:
-            UserError: a budget out of range.
+            UserError: a budget out of range, documents that are none.
         """
         context = self.context(0, ids_BL.shape[1], k)
+        if documents_BL is not None:
+            check_documents(documents_BL, ids_BL)
+            context = self._apart(context, documents_BL)
+        x_BLD = self._hidden(ids_BL, context)
+        if targets_BL is None:
+            return self.logits(x_BLD)
+        losses_BL = self.token_losses(x_BLD, targets_BL)
+        if distill is None:
+            return losses_BL
+        with torch.no_grad():
+            teacher_BLD = self._hidden(ids_BL, context._replace(k=distill.teacher_k))
+        return torch.stack((losses_BL, self.divergences(x_BLD, teacher_BLD, distill.temperature)))
+
+    def _hidden(self, ids_BL: Tensor, context: Context) -> Tensor:
+        """What the head reads, (B, L, D)."""
         x_BLD = self.embed(ids_BL)
         for block in self.blocks:
             if self.recompute and self.training:
                 x_BLD = checkpoint(block, x_BLD, context, use_reentrant=False)
             else:
                 x_BLD = block(x_BLD, context)
-        x_BLD = self.head_norm(x_BLD)
-        return self.logits(x_BLD) if targets_BL is None else self.token_losses(x_BLD, targets_BL)
+        return cast(Tensor, self.head_norm(x_BLD))
 
     def embed(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.embedding_VD)
@@ -133,6 +167,13 @@ class LanguageModel(nn.Module):
         """Negative log-likelihood in nats, float32."""
         logits_NV = self.logits(x_BLD).flatten(0, 1).float()
         return F.cross_entropy(logits_NV, targets_BL.flatten(), reduction="none").view_as(targets_BL)
+
+    def divergences(self, x_BLD: Tensor, teacher_BLD: Tensor, temperature: float) -> Tensor:
+        """T^2 KL(teacher || student) of the predictions at temperature T, (B, L) float32 (arXiv 1503.02531)."""
+        student_BLV = (self.logits(x_BLD).float() / temperature).log_softmax(-1)
+        with torch.no_grad():
+            teacher_BLV = (self.logits(teacher_BLD).float() / temperature).log_softmax(-1)
+        return temperature**2 * (teacher_BLV.exp() * (teacher_BLV - student_BLV)).sum(-1)
 
     @torch.no_grad()
     def prefill(self, ids_BL: Tensor, k: int) -> tuple[Tensor, DecodingState]:
@@ -160,11 +201,19 @@ class LanguageModel(nn.Module):
         """For `length` positions from `first` on."""
         if not 1 <= k <= self.config.num_channels:
             raise UserError(f"budget K = {k}: must be between 1 and this model's K_max = {self.config.num_channels}")
-        rope = None
+        if "A" not in self.config.mixers:
+            return Context(k, self.filterbank, None)
+        positions_L = torch.arange(first, first + length, device=self.embedding_VD.device)
+        rope = rope_tables(positions_L, self.config.d_model // self.config.n_heads, self.config.rope_theta)
+        return Context(k, self.filterbank, rope, attention_mask(length, self.config.window, None, self.embedding_VD))
+
+    def _apart(self, context: Context, documents_BL: Tensor) -> Context:
+        """`context` with the documents kept apart."""
+        mask = None
         if "A" in self.config.mixers:
-            positions_L = torch.arange(first, first + length, device=self.embedding_VD.device)
-            rope = rope_tables(positions_L, self.config.d_model // self.config.n_heads, self.config.rope_theta)
-        return Context(k, self.filterbank, rope)
+            mask = attention_mask(documents_BL.shape[1], self.config.window, documents_BL, self.embedding_VD)
+        segments = None if self.filterbank is None else self.filterbank.segments(documents_BL)
+        return context._replace(mask=mask, segments=segments)
 
     def reset_filters(self) -> None:
         if self.filterbank is not None:

@@ -98,6 +98,11 @@ def _rank_violations(config: Config, world_size: int) -> Iterator[Violation]:
             "update. Stage 1 is the same on one rank",
         )
     yield from _split_violations(config.model, config.parallel)
+    if config.data.isolate_documents and parallel.sequence > 1:
+        yield Violation(
+            ("data.isolate_documents", "parallel.sequence"),
+            "false with parallel.sequence above 1: the state is handed from part to part whatever documents they hold",
+        )
     data_ranks = parallel.data or max(1, config.data_ranks(world_size))
     product = data_ranks * parallel.sequence * parallel.tensor
     if product != world_size:

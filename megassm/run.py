@@ -69,7 +69,7 @@ def set_up(config: Config, data: Dataset, world: World) -> Run:
     """Builds the run, and continues from its newest complete checkpoint where there is one."""
     stop = StopRequest()
     digest = start_digest(config, data)
-    engine = Engine(config, world)
+    engine = Engine(config, world, data.document_end(config))
     config, done_steps = resume(engine, config, data)
     plan = stream_plan(config, world)
     peak, peak_source = peak_flops(config, world.device)

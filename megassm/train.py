@@ -17,7 +17,7 @@ from megassm.budget import budget_at
 from megassm.checkpoint import save_checkpoint
 from megassm.cli import refusal_text
 from megassm.config import Config
-from megassm.cost import training_flops_per_token
+from megassm.cost import forward_flops_per_token, training_flops_per_token
 from megassm.data.dataset import Dataset
 from megassm.data.stream import MicroBatch
 from megassm.errors import UserError
@@ -80,8 +80,8 @@ def train(run: Run) -> None:
         for k in budgets:
             batch = next_batch(run, tally)
             ids_BT, mask_BL = (torch.from_numpy(x).to(run.world.device) for x in (batch.ids_BT, batch.mask_BL))
-            nll_BL = engine.losses(ids_BT, k)
-            engine.backward(nll_BL, mask_BL)
+            nll_BL, objective_BL = engine.training_losses(ids_BT, k)
+            engine.backward(objective_BL, mask_BL)
             tally.nll += (nll_BL.detach() * mask_BL).sum()
         rate = learning_rate(config.optim, config.train, step)
         totals = agree(run, step, budgets, tally, engine.update(rate))
@@ -158,7 +158,8 @@ def journal_row(run: Run, step: int, budgets: list[int], totals: Totals, seconds
     config = run.config
     step_tokens = config.tokens_per_step()
     length = config.model.seq_len
-    flops = sum(training_flops_per_token(config.model, k, length) for k in budgets) * step_tokens / len(budgets)
+    flops = step_tokens * sum(update_flops_per_token(config, k) for k in budgets) / len(budgets)
+    static = step_tokens * training_flops_per_token(config.model, config.model.num_channels, length)
     return {
         "step": step + 1,
         "tokens": (step + 1) * step_tokens,
@@ -171,9 +172,18 @@ def journal_row(run: Run, step: int, budgets: list[int], totals: Totals, seconds
         "step_s": seconds,
         "tokens_per_s": step_tokens / seconds,
         "mfu": flops / seconds / (run.peak_flops * run.world.size),
+        "relative_cost": flops / static,
         "data_wait_s": totals.data_wait_s,
         "peak_memory_bytes": totals.peak_memory_bytes,
     }
+
+
+def update_flops_per_token(config: Config, k: int) -> float:
+    """FLOPs of training at budget k, a teacher's forward pass included."""
+    model, length = config.model, config.model.seq_len
+    flops = training_flops_per_token(model, k, length)
+    taught = config.budget.distill_weight > 0 and k < model.num_channels
+    return flops + forward_flops_per_token(model, model.num_channels, length) if taught else flops
 
 
 def validate(run: Run, k: int) -> Score:

@@ -62,3 +62,19 @@ def test_paper_recipe(small_config: Make) -> None:
 def test_paper_without_full_updates(small_config: Make) -> None:
     config = small_config("budget.full_every=null", "budget.full_steps=0", "budget.budgets=[1,2]")
     assert set(draw(config, 200)) == {1, 2}
+
+
+def test_sandwich_takes_largest_smallest_and_random_in_turn(small_config: Make) -> None:
+    config = small_config("budget.strategy=sandwich", "budget.min_k=2", "budget.draws=2")
+    drawn = [budget_at(config, step, micro) for step in range(600) for micro in range(2)]
+    assert set(drawn[::3]) == {8}
+    assert set(drawn[1::3]) == {2}
+    assert set(drawn[2::3]) == set(range(2, 9))
+
+
+def test_the_smallest_budget_falls_over_the_first_updates(small_config: Make) -> None:
+    config = small_config("budget.strategy=log_uniform", "budget.min_k_steps=80")
+    assert budget_at(config, 0, 0) == 8
+    for step in range(80):
+        assert min(budget_at(config, step, micro) for micro in range(50)) == math.ceil(8 * (1 - step / 80))
+    assert {budget_at(config, 80, micro) for micro in range(200)} == set(range(1, 9))

@@ -48,8 +48,8 @@ def curves(configs: list[Config]) -> list[Curve]:
                     own = stream.micro_batch(step, micro_step) if world.readers.rank() == 0 else None
                     batch = share_batch(own, config, world).span(world.place.sequence, world.mesh.sequence)
                     ids_BT, mask_BL = torch.from_numpy(batch.ids_BT), torch.from_numpy(batch.mask_BL)
-                    nll_BL = engine.losses(ids_BT, k)
-                    engine.backward(nll_BL, mask_BL)
+                    nll_BL, objective_BL = engine.training_losses(ids_BT, k)
+                    engine.backward(objective_BL, mask_BL)
                     parts.append(((nll_BL.detach() * mask_BL).sum().item(), float(mask_BL.sum()), 0.0))
                 norms.append(engine.update(learning_rate(config.optim, config.train, step)))
                 losses.append(Score.total(gather_rows(Score.total(parts))[:: world.mesh.tensor]).loss)
@@ -115,6 +115,18 @@ def test_bf16_stays_close_to_fp32(small_config: Make) -> None:
     for curve in found:
         assert curve["losses"] == pytest.approx(truth["losses"], abs=0.03)
         assert curve["losses"] != truth["losses"]
+
+
+@pytest.mark.ranks
+def test_distillation_is_the_same_on_every_mesh_and_stage(small_config: Make) -> None:
+    more = ("budget.distill_weight=0.7", "budget.distill_temperature=2.0", "train.steps=5", "optim.lr=0.01")
+    truth = run_on_ranks(1, curves, [on_mesh(small_config, Mesh(1, 1, 1), 0, HYBRID, *more)])[0][0]
+    plain = run_on_ranks(1, curves, [on_mesh(small_config, Mesh(1, 1, 1), 0, HYBRID, *more[2:])])[0][0]
+    assert truth["losses"] != pytest.approx(plain["losses"], abs=1e-3)
+    cases = [(Mesh(1, 1, 2), 0), (Mesh(1, 1, 2), 3), (Mesh(2, 1, 1), 3), (Mesh(1, 2, 1), 2)]
+    for curve in run_on_ranks(2, curves, [on_mesh(small_config, *case, HYBRID, *more) for case in cases])[0]:
+        assert curve["losses"] == pytest.approx(truth["losses"], abs=1e-5)
+        assert curve["norms"] == pytest.approx(truth["norms"], rel=1e-4)
 
 
 @pytest.mark.ranks

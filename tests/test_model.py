@@ -10,9 +10,9 @@ from torch import Tensor
 
 from megassm.config import ModelConfig
 from megassm.errors import UserError
-from megassm.layers.attention import Attention, rope_tables
+from megassm.layers.attention import Attention, attention_mask, rope_tables
 from megassm.layers.context import Context
-from megassm.model import LanguageModel, build_model, truncate
+from megassm.model import Distillation, LanguageModel, build_model, truncate
 
 K_MAX = 6
 
@@ -146,7 +146,8 @@ def test_attention_equals_its_equations(window: int | None, n_kv_heads: int) -> 
     layer = Attention(16, 4, n_kv_heads, window).double()
     u_LD = torch.randn(9, 16, dtype=torch.float64)
     rope = rope_tables(torch.arange(9), layer.head_dim, 100.0)
-    found = layer(u_LD[None], Context(1, None, rope))[0]
+    mask = attention_mask(9, window, None, u_LD)
+    found = layer(u_LD[None], Context(1, None, rope, mask))[0]
     assert torch.allclose(found, naive_attention(layer, u_LD, 100.0), atol=1e-6)  # the tables are float32
 
 
@@ -154,3 +155,20 @@ def test_untied_head_is_its_own_matrix() -> None:
     tied, untied = LanguageModel(config()), LanguageModel(config(tie_embeddings=False))
     assert tied.head_VD is None
     assert untied.head_VD is not None
+
+
+def test_a_model_taught_at_its_own_budget_has_nothing_to_learn() -> None:
+    model = build_model(config(), seed=0)
+    text = ids()
+    same = model(text, 3, text, distill=Distillation(3, 2.0))
+    losses, divergence = model(text, 3, text, distill=Distillation(K_MAX, 2.0))
+    assert torch.allclose(same[1], torch.zeros(()), atol=1e-6)
+    assert torch.equal(losses, model(text, 3, text))
+    student, teacher = (model(text, k).double() / 2 for k in (3, K_MAX))
+    expected = 4 * (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1)
+    assert torch.allclose(divergence.double(), expected, atol=5e-6)
+    assert divergence.max() > 1e-4
+    divergence.sum().backward()
+    small = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert small["blocks.0.mixer.channels_KDD"][:3].abs().sum() > 0
+    assert small["blocks.0.mixer.channels_KDD"][3:].abs().sum() == 0, "the teacher gets no gradient"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,8 +12,9 @@ from scipy.signal import fftconvolve
 
 import megassm.ops.realize
 from megassm.errors import UserError
+from megassm.ops import hankel
 from megassm.ops.hankel import extended_filters, spectral_filters
-from megassm.ops.realize import Realization, realize, realized_filters
+from megassm.ops.realize import Realization, realize
 
 
 def convolve(noise: np.ndarray, filters: np.ndarray) -> np.ndarray:
@@ -20,15 +23,16 @@ def convolve(noise: np.ndarray, filters: np.ndarray) -> np.ndarray:
 
 def run_chunks(model: Realization, noise: np.ndarray, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     """Features (time, K) of a signal padded to whole chunks, and the state after the last chunk."""
-    transition, inputs, toeplitz, outputs = (matrix.astype(dtype) for matrix in model[:4])
+    inputs, toeplitz, outputs = (matrix.astype(dtype) for matrix in model[1:4])
+    change = (model.transition_SS - np.eye(len(model.transition_SS))).astype(dtype)
     chunk = inputs.shape[1]
     padded = np.zeros(-(-len(noise) // chunk) * chunk, dtype)
     padded[: len(noise)] = noise
-    state = np.zeros(len(transition), dtype)
+    state = np.zeros(len(change), dtype)
     features = []
     for u in padded.reshape(-1, chunk):
         features.append(toeplitz @ u + outputs @ state)
-        state = transition @ state + inputs @ u
+        state = state + (change @ state + inputs @ u)
     return np.concatenate(features)[: len(noise)], state
 
 
@@ -38,6 +42,11 @@ def run_steps(model: Realization, noise: np.ndarray, state: np.ndarray) -> np.nd
         features.append(model.step_output_KS @ state + model.step_direct_K * u)
         state = model.step_transition_SS @ state + model.step_input_S * u
     return np.array(features)
+
+
+def response(model: Realization, length: int) -> np.ndarray:
+    """(length, K) features of an impulse."""
+    return run_steps(model, np.eye(length, 1)[:, 0], np.zeros(len(model.step_input_S)))
 
 
 def relative_error(features: np.ndarray, exact: np.ndarray) -> float:
@@ -111,7 +120,7 @@ def test_chunks_continue_beyond_the_trained_length(length: int, chunk: int) -> N
     """Also with a chunk longer than L, the chunk form is the convolution with the model's own response."""
     model = realize(length, min(length, 8), chunk)
     noise = np.random.default_rng(0).standard_normal(2 * length + 3)
-    own = realized_filters(model, len(noise))
+    own = response(model, len(noise))
     assert np.abs(own[:length] - spectral_filters(length, min(length, 8))[1]).max() < 4e-6
     own[:length] = spectral_filters(length, min(length, 8))[1]
     assert np.abs(run_chunks(model, noise, np.float64)[0] - convolve(noise, own)).max() < 1e-4
@@ -120,7 +129,7 @@ def test_chunks_continue_beyond_the_trained_length(length: int, chunk: int) -> N
 @pytest.mark.parametrize(("length", "channels"), [(256, 16), (2048, 24), (8192, 32), (16384, 32)])
 def test_beyond_the_trained_length_it_follows_the_continuation_and_fades(length: int, channels: int) -> None:
     model = realize(length, channels, 64)
-    own, natural = realized_filters(model, 4 * length), extended_filters(length, channels, 4 * length)
+    own, natural = response(model, 4 * length), extended_filters(length, channels, 4 * length)
     largest = np.abs(natural).max(axis=0)
     error = np.abs(own - natural)
     assert (error[: 2 * length].max(axis=0) / largest).max() < 5e-3
@@ -132,8 +141,8 @@ def test_beyond_the_trained_length_it_follows_the_continuation_and_fades(length:
 def test_without_a_short_recurrence_the_state_is_the_inputs() -> None:
     model = realize(100, 32, 64)
     assert len(model.step_input_S) == 99
-    assert np.abs(realized_filters(model, 150)[:100] - spectral_filters(100, 32)[1]).max() < 1e-15
-    assert not realized_filters(model, 150)[100:].any()
+    assert np.abs(response(model, 150)[:100] - spectral_filters(100, 32)[1]).max() < 1e-15
+    assert not response(model, 150)[100:].any()
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,3 +153,25 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megassm.ops.realize, "SHIFT_REGISTER_LIMIT", 90)
     with pytest.raises(UserError, match="no state-space model"):
         realize(100, 32, 64)
+
+
+@pytest.mark.parametrize(("length", "channels"), [(300, 16), (100, 32)])  # with a short state, and without
+def test_the_outcome_is_found_once(length: int, channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(hankel.CACHE_VARIABLE, str(tmp_path))
+    first = realize(length, channels, 64)
+    (path,) = tmp_path.glob("realize-*.npz")
+
+    def again(*_: object) -> None:
+        raise AssertionError("not served from the cache")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(megassm.ops.realize, "_find_short_step", again)
+        served = realize(length, channels, 64)
+        assert all(np.array_equal(a, b) for a, b in zip(first, served, strict=True))
+        with pytest.raises(AssertionError, match="not served"):
+            realize(length, channels, 64, tolerance=1e-5)
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(AssertionError, match="not served"):
+            realize(length, channels, 64)
+    healed = realize(length, channels, 64)
+    assert all(np.array_equal(a, b) for a, b in zip(first, healed, strict=True))

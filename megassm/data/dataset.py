@@ -29,6 +29,10 @@ class Dataset(NamedTuple):
         known = self.tokenizer.token_bytes()
         return np.pad(known, (0, vocab_size - len(known))).astype(np.int64)
 
+    def document_end(self, config: Config) -> int | None:
+        """The id that ends a document, where documents are to be kept apart."""
+        return self.train.eod if config.data.isolate_documents else None
+
 
 def open_dataset(config: Config) -> Dataset:
     """Reads both indexes and the tokenizer, and checks that they and the model belong together.

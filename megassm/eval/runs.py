@@ -43,12 +43,13 @@ class Request:
     """Prepared sets and texts; none is the run's own validation set."""
     glob: str | None = None
 
-    def plan(self, config: Config) -> SweepPlan:
+    def plan(self, config: Config, tokenizer: Tokenizer) -> SweepPlan:
         return SweepPlan(
             budgets=self.budgets or config.eval.budgets,
             seq_lens=self.seq_lens or [config.model.seq_len],
             sequences=self.sequences or config.eval.sequences,
             micro_batch_sequences=config.train.micro_batch_sequences,
+            document_end=tokenizer.eod if config.data.isolate_documents else None,
         )
 
     def open(self, config: Config) -> tuple[list[EvalText], Tokenizer]:
@@ -119,9 +120,10 @@ def _sweep(
 ) -> Sweep:
     checkpoint, model = opened
     config = checkpoint.config
-    token_bytes = texts[1].token_bytes()
+    tokenizer = texts[1]
+    token_bytes = tokenizer.token_bytes()
     token_bytes.resize(config.model.vocab_size)  # zeros for ids of the model that the tokenizer has not
-    curves = sweep(model, texts[0], request.plan(config), token_bytes, peers)
+    curves = sweep(model, texts[0], request.plan(config, tokenizer), token_bytes, peers)
     return Sweep(name, checkpoint.manifest.step, config.model.seq_len, curves)
 
 

@@ -20,6 +20,7 @@ from megassm.eval.score import Score, best_unigram, sequence_scores, token_count
 from megassm.eval.text import EvalText
 from megassm.eval.timing import timed_seconds
 from megassm.model import LanguageModel, truncate
+from megassm.ops.documents import document_numbers
 from megassm.parallel.world import Peers, barrier, gather_rows, together
 
 TIMED_REPEATS = 5
@@ -93,6 +94,8 @@ class SweepPlan:
     """Of the training length; at another length as many as hold the same text."""
     micro_batch_sequences: int
     """Of the training length; at another length as many as hold as many tokens."""
+    document_end: int | None = None
+    """The id that ends a document, for a model that keeps documents apart."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,8 @@ def sweep(
     for k in budgets:
         small = truncate(model, k).to(peers.device).eval()
         for place in range(len(keys)):
-            scores[place][k] = _gathered(small, k, batches[place], token_bytes, peers)
+            mine = _scores(small, batches[place], token_bytes, peers, plan.document_end)
+            scores[place][k] = _gathered(mine)
             first = place % len(texts) == 0
             costs[place][k] = _cost(small, k, batches[place][0], peers) if first else costs[place - 1][k]
     return [
@@ -172,17 +176,26 @@ def _batches(text: EvalText, length: int, model: LanguageModel, plan: SweepPlan,
         raise UserError(f"{text.name}: no text to score; give more, or prepare the data with a --valid-fraction")
 
 
-def _gathered(
-    small: LanguageModel, k: int, batches: Sequence[MicroBatch], token_bytes: npt.NDArray[np.int64], peers: Peers
+def _scores(
+    small: LanguageModel,
+    batches: Sequence[MicroBatch],
+    token_bytes: npt.NDArray[np.int64],
+    peers: Peers,
+    document_end: int | None,
 ) -> Floats:
-    """(N, 3) nll, tokens and bytes of every sequence, from all ranks, in the order of the text."""
+    """This rank's (N, 4) as `sequence_scores`, of a model at its own full budget."""
 
-    def losses(ids_BT: Tensor, budget: int) -> Tensor:
-        nll_BL: Tensor = small(ids_BT[:, :-1], budget, ids_BT[:, 1:])
+    def losses(ids_BT: Tensor, k: int) -> Tensor:
+        documents_BL = document_numbers(ids_BT[:, :-1], document_end)
+        nll_BL: Tensor = small(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL)
         return nll_BL
 
-    mine = sequence_scores(losses, batches, k, token_bytes, peers.device)
-    rows = np.array(gather_rows(mine.ravel().tolist())).reshape(-1, 4)
+    return sequence_scores(losses, batches, small.config.num_channels, token_bytes, peers.device)
+
+
+def _gathered(mine_N4: Floats) -> Floats:
+    """(N, 3) nll, tokens and bytes of every sequence, from all ranks, in the order of the text."""
+    rows = np.array(gather_rows(mine_N4.ravel().tolist())).reshape(-1, 4)
     rows = rows[rows[:, 0] >= 0]
     return np.asarray(rows[np.argsort(rows[:, 0], kind="stable"), 1:])
 

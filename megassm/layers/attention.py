@@ -35,11 +35,19 @@ def rotate(x_BHLP: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
-def window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """(L, L), true where query t may see key s: t - window < s <= t."""
-    time = torch.arange(length, device=device)
+def attention_mask(length: int, window: int | None, documents_BL: Tensor | None, like: Tensor) -> Tensor | None:
+    """What to add to the scores, in `like`'s dtype: 0 where query t may see key s, else -inf; (L, L) or (B, 1, L, L).
+
+    A query sees the last `window` positions, itself included, of its own document. None where it sees the whole past.
+    """
+    if documents_BL is None and (window is None or window >= length):
+        return None
+    time = torch.arange(length, device=like.device)
     age = time[:, None] - time
-    return (age >= 0) & (age < window)
+    seen = (age >= 0) & (age < (window or length))
+    if documents_BL is not None:
+        seen = seen & (documents_BL[:, None, :, None] == documents_BL[:, None, None, :])
+    return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)
 
 
 class Attention(nn.Module):
@@ -49,7 +57,8 @@ class Attention(nn.Module):
         d_model: D, divisible by n_heads.
         n_heads: H, divisible by n_kv_heads.
         n_kv_heads: G.
-        window: tokens a query may look back on, itself included; None for all.
+        window: tokens a query may look back on, itself included; None for all. Here it bounds what `final_state` and
+            `step` keep; in `forward` the context's mask has it.
     """
 
     def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, window: int | None) -> None:
@@ -65,16 +74,13 @@ class Attention(nn.Module):
         assert context.rope is not None
         query_BHLP = rotate(self._heads(self.query(u_BLD)), context.rope)
         key_BGLP = rotate(self._heads(self.key(u_BLD)), context.rope)
-        mixed_BHLP = self.attend(query_BHLP, key_BGLP, self._heads(self.value(u_BLD)))
+        value_BGLP = self._heads(self.value(u_BLD))
+        mixed_BHLP = self.attend(query_BHLP, key_BGLP, value_BGLP, context.mask)
         mixed: Tensor = self.out(mixed_BHLP.transpose(1, 2).flatten(2))
         return mixed
 
-    def attend(self, query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor) -> Tensor:
+    def attend(self, query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, mask: Tensor | None) -> Tensor:
         """Causal attention of H heads over G heads of keys and values, H a multiple of G: (B, H, L, P)."""
-        length = query_BHLP.shape[2]
-        mask = None
-        if self.window is not None and self.window < length:
-            mask = window_mask(length, self.window, query_BHLP.device)
         return F.scaled_dot_product_attention(
             query_BHLP, key_BGLP, value_BGLP, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )

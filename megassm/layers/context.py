@@ -1,4 +1,4 @@
-"""What all blocks of one forward pass share: the budget, the filter bank, the rotary tables."""
+"""What all blocks of one forward pass share: budget, filter bank, rotary tables, who may see whom."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megassm.layers.filterbank import FilterBank
+from megassm.ops.documents import Segments
 
 
 class Context(NamedTuple):
@@ -17,3 +18,7 @@ class Context(NamedTuple):
     filterbank: FilterBank | None
     rope: tuple[Tensor, Tensor] | None
     """Cosine and sine (L, head_dim / 2) of the rotary positions, float32."""
+    mask: Tensor | None = None
+    """Added to attention's scores (`megassm.layers.attention.attention_mask`); None: the whole past is seen."""
+    segments: Segments | None = None
+    """Where documents begin, for the filter bank; None: all of a sequence is one document."""

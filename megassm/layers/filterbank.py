@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from megassm.config import CHUNK
 from megassm.errors import UserError
+from megassm.ops.documents import Segments, cut_into_rows
 from megassm.ops.filterbank import (
     ChunkTables,
     check_flashfft,
@@ -27,6 +28,7 @@ from megassm.ops.filterbank import (
     chunk_states,
     chunked,
     chunked_filterbank,
+    copied_inputs,
     direct_filterbank,
     fft_filterbank,
     flashfft_filterbank,
@@ -68,7 +70,7 @@ class FilterBank(nn.Module):
     transition_SS: Tensor
     input_SC: Tensor
     rows_CKI: Tensor
-    step_transition_SS: Tensor
+    step_change_SS: Tensor
     step_input_S: Tensor
     step_output_KS: Tensor
 
@@ -93,8 +95,10 @@ class FilterBank(nn.Module):
             if self.method == "chunked":
                 raise
             return
-        for name in ("transition_SS", "input_SC", "step_transition_SS", "step_input_S", "step_output_KS"):
+        for name in ("transition_SS", "input_SC", "step_input_S", "step_output_KS"):
             self._fill(name, getattr(chunk, name))
+        # x' - x: a rounded A1 would lose how near to 1 its eigenvalues are
+        self._fill("step_change_SS", chunk.step_transition_SS - np.eye(len(chunk.step_input_S)))
         self._fill("rows_CKI", np.concatenate((chunk.toeplitz_CKC, chunk.output_CKS), axis=2))
 
     def _fill(self, name: str, value: npt.NDArray[np.float64]) -> None:
@@ -145,13 +149,24 @@ class FilterBank(nn.Module):
             return "chunked"
         return "direct" if length <= DIRECT_LENGTH else "fft"
 
-    def forward(self, u_BLD: Tensor, k: int) -> Tensor:
-        """Features (B, L, k, D), in at least float32."""
+    def segments(self, documents_BL: Tensor) -> Segments:
+        """How documents cut the rows in which sequences of this length are computed: chunks, or whole sequences."""
+        length = documents_BL.shape[1]
+        return cut_into_rows(documents_BL, CHUNK if self.way(length) == "chunked" else length)
+
+    def forward(self, u_BLD: Tensor, k: int, segments: Segments | None = None) -> Tensor:
+        """Features (B, L, k, D), in at least float32; with `segments`, made by `segments`, of each document alone."""
         u_BLD = u_BLD.to(torch.promote_types(u_BLD.dtype, torch.float32))
+        features_BLKD = self._features(u_BLD, k, segments)
+        if segments is None or not segments.has_copies or self.way(u_BLD.shape[1]) == "chunked":
+            return features_BLKD
+        return segments.join(features_BLKD, self._features(segments.copies(u_BLD), k, None))
+
+    def _features(self, u_BLD: Tensor, k: int, segments: Segments | None) -> Tensor:
         way = self.way(u_BLD.shape[1])
         match way:
             case "chunked":
-                return chunked_filterbank(u_BLD, self.tables(u_BLD.dtype), k)
+                return chunked_filterbank(u_BLD, self.tables(u_BLD.dtype, k), segments)
             case "direct":
                 return direct_filterbank(u_BLD, self.filters(u_BLD), k)
             case "fft":
@@ -167,10 +182,17 @@ class FilterBank(nn.Module):
             return None
         assert self.state_size
         u_BLD = u_BLD.to(torch.promote_types(u_BLD.dtype, torch.float32))
-        states_BNSD = chunk_states(F.pad(chunked(u_BLD, CHUNK), (0, 0, 0, 0, 0, 1)), self.tables(u_BLD.dtype))
+        states_BNSD = chunk_states(F.pad(chunked(u_BLD, CHUNK), (0, 0, 0, 0, 0, 1)), self.tables(u_BLD.dtype, 0))
         return SentState(states_BNSD[:, :-1], self.carry.send(states_BNSD[:, -1]))
 
-    def mix(self, u_BLD: Tensor, weights_BLK: Tensor, channels_KDE: Tensor, sent: SentState | None = None) -> Tensor:
+    def mix(
+        self,
+        u_BLD: Tensor,
+        weights_BLK: Tensor,
+        channels_KDE: Tensor,
+        segments: Segments | None = None,
+        sent: SentState | None = None,
+    ) -> Tensor:
         """sum_k weights[k] * (features[k] @ channels[k]), (B, L, E); features are kept by the FFT ways only.
 
         `sent` is what `send_state(u_BLD)` gave.
@@ -178,19 +200,22 @@ class FilterBank(nn.Module):
         batch, length, k = weights_BLK.shape
         way = self.way(length)
         if way in ("fft", "flashfft"):
-            return mix_channels(self(u_BLD, k), weights_BLK, channels_KDE)
+            return mix_channels(self(u_BLD, k, segments), weights_BLK, channels_KDE)
         if u_BLD.device.type == "cpu":  # no fast bfloat16 products there
             u_BLD = u_BLD.to(torch.promote_types(u_BLD.dtype, torch.float32))
         if way == "direct":
             z_NID, rows_CKI = u_BLD, toeplitz_rows(self.filters(u_BLD)[:length, :k])
         else:
-            tables = self.tables(u_BLD.dtype)
+            tables = self.tables(u_BLD.dtype, k)
             states_BNSD = None if sent is None else self._received(sent)
-            z_NID, rows_CKI = chunk_inputs(u_BLD, tables, states_BNSD), tables.rows_CKI[:, :k]
+            z_NID, rows_CKI = chunk_inputs(u_BLD, tables, segments, states_BNSD), tables.rows_CKI
         positions = rows_CKI.shape[0]
         padding = -length % positions
         weights_NCK = F.pad(weights_BLK, (0, 0, 0, padding)).view(-1, positions, k)
         mixed_NCE = gated_product(z_NID, rows_CKI, weights_NCK, channels_KDE)
+        if segments is not None and segments.has_copies:
+            z_XID, weights_XCK = copied_inputs(z_NID, segments), weights_NCK[segments.copied_X]
+            mixed_NCE = segments.join(mixed_NCE, gated_product(z_XID, rows_CKI, weights_XCK, channels_KDE))
         return mixed_NCE.reshape(batch, length + padding, -1)[:, :length]
 
     def _received(self, sent: SentState) -> Tensor:
@@ -207,8 +232,8 @@ class FilterBank(nn.Module):
         u_B1D = u_BD.to(dtype)[:, None]
         first_K = self.filters_LK[0, :k].to(dtype)
         features_BKD = self.step_output_KS[:k].to(dtype) @ state_BSD + first_K[:, None] * u_B1D
-        state_BSD = self.step_transition_SS.to(dtype) @ state_BSD + self.step_input_S.to(dtype)[:, None] * u_B1D
-        return features_BKD, state_BSD
+        change_BSD = self.step_change_SS.to(dtype) @ state_BSD + self.step_input_S.to(dtype)[:, None] * u_B1D
+        return features_BKD, state_BSD + change_BSD
 
     def final_state(self, u_BLD: Tensor) -> Tensor:
         """The state (B, S, D) after all L positions, in at least float32: what `step` continues from."""
@@ -217,14 +242,14 @@ class FilterBank(nn.Module):
         u_BLD = u_BLD.to(dtype)
         whole = u_BLD.shape[1] // CHUNK * CHUNK
         u_BNCD = F.pad(u_BLD[:, :whole], (0, 0, 0, CHUNK)).view(len(u_BLD), -1, CHUNK, u_BLD.shape[2])
-        state_BSD = chunk_states(u_BNCD, self.tables(dtype))[:, -1]
+        state_BSD = chunk_states(u_BNCD, self.tables(dtype, 0))[:, -1]
         for u_BD in u_BLD[:, whole:].unbind(1):
             _, state_BSD = self.step(u_BD, state_BSD, 0)
         return state_BSD
 
-    def tables(self, dtype: torch.dtype) -> ChunkTables:
-        """The chunk's matrices in `dtype`."""
-        return ChunkTables(self.transition_SS.to(dtype), self.input_SC.to(dtype), self.rows_CKI.to(dtype))
+    def tables(self, dtype: torch.dtype, k: int) -> ChunkTables:
+        """The chunk's matrices for k filters in `dtype`."""
+        return ChunkTables(self.transition_SS, self.input_SC.to(dtype), self.rows_CKI[:, :k].to(dtype))
 
     def filters(self, u_BLD: Tensor) -> Tensor:
         """At least L rows of the filters, continued beyond the length they were made for, in u's dtype."""
@@ -235,9 +260,9 @@ class FilterBank(nn.Module):
 
     def _continued(self, count: int) -> Tensor:
         """(count, K) rows after the last: the response q A1^(i-1) b of the state, so that all ways agree on them."""
-        assert self.state_size
         response_SC = self.input_SC.flip(1)  # A1^m b for m = 0..C-1
-        power_SS = torch.linalg.matrix_power(self.step_transition_SS, self.seq_len - 1)
+        step_SS = self.step_change_SS + torch.eye(self.state_size, dtype=torch.float64, device=self.filters_LK.device)
+        power_SS = torch.linalg.matrix_power(step_SS, self.seq_len - 1)
         rows = []
         for _ in range(0, count, CHUNK):
             rows.append((self.step_output_KS @ (power_SS @ response_SC)).t())

@@ -63,9 +63,10 @@ class SpectralMixer(nn.Module):
     def mix(self, u_BLD: Tensor, weights_BLK: Tensor, context: Context) -> Tensor:
         """D u + sum_k weights[k] M_k f_k. Linear in u, which may be a part of the inputs, as are M and D then."""
         assert context.filterbank is not None
-        sent = context.filterbank.send_state(u_BLD)
+        filterbank = context.filterbank
+        sent = filterbank.send_state(u_BLD)
         direct_BLD = u_BLD @ self.direct_DD  # while the state is under way
-        return direct_BLD + context.filterbank.mix(u_BLD, weights_BLK, self.channels_KDD[: context.k], sent)
+        return direct_BLD + filterbank.mix(u_BLD, weights_BLK, self.channels_KDD[: context.k], context.segments, sent)
 
     def final_state(self, u_BLD: Tensor, context: Context) -> Tensor:
         """The state (B, S, D) after u: all that later positions need, at any budget."""

@@ -39,8 +39,9 @@ import hashlib
 import math
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +56,7 @@ NODES_PER_PANEL = 20
 LEAF_ROWS = 1024  # a sequence below this is one leaf; a leaf of a longer one has half to all of it
 RANK_TOLERANCE = 1e-18  # of the largest row of R: below lies only what rounding left there
 CERTAIN_RANK = 64  # rows of R kept whatever the tolerance says, so that a smaller K gives the same leading filters
+DIGEST = "sha256"
 CACHE_VARIABLE = "MEGASSM_CACHE"
 CACHE_LIMIT_BYTES = 2**27  # reading and checking more than this takes as long as computing it
 
@@ -80,11 +82,12 @@ def spectral_filters(seq_len: int, num_channels: int) -> tuple[Array, Array]:
     if 8 * seq_len * num_channels > CACHE_LIMIT_BYTES:
         return compute_filters(seq_len, num_channels)
     path = cache_path(seq_len, num_channels)
-    cached = _read_cache(path, seq_len, num_channels)
-    if cached is None:
-        cached = compute_filters(seq_len, num_channels)
-        _write_cache(path, *cached)
-    return cached
+    cached = read_arrays(path)
+    if cached is not None:
+        return cached["sigma"], cached["phi"]
+    sigma, phi = compute_filters(seq_len, num_channels)
+    write_arrays(path, {"sigma": sigma, "phi": phi})
+    return sigma, phi
 
 
 def compute_filters(seq_len: int, num_channels: int, nodes_per_panel: int = NODES_PER_PANEL) -> tuple[Array, Array]:
@@ -211,44 +214,43 @@ def _jacobi_svd(matrix: Array) -> tuple[Array, Array, Array]:
     return scaled * (work[0] / work[1]), left, right
 
 
-def cache_path(seq_len: int, num_channels: int) -> Path:
-    """Where the filters are cached: below $MEGASSM_CACHE, or the user's cache folder."""
+def cache_path(seq_len: int, num_channels: int, what: str = "hankel") -> Path:
+    """Where something made from these filters is cached: below $MEGASSM_CACHE, or the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megassm"
-    key = f"{ALGORITHM}; nodes={NODES_PER_PANEL}; L={seq_len}; K={num_channels}"
+    key = f"{what}; {ALGORITHM}; nodes={NODES_PER_PANEL}; L={seq_len}; K={num_channels}"
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    return Path(os.environ.get(CACHE_VARIABLE) or default) / f"hankel-L{seq_len}-K{num_channels}-{digest}.npz"
+    name = f"{what.partition(';')[0]}-L{seq_len}-K{num_channels}-{digest}.npz"
+    return Path(os.environ.get(CACHE_VARIABLE) or default) / name
 
 
-def _digest(sigma: Array, phi: Array) -> str:
-    digest = hashlib.sha256(np.ascontiguousarray(sigma).data)
-    digest.update(np.ascontiguousarray(phi).data)
+def _digest(arrays: Mapping[str, Array]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].shape} {arrays[name].dtype}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()
 
 
-def _read_cache(path: Path, seq_len: int, num_channels: int) -> tuple[Array, Array] | None:
-    """The cached pair, or None where there is none or it is damaged: filters can always be computed again."""
+def read_arrays(path: Path) -> dict[str, Array] | None:
+    """What `write_arrays` wrote, or None where there is nothing or it is damaged: it can always be computed again."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            sigma, phi, digest = archive["sigma"], archive["phi"], str(archive["sha256"])
+            arrays = {name: archive[name] for name in archive.files}
+            digest = str(arrays.pop(DIGEST))
+            return arrays if _digest(arrays) == digest else None
     except Exception:  # numpy and zipfile raise a dozen types for a damaged archive
         return None
-    intact = (
-        sigma.shape == (num_channels,)
-        and phi.shape == (seq_len, num_channels)
-        and sigma.dtype == phi.dtype == np.float64
-        and _digest(sigma, phi) == digest
-    )
-    return (sigma, phi) if intact else None
 
 
-def _write_cache(path: Path, sigma: Array, phi: Array) -> None:
+def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
     """Publishes atomically, so that many ranks may do so at once; a read-only home only costs the time again."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
-                np.savez(file, sigma=sigma, phi=phi, sha256=_digest(sigma, phi))
+                content: dict[str, Any] = {**arrays, DIGEST: np.array(_digest(arrays))}
+                np.savez(file, **content)
             os.replace(name, path)
         except OSError:
             os.unlink(name)

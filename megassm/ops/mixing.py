@@ -95,6 +95,7 @@ class _GatedProduct(torch.autograd.Function):
         for ks in _groups(z_NID, rows_CKI):
             gated_NXD = form(z_NID, _rows(rows_CKI, ks, z_NID), weights_NCK[:, :, ks].flatten(1))
             _add_product(y_PE, gated_NXD.view(positions, -1), channels_KDE[ks].flatten(0, 1).to(z_NID.dtype))
+            del gated_NXD  # before the next group is formed
         return y_PE.to(channels_KDE.dtype).view(*weights_NCK.shape[:2], -1)
 
     @staticmethod
@@ -114,6 +115,7 @@ class _GatedProduct(torch.autograd.Function):
             dweights_NCK[:, :, ks] = dweights_NX.view_as(weights_NCG)
             dchannels_KDE[ks] = (gated_NXD.view(positions, -1).t() @ dy_PE).view_as(channels_KDE[ks])
             _add_batched_product(dz_NID, rows_XI.t().expand(z_NID.shape[0], -1, -1), dgated_NXD)
+            del gated_NXD, dgated_NXD
         return dz_NID.to(z_NID.dtype), None, dweights_NCK, dchannels_KDE
 
 

@@ -15,16 +15,20 @@ with i, j in [0, L) sampled geometrically (square root of the gap as weight). Th
 A, B and Q near 1. The damping g = exp(-alpha / L) matters: only ages below L occur in a sequence of length L, while the
 continued filters are by far largest beyond it (see `extended_filters`); undamped, they spend the precision there.
 
+A's eigenvalues come within 1e-6 of 1, and float32 has 6e-8: rounding A itself would be the largest error of long
+sequences. So A's powers are formed in float64 (`chunk_states`), and a step adds (A1 - I) x to x.
+
 Nothing is believed unmeasured: a candidate is taken only if its spectral radius is below 1 and if, on white noise of
-length L, the chunk form in float32 reproduces every channel. Where none does so (K = 32 at L <= 512) the state is the
+length L, both forms in float32 reproduce every channel. Where none does so (K = 32 at L <= 512) the state is the
 last L-1 inputs themselves: exact, and 0 beyond L. Measured for K = 32, C = 64, the worst channel:
 
-    L                            256    512   1024    2048    8192   32,768   65,536
-    S                            255    511     43      44      47       50       52
-    error, float64                 0      0   4e-8    1e-7    7e-8     5e-8     3e-8
-    error, float32              2e-7   2e-7   5e-7    3e-7    3e-7     9e-7     1e-6
-    off the continuation to 2L     1      1   1e-3    1e-3    2e-4     1e-4     3e-5   (of its largest value)
-    off the continuation to 4L     1      1   2e-2    1e-1    3e-2     1e-2     3e-3
+    L                            256    512   1024    2048    8192   65,536  262,144  1,048,576
+    S                            255    511     43      44      47       52       56         59
+    error, float64                 0      0   4e-8    3e-8    2e-8     1e-8     2e-9       2e-9
+    error, float32, by doubling 2e-7   2e-7   8e-7    4e-7    4e-7     5e-7     4e-7       6e-7
+    error, float32, one by one  2e-7   2e-7   8e-7    6e-7    3e-7     1e-6     7e-7       2e-6
+    off the continuation to 2L     1      1   1e-3    1e-3    2e-4     2e-5                       (of its largest value)
+    off the continuation to 4L     1      1   2e-2    1e-1    3e-2     3e-3
 
 The choice among candidates turns on rounding: two machines with other BLAS libraries may hold different states for the
 same filters. A state is only good with the model that made it; where several processes share one, share the model too.
@@ -39,18 +43,21 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.fft import irfft, next_fast_len, rfft
 from scipy.linalg import svd
-from scipy.signal import fftconvolve
 
 from megassm.errors import UserError
-from megassm.ops.hankel import Array, extended_filters, spectral_filters
+from megassm.ops.hankel import Array, extended_filters, read_arrays, spectral_filters, write_arrays
+from megassm.ops.hankel import cache_path as hankel_path
 
+ALGORITHM = "damped Ho-Kalman, geometric ages; tried by doubling and one by one in float32; version 2"
 TOLERANCE = 4e-6
 SAMPLES_PER_OCTAVE = 24
 DAMPING = (6.5, 5.0, 4.0, 3.0, 2.0, 1.0)  # alpha, in the order tried: stability differs, by luck of rounding
 CUTOFFS = (1e-8, 1e-7, 1e-6)  # of singular values; the filters have norm 1
 SHIFT_REGISTER_LIMIT = 2048  # longest sequence whose state may be its last L-1 inputs: Q takes C * K * L numbers
 TRIAL_CHUNKS = (64, 16, 256)  # every model is tried in all of them, so that the state is the same whatever the chunk
+STEP_TRIAL_CHUNK = 16  # the recurrence one after the other, as steps have it, at a sixteenth of their number
 
 
 class Realization(NamedTuple):
@@ -87,9 +94,9 @@ def realize(seq_len: int, num_channels: int, chunk: int, tolerance: float = TOLE
     if chunk < 1:
         raise UserError(f"chunk = {chunk}: must be at least 1 step")
     _, phi_LK = spectral_filters(seq_len, num_channels)
-    for step in _candidates(seq_len, num_channels):
-        if len(step.input_S) < seq_len - 1 and _is_faithful(step, phi_LK, tolerance):
-            return _in_chunks(step, phi_LK, chunk)
+    step = _short_step(seq_len, num_channels, tolerance)
+    if step is not None:
+        return _in_chunks(step, phi_LK, chunk)
     if seq_len > SHIFT_REGISTER_LIMIT:
         raise UserError(
             f"num_channels = {num_channels} for seq_len = {seq_len}: no state-space model reproduces these filters to "
@@ -98,11 +105,26 @@ def realize(seq_len: int, num_channels: int, chunk: int, tolerance: float = TOLE
     return _in_chunks(_shift_register(phi_LK), phi_LK, chunk)
 
 
-def realized_filters(model: Realization, length: int) -> Array:
-    """The model's impulse response (length, K): what an FFT must convolve with to agree with it beyond L as well."""
-    states_JS = _powers(model.step_transition_SS, model.step_input_S, max(length - 1, 1))
-    response = np.concatenate((model.step_direct_K[None], states_JS @ model.step_output_KS.T))
-    return np.asarray(response[:length])
+def _short_step(seq_len: int, num_channels: int, tolerance: float) -> _Step | None:
+    """The first candidate within tolerance, or None; either is found once per machine and cached on disk."""
+    path = hankel_path(seq_len, num_channels, f"realize; {ALGORITHM}; tolerance={tolerance!r}")
+    cached = read_arrays(path)
+    if cached is None:
+        step = _find_short_step(seq_len, num_channels, tolerance)
+        cached = {} if step is None else step._asdict()
+        write_arrays(path, cached)
+    return _Step(**cached) if cached else None
+
+
+def _find_short_step(seq_len: int, num_channels: int, tolerance: float) -> _Step | None:
+    trial = None
+    for step in _candidates(seq_len, num_channels):
+        if len(step.input_S) >= seq_len - 1 or np.abs(np.linalg.eigvals(step.transition_SS)).max() >= 1:
+            continue
+        trial = trial or _trial(spectral_filters(seq_len, num_channels)[1])  # the FFTs of long filters take seconds
+        if _is_faithful(step, trial, tolerance):
+            return step
+    return None
 
 
 def _candidates(seq_len: int, num_channels: int) -> Iterator[_Step]:
@@ -185,28 +207,60 @@ def _powers(transition_SS: Array, start: Array, count: int) -> Array:
     return result
 
 
-def _is_faithful(step: _Step, phi_LK: Array, tolerance: float) -> bool:
-    if np.abs(np.linalg.eigvals(step.transition_SS)).max() >= 1:
-        return False
-    return all(_float32_error(_in_chunks(step, phi_LK, chunk), phi_LK) < tolerance for chunk in TRIAL_CHUNKS)
+class _Trial(NamedTuple):
+    """White noise, and what the filters make of it."""
+
+    phi_LK: Array
+    noise_L: Array
+    exact_LK: Array
 
 
-def _float32_error(model: Realization, phi_LK: Array) -> float:
-    """Largest relative error of a channel on white noise of length L: chunk form in float32 against float64 FFT."""
-    chunk = model.input_SC.shape[1]
+def _trial(phi_LK: Array) -> _Trial:
     length = len(phi_LK)
     noise_L = np.random.default_rng(0).standard_normal(length)
-    chunks_NC = np.zeros((-(-length // chunk), chunk), np.float32)
-    chunks_NC.reshape(-1)[:length] = noise_L
-    transition, inputs, toeplitz, outputs = (np.asarray(matrix, np.float32) for matrix in model[:4])
-    drive_NS = chunks_NC @ inputs.T
-    state_NS = np.zeros_like(drive_NS)
+    size = next_fast_len(2 * length, real=True)
+    noise_F = rfft(noise_L, size)
+    exact_KL = [irfft(rfft(phi_L, size) * noise_F, size)[:length] for phi_L in phi_LK.T]
+    return _Trial(phi_LK, noise_L, np.stack(exact_KL, axis=1))
+
+
+def _is_faithful(step: _Step, trial: _Trial, tolerance: float) -> bool:
     with np.errstate(over="ignore", invalid="ignore"):  # a bad candidate may overflow: its error is then not a number
-        for n in range(1, len(state_NS)):
-            state_NS[n] = transition @ state_NS[n - 1] + drive_NS[n - 1]
-        features = chunks_NC @ toeplitz.reshape(-1, chunk).T
-        features += state_NS @ outputs.reshape(-1, len(transition)).T
-    features_LK = features.reshape(-1, phi_LK.shape[1])[:length]
-    exact_LK = fftconvolve(noise_L[:, None], phi_LK, axes=0)[:length]
-    error_K = np.linalg.norm(features_LK - exact_LK, axis=0) / np.linalg.norm(exact_LK, axis=0)
+        return all(_float32_error(step, trial, chunk, one_by_one=False) < tolerance for chunk in TRIAL_CHUNKS) and (
+            _float32_error(step, trial, STEP_TRIAL_CHUNK, one_by_one=True) < tolerance
+        )
+
+
+def _float32_error(step: _Step, trial: _Trial, chunk: int, one_by_one: bool) -> float:
+    """Largest relative error of a channel on the trial's noise: chunk form in float32 against float64 FFT."""
+    model = _in_chunks(step, trial.phi_LK, chunk)
+    length = len(trial.noise_L)
+    chunks_NC = np.zeros((-(-length // chunk), chunk), np.float32)
+    chunks_NC.reshape(-1)[:length] = trial.noise_L
+    inputs, toeplitz, outputs = (np.asarray(matrix, np.float32) for matrix in model[1:4])
+    states = _states_one_by_one if one_by_one else _states_by_doubling
+    features = chunks_NC @ toeplitz.reshape(-1, chunk).T
+    features += states(model.transition_SS, chunks_NC @ inputs.T) @ outputs.reshape(-1, len(inputs)).T
+    features_LK = features.reshape(-1, trial.phi_LK.shape[1])[:length]
+    error_K = np.linalg.norm(features_LK - trial.exact_LK, axis=0) / np.linalg.norm(trial.exact_LK, axis=0)
     return float(np.nan_to_num(error_K, nan=np.inf).max())
+
+
+def _states_by_doubling(transition_SS: Array, added_NS: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """As `megassm.ops.filterbank.chunk_states`, float32."""
+    state_NS = np.zeros_like(added_NS)
+    state_NS[1:] = added_NS[:-1]
+    power_SS, distance = transition_SS, 1
+    while distance < len(state_NS):
+        state_NS[distance:] += state_NS[:-distance] @ power_SS.T.astype(np.float32)
+        power_SS, distance = power_SS @ power_SS, 2 * distance
+    return state_NS
+
+
+def _states_one_by_one(transition_SS: Array, added_NS: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """As `FilterBank.step`, float32."""
+    state_NS = np.zeros_like(added_NS)
+    change_SS = (transition_SS - np.eye(len(transition_SS))).astype(np.float32)
+    for n in range(1, len(state_NS)):
+        state_NS[n] = state_NS[n - 1] + (change_SS @ state_NS[n - 1] + added_NS[n - 1])
+    return state_NS

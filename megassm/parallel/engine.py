@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megassm.config import Config
-from megassm.model import LanguageModel, initial_weights, parameter_shapes
+from megassm.model import Distillation, LanguageModel, initial_weights, parameter_shapes
+from megassm.ops.documents import document_numbers
 from megassm.optim import build_optimizer
 from megassm.parallel import state
 from megassm.parallel.mesh import Mesh
@@ -87,9 +88,13 @@ class _ModelParallelUnit:
 class Engine:
     """This rank's part of a model under DeepSpeed ZeRO: forward, backward, one update, its state in and out."""
 
-    def __init__(self, config: Config, world: World) -> None:
-        """Builds the model of `config` with its initial weights."""
+    def __init__(self, config: Config, world: World, document_end: int | None = None) -> None:
+        """Builds the model of `config` with its initial weights.
+
+        With `document_end`, the id of that name, no position sees another document.
+        """
         deepspeed = _import_deepspeed(world.device)
+        self.document_end = document_end
         self.config = config
         self.world = world
         self.micro_steps = config.micro_steps(world.mesh.data)
@@ -115,8 +120,21 @@ class Engine:
 
     def losses(self, ids_BT: Tensor, k: int) -> Tensor:
         """Negative log-likelihood in nats (B, L) of the tokens that follow each of the first L = T - 1."""
-        nll: Tensor = self._engine(ids_BT[:, :-1], k, ids_BT[:, 1:])
+        documents_BL = document_numbers(ids_BT[:, :-1], self.document_end)
+        nll: Tensor = self._engine(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL)
         return nll
+
+    def training_losses(self, ids_BT: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """(`losses`, what to train on): the same, or partly the divergence from the prediction at K_max."""
+        budget, k_max = self.config.budget, self.config.model.num_channels
+        if budget.distill_weight == 0 or k == k_max:
+            nll_BL = self.losses(ids_BT, k)
+            return nll_BL, nll_BL
+        documents_BL = document_numbers(ids_BT[:, :-1], self.document_end)
+        distill = Distillation(k_max, budget.distill_temperature)
+        both_2BL = self._engine(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL, distill)
+        nll_BL, divergence_BL = both_2BL.unbind(0)
+        return nll_BL, nll_BL.lerp(divergence_BL, budget.distill_weight)
 
     @torch.no_grad()
     def eval_losses(self, ids_BT: Tensor, k: int) -> Tensor:
@@ -127,13 +145,13 @@ class Engine:
         finally:
             self._engine.train()
 
-    def backward(self, nll_BL: Tensor, mask_BL: Tensor) -> None:
+    def backward(self, losses_BL: Tensor, mask_BL: Tensor) -> None:
         """Accumulates the gradient of the mean loss over the global batch's positions.
 
         The denominator counts all positions, masked ones too: so it is the same on every rank, and any split of a
         batch over ranks and micro-steps gives the same gradient.
         """
-        self._engine.backward((nll_BL * mask_BL).sum() / self._positions)
+        self._engine.backward((losses_BL * mask_BL).sum() / self._positions)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 

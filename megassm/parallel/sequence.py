@@ -37,7 +37,11 @@ def split_sequence(model: LanguageModel, group: Group) -> None:
     whole = model.context
 
     def context(first: int, length: int, k: int) -> Context:
-        return whole(first + group.rank() * length, length, k)
+        every = whole(first, length * group.size(), k)  # attention's mask is of all positions: see `_exchange_heads`
+        if every.rope is None:
+            return every
+        mine = slice(group.rank() * length, (group.rank() + 1) * length)
+        return every._replace(rope=(every.rope[0][mine], every.rope[1][mine]))
 
     object.__setattr__(model, "context", context)
     if model.filterbank is not None:
@@ -124,11 +128,11 @@ def _scan(parts_RBSD: Tensor, power_SS: Tensor, like: Tensor) -> Tensor:
 def _exchange_heads(attention: Attention, group: Group) -> None:
     whole, ranks = attention.attend, group.size()
 
-    def attend(query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor) -> Tensor:
+    def attend(query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, mask: Tensor | None) -> Tensor:
         copies = ranks // math.gcd(key_BGLP.shape[1], ranks)  # so that every rank gets whole key-value heads
         key_BGLP, value_BGLP = (x.repeat_interleave(copies, dim=1) for x in (key_BGLP, value_BGLP))
-        mine = (_to_heads(x, group) for x in (query_BHLP, key_BGLP, value_BGLP))
-        return _to_positions(whole(*mine), group)
+        query_BHLP, key_BGLP, value_BGLP = (_to_heads(x, group) for x in (query_BHLP, key_BGLP, value_BGLP))
+        return _to_positions(whole(query_BHLP, key_BGLP, value_BGLP, mask), group)
 
     object.__setattr__(attention, "attend", attend)
 

@@ -121,6 +121,7 @@ def _connect(model: LanguageModel, group: Group) -> None:
     """Puts the collectives around the parts of a model."""
     _replace(model, "embed", lambda ids: _sum(_embedded(model, ids, group), group))
     _replace(model, "token_losses", lambda x, targets: _split_losses(model, x, targets, group))
+    _replace(model, "divergences", lambda x, teacher, t: _split_divergences(model, x, teacher, t, group))
     for block in cast(list[Block], model.blocks):
         match block.mixer:
             case SpectralMixer():
@@ -158,10 +159,10 @@ def _connect_attention(attention: Attention, config: ModelConfig, group: Group) 
     whole = attention.attend
     head = group.rank() * config.kv_heads // group.size()
 
-    def attend(query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor) -> Tensor:
+    def attend(query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, mask: Tensor | None) -> Tensor:
         both_BGLQ = _spread(torch.cat((key_BGLP, value_BGLP), dim=-1), group)
         key_B1LP, value_B1LP = both_BGLQ[:, head : head + 1].chunk(2, dim=-1)
-        return whole(query_BHLP, key_B1LP, value_B1LP)
+        return whole(query_BHLP, key_B1LP, value_B1LP, mask)
 
     _replace(attention, "attend", attend)
 
@@ -179,6 +180,16 @@ def _split_losses(model: LanguageModel, x_BLD: Tensor, targets_BL: Tensor, group
     start, _ = bounds(model.config.vocab_size, group.size(), group.rank())
     losses: Tensor = _SplitCrossEntropy.apply(logits_NV, targets_BL.flatten() - start, group)  # type: ignore[no-untyped-call]
     return losses.view_as(targets_BL)
+
+
+def _split_divergences(
+    model: LanguageModel, x_BLD: Tensor, teacher_BLD: Tensor, temperature: float, group: Group
+) -> Tensor:
+    student_BLV = model.logits(_spread(x_BLD, group)).float() / temperature
+    with torch.no_grad():
+        teacher_BLV = model.logits(teacher_BLD).float() / temperature
+    divergences: Tensor = _SplitDivergence.apply(student_BLV, teacher_BLV, group)  # type: ignore[no-untyped-call]
+    return temperature**2 * divergences
 
 
 def _spread(x: Tensor, group: Group) -> Tensor:
@@ -263,3 +274,23 @@ class _SplitCrossEntropy(torch.autograd.Function):
         softmax_NV, mine_N, column_N1 = ctx.saved_tensors
         dlogits_NV = softmax_NV.scatter_add(1, column_N1, -mine_N.to(softmax_NV.dtype)[:, None])
         return dlogits_NV * grads[0][:, None], None, None
+
+
+class _SplitDivergence(torch.autograd.Function):
+    """KL(teacher || student) (B, L) from each rank's columns of both logits; the teacher gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, student_BLV: Tensor, teacher_BLV: Tensor, group: Group) -> Tensor:
+        both = torch.stack((student_BLV, teacher_BLV))
+        top = _all_reduce(both.amax(dim=-1), group, dist.ReduceOp.MAX)
+        both -= top[..., None]
+        totals = _all_reduce(both.exp().sum(dim=-1), group)
+        both -= totals.log()[..., None]
+        teacher_BLV = both[1].exp()
+        ctx.save_for_backward(both[0].exp() - teacher_BLV)
+        return _all_reduce((teacher_BLV * (both[1] - both[0])).sum(dim=-1), group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (difference_BLV,) = ctx.saved_tensors
+        return difference_BLV * grads[0][..., None], None, None

@@ -53,9 +53,13 @@ def test_sweep_equals_the_model_at_each_budget(peers: Peers) -> None:
         for value, name in ((row.bits_per_byte, "bits_per_byte"), (row.perplexity, "perplexity")):
             low, high = getattr(row, f"{name}_low"), getattr(row, f"{name}_high")
             assert 0.7 * value < low < value < high < 1.3 * value
+        assert row.gap_percent_low is not None
+        assert row.gap_percent_high is not None
+        assert row.gap_percent_low <= row.gap_percent <= row.gap_percent_high
         assert row.prefill_tokens_per_s > 0
         assert row.decode_tokens_per_s is not None
         assert row.decode_tokens_per_s > 0
+    assert (curve.rows[-1].gap_percent_low, curve.rows[-1].gap_percent_high) == (0, 0)
     memory = [row.peak_memory_mib for row in curve.rows]
     assert memory == sorted(memory)
     assert memory[0] < memory[-1]

@@ -133,19 +133,19 @@ def show(sweep: Sweep) -> None:
 
 
 def table_row(row: BudgetRow) -> Row:
-    """What of a row fits on a terminal; the files have the rest."""
+    """What of a row fits on a terminal (ppl: perplexity a token; speeds in tokens); the files have the rest."""
     spread = "" if row.perplexity_low is None else f"{row.perplexity_low:.4g}-{row.perplexity_high:.4g}"
     return {
         "K": row.k,
-        "parameters": row.parameters,
+        "params": row.parameters,
         "bits/byte": row.bits_per_byte,
-        "bits/token": row.bits_per_token,
-        "perplexity": row.perplexity,
-        "95%": spread,
+        "bits/tok": row.bits_per_token,
+        "ppl": row.perplexity,
+        "ppl 95%": spread,
         "gap %": row.gap_percent,
-        "MFLOP/token": row.forward_flops_per_token / 1e6,
-        "prefill tok/s": row.prefill_tokens_per_s,
-        "decode tok/s": row.decode_tokens_per_s,
+        "MFLOP/tok": row.forward_flops_per_token / 1e6,
+        "prefill/s": row.prefill_tokens_per_s,
+        "decode/s": row.decode_tokens_per_s,
         "MiB": row.peak_memory_mib,
     }
 

@@ -81,7 +81,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
 MEANINGS = {
     "bits per byte": "Negative log-likelihood in bits over the UTF-8 bytes of the text; comparable between tokenizers.",
     "95%": f"The middle {CONFIDENCE:.0%} of {RESAMPLES:,} bootstrap resamples of whole sequences (seed 0).",
-    "gap": "Bits per byte above those of the same model at full K, in percent of them.",
+    "gap": "Bits per byte above those of the same model at full K, in percent of them; its interval, and the plots' "
+    "band, is of the difference on the same resamples, so a text that is hard at every K does not widen it.",
     "area": "Bits per byte averaged over log2 K from the smallest to the largest measured budget (trapezia): every "
     "doubling of K counts the same. Lower is better; compare only curves measured over the same range.",
     "near full from K": f"The smallest budget from which on all are within {NEAR_FULL:.0%} of full K.",
@@ -138,7 +139,7 @@ def _summary_cells(sweep: Sweep, curve: Curve) -> dict[str, Cell]:
         "near full from K": _number(shape.near_full_k, "d"),
         "best unigram": _number(curve.best_unigram_bits_per_byte, ".4f"),
         "sequences": _number(curve.sequences, ",d"),
-        "findings": ("; ".join(broken), "; ".join(broken)) if broken else ("falls, no cliff", "falls, no cliff"),
+        "findings": ("; ".join(broken), "; ".join(broken)) if broken else ("no rise, no cliff", "no rise, no cliff"),
     }
 
 
@@ -152,6 +153,7 @@ def _cells(row: BudgetRow) -> dict[str, Cell]:
         "perplexity": _number(row.perplexity, ".3f"),
         "95% ": _interval(row.perplexity_low, row.perplexity_high, ".3f"),
         "gap": _number(row.gap_percent, ".2f", "%"),
+        "95%  ": _interval(row.gap_percent_low, row.gap_percent_high, ".2f"),
         "MFLOP/token": _number(row.forward_flops_per_token / 1e6, ",.2f"),
         "prefill tokens/s": _number(row.prefill_tokens_per_s, ",.0f"),
         "decode tokens/s": _number(row.decode_tokens_per_s, ",.0f"),

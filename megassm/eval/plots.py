@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,9 @@ from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 from megassm.durable import write_atomically
 from megassm.eval.sweep import Curve, Sweep
 
-PANEL_INCHES = (5.6, 4.0)
+PANEL_INCHES = (5.6, 4.4)
 COLUMNS = 3
+TITLE_CHARS = 60
 MAX_LINES = 6
 """Budgets drawn over sequence lengths, spread evenly."""
 INK = "#010203"
@@ -64,7 +66,7 @@ def save_panels(chosen: Sequence[Panel], path: Path) -> None:
     figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axes, panel in zip(grid.flat, chosen, strict=False):
         panel.draw(axes)
-        axes.set_title(panel.title, fontsize="medium", wrap=True)
+        axes.set_title(textwrap.fill(panel.title, TITLE_CHARS), fontsize="medium")
     for axes in list(grid.flat)[len(chosen) :]:
         axes.remove()
     _save(figure, path)
@@ -116,10 +118,14 @@ def _quality(curves: Mapping[str, Curve]) -> Callable[[Any], None]:
         for label, curve in curves.items():
             budgets = [row.k for row in curve.rows]
             (line,) = axes.plot(budgets, [row.bits_per_byte for row in curve.rows], marker="o", label=label)
-            if curve.rows[0].bits_per_byte_low is not None:
-                low, high = ([getattr(row, f"bits_per_byte_{end}") for row in curve.rows] for end in ("low", "high"))
-                axes.fill_between(budgets, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
-        axes.set_ylabel("bits per byte, band: 95%")
+            if curve.rows[0].gap_percent_low is not None:
+                full = curve.rows[-1].bits_per_byte
+                low, high = (
+                    [full * (1 + getattr(row, f"gap_percent_{end}") / 100) for row in curve.rows]
+                    for end in ("low", "high")
+                )
+                axes.fill_between(budgets, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.set_ylabel("bits per byte (band: 95% of the gap)")
         _finish(axes, curves)
 
     return draw
@@ -149,7 +155,7 @@ def _over_lengths(curves: Sequence[Curve], trained: int) -> Callable[[Any], None
         axes.axvline(trained, linestyle=":", color="#808080", label="trained at")
         axes.set(xlabel="sequence length (tokens)", ylabel="bits per byte")
         _log_axis(axes, sorted({*lengths, trained}))
-        axes.legend(frameon=False)
+        _legend(axes)
 
     return draw
 
@@ -157,7 +163,13 @@ def _over_lengths(curves: Sequence[Curve], trained: int) -> Callable[[Any], None
 def _finish(axes: Any, curves: Mapping[str, Curve]) -> None:
     axes.set_xlabel("budget K (spectral channels)")
     _log_axis(axes, sorted({row.k for curve in curves.values() for row in curve.rows}))
-    axes.legend(frameon=False)
+    _legend(axes)
+
+
+def _legend(axes: Any) -> None:
+    """Below the axes, where it hides no line."""
+    count = len(axes.get_lines())
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.14), frameon=False, fontsize="small", ncols=1 + count // 7)
 
 
 def _log_axis(axes: Any, values: Sequence[int]) -> None:

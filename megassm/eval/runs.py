@@ -21,6 +21,7 @@ from megassm.errors import UserError
 from megassm.eval.sweep import Sweep, SweepPlan, sweep
 from megassm.eval.text import EvalText, open_texts
 from megassm.model import LanguageModel
+from megassm.parallel.launcher import launcher_is_gone, launcher_pids
 from megassm.parallel.world import Peers, gather_texts, together
 from megassm.rundir import CHECKPOINTS
 
@@ -86,20 +87,21 @@ def watch(run_dir: Path, request: Request, peers: Peers) -> Iterator[Sweep]:
         UserError: no such run directory, or as `sweep_path`.
     """
     together(lambda: _check_run_directory(run_dir))
-    passed_over: set[str] = set()
+    seen: set[str] = set()
     texts = None
-    while True:
-        mine = together(lambda: _next_folder(run_dir, passed_over) if peers.is_main else "")
+    launcher = launcher_pids()
+    while not launcher_is_gone(launcher):
+        mine = together(lambda: _next_folder(run_dir, seen) if peers.is_main else "")
         folder = gather_texts(mine)[0]
         if folder == FINISHED:
             return
         if not folder:
             time.sleep(POLL_S)
             continue
+        seen.add(folder)
         try:
             checkpoint, model = together(lambda folder=folder: _open(Path(folder)))  # type: ignore[misc]
         except UserError as error:
-            passed_over.add(folder)
             if peers.is_main:
                 print(f"passed over {folder}: {error}", flush=True)
             continue
@@ -137,12 +139,12 @@ def _check_run_directory(run_dir: Path) -> None:
         raise UserError(f"{run_dir}: no such run directory; start the run first (launch/pretrain.py)")
 
 
-def _next_folder(run_dir: Path, passed_over: set[str]) -> str:
+def _next_folder(run_dir: Path, seen: set[str]) -> str:
     """The oldest checkpoint to be measured, FINISHED, or nothing yet."""
     folders = sorted(checkpoints_folder(run_dir).glob(f"step-*/{MANIFEST}"))
     for manifest in folders:
         step = int(manifest.parent.name.removeprefix("step-"))
-        if str(manifest.parent) not in passed_over and not _is_measured(manifest, sweep_file(run_dir, step)):
+        if str(manifest.parent) not in seen and not _is_measured(manifest, sweep_file(run_dir, step)):
             return str(manifest.parent)
     newest, _ = newest_checkpoint(run_dir)
     return FINISHED if newest is not None and newest.manifest.step >= newest.config.train.steps else ""

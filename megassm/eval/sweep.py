@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,9 @@ class BudgetRow:
     perplexity_high: float | None
     gap_percent: float
     """Bits per byte above those at full K, in percent of them."""
+    gap_percent_low: float | None
+    gap_percent_high: float | None
+    """Of the same resamples at both: what all budgets find hard does not widen it."""
     forward_flops_per_token: float
     prefill_tokens_per_s: float
     """Of one rank alone, a micro-batch at a time."""
@@ -236,6 +240,9 @@ def _unigram(batches: Sequence[MicroBatch], token_bytes: npt.NDArray[np.int64]) 
     return best_unigram(counts, token_bytes).bits_per_byte
 
 
+_INTERVALS = [f"{name}_{end}" for name in ("bits_per_byte", "perplexity", "gap_percent") for end in ("low", "high")]
+
+
 def _curve(
     model: LanguageModel, key: tuple[str, int], scores: dict[int, Floats], costs: dict[int, _Cost], unigram: float
 ) -> Curve:
@@ -247,22 +254,21 @@ def _curve(
     bits = {k: _bits_per_byte(sums_R3) for k, sums_R3 in resampled.items()} if resampled else None
     rows = []
     for k, total in totals.items():
-        nats_R = resampled[k][:, 0] / resampled[k][:, 1] if resampled else None
-        low, high = interval(np.exp(np.minimum(nats_R, 700.0))) if nats_R is not None else (None, None)
-        bits_low, bits_high = interval(bits[k]) if bits else (None, None)
+        intervals: dict[str, Any] = dict.fromkeys(_INTERVALS)
+        if resampled and bits:
+            perplexity_R = np.exp(np.minimum(resampled[k][:, 0] / resampled[k][:, 1], 700.0))
+            values = (bits[k], perplexity_R, 100 * (bits[k] / bits[k_max] - 1))
+            intervals = dict(zip(_INTERVALS, (end for value_R in values for end in interval(value_R)), strict=True))
         rows.append(
             BudgetRow(
                 k=k,
                 parameters=parameters(config, k),
                 bits_per_byte=total.bits_per_byte,
-                bits_per_byte_low=bits_low,
-                bits_per_byte_high=bits_high,
                 bits_per_token=total.loss / np.log(2).item(),
                 perplexity=total.perplexity,
-                perplexity_low=low,
-                perplexity_high=high,
                 gap_percent=100 * (total.bits_per_byte / totals[k_max].bits_per_byte - 1),
                 forward_flops_per_token=forward_flops_per_token(config, k, length),
+                **intervals,
                 **vars(costs[k]),
             )
         )

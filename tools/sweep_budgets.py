@@ -125,11 +125,11 @@ def show(sweep: Sweep) -> None:
             f"near full from K={shape.near_full_k}; best unigram {curve.best_unigram_bits_per_byte:.3f}; "
             f"{curve.predicted_tokens:,} tokens in {curve.sequences:,} sequences"
         )
-        for word, steps in (("cliff", shape.cliffs), ("rise", shape.rises)):
-            for step in steps:
-                print(
-                    f"{word}: {describe(step)}, {step.per_doubling:+.3f} a doubling, {step.share_of_gap:.0%} of the gap"
-                )
+        for step in shape.cliffs:
+            share = f"{step.share_of_gap:.0%} of the gap"
+            print(f"cliff: {describe(step)}, {step.per_doubling:.3f} a doubling, {share}")
+        for step in shape.rises:
+            print(f"rise: {describe(step)}")
 
 
 def table_row(row: BudgetRow) -> Row:

@@ -4,7 +4,8 @@
            doubling of K counts the same; trapezia between the measured budgets
 
 A cliff is one step to the next smaller budget that takes most of what the whole range loses: below it the model
-has collapsed, and no truncation should go there. A rise is a larger budget that is worse than the next smaller one.
+has collapsed, and no truncation should go there. A rise is a larger budget that is worse than a smaller one, however
+many small steps lie between them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -33,11 +34,11 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Step:
-    """Two neighbouring budgets."""
+    """Two budgets; neighbours, but in a rise."""
 
     k: int
     next_k: int
-    """The next larger one."""
+    """The larger one."""
     loss: float
     """Bits per byte at `k` above those at `next_k`; negative where more channels are worse."""
     share_of_gap: float
@@ -57,6 +58,7 @@ class Shape:
     near_full_k: int
     """The smallest budget from which on every one is within `NEAR_FULL` of the largest."""
     rises: list[Step]
+    """The largest rise, if there is one."""
     cliffs: list[Step]
 
     @property
@@ -74,13 +76,14 @@ def shape(curve: Mapping[int, float], resampled: Mapping[int, Floats] | None = N
     """
     budgets = sorted(curve)
     full = curve[budgets[-1]]
-    steps = _steps(curve, budgets)
-    rises = [step for step in steps if -step.loss > RISE_TOLERANCE * full and _is_certain(step, resampled)]
+    rise = min((_step(curve, k, next_k) for k, next_k in combinations(budgets, 2)), key=_loss, default=None)
+    is_rise = rise is not None and -rise.loss > RISE_TOLERANCE * full and _is_certain(rise, resampled)
+    steps = [_step(curve, k, next_k) for k, next_k in pairwise(budgets)]
     cliffs = [step for step in steps if step.share_of_gap >= CLIFF_SHARE and step.loss >= CLIFF_LOSS * full]
     worse = [k for k in budgets if curve[k] > full * (1 + NEAR_FULL)]
     area = _area(curve, budgets)
     near = next(k for k in budgets if not worse or k > worse[-1])
-    return Shape(area, 100 * (area / full - 1) if full else 0.0, near, rises, cliffs)
+    return Shape(area, 100 * (area / full - 1) if full else 0.0, near, [rise] if rise and is_rise else [], cliffs)
 
 
 def describe(step: Step) -> str:
@@ -108,13 +111,14 @@ def interval(values_R: Floats) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _steps(curve: Mapping[int, float], budgets: list[int]) -> list[Step]:
-    gap = curve[budgets[0]] - curve[budgets[-1]]
-    steps = []
-    for k, next_k in pairwise(budgets):
-        loss = curve[k] - curve[next_k]
-        steps.append(Step(k, next_k, loss, loss / gap if gap > 0 else 0.0, loss / math.log2(next_k / k)))
-    return steps
+def _step(curve: Mapping[int, float], k: int, next_k: int) -> Step:
+    gap = curve[min(curve)] - curve[max(curve)]
+    loss = curve[k] - curve[next_k]
+    return Step(k, next_k, loss, loss / gap if gap > 0 else 0.0, loss / math.log2(next_k / k))
+
+
+def _loss(step: Step) -> float:
+    return step.loss
 
 
 def _area(curve: Mapping[int, float], budgets: list[int]) -> float:

@@ -88,7 +88,7 @@ MEANINGS = {
     "near full from K": f"The smallest budget from which on all are within {NEAR_FULL:.0%} of full K.",
     "cliff": f"A step to the next smaller budget that takes at least {CLIFF_SHARE:.0%} of the whole gap and costs at "
     f"least {CLIFF_LOSS:.0%} of the bits per byte at full K.",
-    "rise": f"A larger budget that is worse than the next smaller one by more than {RISE_TOLERANCE:.1%}, in "
+    "rise": f"A larger budget that is worse than a smaller one by more than {RISE_TOLERANCE:.1%}, in "
     "95% of the resamples.",
     "prefill, decode": "One rank alone: a micro-batch read at once; then a token of each of its sequences at a time.",
     "memory": "Weights and all that the prefill of a micro-batch keeps besides: on CUDA what the allocator held, on a "

@@ -173,10 +173,10 @@ def _legend(axes: Any) -> None:
 
 
 def _log_axis(axes: Any, values: Sequence[int]) -> None:
-    """Ticks at the values, but for those too near to the one before."""
-    ticks = [values[0]]
-    for value in values[1:]:
-        if value >= 1.3 * ticks[-1]:
+    """Ticks at the values, but for those too near to the next."""
+    ticks = [values[-1]]
+    for value in reversed(values):
+        if value <= ticks[-1] / 1.3:
             ticks.append(value)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(value) for value in ticks])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megassm.checkpoint import (
@@ -100,12 +101,12 @@ def watch(run_dir: Path, request: Request, peers: Peers) -> Iterator[Sweep]:
             continue
         seen.add(folder)
         try:
-            checkpoint, model = together(lambda folder=folder: _open(Path(folder)))  # type: ignore[misc]
+            checkpoint, model = together(partial(_open, Path(folder)))
         except UserError as error:
             if peers.is_main:
                 print(f"passed over {folder}: {error}", flush=True)
             continue
-        texts = texts or together(lambda config=checkpoint.config: request.open(config))  # type: ignore[misc]
+        texts = texts or together(partial(request.open, checkpoint.config))
         yield _sweep(str(run_dir), (checkpoint, model), texts, request, peers)
 
 

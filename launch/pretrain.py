@@ -3,6 +3,8 @@
 Starts in the same way under `deepspeed`, under `torchrun`, and as plain `python` (one process). The configuration and
 the data's index are checked before torch is imported: a refusal takes less than a second. Exit codes: 0 done, or
 stopped by a signal after saving; 1 refused or failed; 2 the configuration or the command line is wrong.
+
+`python launch/pretrain.py --config X.yaml --dry-run --world-size 512` checks a job of that size, and starts nothing.
 """
 
 from __future__ import annotations
@@ -14,25 +16,43 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from megassm.cli import Parser, run_tool
-from megassm.config import Config
-from megassm.configfile import load_config_or_exit
+from megassm.cli import Parser, positive, run_tool
+from megassm.configfile import load_config_or_exit, world_size_from_environment
 
 
-def parse() -> Config:
+def parse() -> argparse.Namespace:
     parser = Parser(
         "Pretrain an elastic spectral language model.",
         "deepspeed --num_gpus 2 launch/pretrain.py --config configs/tiny.yaml train.steps=100",
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML, see configs/")
+    parser.add_argument("--dry-run", action="store_true", help="check the mesh and every rank's shards; start nothing")
+    parser.add_argument("--world-size", type=positive, metavar="N", help="ranks of the dry run")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it; LOCAL_RANK counts
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
     arguments = parser.parse_intermixed_args()
-    return load_config_or_exit(arguments.config, arguments.overrides)
+    if arguments.world_size and not arguments.dry_run:
+        parser.error("--world-size goes with --dry-run; a real job's size is its launcher's")
+    return arguments
+
+
+def dry_run(arguments: argparse.Namespace) -> None:
+    world_size = arguments.world_size or world_size_from_environment()
+    config = load_config_or_exit(arguments.config, arguments.overrides, world_size)
+    from megassm.parallel.dryrun import dry_run
+
+    for name, value in dry_run(config, world_size).items():
+        print(f"{name:<32} {value:,}" if isinstance(value, int) else f"{name:<32} {value}")
+    print("every parameter is held exactly once; nothing was started or written")
 
 
 def main() -> None:
-    config = parse()
+    arguments = parse()
+    if arguments.dry_run:
+        dry_run(arguments)
+        return
+    config = load_config_or_exit(arguments.config, arguments.overrides)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one message of ours, not pages of frames
     # imported one after another, so that what is wrong early is refused early
     from megassm.data.dataset import open_dataset
     from megassm.rundir import open_run_directory

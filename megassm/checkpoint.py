@@ -120,11 +120,12 @@ def save_checkpoint(engine: Engine, config: Config, step: int, data_fingerprint:
     folder = checkpoints_folder(Path(config.run.dir))
     partial = folder / f".partial-step-{step:08d}"
     world = engine.world
+    world.progress.note("checkpoint, beginning")
     if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        _begin(partial)
     barrier()
     shares = [json.loads(text) for text in gather_texts(json.dumps(_write_share(engine, partial)))]
+    world.progress.note("checkpoint, publication")
     failure = next((f"rank {rank}: {share}" for rank, share in enumerate(shares) if isinstance(share, str)), "")
     if world.is_main and not failure:
         files = {name: facts for share in shares for name, facts in share.items()}
@@ -138,11 +139,25 @@ def save_checkpoint(engine: Engine, config: Config, step: int, data_fingerprint:
     return gather_texts(failure)[0] or None
 
 
+def _begin(partial: Path) -> None:
+    """An empty folder to write; without what saves that were killed have left. What fails here fails in writing too."""
+    for remains in partial.parent.glob(".partial-*"):
+        shutil.rmtree(remains, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        partial.mkdir(parents=True)
+
+
 def _write_share(engine: Engine, partial: Path) -> dict[str, list[int]] | str:
     """Writes this rank's parameters; returns size and checksum of its files, or what went wrong."""
     world = engine.world
     mine = _owned(engine, world.rank)
-    state = engine.read_state(KINDS, lambda name: name in mine)
+
+    def reading(name: str) -> bool:
+        world.progress.note("checkpoint, reading state")
+        return name in mine
+
+    state = engine.read_state(KINDS, reading)
+    world.progress.note("checkpoint, writing files")
     number = f"{world.rank + 1:05d}-of-{world.size:05d}"
     files = {}
     try:

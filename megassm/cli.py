@@ -80,9 +80,16 @@ def tool_parser(description: str, example: str) -> Parser:
     return parser
 
 
+def path_argument(text: str) -> Path:
+    """A path; an empty one would be the current directory, which nobody means. For argparse's `type`."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give a path, or . for the current directory")
+    return Path(text)
+
+
 def output_file(text: str) -> Path:
     """A file that can be written later, refused now where it cannot; for argparse's `type`."""
-    path = Path(text)
+    path = path_argument(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a directory; give a file's name")
     folder = next(parent for parent in path.absolute().parents if parent.exists())

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_serializer
+
+from megassm.urls import without_secrets
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -35,6 +37,8 @@ class RunConfig(Section):
     """Run directory; everything the run writes is below it."""
     seed: NonNegativeInt = 0
     """Seeds the weights, the sample order and the budgets."""
+    init_from: str | None = None
+    """Exported model (tools/export.py) whose weights a new run starts from; null draws them from the seed."""
 
 
 class ModelConfig(Section):
@@ -176,15 +180,45 @@ class ParallelConfig(Section):
     """Seconds a collective may wait for a rank before the job fails."""
 
 
-class DataConfig(Section):
-    """What is read."""
+class PhaseConfig(Section):
+    """What is read from an update on."""
 
-    path: Annotated[str, Field(min_length=1)]
-    """Data set made by tools/prepare_data.py: holds train/ and valid/."""
+    start_step: NonNegativeInt
+    """Update it begins at; the first begins at 0."""
+    sources: dict[str, Positive]
+    """Weights of the sources in tokens, by name; a source left out is not read."""
+
+
+class DataConfig(Section):
+    """What is read: one data set, or a mixture of several."""
+
+    path: Annotated[str, Field(min_length=1)] | None = None
+    """Data set made by tools/prepare_data.py, holds train/ and valid/: a folder, or a URL (https, s3, gs, ...)."""
+    sources: dict[str, Annotated[str, Field(min_length=1)]] = {}
+    """Instead of path: data sets of one tokenizer, by name."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Weights of the sources over the run; required with sources."""
+    max_epochs: Positive = 4.0
+    """With sources: a run that would read one of them more often over train.steps is refused."""
     tokenizer: str | None = None
     """"bytes" or a SentencePiece model; null is the one the data set was made with."""
     isolate_documents: bool = False
     """No position sees another document of its sequence; attention then holds a mask of B x L x L numbers."""
+    cache_dir: str | None = None
+    """Folder on a local disk where fetched blocks are kept for all ranks of the node; null keeps none."""
+    cache_gib: Positive = 50.0
+    """Most that cache_dir may hold, GiB; the least recently used goes first."""
+    on_bad_block: Literal["raise", "mask"] = "raise"
+    """A damaged block ends the run, or its sequences train nothing and are counted."""
+
+    @field_serializer("path")
+    def _path_without_secrets(self, path: str | None) -> str | None:
+        # what is written down (run directory, checkpoints, wandb) must not hold a signature or a password
+        return None if path is None else without_secrets(path)
+
+    @field_serializer("sources")
+    def _sources_without_secrets(self, sources: dict[str, str]) -> dict[str, str]:
+        return {name: without_secrets(path) for name, path in sources.items()}
 
 
 class CheckpointConfig(Section):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import io
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from megassm.cli import refuse
 from megassm.config import Config
 from megassm.rules import violations
+from megassm.urls import redacted
 
 Tree = dict[str, Any]
 
@@ -61,10 +63,13 @@ def world_size_from_environment() -> int:
     return int(text)
 
 
-def load_config_or_exit(path: Path, overrides: Sequence[str]) -> Config:
-    """`load_config` for an entry point: mistakes are printed by rank 0 and all ranks leave with code 2."""
+def load_config_or_exit(path: Path, overrides: Sequence[str], world_size: int | None = None) -> Config:
+    """`load_config` for an entry point: mistakes are printed by rank 0 and all ranks leave with code 2.
+
+    Without `world_size` it is the launcher's.
+    """
     try:
-        return load_config(path, overrides, world_size_from_environment())
+        return load_config(path, overrides, world_size or world_size_from_environment())
     except ConfigError as error:
         count = len(error.mistakes)
         refuse(f"{error}\n{count} mistake{'s' * (count > 1)} in the configuration; nothing was started", 2)
@@ -154,7 +159,7 @@ def _value(node: Node, prefix: str, file: str, source: _Source) -> Any:
         case MappingNode():
             return _mapping(node, prefix, file, source)
         case SequenceNode():
-            return tuple(_value(item, prefix, file, source) for item in node.value)
+            return tuple(_value(item, f"{prefix}{number}.", file, source) for number, item in enumerate(node.value))
         case ScalarNode():
             return _scalar(node)
     raise AssertionError(f"unexpected YAML node {node!r}")
@@ -169,7 +174,7 @@ def _scalar(node: ScalarNode) -> Any:
 
 
 def _apply_override(source: _Source, override: str) -> None:
-    place = f"command line {override!r}"
+    place = f"command line {redacted(override)!r}"
     knob, equals, text = override.partition("=")
     section, dot, key = knob.partition(".")
     if not (equals and dot and section and key):
@@ -198,9 +203,9 @@ def _build(source: _Source) -> tuple[Config, set[str]]:
     except ValidationError as error:
         bad: set[str] = set()
         for problem in error.errors():
-            knob = ".".join(part for part in problem["loc"] if isinstance(part, str))
+            knob = re.sub(r"(\.\d+)+$", "", ".".join(map(str, problem["loc"])))  # an item of a list: the list
             if knob not in bad:
-                bad.add(knob)
+                bad.update((knob, ".".join(knob.split(".")[:2])))  # the knob itself, and where in it
                 _report(source, knob, problem)
     bad.update(knob for knob in _knobs(Config) if knob.partition(".")[0] in bad)
     return Config.model_validate(_repaired(Config, source.values, bad)), bad
@@ -301,6 +306,12 @@ def _show(value: object) -> str:
             return f"[{', '.join(_show(item) for item in value)}]"
         case None:
             return "null"
+        case dict():
+            return f"{{{', '.join(f'{name}: {_show(item)}' for name, item in value.items())}}}"
+        case BaseModel():
+            return _show(value.model_dump(mode="json"))
+        case str():
+            return repr(redacted(value))
         case bool():
             return str(value).lower()
         case _:

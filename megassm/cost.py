@@ -10,10 +10,21 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from megassm.config import ModelConfig
+from megassm.config import Config, ModelConfig
 
 FLOAT32 = 4
 TOKEN_ID = 8
+REDUCE_BUCKET = 500_000_000
+
+PEAK_TFLOPS = {
+    # dense bf16 matrix products, the vendors' data sheets
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "RTX 4090": 165.0,
+}
 
 
 def mixer_parameters(config: ModelConfig, mixer: str, k: int) -> int:
@@ -36,6 +47,23 @@ def parameters(config: ModelConfig, k: int) -> int:
     return embeddings + mixers + config.n_layers * block + d
 
 
+def rank_parameters(config: ModelConfig, tensor: int) -> int:
+    """Parameters that the fullest of `tensor` ranks holds (`megassm.parallel.tensor`): norms and gates are on all."""
+    d, k = config.d_model, config.num_channels
+    head, kv_ranks = d // config.n_heads, tensor if config.kv_heads >= tensor else 1
+    attention = 2 * d * head * -(-config.n_heads // tensor) + 2 * d * head * -(-config.kv_heads // kv_ranks)
+    gate = mixer_parameters(config, "S", k) - (k + 1) * d * d
+    spectral = (k + 1) * d * -(-d // tensor) + gate
+    embeddings = -(-config.vocab_size // tensor) * d * (1 if config.tie_embeddings else 2)
+    layers = sum(attention if mixer == "A" else spectral for mixer in config.mixers)
+    return embeddings + layers + config.n_layers * (2 * d + 3 * d * -(-config.d_ffn // tensor)) + d
+
+
+def reduce_bucket_numbers(config: Config) -> int:
+    """Size of DeepSpeed's bucket of gradients: its default, but no more than there are; it is allocated whole."""
+    return min(REDUCE_BUCKET, parameters(config.model, config.model.num_channels))
+
+
 def forward_flops_per_token(config: ModelConfig, k: int, seq_len: int) -> float:
     """Model FLOPs of a forward pass at budget k, a token, in sequences of `seq_len` tokens."""
     d = config.d_model
@@ -49,6 +77,17 @@ def forward_flops_per_token(config: ModelConfig, k: int, seq_len: int) -> float:
             hidden = max(1, d // 2)
             total += 2.0 * (k + 1) * d * d + (2.0 * hidden * (d + k) if config.gate else 0.0)
     return total
+
+
+def filterbank_flops_per_token(config: ModelConfig, k: int, work: Workload, backward: bool = False) -> float:
+    """FLOPs that the filter bank adds to the model's, by chunks or directly, a token of one forward pass, or of forward
+    and backward: the features are made again there, and their gradients go to the inputs; the chunk states, the sums
+    over earlier chunks by doubling, and their gradients."""
+    inputs, size = work.chunk + work.state_size, work.state_size
+    products = 2.0 * k * inputs * (3 if backward else 1)
+    doublings = math.ceil(math.log2(work.chunks)) if size and work.chunks > 1 else 0
+    states = 2.0 * size * (1 + size * doublings / work.chunk) * (2 if backward else 1)
+    return (products + states) * config.d_model * config.mixers.count("S")
 
 
 def training_flops_per_token(config: ModelConfig, k: int, seq_len: int) -> float:
@@ -100,6 +139,12 @@ class Workload(NamedTuple):
     """C, positions a chunk; L where the filter bank is computed directly."""
     state_size: int
     """S, `FilterBank.state_size`; 0 where it is computed directly."""
+    tensor: int = 1
+    """Ranks among which a layer's inner width is divided (`megassm.parallel.tensor`)."""
+
+    def share(self, size: int) -> int:
+        """The largest rank's part of an inner width."""
+        return -(-size // self.tensor)
 
     @property
     def positions(self) -> int:
@@ -140,12 +185,14 @@ def layer_activation_bytes(config: ModelConfig, mixer: str, k: int, work: Worklo
 
 
 def _feed_forward_bytes(config: ModelConfig, work: Workload) -> int:
-    return work.positions * (_norm_bytes(config.d_model, work.number_bytes) + 4 * work.number_bytes * config.d_ffn)
+    return work.positions * (
+        _norm_bytes(config.d_model, work.number_bytes) + 4 * work.number_bytes * work.share(config.d_ffn)
+    )
 
 
 def _head_bytes(config: ModelConfig, work: Workload) -> int:
     """The last norm, and the tokens' log-probabilities."""
-    return work.positions * (_norm_bytes(config.d_model, work.number_bytes) + FLOAT32 * config.vocab_size)
+    return work.positions * (_norm_bytes(config.d_model, work.number_bytes) + FLOAT32 * work.share(config.vocab_size))
 
 
 def _norm_bytes(d: int, n: int) -> int:
@@ -158,20 +205,21 @@ def _spectral_bytes(config: ModelConfig, k: int, work: Workload) -> int:
     gate = 2 * n * max(1, config.d_model // 2) + FLOAT32 * k + (FLOAT32 * (k + 3) if config.gate_rescale else 0)
     kept = work.positions * gate if config.gate else 0
     kept += work.chunked_positions * FLOAT32 * k  # the weights as the products take them
+    kept += work.positions * n * work.share(config.d_model) if work.tensor > 1 else 0  # its own channels of u
     rows = n * work.chunk * k * inputs
     if not work.state_size:
         return kept + rows
     doublings = math.ceil(math.log2(work.chunks)) if work.chunks > 1 else 0
     states = FLOAT32 * work.state_size * (work.chunk + work.state_size * doublings)
-    return kept + rows + states + work.batch * work.chunks * inputs * config.d_model * n
+    return kept + rows + states + work.batch * work.chunks * inputs * work.share(config.d_model) * n
 
 
 def _attention_bytes(config: ModelConfig, work: Workload) -> int:
     """Queries, keys, values, the output twice, the softmax's logarithms; rotary tables where they are cast."""
-    n, d = work.number_bytes, config.d_model
-    kv_width = d // config.n_heads * config.kv_heads
+    n, d = work.number_bytes, work.share(config.d_model)
+    kv_width = config.d_model // config.n_heads * -(-config.kv_heads // min(work.tensor, config.kv_heads))
     tables = 0 if n == FLOAT32 else 2 * _rope_bytes(config, work.length, n)
-    return work.positions * (n * (3 * d + 2 * kv_width) + FLOAT32 * config.n_heads) + tables
+    return work.positions * (n * (3 * d + 2 * kv_width) + FLOAT32 * work.share(config.n_heads)) + tables
 
 
 def _rope_bytes(config: ModelConfig, length: int, n: int) -> int:
@@ -195,15 +243,16 @@ def peak_activation_bytes(
     if recompute:
         rest += layer_activation_bytes(config, mixer, k, work)
     peaks = [
-        kept + work.positions * config.vocab_size * (2 * FLOAT32 if n == FLOAT32 else n + 2 * FLOAT32),
-        rest + work.positions * n * (2 * config.d_ffn + d),
+        kept + work.positions * work.share(config.vocab_size) * (2 * FLOAT32 if n == FLOAT32 else n + 2 * FLOAT32),
+        rest + work.positions * n * (2 * work.share(config.d_ffn) + d),
     ]
     if mixer == "S":
-        one = work.chunked_positions * d * n
-        group = one * max(1, min(k, group_bytes // one))
-        inputs = work.batch * work.chunks * (work.chunk + work.state_size) * d * FLOAT32
+        one = work.chunked_positions * work.share(d) * n
+        filters = max(1, min(k, group_bytes // one))
+        group, rows = filters * one, filters * n * work.chunk * (work.chunk + work.state_size)
+        inputs = work.batch * work.chunks * (work.chunk + work.state_size) * work.share(d) * FLOAT32
         sums = inputs + work.positions * (
             3 * d * n + FLOAT32 * k
         )  # gradients of input, output, both paths around, gate
-        peaks.append(rest - _feed_forward_bytes(config, work) + 2 * group + sums)
+        peaks.append(rest - _feed_forward_bytes(config, work) + 2 * group + rows + sums)
     return max(peaks)

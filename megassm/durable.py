@@ -7,6 +7,13 @@ from pathlib import Path
 from typing import IO
 
 TEMPORARY_SUFFIX = ".tmp"
+CACHE_VARIABLE = "MEGASSM_CACHE"
+
+
+def cache_folder() -> Path:
+    """Where what can be made or fetched again is kept: $MEGASSM_CACHE, or below the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megassm"
+    return Path(os.environ.get(CACHE_VARIABLE) or default)
 
 
 def open_temporary(path: Path) -> IO[bytes]:

@@ -19,19 +19,10 @@ from typing import IO, Any
 import torch
 
 from megassm.config import Config
+from megassm.cost import PEAK_TFLOPS
 from megassm.durable import write_atomically
 
 METRICS = "metrics.jsonl"
-
-PEAK_TFLOPS = {
-    # dense bf16 matrix products, the vendors' data sheets
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "RTX 4090": 165.0,
-}
 
 Row = dict[str, Any]
 
@@ -126,10 +117,13 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def peak_flops(config: Config, device: torch.device) -> tuple[float, str]:
-    """(FLOP/s of one rank's device, where the figure is from), the denominator of model FLOPs utilisation."""
-    if config.log.peak_tflops is not None:
-        return config.log.peak_tflops * 1e12, "log.peak_tflops"
+def peak_flops(peak_tflops: float | None, device: torch.device) -> tuple[float, str]:
+    """(FLOP/s of one rank's device, where the figure is from), the denominator of model FLOPs utilisation.
+
+    `peak_tflops` is the knob log.peak_tflops.
+    """
+    if peak_tflops is not None:
+        return peak_tflops * 1e12, "log.peak_tflops"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, tflops in PEAK_TFLOPS.items():
@@ -181,8 +175,9 @@ def _start_wandb(config: Config, done_steps: int) -> Any:
 
 
 def _flat(row: Row) -> Row:
-    """A row as wandb draws it: numbers only, one curve a K."""
+    """A row as wandb draws it: numbers only, one curve a K, one a source."""
     flat = {name: value for name, value in row.items() if not isinstance(value, (dict, list))}
+    flat |= {f"epochs/{source}": value for source, value in row.get("epochs", {}).items()}
     return flat | {f"valid/bits_per_byte_k{k}": value for k, value in row.get("valid", {}).items()}
 
 

@@ -146,6 +146,10 @@ class LanguageModel(nn.Module):
             teacher_BLD = self._hidden(ids_BL, context._replace(k=distill.teacher_k))
         return torch.stack((losses_BL, self.divergences(x_BLD, teacher_BLD, distill.temperature)))
 
+    def features(self, ids_BL: Tensor, k: int) -> Tensor:
+        """The normed output of the last block (B, L, D): for who wants logits at some positions only."""
+        return self._hidden(ids_BL, self.context(0, ids_BL.shape[1], k))
+
     def _hidden(self, ids_BL: Tensor, context: Context) -> Tensor:
         """What the head reads, (B, L, D)."""
         x_BLD = self.embed(ids_BL)

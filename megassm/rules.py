@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from megassm.config import CHUNK, Config, ModelConfig, ParallelConfig
+from megassm.config import CHUNK, Config, DataConfig, ModelConfig, ParallelConfig
 
 
 class Violation(NamedTuple):
@@ -20,6 +20,7 @@ def violations(config: Config, world_size: int) -> Iterator[Violation]:
     yield from _model_violations(config.model)
     yield from _budget_violations(config)
     yield from _schedule_violations(config)
+    yield from _data_violations(config.data)
     yield from _rank_violations(config, world_size)
 
 
@@ -156,3 +157,21 @@ def _split_violations(model: ModelConfig, parallel: ParallelConfig) -> Iterator[
             ("model.filterbank", "parallel.sequence"),
             f"chunked with parallel.sequence = {sequence}: only its state can be handed from rank to rank",
         )
+
+
+def _data_violations(data: DataConfig) -> Iterator[Violation]:
+    if (data.path is None) == (not data.sources):
+        rule = "given" if data.path is None else "null where data.sources has the data sets"
+        yield Violation(("data.path", "data.sources"), rule)
+    if bool(data.sources) != bool(data.phases):
+        yield Violation(("data.phases", "data.sources"), "given with data.sources, and only then")
+    if not (data.sources and data.phases):
+        return
+    starts = [phase.start_step for phase in data.phases]
+    if starts[0] != 0 or starts != sorted(set(starts)):
+        yield Violation(("data.phases",), "in order, the first with start_step: 0, each start_step once")
+    read = {name for phase in data.phases for name in phase.sources}
+    if not all(phase.sources for phase in data.phases) or read - set(data.sources):
+        yield Violation(("data.phases", "data.sources"), f"weights of {', '.join(data.sources)}, at least one a phase")
+    if unread := set(data.sources) - read:
+        yield Violation(("data.sources", "data.phases"), f"in a phase each; {', '.join(sorted(unread))} is in none")

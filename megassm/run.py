@@ -14,17 +14,20 @@ from types import FrameType
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from megassm import __version__
-from megassm.checkpoint import check_identity, newest_checkpoint, run_identity
+from megassm.checkpoint import check_identity, checkpoints_folder, newest_checkpoint, run_identity
 from megassm.config import Config
 from megassm.cost import parameters
 from megassm.data.dataset import Dataset
 from megassm.data.stream import MicroBatch, StreamPlan, TokenStream, validation_batches
 from megassm.errors import UserError
 from megassm.metrics import Journal, peak_flops
+from megassm.modelfolder import open_model_folder
 from megassm.parallel.engine import Engine
 from megassm.parallel.launcher import launcher_is_gone, launcher_pids
+from megassm.parallel.state import Kind
 from megassm.parallel.world import World
 from megassm.rundir import write_config
 
@@ -55,6 +58,7 @@ class Run:
     data: Dataset
     world: World
     engine: Engine
+    stream: TokenStream
     batches: Iterator[MicroBatch]
     valid: list[MicroBatch]
     token_bytes: npt.NDArray[np.int64]
@@ -69,10 +73,11 @@ def set_up(config: Config, data: Dataset, world: World) -> Run:
     """Builds the run, and continues from its newest complete checkpoint where there is one."""
     stop = StopRequest()
     digest = start_digest(config, data)
-    engine = Engine(config, world, data.document_end(config))
+    engine = Engine(config, world, data.document_end(config), start_weights(config, data, world))
     config, done_steps = resume(engine, config, data)
     plan = stream_plan(config, world)
-    peak, peak_source = peak_flops(config, world.device)
+    stream = TokenStream(data.train, plan)
+    peak, peak_source = peak_flops(config.log.peak_tflops, world.device)
     if done_steps < config.train.steps:
         if world.is_main:
             write_config(config)
@@ -85,7 +90,8 @@ def set_up(config: Config, data: Dataset, world: World) -> Run:
         data=data,
         world=world,
         engine=engine,
-        batches=TokenStream(data.train, plan).batches(done_steps, config.train.steps),
+        stream=stream,
+        batches=stream.batches(done_steps, config.train.steps),
         valid=[batch.span(place.sequence, mesh.sequence) for batch in valid],
         token_bytes=data.token_bytes(config.model.vocab_size),
         journal=Journal(config, done_steps) if world.is_main else None,
@@ -94,6 +100,22 @@ def set_up(config: Config, data: Dataset, world: World) -> Run:
         start_digest=digest,
         stop=stop,
     )
+
+
+def start_weights(config: Config, data: Dataset, world: World) -> Iterator[tuple[str, Tensor]] | None:
+    """Those of run.init_from, for a run that has no checkpoint yet; None where the seed decides.
+
+    Raises:
+        UserError: another model, or another tokenizer than the data's.
+    """
+    path = config.run.init_from
+    if path is None or any(checkpoints_folder(Path(config.run.dir)).glob("step-*")):
+        return None
+    folder = open_model_folder(Path(path))
+    weights = folder.weights_for(config.model, data.tokenizer)
+    others = folder.differences(config.model)
+    say(world, f"starting from the weights of {path}{'; there ' + ', '.join(others) if others else ''}")
+    return weights
 
 
 def resume(engine: Engine, config: Config, data: Dataset) -> tuple[Config, int]:
@@ -121,7 +143,13 @@ def resume(engine: Engine, config: Config, data: Dataset) -> tuple[Config, int]:
             f"ranks with train.micro_batch_sequences = {config.train.micro_batch_sequences} make {engine.micro_steps} "
             f"micro-steps of it. Choose them so that the micro-steps are a multiple of {draws}, or set budget.draws"
         )
-    engine.write_state(checkpoint.tensors(), manifest.updates)
+    read = checkpoint.tensors()
+
+    def source(name: str, kind: Kind) -> torch.Tensor:
+        engine.world.progress.note("reading the checkpoint")
+        return read(name, kind)
+
+    engine.write_state(source, manifest.updates)
     here = engine.world.mesh._asdict() | {"zero_stage": config.parallel.zero_stage}
     other = "" if here == manifest.mesh else f", written by {manifest.mesh} and continued by {here}"
     say(engine.world, f"continuing after step {manifest.step} from {checkpoint.folder}{other}")

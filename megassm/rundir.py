@@ -3,6 +3,7 @@
 RUN_DIR/config.yaml         the resolved configuration, itself valid as --config
 RUN_DIR/environment.json    versions, devices, the peak rate that utilisation is measured against
 RUN_DIR/metrics.jsonl       one object an update
+RUN_DIR/failure.txt         why the last job ended, where something was wrong (see `megassm.parallel.watchdog`)
 RUN_DIR/checkpoints/        step-NNNNNNNN/, see `megassm.checkpoint`
 RUN_DIR/.lock               held by the job that trains here
 RUN_DIR/sweep.*             tools/sweep_budgets.py
@@ -26,6 +27,7 @@ from megassm.errors import UserError
 
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
+FAILURE = "failure.txt"
 
 
 def open_run_directory(config: Config) -> IO[str] | None:
@@ -45,7 +47,11 @@ def open_run_directory(config: Config) -> IO[str] | None:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder / CHECKPOINTS):
             pass
-        return _lock(folder / LOCK) if is_rank_zero() else None
+        if not is_rank_zero():
+            return None
+        lock = _lock(folder / LOCK)
+        (folder / FAILURE).unlink(missing_ok=True)
+        return lock
     except UserError:
         raise
     except (OSError, ValueError) as error:

@@ -7,8 +7,9 @@ clip, update; tell the other ranks loss, K and batch; write the journal; validat
 from __future__ import annotations
 
 import math
-import sys
 import time
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,11 +26,11 @@ from megassm.eval.score import Score, score, text_bytes
 from megassm.guards import Tally, Totals, agree, report_skip
 from megassm.metrics import Row
 from megassm.optim import learning_rate
+from megassm.parallel.watchdog import Watchdog
 from megassm.parallel.world import (
     World,
     broadcast_array,
     gather_rows,
-    is_first_to_refuse,
     is_lost_peer,
     join_world,
     leave_world,
@@ -39,52 +40,62 @@ from megassm.run import Run, say, set_up
 
 def pretrain(config: Config, data: Dataset) -> None:
     """Trains, or continues, the run of `config`. Leaves with code 1 where it must refuse, after one message."""
-    world = join_world(config)
     try:
-        run = set_up(config, data, world)
+        world = join_world(config)
+        watchdog = Watchdog((world.rank, world.size), world.progress, config.parallel.timeout_s, Path(config.run.dir))
         try:
-            train(run)
-        finally:
-            if run.journal is not None:
-                run.journal.close()
-    except (UserError, OSError) as error:
-        if is_first_to_refuse():
-            print(f"error: rank {world.rank}: {refusal_text(error)}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
-    except RuntimeError as error:
-        if not is_lost_peer(error):
+            set_up_and_train(config, data, world, watchdog)
+        except (UserError, OSError) as error:
+            watchdog.refuse(f"rank {world.rank}: {refusal_text(error)}")
+            raise SystemExit(1) from None
+        except Exception as error:
+            if isinstance(error, RuntimeError) and is_lost_peer(error):
+                what = str(error).rpartition("] ")[2].partition(". ")[0]
+                watchdog.fail(f"{what}; parallel.timeout_s = {config.parallel.timeout_s}", error)
+            watchdog.refuse(f"rank {world.rank} ended with {error!r}; its traceback follows")
             raise
-        if is_first_to_refuse():
-            print(
-                f"error: rank {world.rank} lost another rank, or waited longer than parallel.timeout_s = "
-                f"{config.parallel.timeout_s} for it ({error}). The same command continues from the last checkpoint",
-                file=sys.stderr,
-                flush=True,
-            )
-        raise SystemExit(1) from None
+        leave_world()
+        watchdog.stop()
     finally:
         leave_world()
 
 
+def set_up_and_train(config: Config, data: Dataset, world: World, watchdog: Watchdog) -> None:
+    watchdog.start()
+    run = set_up(config, data, world)
+    try:
+        train(run)
+        world.progress.note("end of the run")
+    finally:
+        if run.journal is not None:
+            run.journal.close()
+
+
 def train(run: Run) -> None:
     """The loop."""
-    config, engine = run.config, run.engine
+    config, engine, note = run.config, run.engine, run.world.progress.note
     if run.done_steps >= config.train.steps:
         say(run.world, f"nothing to do: {config.run.dir} has done {run.done_steps} of {config.train.steps} steps")
         return
     skipped = 0
     for step in range(run.done_steps, config.train.steps):
         started = time.perf_counter()
+        note("beginning", step + 1)
         budgets = step_budgets(config, step, engine.micro_steps)
         tally = Tally(torch.zeros((), dtype=torch.float64, device=run.world.device))
         for k in budgets:
             batch = next_batch(run, tally)
             ids_BT, mask_BL = (torch.from_numpy(x).to(run.world.device) for x in (batch.ids_BT, batch.mask_BL))
+            note("forward pass")
             nll_BL, objective_BL = engine.training_losses(ids_BT, k)
+            note("backward pass")
             engine.backward(objective_BL, mask_BL)
             tally.nll += (nll_BL.detach() * mask_BL).sum()
         rate = learning_rate(config.optim, config.train, step)
-        totals = agree(run, step, budgets, tally, engine.update(rate))
+        note("update")
+        norm = engine.update(rate)
+        note("agreement of all ranks")
+        totals = agree(run, step, budgets, tally, norm)
         skipped = 0 if totals.finite else skipped + 1
         row = journal_row(run, step, budgets, totals, time.perf_counter() - started) | {"lr": rate}
         if skipped:
@@ -92,6 +103,7 @@ def train(run: Run) -> None:
         last = step + 1 == config.train.steps
         if last or (config.eval.every_steps and (step + 1) % config.eval.every_steps == 0):
             row["valid"] = {str(k): validate(run, k).bits_per_byte for k in config.eval.budgets}
+        note("journal")
         if run.journal is not None:
             run.journal.write(row)
         due = (step + 1) % config.checkpoint.every_steps == 0 and not skipped  # a sick run replaces no good checkpoint
@@ -116,7 +128,10 @@ def next_batch(run: Run, tally: Tally) -> MicroBatch:
     One rank of a reader group reads, and hands what it read to the others.
     """
     started = time.perf_counter()
-    batch = share_batch(next(run.batches) if run.world.readers.rank() == 0 else None, run.config, run.world)
+    run.world.progress.note("reading data")
+    own = next(run.batches) if run.world.readers.rank() == 0 else None
+    run.world.progress.note("sharing data")
+    batch = share_batch(own, run.config, run.world)
     tally.data_wait_s += time.perf_counter() - started
     tally.sample_ids += batch.sample_ids_B.tolist()
     batch = batch.span(run.world.place.sequence, run.world.mesh.sequence)
@@ -173,7 +188,8 @@ def journal_row(run: Run, step: int, budgets: list[int], totals: Totals, seconds
         "tokens_per_s": step_tokens / seconds,
         "mfu": flops / seconds / (run.peak_flops * run.world.size),
         "relative_cost": flops / static,
-        "data_wait_s": totals.data_wait_s,
+        "epochs": run.stream.epochs(step + 1),
+        **asdict(totals.data),
         "peak_memory_bytes": totals.peak_memory_bytes,
     }
 
@@ -188,5 +204,11 @@ def update_flops_per_token(config: Config, k: int) -> float:
 
 def validate(run: Run, k: int) -> Score:
     """The validation score at budget k, over all ranks."""
-    mine = score(run.engine.eval_losses, run.valid, k, run.token_bytes, run.world.device)
+
+    def losses(ids_BT: torch.Tensor, k: int) -> torch.Tensor:
+        run.world.progress.note(f"validation at K={k}")
+        return run.engine.eval_losses(ids_BT, k)
+
+    mine = score(losses, run.valid, k, run.token_bytes, run.world.device)
+    run.world.progress.note("validation, all ranks' scores")
     return Score.total(gather_rows(mine)[:: run.world.mesh.tensor])

@@ -30,6 +30,9 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> None:
     # the filters' cache of this test session only; children inherit it
     os.environ["MEGASSM_CACHE"] = str(tmp_path_factory.mktemp("filters"))
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # transformers copies the code of an opened model there, datasets the texts; nothing is asked of a hub
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("huggingface"))
+    os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -42,6 +45,15 @@ def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_python("tools/prepare_data.py", "--input", *sources, "--glob", "*.py", "--output", str(folder / "set"),
                "--valid-fraction", "0.3", "--block-tokens", "8192", "--member-tokens", "8192")  # fmt: skip
     return folder / "set"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, data_path: Path) -> Path:
+    """A finished run of 12 steps of a hybrid model, by one process, through the entry point."""
+    run_dir = tmp_path_factory.mktemp("runs") / "trained"
+    own = (f"run.dir={run_dir}", f"data.path={data_path}", "model.pattern=SA", "train.steps=12")
+    run_python("launch/pretrain.py", "--config", "configs/tiny.yaml", *SMALL, *own)
+    return run_dir
 
 
 @pytest.fixture

@@ -1,14 +1,21 @@
-"""The mixer's benchmark: all ways compute the same, the table has its columns."""
+"""The benchmarks of mixer and model: all ways compute the same, the table has its columns."""
 
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
+import megassm.eval.model_bench
+from megassm.cost import parameters
 from megassm.errors import UserError
 from megassm.eval.mixer_bench import BenchPlan, bench
+from megassm.eval.model_bench import MODELS, SIZES, ModelBenchPlan, bench_models, transformer_of_equal_size
+from megassm.eval.peers import peer_layer
 from tests.conftest import run_python
 
 
@@ -28,6 +35,76 @@ def test_chunked_keeps_less_than_the_authors_formulation() -> None:
     assert chunked.peak_bytes < authors.peak_bytes / 2
 
 
+def test_attention_has_as_many_parameters_and_needs_nothing() -> None:
+    plan = BenchPlan([64], [4, 16], methods=("chunked", "attention", "mamba2"), d_model=64, repeats=1)
+    notes: list[str] = []
+    rows = list(bench(plan, notes.append))
+    assert [row.method for row in rows] == ["chunked", "attention"] * 2
+    assert [row.parameters for row in rows] == [k * 64 * 64 for k in (4, 4, 16, 16)]
+    assert len(notes) == 1
+
+
+def test_wide_attention_is_causal_attention() -> None:
+    layer = peer_layer("attention", 16, 16 * 16 * 9)
+    u_BLD = torch.randn(2, 10, 16)
+    before = layer(u_BLD)
+    u_BLD[:, 6:] += 1
+    assert torch.allclose(layer(u_BLD)[:, :6], before[:, :6], atol=1e-6)
+    assert not torch.allclose(layer(u_BLD)[:, 6:], before[:, 6:], atol=1e-3)
+
+
+class FakeMamba2(torch.nn.Module):
+    """Takes what fla's takes, has its parameters, gives a tuple."""
+
+    def __init__(self, num_heads: int, head_dim: int, hidden_size: int, expand: float) -> None:
+        super().__init__()
+        inner = int(expand * hidden_size)
+        assert inner == num_heads * head_dim
+        self.inputs, self.out = torch.nn.Linear(hidden_size, 2 * inner), torch.nn.Linear(inner, hidden_size)
+
+    def forward(self, u_BLD: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.out(self.inputs(u_BLD).chunk(2, dim=2)[0]), None
+
+
+def test_models_of_equal_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fla", types.ModuleType("fla"))
+    monkeypatch.setitem(sys.modules, "fla.layers", types.SimpleNamespace(Mamba2=FakeMamba2))
+    monkeypatch.setattr(megassm.eval.model_bench, "why_no_peer", lambda *_: None)
+    config = SIZES["tiny"].model_copy(update={"num_channels": 24})
+    plan = ModelBenchPlan(config, [64, 128], torch.device("cpu"), torch.float32, repeats=1, peak_tflops=0.1)
+    rows = list(bench_models(plan))
+    assert [(row.model, row.length) for row in rows] == [(model, length) for length in (64, 128) for model in MODELS]
+    size = parameters(config, 24)
+    for row in rows:
+        assert row.parameters == pytest.approx(size, rel=0.1)
+        flops = row.mfu * 1e11 / row.tokens_per_s
+        assert 6 * 0.85 * size < flops < 6 * 1.5 * size, "six FLOPs a parameter and token, and attention's own"
+        assert row.peak_memory_gib * 2**30 > 8 * size, "weights and gradients"
+
+
+def test_the_large_models_are_of_equal_size() -> None:
+    spectral = SIZES["1.3b"]
+    size = parameters(spectral, 32)
+    assert size == pytest.approx(1.3e9, rel=0.05)
+    transformer = transformer_of_equal_size(spectral)
+    assert parameters(transformer, 1) == pytest.approx(size, rel=0.03)
+    assert transformer.d_model % transformer.n_heads == 0
+
+
+def test_model_tool(tmp_path: Path) -> None:
+    table = tmp_path / "models.json"
+    done = run_python("tools/bench_model.py", "--lengths", "64,128", "--repeats", "1", "--recompute",
+                      "--dtype", "bfloat16", "--json", str(table))  # fmt: skip
+    rows = json.loads(table.read_text(encoding="utf-8"))
+    assert [(row["model"], row["length"]) for row in rows] == [
+        (model, length) for length in (64, 128) for model in ("es_ssm", "transformer")
+    ]
+    assert all(row["tokens_per_s"] > 0 and row["mfu"] > 0 for row in rows)
+    assert "no row for mamba2: fla and mamba_ssm not installed" in done.stderr
+    refused = run_python("tools/bench_model.py", "--batch", "0", check=False)
+    assert refused.returncode == 2
+
+
 def test_unknown_method() -> None:
     with pytest.raises(UserError, match="methods magic: must be among authors"):
         list(bench(BenchPlan([8], [1], methods=("magic",))))
@@ -38,6 +115,7 @@ def test_tool(tmp_path: Path) -> None:
     done = run_python("tools/bench_mixer.py", "--lengths", "64,128", "--budgets", "2", "--d-model", "16",
                       "--repeats", "1", "--json", str(table))  # fmt: skip
     assert "chunked" in done.stdout
+    assert "no row for mamba2 at L=64: fla and mamba_ssm not installed" in done.stderr
     rows = json.loads(table.read_text(encoding="utf-8"))
     assert {"method", "length", "k", "forward_s", "forward_backward_s", "peak_bytes", "relative_error"} <= set(rows[0])
     assert [row["length"] for row in rows if row["method"] == "chunked"] == [64, 128]

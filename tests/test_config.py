@@ -18,7 +18,7 @@ from megassm.model import LanguageModel
 from tests.conftest import ROOT, run_python
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-PROMISED = {"125m": 125e6, "350m_hybrid": 350e6, "1b_hybrid": 1e9}
+PROMISED = {"125m": 125e6, "350m_hybrid": 350e6, "1b_hybrid": 1e9, "3b_hybrid": 3e9, "7b_hybrid": 7e9}
 
 MINIMAL = """\
 run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -26,31 +27,34 @@ def test_text_is_kept_exactly(tmp_path: Path) -> None:
 
 
 def test_files_are_found_sorted_once_and_hidden_ones_are_not(tmp_path: Path) -> None:
-    for name in ("b.txt", "a.txt", "deep/c.txt", "x.md", ".git/d.txt", ".e.txt"):
+    for name in ("b.txt", "a.txt", "deep/c.txt", "x.py", ".git/d.txt", ".e.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert read(TextSource((tmp_path / "x.md", tmp_path, tmp_path / "a.txt"))) == [
-        "x.md",
+    assert read(TextSource((tmp_path / "x.py", tmp_path, tmp_path / "a.txt"))) == [
+        "x.py",
         "a.txt",
         "b.txt",
         "deep/c.txt",
     ]
-    assert read(TextSource((tmp_path,), glob="*.md")) == ["x.md"]
+    assert read(TextSource((tmp_path,), glob="*.py")) == ["x.py"]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"ab\xff", r"a\.txt: byte 2: 0xff is not UTF-8; repair it, or pass --on-bad-utf8 skip"),
+        ("a.txt", b"ab\xff", r"a\.txt: byte 2: 0xff is not UTF-8; repair it, or pass --on-bad-utf8 skip or replace"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": "\xe9"}', r"a\.jsonl:3: byte \d+ of the line: 0xe9 is not UTF-8"),
         ("a.jsonl", b'{"text": "a\\ud83d"}', r"a\.jsonl:1: character 1 of the text: U\+D83D is not UTF-8"),
-        ("a.jsonl", b'{"text": "x"}\n{"text"\n', r"a\.jsonl:2: not JSON: .*one JSON object a line"),
-        ("a.jsonl", b"[1]", r"a\.jsonl:1: list, a \.jsonl file has one JSON object a line"),
+        ("a.jsonl", b'{"text": "x"}\n{"text"\n', r"a\.jsonl:2: not JSON: .*one JSON object"),
+        ("a.jsonl", b"[1]", r"a\.jsonl:1: list, there must be one JSON object"),
         ("a.jsonl", b'{"body": "x", "id": 1}', r"a\.jsonl:1: no field 'text'; pass --text-field .*body, id"),
         ("a.jsonl", b'{"text": 5}', r"a\.jsonl:1: field 'text' is int, it must be a string"),
         ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz: damaged gzip after line 0"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-12], r"a\.jsonl\.gz: damaged gzip after line \d"),
-        ("a.parquet", b"PAR1", r"a\.parquet: cannot read this format"),
+        ("a.parquet", b"PAR1", r"a\.parquet: damaged Parquet file: .*fetch the file again"),
+        ("a.jsonl.zst", b"not zstd", r"a\.jsonl\.zst: damaged zstd after line 0"),
+        ("a.tar", b"x" * 2000, r"a\.tar: offset 0: not a sound tar file"),
+        ("a.txt.xz", b"", r"a\.txt\.xz: cannot read this format; give text or \.txt, .*\.tar"),
     ],
 )
 def test_refusals(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -77,6 +81,31 @@ def test_bad_utf8_is_skipped_and_counted_where_asked(tmp_path: Path) -> None:
     assert read(TextSource((tmp_path,), on_bad_utf8="skip"), counts) == ["good"]
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert counts == ReadCounts(documents=1, empty=1, bad_utf8=3, file_bytes=size)
+
+
+def test_bad_utf8_is_repaired_and_counted_where_asked(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"a\xffb")
+    lines = b'{"text": "good"}\n{"text": "\xe9t\xe9"}\n{"text": "\\udc00x"}\n{"text": "\\ud83d\\ude42"}\n'
+    (tmp_path / "b.jsonl").write_bytes(lines)
+    counts = ReadCounts()
+    texts = read(TextSource((tmp_path,), on_bad_utf8="replace"), counts)
+    assert texts == ["a\ufffdb", "good", "\ufffdt\ufffd", "\ufffdx", "\U0001f642"]
+    assert (counts.documents, counts.repaired, counts.bad_utf8) == (5, 3, 0)
+
+
+def test_length_is_counted_in_utf8_bytes(tmp_path: Path) -> None:
+    texts = ["a", "\u00e9", "abc", "\u4e16\u754c", "1234567"]  # 1, 2, 3, 6, 7 bytes
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    counts = ReadCounts()
+    assert read(TextSource((tmp_path,), min_document_bytes=2, max_document_bytes=6), counts) == texts[1:4]
+    assert (counts.documents, counts.too_short, counts.too_long) == (3, 1, 1)
+    for options, message in (
+        ({"min_document_bytes": 9, "max_document_bytes": 8}, r"max_document_bytes is 8; .*min_document_bytes \(9\)"),
+        ({"max_document_bytes": 0}, "max_document_bytes is 0; it must be at least 1"),
+        ({"min_document_bytes": -1}, "min_document_bytes is -1, it must be at least 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            TextSource((tmp_path,), **options)  # type: ignore[arg-type]
 
 
 @given(order=st.permutations(TEXTS[:40]), max_bytes=st.integers(1, 3000))

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megassm.durable import CACHE_VARIABLE
 from megassm.errors import UserError
 from megassm.ops import hankel
 from megassm.ops.hankel import cache_path, compute_filters, extended_filters, spectral_filters
@@ -117,7 +118,7 @@ def test_impossible_sizes_are_refused(length: int, channels: int) -> None:
 
 
 def test_cache_serves_and_survives_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(hankel.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     first = spectral_filters(64, 8)
     path = cache_path(64, 8)
     assert path.parent == tmp_path
@@ -140,12 +141,12 @@ def test_cache_serves_and_survives_damage(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("in the way", encoding="utf-8")
-    monkeypatch.setenv(hankel.CACHE_VARIABLE, str(blocked / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(blocked / "cache"))
     assert spectral_filters(32, 4)[1].shape == (32, 4)
 
 
 def test_filters_beyond_the_limit_are_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(hankel.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(hankel, "CACHE_LIMIT_BYTES", 8 * 64 * 8)
     spectral_filters(64, 9)
     assert not list(tmp_path.iterdir())

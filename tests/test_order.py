@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megassm.data.order import SampleOrder, block_order, epoch_samples, hash_order, splitmix64
+from megassm.data.order import MixtureOrder, Phase, SampleOrder, block_order, epoch_samples, hash_order, splitmix64
 
 U64 = np.uint64
 
@@ -28,6 +28,16 @@ def test_golden_order() -> None:
     blocks = [block_order(1001, seed, epoch).tolist() for seed, epoch in ((0, 0), (1234, 7), (-1, 3))]
     digest = hashlib.sha256(repr((places, blocks)).encode()).hexdigest()
     assert digest == "28cce2efffdb941156db054b30899bc3b7a114f58b8844668530429eebf71e9f"
+
+
+def test_golden_order_of_a_mixture() -> None:
+    """As the one above."""
+    orders = [SampleOrder(samples, seed=1234, lanes=48, window=64) for samples in (10_007, 503, 2_000)]
+    phases = [Phase(0, (0.7, 0.2, 0.1)), Phase(7_777, (1.0, 0.0, 3.0)), Phase(20_000, (1.0, 1.0, 1.0))]
+    mixture = MixtureOrder(orders, phases)
+    places = [tuple(mixture.locate(sample)) for sample in range(0, 30_021, 3)]
+    digest = hashlib.sha256(repr(places).encode()).hexdigest()
+    assert digest == "ec516e1cbfd1f36728514cca818cc2e382636bed8ad0e35ce5cf956099a9a12e"
 
 
 @settings(deadline=None, max_examples=80)

@@ -21,13 +21,16 @@ import numpy as np
 import pytest
 
 from megassm.data import prepare as prepare_module
-from megassm.data.blocks import local_fetch, read_block, verify
+from megassm.data.blocks import local_fetch, read_block
+from megassm.data.dataset import own_tokenizer
 from megassm.data.documents import TextSource
 from megassm.data.prepare import Prepared, PrepareJob, prepare
 from megassm.data.shards import ShardSet, ShardSizes
-from megassm.data.tokenizer import load_tokenizer, train_sentencepiece
+from megassm.data.tokenizer import TokenizerSpec, load_tokenizer, train_sentencepiece
+from megassm.data.verify import verify
 from megassm.errors import UserError
 from tests.conftest import run_python
+from tests.test_tokenizer_json import gpt2_like
 
 SIZES = ShardSizes(shard_tokens=20_000, block_tokens=4000, member_tokens=1000)
 
@@ -66,7 +69,7 @@ def corpus(tmp_path: Path) -> Path:
     (directory / "a.jsonl").write_text("".join(lines) + "\n")
     lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts[200:] + [" \n"] * 5]
     (directory / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
-    (directory / "ignored.md").write_text("not asked for")
+    (directory / "ignored.py").write_text("not asked for")
     (directory / ".hidden.txt").write_text("hidden")
     return directory
 
@@ -85,7 +88,8 @@ def texts_of(shards: ShardSet, tokenizer: str | Path = "bytes") -> list[str]:
 
 
 def tree_of(directory: Path) -> dict[str, bytes]:
-    files = (path for path in directory.rglob("*") if path.is_file())
+    """Every file but the one for people, which holds a date and the directory's name."""
+    files = (path for path in directory.rglob("*") if path.is_file() and path.name != "dataset.md")
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
@@ -101,7 +105,8 @@ def test_every_document_arrives_once_in_one_split(corpus: Path, tmp_path: Path) 
     assert not set(train) & set(valid)
     assert 0.1 < len(valid) / 320 < 0.3
     assert train != sorted(train, key=texts.index)
-    assert (prepared.empty, prepared.bad_utf8, prepared.was_there) == (5, 0, False)
+    assert {name: count for name, count in prepared.filtered.items() if count} == {"empty": 5}
+    assert not prepared.was_there
     assert sum(shards.text_bytes for shards in prepared.splits.values()) == sum(len(t.encode()) for t in train + valid)
     for shards in prepared.splits.values():
         assert verify(shards) == []
@@ -118,6 +123,22 @@ def test_the_bytes_do_not_depend_on_workers_or_on_the_memory_for_the_shuffle(
     assert tree_of(tmp_path / "one") == tree_of(tmp_path / "three") == tree_of(tmp_path / "tight")
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_progress_is_of_work_done_and_reaches_its_end(corpus: Path, tmp_path: Path, workers: int) -> None:
+    class ByPhase(Notes):
+        def start(self, phase: str, total_bytes: int) -> None:
+            self.updates = []
+            phases.append((total_bytes, self.updates))
+
+    phases: list[tuple[int, list[int]]] = []
+    prepare(job_of(corpus, tmp_path / "out", workers=workers), ByPhase())
+    assert len(phases) == 2
+    for total_bytes, updates in phases:
+        assert updates == sorted(updates)
+        assert updates[-1] == total_bytes
+    assert len(phases[0][1]) > 5
+
+
 def test_another_seed_shuffles_the_same_split_otherwise(corpus: Path, tmp_path: Path) -> None:
     first, other = (done(job_of(corpus, tmp_path / str(seed), seed=seed)).splits for seed in (0, 1))
     for split in ("train", "valid"):
@@ -129,7 +150,7 @@ def test_another_seed_shuffles_the_same_split_otherwise(corpus: Path, tmp_path: 
 def test_a_trained_tokenizer_is_used_and_copied(corpus: Path, tmp_path: Path) -> None:
     model = tmp_path / "a.model"
     model.write_bytes(train_sentencepiece(some_texts(), vocab_size=285))
-    prepared = done(job_of(corpus, tmp_path / "out", tokenizer=str(model), workers=2))
+    prepared = done(job_of(corpus, tmp_path / "out", tokenizer=TokenizerSpec(str(model)), workers=2))
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == model.read_bytes()
     train, valid = (texts_of(prepared.splits[split], model) for split in ("train", "valid"))
     texts = some_texts()
@@ -138,13 +159,73 @@ def test_a_trained_tokenizer_is_used_and_copied(corpus: Path, tmp_path: Path) ->
     assert prepared.splits["train"].tokens < prepared.splits["train"].text_bytes
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_tokenizer_json_is_used_and_kept_with_its_end_of_document(corpus: Path, tmp_path: Path, workers: int) -> None:
+    backend = gpt2_like(some_texts())
+    backend.add_special_tokens(["<|stop|>"])
+    backend.save(str(tmp_path / "a.json"))
+    spec = TokenizerSpec(str(tmp_path / "a.json"), "<|stop|>")
+    prepared = done(job_of(corpus, tmp_path / "out", tokenizer=spec, workers=workers))
+    kept = own_tokenizer(tmp_path / "out")
+    assert load_tokenizer(kept).sha256 == load_tokenizer(spec).sha256 == prepared.splits["valid"].tokenizer_sha256
+    texts = [text for split in ("train", "valid") for text in texts_of(prepared.splits[split], kept)]
+    assert Counter(texts) == Counter(some_texts() + some_texts()[:20])
+    with pytest.raises(UserError, match=r"from another job \(other: tokenizer\)"):
+        done(job_of(corpus, tmp_path / "out", tokenizer=TokenizerSpec(spec.name)))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_duplicates_are_left_out_wherever_they_stand(corpus: Path, tmp_path: Path, workers: int) -> None:
+    lines = [json.dumps({"text": text}) + "\n" for text in reversed(some_texts())]
+    (corpus / "c.jsonl").write_text("".join(lines))
+    prepared = done(job_of(corpus, tmp_path / "out", deduplicate=True, workers=workers))
+    train, valid = (texts_of(prepared.splits[split]) for split in ("train", "valid"))
+    assert sorted(train + valid) == sorted(some_texts())
+    assert prepared.filtered["duplicate"] == 320
+    # what is left is exactly what the documents without duplicates give
+    (corpus / "c.jsonl").unlink()
+    lines = (corpus / "a.jsonl").read_text().splitlines(keepends=True)
+    (corpus / "a.jsonl").write_text("".join(lines[:100]))
+    done(job_of(corpus, tmp_path / "without", seed=0))
+    for split in ("train", "valid"):
+        assert tree_of(tmp_path / "out" / split) == tree_of(tmp_path / "without" / split)
+
+
+def test_filters_are_counted_and_the_card_says_so(corpus: Path, tmp_path: Path) -> None:
+    source = TextSource((corpus,), min_document_bytes=100, max_document_bytes=300)
+    job = job_of(corpus, tmp_path / "out", source=source, licence="CC BY 4.0, see example.org")
+    prepared = done(job)
+    sizes = [len(text.encode()) for text in some_texts() + some_texts()[:20]]
+    short, long = sum(size < 100 for size in sizes), sum(size > 300 for size in sizes)
+    assert short
+    assert long
+    assert (prepared.filtered["too short"], prepared.filtered["too long"]) == (short, long)
+    kept = sum(shards.documents for shards in prepared.splits.values())
+    assert kept == sum(100 <= size <= 300 for size in sizes)
+    card = (tmp_path / "out" / "dataset.md").read_text()
+    for line in (
+        f"* documents too short: {short}",
+        "* longest document (UTF-8 bytes): 300",
+        f"* `{corpus}`",
+        "Files: 1 .jsonl, 1 .jsonl.gz, 100 .txt; ",
+        "* name: bytes",
+        "CC BY 4.0, see example.org",
+        f"`{prepared.splits['valid'].fingerprint}` |",
+    ):
+        assert line in card
+    done(replace(job, licence=None))
+    assert (tmp_path / "out" / "dataset.md").read_text() == card
+    done(replace(job, licence="Public domain"))
+    assert "Public domain" in (tmp_path / "out" / "dataset.md").read_text()
+
+
 KILLED_RUN = """
 import sys
 from pathlib import Path
 from megassm.data.documents import TextSource
 from megassm.data.prepare import PrepareJob, prepare
 from megassm.data.shards import ShardSizes
-from megassm.data import parts, shards
+from megassm.data import shard_writer
 import time
 
 class Slow:
@@ -152,11 +233,11 @@ class Slow:
     def update(self, done_bytes): time.sleep({tokenize_seconds})
     def note(self, message): print(message, flush=True)
 
-write_member = shards._OpenShard.write_member
+write_member = shard_writer._OpenShard.write_member
 def slow_write_member(*arguments):
     time.sleep({write_seconds})
     write_member(*arguments)
-shards._OpenShard.write_member = slow_write_member
+shard_writer._OpenShard.write_member = slow_write_member
 
 if __name__ == "__main__":
     sizes = ShardSizes(shard_tokens=20_000, block_tokens=4000, member_tokens=1000)
@@ -264,7 +345,7 @@ def test_a_finished_job_is_not_done_again_and_another_is_refused(corpus: Path, t
     before = tree_of(output)
     again = done(job_of(corpus, output, workers=2))
     assert again.was_there
-    assert again.empty == 5
+    assert again.filtered["empty"] == 5
     with pytest.raises(UserError, match=r"from another job \(other: seed\); give another directory or remove"):
         done(job_of(corpus, output, seed=1))
     (corpus / "deep" / "000.txt").write_text("changed")
@@ -320,7 +401,7 @@ def test_job_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="workers is 0, it must be at least 1"):
         job_of(tmp_path, tmp_path, workers=0)
     (tmp_path / "a.txt").write_text(" \n")
-    with pytest.raises(UserError, match=r"no text in 1 files \(1 documents of whitespace only, "):
+    with pytest.raises(UserError, match=r"no text in 1 files \(1 empty\)"):
         done(job_of(tmp_path / "a.txt", tmp_path / "out"))
 
 
@@ -332,7 +413,21 @@ def test_the_tool(corpus: Path, tmp_path: Path) -> None:
     assert "nothing to do" in again.stderr
     rows = {row["split"]: row for row in json.loads(table.read_text())}
     assert rows["train"]["documents"] + rows["valid"]["documents"] == 320
-    assert rows["dropped: empty"]["documents"] == 5
+    assert rows["left out: empty"]["documents"] == 5
+    for option, message in (
+        (("--input", ""), "argument --input: is empty; give a path"),
+        (("--output", ""), "argument --output: is empty; give a path"),
+    ):
+        bad = run_python(*command, *option, check=False)
+        assert bad.returncode == 2
+        assert message in bad.stderr
+    for option, message in (
+        (("--licence", "no.txt"), "error: --licence no.txt: no such file; give a file, or the licence's text"),
+        (("--eod-token", "x"), "error: --eod-token is for a tokenizer.json"),
+    ):
+        bad = run_python(*command, *option, check=False)
+        assert bad.returncode == 1
+        assert message in bad.stderr
 
     refused = run_python(*command[:3], "--output", str(tmp_path / "x"), "--tokenizer", "no.model", check=False)
     assert refused.returncode == 1

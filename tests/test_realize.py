@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy.signal import fftconvolve
 
 import megassm.ops.realize
+from megassm.durable import CACHE_VARIABLE
 from megassm.errors import UserError
-from megassm.ops import hankel
 from megassm.ops.hankel import extended_filters, spectral_filters
 from megassm.ops.realize import Realization, realize
 
@@ -157,7 +157,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("length", "channels"), [(300, 16), (100, 32)])  # with a short state, and without
 def test_the_outcome_is_found_once(length: int, channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(hankel.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     first = realize(length, channels, 64)
     (path,) = tmp_path.glob("realize-*.npz")
 

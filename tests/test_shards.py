@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megassm.data.blocks import BlockCache, local_fetch, read_block, verify
-from megassm.data.shards import ShardSet, ShardSizes, ShardWriter, load_index
+from megassm.data.blocks import local_fetch, read_block
+from megassm.data.shard_writer import ShardWriter
+from megassm.data.shards import ShardSet, ShardSizes, load_index
 from megassm.data.tokenizer import BytesTokenizer, Ids
+from megassm.data.verify import verify
 from megassm.errors import UserError
 from tests.shard_sets import SMALL, WideTokenizer, random_documents, write_documents, write_unique_ids
 
@@ -128,6 +130,22 @@ def test_a_missing_shard_is_refused_at_the_start_and_while_reading(shards: Shard
     assert "no such file" in verify(shards)[0]
 
 
+def test_the_shards_of_another_set_of_the_same_sizes_are_refused(tmp_path: Path) -> None:
+    """Nothing but the checksums can tell them apart."""
+    ours, other = (
+        write_documents(tmp_path / name, [np.full(50, number) for number in range(first, first + 40)])
+        for name, first in (("ours", 0), ("other", 100))
+    )
+    assert np.array_equal(ours.blocks["size"], other.blocks["size"])
+    for name in ("index.json", "index.npz"):
+        shutil.copy(other.directory / name, ours.directory / name)
+    mixed = load_index(ours.directory)
+    for block, entry in enumerate(mixed.blocks):
+        name = mixed.shards[int(entry["shard"])].name
+        with pytest.raises(UserError, match=rf"{name}, block at offset {int(entry['offset'])}: .*expected CRC32"):
+            read_block(mixed, block, local_fetch(mixed.directory))
+
+
 @pytest.mark.parametrize("count", ["members", "tokens"])
 def test_counts_are_checked(shards: ShardSet, count: str) -> None:
     shards.blocks[count][0] += 1
@@ -140,7 +158,7 @@ def test_an_id_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
     narrowed = json.loads((shards.directory / "index.json").read_text())
     narrowed["vocab_size"], narrowed["eod"] = 70_000, 69_999
     (shards.directory / "index.json").write_text(json.dumps(narrowed))
-    with pytest.raises(UserError, match=r"expected ids below 70000, got 1048575"):
+    with pytest.raises(UserError, match=r"like \*\.u32, got ids \d+ to 1048575 leave the vocabulary \[0, 70000\)"):
         read_block(load_index(shards.directory), 0, local_fetch(shards.directory))
     with ShardWriter(tmp_path / "other", BytesTokenizer()) as writer, pytest.raises(UserError, match="vocabulary"):
         writer.add(np.array([300]), 1)
@@ -201,11 +219,3 @@ def test_an_unfinished_writer_leaves_no_data_set(tmp_path: Path) -> None:
 def test_a_data_set_without_documents_is_refused(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, WideTokenizer()) as writer, pytest.raises(UserError, match="no document"):
         writer.finish()
-
-
-def test_the_cache_keeps_its_bound(shards: ShardSet) -> None:
-    cache = BlockCache(shards, local_fetch(shards.directory), max_bytes=2500)
-    for block in [*range(len(shards.blocks)), 0, 1, 0, 1]:
-        cache.get(block)
-        assert cache.resident_bytes <= 2500
-    assert cache.fetches == len(shards.blocks) + 2

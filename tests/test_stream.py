@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import threading
 import time
 from collections import Counter
@@ -13,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megassm.data.blocks import local_fetch
+from megassm.data.blocks import FETCHES, local_fetch
+from megassm.data.order import epoch_samples
 from megassm.data.shards import ShardSet, ShardSizes
 from megassm.data.stream import MicroBatch, StreamPlan, TokenStream, validation_batches
 from megassm.errors import UserError
@@ -32,6 +34,10 @@ def plan(world_size: int = 1, rank: int = 0, micro: int = 1, batch: int = BATCH,
     return StreamPlan(seq_len, batch, micro, seed=7, rank=rank, world_size=world_size)
 
 
+def samples_of(shards: ShardSet, seq_len: int = 10) -> int:
+    return epoch_samples(shards.tokens, seq_len)
+
+
 def global_micro_batch(streams: list[TokenStream], step: int, micro_step: int) -> dict[int, bytes]:
     """Sample number -> its ids and mask, over all ranks."""
     rows = {}
@@ -45,8 +51,8 @@ def global_micro_batch(streams: list[TokenStream], step: int, micro_step: int) -
 
 def test_every_world_sees_the_same_global_micro_batches(shards: ShardSet) -> None:
     reference = TokenStream(shards, plan(micro=BATCH))
-    assert reference.epoch_samples == -(-(shards.tokens - 1) // 10)
-    last_step = reference.epoch_samples // BATCH + 1
+    assert samples_of(shards) == -(-(shards.tokens - 1) // 10)
+    last_step = samples_of(shards) // BATCH + 1
     for world in WORLDS:
         streams = [TokenStream(shards, plan(world, rank)) for rank in range(world)]
         for step in (0, 1, 5, last_step):
@@ -77,12 +83,21 @@ def test_a_resumed_run_goes_on_with_the_same_batches(shards: ShardSet, start: in
         assert np.array_equal(left.ids_BT, right.ids_BT)
 
 
+def test_a_run_that_resumes_often_at_other_world_sizes_sees_the_same_global_batches(shards: ShardSet) -> None:
+    whole = TokenStream(shards, plan(micro=BATCH))
+    draw = random.Random(1)
+    for _ in range(50):
+        step, world = draw.randrange(4 * samples_of(shards) // BATCH), draw.choice(WORLDS)
+        streams = [TokenStream(shards, plan(world, rank, micro=BATCH // world)) for rank in range(world)]
+        assert global_micro_batch(streams, step, 0) == global_micro_batch([whole], step, 0)
+
+
 @pytest.mark.parametrize("tokens", [2, 37, 500, 5000])  # far fewer samples than lanes x window
 @pytest.mark.parametrize("seq_len", [1, 16])
 def test_every_token_is_predicted_once_an_epoch(tmp_path: Path, tokens: int, seq_len: int) -> None:
     shards = write_unique_ids(tmp_path, tokens)
     stream = TokenStream(shards, plan(micro=4, batch=4, seq_len=seq_len))
-    n = stream.epoch_samples
+    n = samples_of(shards, seq_len)
     predicted: list[Counter[int]] = [Counter(), Counter()]
     first_token = [{shards.eod}, {shards.eod}]
     for batch in stream.batches(0, -(-2 * n // 4)):
@@ -122,7 +137,7 @@ def test_validation_gives_each_sequence_once(shards: ShardSet, world: int, asked
     ranks = [list(validation_batches(shards, plan(world, rank), asked)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
     samples = [s for batches in ranks for batch in batches for s in batch.sample_ids_B.tolist()]
-    held = TokenStream(shards, plan()).epoch_samples
+    held = samples_of(shards)
     assert sorted(s for s in samples if s >= 0) == list(range(min(asked, held)))
     for batches in ranks:
         for batch in batches:
@@ -135,19 +150,19 @@ def test_memory_stays_within_its_bound(tmp_path: Path) -> None:
     """Many blocks, a cache that holds few: the bound holds, the batches are the same."""
     shards = write_documents(tmp_path, random_documents(3000), ShardSizes(10_000, 500, 500))
     assert len(shards.blocks) > 200
-    roomy, tight = TokenStream(shards, plan(micro=4)), TokenStream(shards, plan(micro=4), cache_bytes=8000)
+    roomy, tight = TokenStream(shards, plan(micro=4)), TokenStream(shards, plan(micro=4), memory_bytes=8000)
     for left, right in zip(roomy.batches(0, 10), tight.batches(0, 10), strict=True):
         assert np.array_equal(left.ids_BT, right.ids_BT)
-        assert tight._reader.cache.resident_bytes <= 8000
+        assert tight.reader.memory.largest_bytes <= 8000
 
 
 def test_a_rank_reads_its_own_lanes_only(tmp_path: Path) -> None:
     """With 48 lanes on 48 ranks, a rank reads about a 48th of the blocks, each once."""
     shards = write_documents(tmp_path, random_documents(3000), ShardSizes(10_000, 500, 500))
     stream = TokenStream(shards, plan(48, rank=11))
-    steps = stream.epoch_samples // BATCH
+    steps = samples_of(shards) // BATCH
     assert sum(1 for _ in stream.batches(0, steps)) == steps
-    assert stream._reader.cache.fetches <= len(shards.blocks) / 48 + 2
+    assert stream.reader.memory.fetches <= len(shards.blocks) / 48 + 2
 
 
 def data_threads() -> list[threading.Thread]:
@@ -168,14 +183,9 @@ def test_closing_or_dropping_the_iterator_ends_its_thread(shards: ShardSet) -> N
 
 def test_the_thread_stays_a_bounded_number_of_batches_ahead(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = TokenStream(shards, plan())
-    made: list[int] = []
-    original = stream.micro_batch
-
-    def counted(step: int, micro_step: int) -> MicroBatch:
-        made.append(step)
-        return original(step, micro_step)
-
-    monkeypatch.setattr(stream, "micro_batch", counted)
+    made: list[object] = []
+    original = stream.reader.read
+    monkeypatch.setattr(stream.reader, "read", lambda pieces, into: (made.append(pieces), original(pieces, into))[1])
     batches = stream.batches(0, 10**6)
     next(batches)
     time.sleep(0.3)
@@ -193,11 +203,11 @@ def test_damage_is_raised_in_the_consumer_after_the_batches_before_it(tmp_path: 
         fetched += 1
         return read(shard, offset, size) if fetched <= 10 else bytes(size)
 
-    stream = TokenStream(shards, plan(), fetch=damaged_after_ten, cache_bytes=1)
+    stream = TokenStream(shards, plan(), fetch=damaged_after_ten, memory_bytes=1)
     got: list[MicroBatch] = []
     with pytest.raises(UserError, match=r"shard-\d+\.tar, block at offset \d+: .*CRC32"):
         got.extend(stream.batches(0, 10))
-    assert fetched == 11
+    assert fetched == 10 + FETCHES
     assert len(got) > 5
     for batch, sound in zip(got, TokenStream(shards, plan()).batches(0, 10), strict=False):
         assert np.array_equal(batch.ids_BT, sound.ids_BT)

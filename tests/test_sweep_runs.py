@@ -67,7 +67,7 @@ def test_prepared_sets_and_plain_text_give_the_same_score_for_the_same_text(
     run_python("tools/prepare_data.py", "--input", str(first), str(second), "--output", str(tmp_path / "set"),
                "--valid-fraction", "0.5", "--block-tokens", "512", "--member-tokens", "512")  # fmt: skip
     sources = [first, first.parent, second, tmp_path / "set", data_path]
-    sweep, _ = sweep_path(run, Request([2], None, 8, sources), peers)
+    sweep, _ = sweep_path(run, Request([2], None, 8, [str(path) for path in sources]), peers)
     assert [curve.data for curve in sweep.curves] == [str(path) for path in sources]
     file, folder, other, prepared, own = [curve.rows[0].bits_per_byte for curve in sweep.curves]
     assert file == folder != other
@@ -92,8 +92,8 @@ def test_sources_that_cannot_be_scored(run: Path, tmp_path: Path, data_path: Pat
         (ROOT / "README.md", lost, "the run's tokenizer lies with its data"),
     ):
         with pytest.raises(UserError, match=refusal):
-            open_texts(settings, [source])
-    texts, _ = open_texts(lost, [ROOT / "README.md", data_path])
+            open_texts(settings, [str(source)])
+    texts, _ = open_texts(lost, [str(ROOT / "README.md"), str(data_path)])
     assert len(texts) == 2, "a set prepared with the same tokenizer brings it"
 
 

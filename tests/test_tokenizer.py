@@ -109,7 +109,8 @@ def test_training_gives_the_same_bytes_again(corpus: list[str], model_type: str)
     ("texts", "vocab_size", "message"),
     [
         (["abc def " * 20], 8000, r"the text allows \d+ at most; lower --vocab-size or give more text"),
-        (["abc def " * 20], 100, r"need more than \d+; raise --vocab-size"),
+        (["abc def " * 20], 262, r"need more than \d+; raise --vocab-size"),
+        (["abc def " * 20], 0, r"vocabulary of 0: 256 bytes, 2 control pieces .* make 259; raise --vocab-size"),
         ([], 300, "no text to train on"),
         (["\n\n"], 300, "no text to train on"),
     ],
@@ -157,4 +158,13 @@ def test_the_tool(tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert re.search(r"error: vocabulary of 90000: the text allows \d+ at most", refused.stderr)
     assert not (tmp_path / "c").exists()
+
+    (tmp_path / "notes.txt").write_text("not to be lost")
+    refused = run_python(*command, "--vocab-size", "400", "--output", str(tmp_path / "notes.txt"), check=False)
+    assert refused.returncode == 1
+    assert "notes.txt: exists and is no SentencePiece model; give another file" in refused.stderr
+    assert (tmp_path / "notes.txt").read_text() == "not to be lost"
+    refused = run_python(*command, "--vocab-size", "400", "--output", str(tmp_path), check=False)
+    assert refused.returncode == 2
+    assert "is a directory; give a file's name" in refused.stderr
     assert "\nexample:\n  python tools/train_tokenizer.py --input" in run_python(command[0], "--help").stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,9 @@ def parser() -> Parser:
     result.add_argument("--budgets", type=budget_list, default=[2, 4, 8, 16, 32], metavar="LIST", help="K")
     result.add_argument("--d-model", type=int, default=256, metavar="D")
     result.add_argument("--batch", type=int, default=1, metavar="B")
-    result.add_argument("--methods", metavar="LIST", help="among authors,fft,direct,chunked,flashfft,attention")
+    result.add_argument(
+        "--methods", metavar="LIST", help="among authors,fft,direct,chunked,flashfft,attention,mamba2,gated_deltanet"
+    )
     result.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     result.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     result.add_argument("--repeats", type=int, default=5, metavar="N", help="timed repeats; the median counts")
@@ -40,7 +43,7 @@ def main() -> None:
         device=torch.device(arguments.device),
         repeats=arguments.repeats,
     )
-    rows = list(bench(plan))
+    rows = list(bench(plan, say=lambda note: print(note, file=sys.stderr)))
     title = f"B={plan.batch}, d={plan.d_model}, {arguments.dtype} on {arguments.device}"
     print_table(title, [_with_ratio(row, rows) for row in rows], arguments.json)
 

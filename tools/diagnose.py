@@ -31,7 +31,7 @@ def main() -> None:
     from megassm.metrics import METRICS, read_rows
     from megassm.ops.documents import document_numbers
 
-    session = open_session(arguments.run, arguments.device)
+    session = open_session(arguments.run, None, arguments.device)
     config, step = session.config, session.checkpoint.manifest.step
     run_dir = run_directory(session.checkpoint)
     if not (run_dir / METRICS).exists():

@@ -9,7 +9,9 @@ from megassm.cli import Parser, budget_list, print_table, run_tool, tool_parser
 
 def parser() -> Parser:
     result = tool_parser(__doc__ or "", "python tools/generate.py runs/tiny --prompt 'def main(' --budgets 4,32")
-    result.add_argument("run", type=Path, metavar="RUN_DIR", help="run directory, or one of its checkpoints/step-*")
+    result.add_argument(
+        "run", type=Path, metavar="RUN_DIR", help="run directory, one of its checkpoints/step-*, or an exported model"
+    )
     result.add_argument("--prompt", required=True, metavar="TEXT")
     result.add_argument("--budgets", type=budget_list, metavar="LIST", help="K to sample at (default: K_max)")
     result.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to draw (default: 64)")
@@ -24,15 +26,15 @@ def parser() -> Parser:
 def main() -> None:
     arguments = parser().parse_args()
     from megassm.eval.generate import Sampling, sample_text
-    from megassm.eval.session import open_session
+    from megassm.eval.session import open_model
 
-    session = open_session(arguments.run, arguments.device)
+    model, tokenizer, title = open_model(arguments.run, None, arguments.device)
     sampling = Sampling(arguments.tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     rows = []
-    for k in arguments.budgets or [session.config.model.num_channels]:
-        text = sample_text(session.model, session.tokenizer, arguments.prompt, k, sampling)
+    for k in arguments.budgets or [model.config.num_channels]:
+        text = sample_text(model, tokenizer, arguments.prompt, k, sampling)
         rows.append({"k": k, "text": arguments.prompt + text})
-    print_table(f"{arguments.run}, step {session.checkpoint.manifest.step}", rows, arguments.json)
+    print_table(title, rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ def parser() -> Parser:
     add("--seq-lens", type=budget_list, metavar="LIST", help="sequence lengths, tokens (default: the training length)")
     how_many = "sequences of the training length to score, of each text (default: eval.sequences)"
     add("--sequences", type=positive, metavar="N", help=how_many)
-    what = "prepared data sets (valid/ is scored), text files or folders of text (default: the run's own set)"
-    add("--data", type=Path, nargs="+", default=[], metavar="PATH", help=what)
+    what = "prepared sets or their URLs (valid/ is scored), files or folders of text (default: the run's own set)"
+    add("--data", nargs="+", default=[], metavar="PATH", help=what)
     add("--glob", metavar="PATTERN", help="files to take from folders of text (default: *.txt, *.jsonl, *.jsonl.gz)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--plot", type=image_file, metavar="FILE.png", help="draw the curves of all runs there")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megassm.cli import print_table, run_tool, tool_parser
+from megassm.cli import output_file, print_table, run_tool, tool_parser
 from megassm.errors import UserError
 
 EXAMPLE = "python tools/train_tokenizer.py --input corpus/ --vocab-size 32000 --output data/english.model"
@@ -18,8 +18,7 @@ def main() -> None:
     from megassm.data.tokenizer import load_tokenizer, train_sentencepiece
     from megassm.durable import write_atomically
 
-    if arguments.output.is_dir():
-        raise UserError(f"--output {arguments.output}: is a directory; give a file, for example FILE.model")
+    _check_output(arguments.output)
     source = source_of(arguments)
     documents = read_documents(source, list_files(source), ReadCounts())
     sample = sample_documents(documents, arguments.max_bytes, arguments.seed)
@@ -41,13 +40,23 @@ def main() -> None:
     print_table("tokenizer", [row], arguments.json)
 
 
+def _check_output(path: Path) -> None:
+    """Only what this tool could have written is replaced."""
+    from megassm.data.tokenizer import is_sentencepiece_model
+
+    if path.is_dir():
+        raise UserError(f"--output {path}: is a directory; give a file, for example FILE.model")
+    if path.exists() and not is_sentencepiece_model(path.read_bytes()):
+        raise UserError(f"--output {path}: exists and is no SentencePiece model; give another file, or remove it")
+
+
 def _parser() -> argparse.ArgumentParser:
     from megassm.data.documents import add_source_options
 
     parser = tool_parser("Trains a SentencePiece tokenizer on text.", EXAMPLE)
     add_source_options(parser)
     add, default = parser.add_argument, "(default: %(default)s)"
-    add("--output", type=Path, required=True, metavar="FILE.model", help="replaced where it exists")
+    add("--output", type=output_file, required=True, metavar="FILE.model", help="an older model there is replaced")
     add("--vocab-size", type=int, required=True, metavar="N", help="256 bytes and 2 control pieces included")
     add("--model-type", choices=("bpe", "unigram"), default="bpe", help=default)
     add("--max-bytes", type=int, default=50_000_000, metavar="N", help=f"of text to train on {default}")

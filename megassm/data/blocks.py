@@ -1,4 +1,4 @@
-"""Reading shards: fetch a block's bytes, check them, unpack them; and a bounded memory of blocks.
+"""Reading blocks: fetch the bytes, check them, unpack them.
 
 Everything is checked before an id is used: length and CRC32 of the raw bytes, then members, tokens and
 ids. The tar stage is webdataset's own; it alone would not do, because a shard cut between two members
@@ -7,28 +7,32 @@ or with one flipped header byte gives it part of the samples and no error. Nothi
 
 from __future__ import annotations
 
-import hashlib
 import io
-import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megassm.data.diskcache import DiskCache
+from megassm.data.members import member_ids
 from megassm.data.shards import PREPARE_AGAIN, ShardSet
+from megassm.data.transport import Meter
 from megassm.errors import UserError
 
 StoredIds = npt.NDArray[np.unsignedinteger[Any]]
 Fetch = Callable[[str, int, int], bytes]
-"""(shard name, offset, size) -> the bytes there; fewer where the shard ends early. Other transports
-(http, s3) are other functions of this type."""
+"""(shard name, offset, size) -> the bytes there, fewer where the shard ends early; FileNotFoundError where there is
+no such shard. `megassm.data.transport` has the one that training uses."""
 
-DEFAULT_CACHE_BYTES = 256 << 20
-HASH_CHUNK_BYTES = 1 << 20
+FETCHES = 3  # of a block whose bytes are not what the index says: a link may damage what a disk holds well
+
+
+class DamagedBlockError(UserError):
+    """A block whose bytes are not what the index says. Other errors (no server, no access) are not about the data."""
 
 
 def local_fetch(directory: Path) -> Fetch:
@@ -43,35 +47,72 @@ def local_fetch(directory: Path) -> Fetch:
 
 
 def read_block(shard_set: ShardSet, block: int, fetch: Fetch) -> StoredIds:
-    """The ids of one block, in the stored dtype. UserError naming shard, offset, expected and got."""
-    entry = shard_set.blocks[block]
-    name = shard_set.shards[int(entry["shard"])].name
-    offset, size = int(entry["offset"]), int(entry["size"])
+    """The ids of one block, in the stored dtype. DamagedBlockError naming shard, offset, expected and got."""
+    return BlockReader(shard_set, fetch).read(block)
 
-    def refuse(what: str, expected: object, got: object) -> UserError:
-        place = f"{shard_set.directory / name}, block at offset {offset}"
-        return UserError(f"{place}: damaged: expected {what} {expected}, got {got}; {PREPARE_AGAIN}")
 
-    try:
-        raw = fetch(name, offset, size)
-    except FileNotFoundError:
-        raise refuse("bytes", size, "no such file") from None
-    if len(raw) != size:
-        raise refuse("bytes", size, len(raw))
-    crc32 = zlib.crc32(raw)
-    if crc32 != entry["crc32"]:
-        raise refuse("CRC32", f"{int(entry['crc32']):08x}", f"{crc32:08x}")
-    members = _unpack(raw, name, shard_set.dtype)
-    if len(members) != entry["members"]:
-        raise refuse("members", entry["members"], len(members))
-    ids: StoredIds = np.frombuffer(b"".join(members), dtype=shard_set.numpy_dtype)
-    if ids.size != entry["tokens"]:
-        raise refuse("tokens", entry["tokens"], ids.size)
-    if (largest := int(ids.max())) >= shard_set.vocab_size:
-        raise refuse("ids below", shard_set.vocab_size, largest)
-    if ids[-1] != shard_set.eod:
-        raise refuse("last id", shard_set.eod, ids[-1])
-    return ids
+@dataclass(frozen=True)
+class BlockReader:
+    """Reads the blocks of one data set, from the disk cache where it has them."""
+
+    shard_set: ShardSet
+    fetch: Fetch
+    disk: DiskCache | None = None
+    meter: Meter | None = None
+
+    def read(self, block: int) -> StoredIds:
+        """See `read_block`."""
+        shard_set, entry = self.shard_set, self.shard_set.blocks[block]
+        name = shard_set.shards[int(entry["shard"])].name
+        members = _unpack(self._raw(block), name, shard_set.suffix)
+        if len(members) != entry["members"]:
+            raise self._damaged(block, "members", entry["members"], len(members))
+        try:
+            ids: StoredIds = np.concatenate([member_ids(member, shard_set.layout) for member in members])
+        except ValueError as error:
+            raise self._damaged(block, "members of ids", f"like *.{shard_set.suffix}", error) from None
+        if ids.size != entry["tokens"]:
+            raise self._damaged(block, "tokens", entry["tokens"], ids.size)
+        return ids
+
+    def _raw(self, block: int) -> bytes:
+        entry = self.shard_set.blocks[block]
+        size, crc32 = int(entry["size"]), int(entry["crc32"])
+        cached = self.disk.get(self.shard_set.fingerprint, block, size, crc32) if self.disk else None
+        if cached is not None:
+            self._count("data_cache_hits")
+            return cached
+        raw = self._fetched(block)
+        for _ in range(FETCHES - 1):
+            if len(raw) == size and zlib.crc32(raw) == crc32:
+                break
+            self._count("data_refetches")
+            raw = self._fetched(block)
+        if len(raw) != size:
+            raise self._damaged(block, "bytes", size, len(raw))
+        if (got := zlib.crc32(raw)) != crc32:
+            raise self._damaged(block, "CRC32", f"{crc32:08x}", f"{got:08x}")
+        if self.disk:
+            self.disk.put(self.shard_set.fingerprint, block, raw)
+        return raw
+
+    def _fetched(self, block: int) -> bytes:
+        entry = self.shard_set.blocks[block]
+        name = self.shard_set.shards[int(entry["shard"])].name
+        try:
+            return self.fetch(name, int(entry["offset"]), int(entry["size"]))
+        except FileNotFoundError:
+            raise self._damaged(block, "bytes", int(entry["size"]), "no such file") from None
+
+    def _damaged(self, block: int, what: str, expected: object, got: object) -> DamagedBlockError:
+        entry = self.shard_set.blocks[block]
+        name = self.shard_set.shards[int(entry["shard"])].name
+        place = f"{self.shard_set.store.place}/{name}, block at offset {int(entry['offset'])}"
+        return DamagedBlockError(f"{place}: damaged: expected {what} {expected}, got {got}; {PREPARE_AGAIN}")
+
+    def _count(self, name: str) -> None:
+        if self.meter is not None:
+            self.meter.add(name)
 
 
 def _unpack(raw: bytes, shard: str, suffix: str) -> list[bytes]:
@@ -81,62 +122,3 @@ def _unpack(raw: bytes, shard: str, suffix: str) -> list[bytes]:
 
     files = tar_file_expander([{"url": shard, "stream": io.BytesIO(raw)}])
     return [sample[suffix] for sample in group_by_keys(files) if suffix in sample]
-
-
-class BlockCache:
-    """Blocks as ids, the recently used ones kept: at most `max_bytes` of them, or one larger block."""
-
-    def __init__(self, shard_set: ShardSet, fetch: Fetch, max_bytes: int = DEFAULT_CACHE_BYTES) -> None:
-        self._shard_set, self._fetch, self._max_bytes = shard_set, fetch, max_bytes
-        self._blocks: OrderedDict[int, StoredIds] = OrderedDict()
-        self._lock = threading.Lock()  # the prefetching thread and a direct caller may both read
-        self.resident_bytes = 0
-        self.fetches = 0
-
-    def get(self, block: int) -> StoredIds:
-        """The ids of a block; see `read_block`."""
-        with self._lock:
-            if block not in self._blocks:
-                self._keep(block, read_block(self._shard_set, block, self._fetch))
-            self._blocks.move_to_end(block)
-            return self._blocks[block]
-
-    def _keep(self, block: int, ids: StoredIds) -> None:
-        self.fetches += 1
-        while self._blocks and self.resident_bytes + ids.nbytes > self._max_bytes:
-            _, dropped = self._blocks.popitem(last=False)
-            self.resident_bytes -= dropped.nbytes
-        self._blocks[block] = ids
-        self.resident_bytes += ids.nbytes
-
-
-def verify(shard_set: ShardSet) -> list[str]:
-    """Reads every byte of a data set; every damage found, one message each. Empty: it is sound."""
-    damages = []
-    fetch = local_fetch(shard_set.directory)
-    documents = np.zeros(len(shard_set.shards), dtype=np.int64)
-    for block in range(len(shard_set.blocks)):
-        try:
-            ids = read_block(shard_set, block, fetch)
-        except UserError as error:
-            damages.append(str(error))
-        else:
-            documents[shard_set.blocks[block]["shard"]] += np.count_nonzero(ids == shard_set.eod)
-    for shard, found in zip(shard_set.shards, documents.tolist(), strict=True):
-        path = shard_set.directory / shard.name
-        if not path.exists():
-            continue  # each of its blocks has said so
-        sha256 = _file_sha256(path)
-        if sha256 != shard.sha256:
-            damages.append(f"{path}: expected sha256 {shard.sha256}, got {sha256}; {PREPARE_AGAIN}")
-        elif found != shard.documents:
-            damages.append(f"{path}: expected {shard.documents} documents, got {found}; {PREPARE_AGAIN}")
-    return damages
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -1,7 +1,8 @@
-"""A run's data: the training and validation shards of one directory, and the tokenizer that made them."""
+"""A run's data: training and validation shards, one data set or a mixture, and the tokenizer that made them."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,19 +10,27 @@ import numpy as np
 import numpy.typing as npt
 
 from megassm.config import Config
+from megassm.data.filecache import local_copies
+from megassm.data.mixture import ONE_SOURCE, Mixture, MixturePhase, Reading, Source, check_repeats
 from megassm.data.shards import ShardSet, load_index
-from megassm.data.tokenizer import Tokenizer, load_tokenizer
+from megassm.data.stores import LocalStore, Store, open_store
+from megassm.data.tokenizer import MODEL_NAME, BytesTokenizer, Tokenizer, load_tokenizer
+from megassm.data.tokenizer_json import CONFIG_NAME, FILE_NAME
+from megassm.data.transport import Patience, read_file
+from megassm.durable import write_atomically
 from megassm.errors import UserError
 
 TRAIN, VALID = "train", "valid"
-TOKENIZER_NAME = "tokenizer.model"
+TOKENIZER_NAMES = (MODEL_NAME, FILE_NAME, CONFIG_NAME)
+FETCH_SHARE = 0.5  # of parallel.timeout_s, for all attempts at one block
+BATCH_SHARE = 0.8  # for one batch: a rank must say what it waits for before the others give it up
 
 
 class Dataset(NamedTuple):
     """Two disjoint sets of documents, in the ids of one tokenizer."""
 
-    train: ShardSet
-    valid: ShardSet
+    train: Mixture
+    valid: Mixture
     tokenizer: Tokenizer
 
     def token_bytes(self, vocab_size: int) -> npt.NDArray[np.int64]:
@@ -35,42 +44,108 @@ class Dataset(NamedTuple):
 
 
 def open_dataset(config: Config) -> Dataset:
-    """Reads both indexes and the tokenizer, and checks that they and the model belong together.
+    """Reads the indexes and the tokenizer, and checks that they, the model and the plan belong together.
 
     Raises:
-        UserError: something is missing or damaged, the tokenizer is not the one the shards were made with, or the
-            model has too small a vocabulary.
+        UserError: something is missing or damaged, the tokenizer is not the one the shards were made with, the model
+            has too small a vocabulary, or a source would be read too often.
     """
-    directory = Path(config.data.path)
-    if not directory.is_dir():
-        raise UserError(
-            f"data.path = {str(directory)!r}: no such directory; make a data set with tools/prepare_data.py "
-            f"--input TEXT --output {directory}"
-        )
-    train = load_index(directory / TRAIN)
-    if not (directory / VALID).is_dir():
-        raise UserError(
-            f"{directory}: has no {VALID}/, so quality could not be measured; prepare the data with a --valid-fraction"
-        )
-    valid = load_index(directory / VALID)
-    spec = config.data.tokenizer or own_tokenizer(directory)
-    tokenizer = load_tokenizer(spec)
-    for shards in (train, valid):
-        if shards.tokenizer_sha256 != tokenizer.sha256:
-            raise UserError(
-                f"{shards.directory}: its shards were made with tokenizer {shards.tokenizer} "
-                f"(sha256 {shards.tokenizer_sha256[:12]}), not with {spec} ({tokenizer.sha256[:12]}); "
-                "leave data.tokenizer out to use the data set's own, or prepare the data with this tokenizer"
-            )
+    # sorted: the order of lines in a file of YAML must not decide which source a sample comes from
+    paths = dict(sorted(config.data.sources.items())) or {ONE_SOURCE: config.data.path or ""}
+    train, valid = [], []
+    tokenizer: Tokenizer | None = None
+    for name, path in paths.items():
+        knob = f"data.sources.{name}" if config.data.sources else "data.path"
+        store = _open(knob, path)
+        train.append(Source(name, load_index(store.child(TRAIN))))
+        valid.append(Source(name, _valid_index(store)))
+        spec = config.data.tokenizer or own_tokenizer(store)
+        tokenizer = tokenizer or load_tokenizer(spec)
+        for _, shards in (train[-1], valid[-1]):
+            _check_tokenizer(shards, tokenizer, str(spec))
+    assert tokenizer is not None
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size = {config.model.vocab_size}: must be at least the {tokenizer.vocab_size} ids of "
             f"tokenizer {tokenizer.name}; raise it, or prepare the data with a smaller vocabulary"
         )
-    return Dataset(train, valid, tokenizer)
+    mixture = Mixture(tuple(train), _phases(config), _reading(config))
+    if config.data.sources:
+        check_repeats(mixture, config)
+    return Dataset(mixture, Mixture(tuple(valid), _phases(config), _reading(config)), tokenizer)
 
 
-def own_tokenizer(directory: Path) -> str:
+def _open(knob: str, path: str) -> Store:
+    store = open_store(path)
+    if isinstance(store, LocalStore) and not store.directory.is_dir():
+        raise UserError(
+            f"{knob} = {str(store.directory)!r}: no such directory; make a data set with tools/prepare_data.py "
+            f"--input TEXT --output {store.directory}"
+        )
+    return store
+
+
+def _valid_index(store: Store) -> ShardSet:
+    if isinstance(store, LocalStore) and not (store.directory / VALID).is_dir():
+        way_out = "prepare the data with a --valid-fraction"
+        raise UserError(f"{store.place}: has no {VALID}/, so quality could not be measured; {way_out}")
+    return load_index(store.child(VALID))
+
+
+def _check_tokenizer(shards: ShardSet, tokenizer: Tokenizer, spec: str) -> None:
+    if shards.tokenizer_sha256 != tokenizer.sha256:
+        raise UserError(
+            f"{shards.store.place}: its shards were made with tokenizer {shards.tokenizer} "
+            f"(sha256 {shards.tokenizer_sha256[:12]}), not with {spec} ({tokenizer.sha256[:12]}); "
+            "leave data.tokenizer out to use the data set's own, or prepare the data with this tokenizer"
+        )
+
+
+def _phases(config: Config) -> tuple[MixturePhase, ...]:
+    if not config.data.sources:
+        return (MixturePhase(0, {ONE_SOURCE: 1.0}),)
+    return tuple(MixturePhase(phase.start_step, phase.sources) for phase in config.data.phases)
+
+
+def _reading(config: Config) -> Reading:
+    data, timeout_s = config.data, config.parallel.timeout_s
+    return Reading(
+        patience=Patience(deadline_s=FETCH_SHARE * timeout_s),
+        batch_wait_s=BATCH_SHARE * timeout_s,
+        cache_dir=Path(data.cache_dir) if data.cache_dir else None,
+        cache_bytes=int(data.cache_gib * 2**30),
+        on_bad_block=data.on_bad_block,
+    )
+
+
+def own_tokenizer(place: Path | Store) -> str:
     """The tokenizer a data set was made with: a file beside the shards, or bytes."""
-    model = directory / TOKENIZER_NAME
-    return str(model) if model.exists() else "bytes"
+    store = LocalStore(place) if isinstance(place, Path) else place
+    if isinstance(store, LocalStore):
+        files = (store.directory / name for name in (MODEL_NAME, FILE_NAME))
+        return next((str(path) for path in files if path.exists()), BytesTokenizer.name)
+    raw = {}
+    for name in TOKENIZER_NAMES:
+        with contextlib.suppress(FileNotFoundError):
+            raw[name] = read_file(store, name)
+    found = next((name for name in (MODEL_NAME, FILE_NAME) if name in raw), None)
+    return BytesTokenizer.name if found is None else str(local_copies(raw) / found)
+
+
+def keep_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Puts the tokenizer's files beside the shards, where `own_tokenizer` finds them.
+
+    Raises:
+        UserError: files of another tokenizer are there; they are left alone.
+    """
+    files = tokenizer.files()
+    rule = f"is not the tokenizer of these shards ({tokenizer.name}), or ends documents with another token"
+    for path in (directory / MODEL_NAME, directory / FILE_NAME):
+        if path.exists() and path.read_bytes() != files.get(path.name):
+            raise UserError(f"{path}: {rule}; move it and what belongs to it out of {directory}")
+    for name, content in files.items():
+        if not (directory / name).exists():
+            write_atomically(directory / name, content)
+    own = own_tokenizer(directory)
+    if load_tokenizer(own).sha256 != tokenizer.sha256:  # the other file beside it says so
+        raise UserError(f"{own}: {rule}; move it and what belongs to it out of {directory}")

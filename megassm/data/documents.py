@@ -1,29 +1,30 @@
-"""Finds input files and reads documents from them, one at a time: text files, .jsonl, .jsonl.gz.
+"""Finds input files and reads documents from them, one at a time, through the filters that were asked for.
 
-A text file is one document, a line of JSON is one document. Text is kept exactly as it is (no newline
-translation); documents of whitespace only are dropped and counted. Memory: one document.
+Text is kept exactly as it is (no newline translation). What is left out or changed is counted: whitespace
+only, shorter or longer than asked, not UTF-8. `formats` knows the file formats. Memory: one document.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import heapq
 import json
-import zlib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, assert_never, get_args
 
+from megassm.cli import path_argument
+from megassm.data.formats import SUFFIXES, RawDocument, is_unreadable, reader_of
 from megassm.errors import UserError
 
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
-DEFAULT_PATTERNS = ("*.txt", *(f"*{suffix}" for suffix in JSONL_SUFFIXES))
-UNREADABLE_SUFFIXES = (".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".parquet", ".arrow")
+DEFAULT_PATTERNS = tuple(f"*{suffix}" for suffix in SUFFIXES)
+BOM = "\ufeff"
+SURROGATE = re.compile("[\ud800-\udfff]")  # alone in JSON: half of a character, written as \ud83d
 
-BadUtf8 = Literal["error", "skip"]
+BadUtf8 = Literal["error", "skip", "replace"]
 
 
 @dataclass(frozen=True)
@@ -31,22 +32,33 @@ class TextSource:
     """What to read. A file is read whatever its suffix; a directory is searched, hidden files apart."""
 
     inputs: tuple[Path, ...]
-    glob: str | None = None  # in directories; default: *.txt, *.jsonl, *.jsonl.gz
-    text_field: str = "text"  # of a line of JSON
+    glob: str | None = None  # in directories; default: DEFAULT_PATTERNS
+    text_field: str = "text"  # of a JSON object, or the column of a Parquet file
     on_bad_utf8: BadUtf8 = "error"
+    min_document_bytes: int = 0  # UTF-8 bytes; shorter documents are left out
+    max_document_bytes: int | None = None  # UTF-8 bytes; longer documents are left out
 
     def __post_init__(self) -> None:
         if self.on_bad_utf8 not in get_args(BadUtf8):
-            raise UserError(f"on_bad_utf8 is {self.on_bad_utf8!r}; it is 'error' or 'skip'")
+            choices = " or ".join(repr(choice) for choice in get_args(BadUtf8))
+            raise UserError(f"on_bad_utf8 is {self.on_bad_utf8!r}; it is {choices}")
+        if self.min_document_bytes < 0:
+            raise UserError(f"min_document_bytes is {self.min_document_bytes}, it must be at least 0")
+        if self.max_document_bytes is not None and self.max_document_bytes < max(1, self.min_document_bytes):
+            rule = f"it must be at least 1 and at least min_document_bytes ({self.min_document_bytes})"
+            raise UserError(f"max_document_bytes is {self.max_document_bytes}; {rule}")
 
 
 @dataclass
 class ReadCounts:
     """What `read_documents` has met so far."""
 
-    documents: int = 0
-    empty: int = 0
+    documents: int = 0  # that passed
+    repaired: int = 0  # of these, with U+FFFD in place of what was not UTF-8
+    empty: int = 0  # the rest was left out
     bad_utf8: int = 0
+    too_short: int = 0
+    too_long: int = 0
     file_bytes: int = 0  # read from disk; compressed bytes where the file is
 
 
@@ -57,8 +69,8 @@ def list_files(source: TextSource) -> list[Path]:
         if path.is_dir():
             found.update(dict.fromkeys(_search(path, source.glob)))
         elif path.is_file():
-            if not path.name.endswith(JSONL_SUFFIXES) and path.name.endswith(UNREADABLE_SUFFIXES):
-                raise UserError(f"--input {path}: cannot read this format; give text, .jsonl or .jsonl.gz")
+            if is_unreadable(path):
+                raise UserError(f"--input {path}: cannot read this format; give text or {', '.join(SUFFIXES)}")
             found[path] = None
         else:
             raise UserError(f"--input {path}: no such file or directory")
@@ -82,16 +94,26 @@ def read_documents(source: TextSource, files: list[Path], counts: ReadCounts) ->
     """The documents in order; updates `counts` as it goes. UserError naming file and line or byte."""
     for path in files:
         bytes_before = counts.file_bytes
-        texts = _read_jsonl if path.name.endswith(JSONL_SUFFIXES) else _read_whole
-        for text in texts(path, source, counts):
-            if text is None:
-                counts.bad_utf8 += 1
-            elif not text.strip():
-                counts.empty += 1
-            else:
+        for raw in reader_of(path)(path, source.text_field):
+            counts.file_bytes = bytes_before + raw.file_position
+            text = _text_of(raw, source, counts)
+            if text is not None and _passes(text, source, counts):
                 counts.documents += 1
                 yield text
         counts.file_bytes = bytes_before + path.stat().st_size
+
+
+def _passes(text: str, source: TextSource, counts: ReadCounts) -> bool:
+    size = len(text.encode())
+    if not text.strip():
+        counts.empty += 1
+    elif size < source.min_document_bytes:
+        counts.too_short += 1
+    elif source.max_document_bytes is not None and size > source.max_document_bytes:
+        counts.too_long += 1
+    else:
+        return True
+    return False
 
 
 def sample_documents(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
@@ -120,80 +142,71 @@ def sample_documents(texts: Iterable[str], max_bytes: int, seed: int) -> list[st
     return [text for _, text in sorted(kept)]
 
 
-def _read_whole(path: Path, source: TextSource, counts: ReadCounts) -> Iterator[str | None]:
-    raw = path.read_bytes()
+def _text_of(raw: RawDocument, source: TextSource, counts: ReadCounts) -> str | None:
+    """None: not UTF-8, and left out."""
+    bad = ""
     try:
-        yield raw.decode()
+        text = raw.content.decode()
     except UnicodeDecodeError as error:
-        _check_may_skip(f"{path}: byte {error.start}: 0x{raw[error.start]:02x}", source)
-        yield None
-
-
-def _read_jsonl(path: Path, source: TextSource, counts: ReadCounts) -> Iterator[str | None]:
-    bytes_before = counts.file_bytes
-    with open(path, "rb") as file:
-        lines = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
-        number = 0
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _text_of_line(line, f"{path}:{number}", source)
-                counts.file_bytes = bytes_before + file.tell()
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            what = f"damaged gzip after line {number}: {error}"
-            raise UserError(f"{path}: {what}; fetch the file again") from None
-
-
-def _text_of_line(line: bytes, place: str, source: TextSource) -> str | None:
-    """None: not UTF-8, and to be skipped."""
-    try:
-        record = json.loads(line)
-    except UnicodeDecodeError as error:
-        _check_may_skip(f"{place}: byte {error.start} of the line: 0x{line[error.start]:02x}", source)
-        return None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not JSON: {error}; a .jsonl file has one JSON object a line") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{place}: {type(record).__name__}, a .jsonl file has one JSON object a line")
-    if source.text_field not in record:
-        fields = ", ".join(sorted(record)) or "none"
-        raise UserError(f"{place}: no field {source.text_field!r}; pass --text-field (fields here: {fields})")
-    text = record[source.text_field]
-    if not isinstance(text, str):
-        raise UserError(f"{place}: field {source.text_field!r} is {type(text).__name__}, it must be a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, written as \ud83d
-        what = f"U+{ord(text[error.start]):04X}"
-        _check_may_skip(f"{place}: character {error.start} of the text: {what}", source)
-        return None
+        bad = f"byte {error.start}{raw.within}: 0x{raw.content[error.start]:02x}"
+        text = raw.content.decode(errors="replace")
+    if raw.is_json and (not bad or source.on_bad_utf8 == "replace"):
+        text = _field_of(text, raw.place, source.text_field)
+        if half := SURROGATE.search(text):
+            bad = bad or f"character {half.start()} of the text: U+{ord(half[0]):04X}"
+            text = SURROGATE.sub("\ufffd", text)
+    if bad:
+        match source.on_bad_utf8:
+            case "error":
+                rule = "repair it, or pass --on-bad-utf8 skip or replace"
+                raise UserError(f"{raw.place}: {bad} is not UTF-8; {rule}")
+            case "skip":
+                counts.bad_utf8 += 1
+                return None
+            case "replace":
+                counts.repaired += 1
+            case _:
+                assert_never(source.on_bad_utf8)
     return text
 
 
-def _check_may_skip(bad: str, source: TextSource) -> None:
-    if source.on_bad_utf8 == "error":
-        raise UserError(f"{bad} is not UTF-8; repair it, or pass --on-bad-utf8 skip")
+def _field_of(line: str, place: str, field: str) -> str:
+    """The text in a JSON object."""
+    try:
+        record: Any = json.loads(line.removeprefix(BOM))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not JSON: {error}; there must be one JSON object") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: {type(record).__name__}, there must be one JSON object")
+    if field not in record:
+        fields = ", ".join(sorted(record)) or "none"
+        raise UserError(f"{place}: no field {field!r}; pass --text-field (fields here: {fields})")
+    text = record[field]
+    if not isinstance(text, str):
+        raise UserError(f"{place}: field {field!r} is {type(text).__name__}, it must be a string")
+    return text
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     """The options of every tool that reads documents; `source_of` takes them from the parsed arguments."""
-    add = parser.add_argument
-    formats = ", ".join(DEFAULT_PATTERNS)
-    add(
-        "--input",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help=f"files or directories: {formats}",
-    )
+    add, default = parser.add_argument, "(default: %(default)s)"
+    inputs_help = f"files or directories: {', '.join(DEFAULT_PATTERNS)} (WebDataset shards of text)"
+    add("--input", type=path_argument, nargs="+", required=True, metavar="PATH", help=inputs_help)
     add("--glob", metavar="PATTERN", help="files to take from directories instead, for example '*.py'")
-    add("--text-field", default="text", metavar="NAME", help="of a JSON line (default: %(default)s)")
-    skip_help = "refuse, or skip the document and count it (default: %(default)s)"
-    add("--on-bad-utf8", choices=get_args(BadUtf8), default="error", help=skip_help)
+    add("--text-field", default="text", metavar="NAME", help=f"of a JSON object, or a Parquet column {default}")
+    bad_help = f"refuse, or leave the document out, or put U+FFFD in place of it; counted {default}"
+    add("--on-bad-utf8", choices=get_args(BadUtf8), default="error", help=bad_help)
+    add("--min-document-bytes", type=int, default=0, metavar="N", help="leave shorter documents out (UTF-8 bytes)")
+    add("--max-document-bytes", type=int, metavar="N", help="leave longer documents out (UTF-8 bytes)")
 
 
 def source_of(arguments: argparse.Namespace) -> TextSource:
     """What `add_source_options` was given."""
-    inputs = tuple(arguments.input)
-    return TextSource(inputs, arguments.glob, arguments.text_field, arguments.on_bad_utf8)
+    return TextSource(
+        inputs=tuple(arguments.input),
+        glob=arguments.glob,
+        text_field=arguments.text_field,
+        on_bad_utf8=arguments.on_bad_utf8,
+        min_document_bytes=arguments.min_document_bytes,
+        max_document_bytes=arguments.max_document_bytes,
+    )

@@ -8,6 +8,11 @@ come from far apart, while each lane is still read nearly sequentially.
 
     G -> epoch = G // N, g = G % N -> lane = g % lanes, place = g // lanes -> place permuted in its window
 
+A mixture is dealt in the same lanes: row r of lane l is global sample r * lanes + l. A pattern as even as
+its weights allow (period PATTERN) says which source has a slot, and a lane reads each source's own lane of the
+same number in sequence. So a sample's place is counted, not remembered: every sample of a source comes once
+before any comes again (at an epoch's seam lanes differ by a row or two), and a mixture of one source is that source.
+
 The hash is our own splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
 OOPSLA 2014): numpy does not promise that its generators keep their streams, and a run must resume the
 same after an upgrade.
@@ -15,8 +20,11 @@ same after an upgrade.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +33,7 @@ U64 = npt.NDArray[np.uint64]
 
 BLOCK_STREAM = 1  # separates the hashes of two questions asked of one seed
 WINDOW_STREAM = 2
+PATTERN = 10_000  # slots; weights are kept to one part in so many
 
 
 def splitmix64(values: U64) -> U64:
@@ -85,3 +94,93 @@ class SampleOrder:
         window_size = min(self.window, lane_size - window_start)
         order = _window_order(window_size, self.seed, epoch, lane, window)
         return epoch, lane_start + window_start + order[offset]
+
+
+class Phase(NamedTuple):
+    """From a global sample on, what share of the samples each source has; 0: none."""
+
+    first_sample: int
+    weights: tuple[float, ...]
+
+
+class Place(NamedTuple):
+    """Where a sample lies: which source, and where in the virtual stream of one of its epochs."""
+
+    source: int
+    epoch: int
+    number: int
+
+
+@lru_cache(maxsize=64)
+def _pattern(weights: tuple[float, ...]) -> tuple[tuple[int, ...], npt.NDArray[np.int64]]:
+    """(PATTERN,) the source of each slot, and (sources, PATTERN + 1) how many slots before each a source has.
+
+    Each slot goes to the source that is furthest behind its share (smooth weighted round robin).
+    """
+    shares = np.array(weights, dtype=np.float64) / sum(weights) * PATTERN
+    slots = np.floor(shares).astype(np.int64)
+    slots[(slots == 0) & (shares > 0)] = 1
+    for source in np.argsort(slots - shares, kind="stable")[: max(0, PATTERN - int(slots.sum()))]:
+        slots[source] += 1
+    slots[np.argmax(slots)] += PATTERN - slots.sum()
+    pattern = np.empty(PATTERN, dtype=np.int64)
+    behind = np.zeros_like(slots)
+    for slot in range(PATTERN):
+        behind += slots
+        pattern[slot] = chosen = int(np.argmax(behind))
+        behind[chosen] -= PATTERN
+    taken = np.eye(len(slots), dtype=np.int64)[:, pattern].cumsum(axis=1)
+    return tuple(pattern.tolist()), np.pad(taken, ((0, 0), (1, 0)))
+
+
+class MixtureOrder:
+    """The map from global sample numbers to places in several sources, whose shares change by phases."""
+
+    def __init__(self, orders: Sequence[SampleOrder], phases: Sequence[Phase]) -> None:
+        """`orders` have equal lanes; the first phase begins at sample 0, and they are in order."""
+        self._orders, self._phases = tuple(orders), tuple(phases)
+        self._lanes = self._orders[0].lanes
+        self._lane_numbers = np.arange(self._lanes, dtype=np.int64)
+        self._starts = [phase.first_sample for phase in self._phases]
+        self._first_rows = [self._rows(start) for start in self._starts]
+        self._read_before = [np.zeros((len(self._orders), self._lanes), dtype=np.int64)]
+        for phase in range(1, len(self._phases)):
+            self._read_before.append(self._read(phase - 1, self._first_rows[phase]))
+
+    def locate(self, global_sample: int) -> Place:
+        """Where the sample is."""
+        if len(self._orders) == 1:  # what is counted below would be the number itself
+            return Place(0, *self._orders[0].locate(global_sample))
+        phase = bisect_right(self._starts, global_sample) - 1
+        row, lane = divmod(global_sample, self._lanes)
+        pattern, taken = _pattern(self._phases[phase].weights)
+        slot = lane + row - int(self._first_rows[phase][lane])
+        source = pattern[slot % PATTERN]
+        since = _taken(taken[source], slot) - _taken(taken[source], lane)
+        turn = int(self._read_before[phase][source, lane] + since)
+        return Place(source, *self._orders[source].locate(turn * self._lanes + lane))
+
+    def epochs(self, global_samples: int) -> list[float]:
+        """How often each source has been read by the samples before this one."""
+        phase = bisect_right(self._starts, max(global_samples - 1, 0)) - 1
+        read = self._read(phase, self._rows(global_samples)).sum(axis=1).tolist()
+        return [count / order.samples for count, order in zip(read, self._orders, strict=True)]
+
+    def _rows(self, global_samples: int) -> npt.NDArray[np.int64]:
+        """(lanes,) rows of each lane among the first samples."""
+        rows: npt.NDArray[np.int64] = (global_samples - self._lane_numbers + self._lanes - 1) // self._lanes
+        return rows
+
+    def _read(self, phase: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """(sources, lanes) samples read when each lane has done so many rows, all within or before the phase."""
+        _, taken = _pattern(self._phases[phase].weights)
+        first = self._lane_numbers
+        last = first + rows - self._first_rows[phase]
+        since = [_taken(counts, last) - _taken(counts, first) for counts in taken]
+        read: npt.NDArray[np.int64] = self._read_before[phase] + np.stack(since)
+        return read
+
+
+def _taken(counts: npt.NDArray[np.int64], slot: Any) -> Any:
+    """Slots of a source before `slot` (one, or an array of them)."""
+    return slot // PATTERN * counts[-1] + counts[slot % PATTERN]

@@ -1,34 +1,31 @@
 """The middle of data preparation: tokenized parts on disk, so that a killed run loses little.
 
-A part is a run of documents with at least `PART_BYTES` of text: where it begins and ends depends on the
+A part is a run of documents with at least `part_bytes` of text: where it begins and ends depends on the
 documents alone, never on the number of workers. Its documents are sorted by shuffle key, so that the
 global shuffle reads a range of keys from each part and holds only that range in memory.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from megassm.data.order import splitmix64
 from megassm.data.shards import stored_dtype, token_dtype
-from megassm.data.tokenizer import Tokenizer, load_tokenizer
+from megassm.data.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
+from megassm.data.workers import worker_lost, worker_pool
 from megassm.durable import commit, open_temporary
-from megassm.errors import UserError
 
-PART_BYTES = 32 << 20
+MOST_PART_BYTES, LEAST_PART_BYTES = 32 << 20, 1 << 20
+PARTS_AIMED_AT = 64  # of a small input: work for every process, and a killed run loses little
 ENCODE_CHARS = 1 << 20  # tokenized at once: bounds the memory of a worker
 DOCUMENT_DTYPE = np.dtype(
     [
@@ -67,7 +64,19 @@ class PartStore:
         _save_durably(self.documents_path(part), documents)
 
 
-def cut_parts(texts: Iterable[str], part_bytes: int) -> Iterator[list[str]]:
+class Part(NamedTuple):
+    """Documents to be tokenized together."""
+
+    texts: list[str]
+    read_bytes: int  # of the input, up to the part's end
+
+
+def default_part_bytes(input_bytes: int) -> int:
+    """A part's size for an input of this size."""
+    return min(MOST_PART_BYTES, max(LEAST_PART_BYTES, input_bytes // PARTS_AIMED_AT))
+
+
+def cut_parts(texts: Iterable[str], part_bytes: int, read_bytes: Callable[[], int]) -> Iterator[Part]:
     """Runs of documents, each run with at least `part_bytes` of text but the last."""
     part: list[str] = []
     size = 0
@@ -75,10 +84,10 @@ def cut_parts(texts: Iterable[str], part_bytes: int) -> Iterator[list[str]]:
         part.append(text)
         size += len(text.encode())
         if size >= part_bytes:
-            yield part
+            yield Part(part, read_bytes())
             part, size = [], 0
     if part:
-        yield part
+        yield Part(part, read_bytes())
 
 
 def tokenize_part(texts: list[str], tokenizer: Tokenizer, seed: int) -> tuple[npt.NDArray[np.void], Any]:
@@ -91,7 +100,7 @@ def tokenize_part(texts: list[str], tokenizer: Tokenizer, seed: int) -> tuple[np
         split, shuffle = np.frombuffer(blake2b(content, digest_size=16).digest(), dtype="<u8").tolist()
         documents[row] = (shuffle, split, ids[row].size, len(content))
     documents["key"] = splitmix64(documents["key"] ^ splitmix64(np.array([seed % 2**64], dtype=np.uint64)))
-    order = np.argsort(documents["key"], kind="stable")
+    order = np.lexsort((documents["split"], documents["key"]))
     return documents[order], np.concatenate([ids[row] for row in order])
 
 
@@ -113,38 +122,54 @@ class TokenizeJob:
     """What a worker needs to turn texts into a part."""
 
     store: PartStore
-    tokenizer: str  # as given to load_tokenizer
+    tokenizer: TokenizerSpec
     seed: int
     workers: int
 
 
-def tokenize_parts(parts: Iterable[list[str]], job: TokenizeJob, on_progress: Callable[[], None]) -> int:
+def tokenize_parts(parts: Iterable[Part], job: TokenizeJob, on_done: Callable[[int], None]) -> int:
     """Tokenizes every part that is not in the store yet; returns how many parts there are.
 
-    At most two parts a worker are in flight: that bounds the memory of this process.
+    `on_done` is told how many bytes of the input are tokenized. At most two parts a worker are in flight:
+    that bounds the memory of this process.
     """
-    total = 0
-    if job.workers == 1:
-        tokenizer = load_tokenizer(job.tokenizer)
-        for total, texts in enumerate(parts, start=1):
-            if not job.store.has(total - 1):
-                job.store.write(total - 1, *tokenize_part(texts, tokenizer, job.seed))
-            on_progress()
-        return total
-    with _worker_pool(job) as pool:
-        in_flight: set[Future[None]] = set()
+    if job.workers > 1:
+        return _tokenize_in_pool(parts, job, on_done)
+    tokenizer, total = load_tokenizer(job.tokenizer), 0
+    for total, part in enumerate(parts, start=1):
+        if not job.store.has(total - 1):
+            job.store.write(total - 1, *tokenize_part(part.texts, tokenizer, job.seed))
+        on_done(part.read_bytes)
+    return total
+
+
+def _tokenize_in_pool(parts: Iterable[Part], job: TokenizeJob, on_done: Callable[[int], None]) -> int:
+    total, done_bytes = 0, 0
+    in_flight: dict[Future[None], int] = {}  # to the bytes of the input that a part takes
+
+    def collect() -> None:
+        nonlocal done_bytes
+        for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
+            done_bytes += in_flight.pop(future)
+            future.result()
+        on_done(done_bytes)
+
+    with worker_pool(job.workers, _set_up_worker, job) as pool:
         try:
-            for total, texts in enumerate(parts, start=1):
-                if not job.store.has(total - 1):
-                    in_flight.add(_submit(pool, total - 1, texts))
+            before = 0
+            for total, part in enumerate(parts, start=1):
+                part_bytes, before = part.read_bytes - before, part.read_bytes
+                if job.store.has(total - 1):
+                    done_bytes += part_bytes
+                    on_done(done_bytes)
+                else:
+                    in_flight[_submit(pool, total - 1, part.texts)] = part_bytes
                 while len(in_flight) >= 2 * job.workers:
-                    in_flight = _collect(in_flight)
-                on_progress()
+                    collect()
             while in_flight:
-                in_flight = _collect(in_flight)
+                collect()
         except BrokenProcessPool:
-            way_out = "run the same command again with fewer --workers: finished parts are kept"
-            raise UserError(f"a worker process was killed or cannot start (out of memory?); {way_out}") from None
+            raise worker_lost("run the same command again with fewer --workers: finished parts are kept") from None
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -160,35 +185,12 @@ def _submit(pool: Executor, part: int, texts: list[str]) -> Future[None]:
         raise BrokenProcessPool from None
 
 
-def _collect(in_flight: set[Future[None]]) -> set[Future[None]]:
-    done, rest = wait(in_flight, return_when=FIRST_COMPLETED)
-    for future in done:
-        future.result()
-    return rest
-
-
 _worker: tuple[TokenizeJob, Tokenizer] | None = None  # of a worker process; set once when it starts
 
 
-def _worker_pool(job: TokenizeJob) -> Executor:
-    # Spawned, not forked: this process runs the threads of the progress bar.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(job.workers, mp_context=context, initializer=_start_worker, initargs=(job,))
-
-
-def _start_worker(job: TokenizeJob) -> None:
+def _set_up_worker(job: TokenizeJob) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once and silently: parts are atomic
     _worker = (job, load_tokenizer(job.tokenizer))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker of a killed parent would wait for work for ever: it holds both ends of the pipe."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _work(part: int, texts: list[str]) -> None:

@@ -4,28 +4,36 @@ Step t covers the global samples [t * batch, (t + 1) * batch). Its micro-batch m
 [m * micro * world, (m + 1) * micro * world) of them, and rank r takes the slots s with s % world == r. So one
 process with micro-batches of 8 and two ranks with 4 see the same global micro-batches, and the stream
 is the same for any number of ranks. The position is one integer, the step: no state lives in workers
-or buffers. `order` says which tokens a sample is, `blocks` fetches and checks them.
+or buffers. `order` says which tokens a sample is, `samples` gets them.
 """
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
-from bisect import bisect_right
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from megassm.data.blocks import DEFAULT_CACHE_BYTES, BlockCache, Fetch, StoredIds, local_fetch
-from megassm.data.order import SampleOrder, block_order, epoch_samples
+from megassm.data.blockmemory import BlockKey, FetchThreads
+from megassm.data.blocks import Fetch
+from megassm.data.mixture import Mixture, OrderShape, one_source
+from megassm.data.order import Place, epoch_samples
+from megassm.data.samples import Piece, SampleReader, lane_bytes
 from megassm.data.shards import ShardSet
+from megassm.data.transport import Meter
 from megassm.errors import UserError
 
 PREFETCHED_MICRO_BATCHES = 4
-POLL_SECONDS = 0.1
+PLANNED_MICRO_BATCHES = 64  # whose blocks are fetched ahead, where there is room
+JOIN_SECONDS = 1.0
 NO_SAMPLE = -1
 
 
@@ -60,6 +68,11 @@ class StreamPlan:
                 "change one of the three"
             )
 
+    @property
+    def lanes_of_a_rank(self) -> int:
+        """Lanes its samples lie in."""
+        return self.lanes // math.gcd(self.lanes, self.world_size)
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -78,50 +91,15 @@ class MicroBatch:
         )
 
 
-class SampleReader:
-    """Samples by their place in an epoch's virtual stream of blocks."""
-
-    def __init__(self, shards: ShardSet, seq_len: int, fetch: Fetch | None, cache_bytes: int) -> None:
-        if shards.tokens < 2:
-            raise UserError(f"{shards.directory}: 1 token leaves nothing to predict; give more text")
-        self.shards, self.seq_len = shards, seq_len
-        self.epoch_samples = epoch_samples(shards.tokens, seq_len)
-        self.cache = BlockCache(shards, fetch or local_fetch(shards.directory), cache_bytes)
-
-    def read(self, layout: _Layout, index: int) -> StoredIds:
-        """Sample `index` of an epoch: seq_len + 1 ids, fewer where the epoch ends."""
-        start = index * self.seq_len
-        stop = min(start + self.seq_len + 1, self.shards.tokens)
-        place = bisect_right(layout.starts, start) - 1
-        parts = []
-        while start < stop:
-            block_start, block_stop = layout.starts[place], layout.starts[place + 1]
-            ids = self.cache.get(layout.blocks[place])
-            parts.append(ids[start - block_start : stop - block_start])
-            start, place = block_stop, place + 1
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def layout(self, blocks: npt.NDArray[np.int64]) -> _Layout:
-        """The virtual stream that goes through the blocks in this order."""
-        tokens = self.shards.blocks["tokens"][blocks].astype(np.int64)
-        return _Layout(blocks.tolist(), [0, *np.cumsum(tokens).tolist()])
-
-    def micro_batch(self, rows: list[tuple[int, StoredIds]]) -> MicroBatch:
-        """Pads (sample number, ids) rows with EOD to seq_len + 1; the mask says how far each goes."""
-        ids_BT = np.full((len(rows), self.seq_len + 1), self.shards.eod, dtype=np.int64)
-        mask_BL = np.zeros((len(rows), self.seq_len), dtype=np.bool_)
-        for row, (_, ids) in enumerate(rows):
-            ids_BT[row, : len(ids)] = ids
-            mask_BL[row, : max(len(ids) - 1, 0)] = True
-        return MicroBatch(ids_BT, mask_BL, np.array([number for number, _ in rows], dtype=np.int64))
+Ready = queue.SimpleQueue[MicroBatch | BaseException | None]
+"""What a thread has made, in order: batches, then an error or None for the end."""
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """An epoch's virtual stream: blocks in order, and where each starts in it (one more: the end)."""
+class _Row(NamedTuple):
+    """A sample of a micro-batch, and the pieces of blocks it consists of; none for a row that only fills it."""
 
-    blocks: list[int]
-    starts: list[int]
+    sample: int
+    pieces: Sequence[Piece]
 
 
 class TokenStream:
@@ -129,99 +107,179 @@ class TokenStream:
 
     def __init__(
         self,
-        shards: ShardSet,
+        data: ShardSet | Mixture,
         plan: StreamPlan,
         fetch: Fetch | None = None,
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        memory_bytes: int | None = None,
     ) -> None:
+        """`fetch` replaces each source's own transport, `memory_bytes` what this rank's lanes need."""
         self.plan = plan
-        self._reader = SampleReader(shards, plan.seq_len, fetch, cache_bytes)
-        self.epoch_samples = self._reader.epoch_samples
+        self.mixture = data if isinstance(data, Mixture) else one_source(data)
+        self.meter = Meter()
+        shape = OrderShape(plan.seq_len, plan.batch_sequences, plan.seed, plan.lanes, plan.window)
+        self.order = self.mixture.order(shape)
+        if memory_bytes is None:
+            memory_bytes = plan.lanes_of_a_rank * sum(lane_bytes(s.shards, shape) for s in self.mixture.sources)
+        self.reader = SampleReader(self.mixture, plan.seq_len, plan.seed, self.meter, memory_bytes, fetch)
         self.micro_steps = plan.batch_sequences // (plan.micro_batch_sequences * plan.world_size)
-        self._order = SampleOrder(self.epoch_samples, plan.seed, plan.lanes, plan.window)
-        self._epoch_layout = lru_cache(maxsize=2)(self._layout)  # a batch may span two epochs
 
-    def _layout(self, epoch: int) -> _Layout:
-        return self._reader.layout(block_order(len(self._reader.shards.blocks), self.plan.seed, epoch))
+    def samples(self, step: int, micro_step: int) -> list[int]:
+        """This rank's global sample numbers: a pure function of its arguments."""
+        plan = self.plan
+        first = step * plan.batch_sequences + micro_step * plan.micro_batch_sequences * plan.world_size
+        return [first + row * plan.world_size + plan.rank for row in range(plan.micro_batch_sequences)]
 
     def micro_batch(self, step: int, micro_step: int) -> MicroBatch:
         """This rank's sequences: a pure function of its arguments. UserError where the data is damaged."""
-        plan = self.plan
-        first = step * plan.batch_sequences + micro_step * plan.micro_batch_sequences * plan.world_size
-        rows = []
-        for row in range(plan.micro_batch_sequences):
-            sample = first + row * plan.world_size + plan.rank
-            epoch, index = self._order.locate(sample)
-            rows.append((sample, self._reader.read(self._epoch_layout(epoch), index)))
-        return self._reader.micro_batch(rows)
+        return _micro_batch(self.reader, self._rows(step, micro_step))
+
+    def _rows(self, step: int, micro_step: int) -> list[_Row]:
+        locate, pieces = self.order.locate, self.reader.pieces
+        return [_Row(sample, pieces(locate(sample))) for sample in self.samples(step, micro_step)]
+
+    def epochs(self, steps: int) -> dict[str, float]:
+        """How often each source has been read after so many steps."""
+        read = self.order.epochs(steps * self.plan.batch_sequences)
+        return {source.name: count for source, count in zip(self.mixture.sources, read, strict=True)}
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[MicroBatch]:
-        """The micro-batches of steps [start_step, stop_step) in order, read ahead by a thread.
+        """The micro-batches of steps [start_step, stop_step) in order, read ahead by threads.
 
-        The thread begins at the first `next`; it ends with the iterator (exhausted, closed or dropped).
-        What it raises is raised here, after the batches before it.
+        The threads begin at the first `next`; they end with the iterator (exhausted, closed or dropped).
+        What they raise is raised here, after the batches before it.
         """
-        return _prefetched(
-            self.micro_batch(step, micro_step)
+        turns = (
+            self._rows(step, micro_step)
             for step in range(start_step, stop_step)
             for micro_step in range(self.micro_steps)
         )
+        return _prefetched(self._planned(turns), self.meter, self.mixture.reading.batch_wait_s)
+
+    def _planned(self, turns: Iterator[list[_Row]]) -> Iterator[MicroBatch]:
+        """Makes each micro-batch, while threads fetch the blocks of the next ones."""
+        closed = threading.Event()
+        threads = FetchThreads(self.reader.memory, closed)
+        planned: deque[tuple[list[_Row], list[BlockKey]]] = deque()
+        turn = next(turns, None)
+        try:
+            while True:
+                while turn is not None and len(planned) < PLANNED_MICRO_BATCHES and threads.plan(keys := _keys(turn)):
+                    planned.append((turn, keys))
+                    turn = next(turns, None)
+                if planned:
+                    yield _micro_batch(self.reader, planned[0][0])
+                    self.reader.memory.done(planned.popleft()[1])
+                elif turn is not None:  # another iterator's plan fills the memory
+                    yield _micro_batch(self.reader, turn)
+                    turn = next(turns, None)
+                else:
+                    return
+        finally:
+            closed.set()
+            for _, keys in planned:
+                self.reader.memory.done(keys)
 
 
-def validation_batches(shards: ShardSet, plan: StreamPlan, sequences: int) -> Iterator[MicroBatch]:
+def _keys(rows: list[_Row]) -> list[BlockKey]:
+    """The blocks of a micro-batch, each once, in the order of their use."""
+    return list(dict.fromkeys(piece.key for row in rows for piece in row.pieces))
+
+
+def validation_batches(data: ShardSet | Mixture, plan: StreamPlan, sequences: int) -> Iterator[MicroBatch]:
     """The first `sequences` samples of a data set as stored (documents were shuffled when prepared), each
-    once over all ranks; fewer where the set holds fewer.
+    once over all ranks; of several sources equally many of each; fewer where the sets hold fewer.
 
     Rank r takes every world-th. All ranks get equally many micro-batches: rows without a sample are fully
     masked and have sample number -1. `plan.batch_sequences`, `seed`, `lanes` and `window` play no part.
     """
     if sequences < 1:
         raise UserError(f"validation: {sequences} sequences, it must be at least 1")
-    reader = SampleReader(shards, plan.seq_len, None, DEFAULT_CACHE_BYTES)
-    layout = reader.layout(np.arange(len(shards.blocks)))
-    stop = min(sequences, reader.epoch_samples)
-    nothing = np.empty(0, dtype=shards.numpy_dtype)
+    mixture = data if isinstance(data, Mixture) else one_source(data)
+    shape = OrderShape(plan.seq_len, plan.batch_sequences, plan.seed, lanes=1, window=1)
+    memory_bytes = sum(lane_bytes(source.shards, shape) for source in mixture.sources)
+    meter = Meter()
+    reader = SampleReader(mixture, plan.seq_len, None, meter, memory_bytes)
+    places = validation_places(mixture, plan.seq_len, sequences)
 
     def micro_batch(first: int) -> MicroBatch:
         rows = []
         for row in range(plan.micro_batch_sequences):
             sample = first + row * plan.world_size + plan.rank
-            rows.append((sample, reader.read(layout, sample)) if sample < stop else (NO_SAMPLE, nothing))
-        return reader.micro_batch(rows)
+            known = sample < len(places)
+            rows.append(_Row(sample, reader.pieces(places[sample])) if known else _Row(NO_SAMPLE, ()))
+        return _micro_batch(reader, rows)
 
     together = plan.micro_batch_sequences * plan.world_size
-    return _prefetched(micro_batch(first) for first in range(0, stop, together))
+    batches = (micro_batch(first) for first in range(0, len(places), together))
+    return _prefetched(batches, meter, mixture.reading.batch_wait_s)
 
 
-def _prefetched(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-    """Runs an iterator in a thread that stays a bounded number of batches ahead."""
-    ready: queue.Queue[MicroBatch | BaseException | None] = queue.Queue(PREFETCHED_MICRO_BATCHES)
+def validation_places(mixture: Mixture, seq_len: int, sequences: int) -> list[Place]:
+    """The first samples of each source as stored, equally many of each as far as it goes."""
+    places = []
+    for number, (_, shards) in enumerate(mixture.sources):
+        share = len(range(number, sequences, len(mixture.sources)))
+        held = epoch_samples(shards.tokens, seq_len)
+        places += [Place(number, 0, index) for index in range(min(share, held))]
+    return places
+
+
+def _micro_batch(reader: SampleReader, rows: list[_Row]) -> MicroBatch:
+    """Reads the rows, and fills what a short one leaves with EOD; the mask says how far each goes."""
+    ids_BT = np.empty((len(rows), reader.seq_len + 1), dtype=np.int64)
+    mask_BL = np.zeros((len(rows), reader.seq_len), dtype=np.bool_)
+    for (_, pieces), ids_T, mask_L in zip(rows, ids_BT, mask_BL, strict=True):
+        read = reader.read(pieces, ids_T)
+        ids_T[read:] = reader.eod
+        mask_L[: max(read - 1, 0)] = True
+    return MicroBatch(ids_BT, mask_BL, np.array([sample for sample, _ in rows], dtype=np.int64))
+
+
+def _prefetched(batches: Iterator[MicroBatch], meter: Meter, wait_s: float | None) -> Iterator[MicroBatch]:
+    """Runs a generator in a thread that stays a bounded number of batches ahead.
+
+    UserError where a batch takes longer than `wait_s`: the other ranks must hear of it before they give up waiting.
+    """
+    ready: Ready = queue.SimpleQueue()
+    room: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item for each batch that may be made ahead
+    for _ in range(PREFETCHED_MICRO_BATCHES):
+        room.put(None)
     closed = threading.Event()
-
-    def hand_over(item: MicroBatch | BaseException | None) -> None:
-        while not closed.is_set():
-            try:
-                return ready.put(item, timeout=POLL_SECONDS)
-            except queue.Full:
-                continue
 
     def produce() -> None:
         try:
-            for batch in batches:
-                hand_over(batch)
-                if closed.is_set():
-                    return
-            hand_over(None)
+            with closing(batches):  # type: ignore[type-var]
+                for batch in batches:
+                    room.get()
+                    if closed.is_set():
+                        return
+                    ready.put(batch)
+            ready.put(None)
         except BaseException as error:
-            hand_over(error)
+            ready.put(error)
 
     thread = threading.Thread(target=produce, name="data-prefetch", daemon=True)
     thread.start()
     try:
-        while (item := ready.get()) is not None:
+        while (item := _wait_for(ready, meter, wait_s)) is not None:
             if isinstance(item, BaseException):
                 raise item
+            room.put(None)
             yield item
     finally:
         closed.set()
-        thread.join()
+        room.put(None)
+        thread.join(JOIN_SECONDS)  # not for ever: it may be waiting for a server
+
+
+def _wait_for(ready: Ready, meter: Meter, wait_s: float | None) -> MicroBatch | BaseException | None:
+    started = time.perf_counter()
+    try:
+        return ready.get(timeout=wait_s)
+    except queue.Empty:
+        raise UserError(
+            f"no batch of data within {wait_s:g} s (part of parallel.timeout_s); look at the data's server and the "
+            "network. The same command goes on from the last checkpoint"
+        ) from None
+    finally:
+        meter.add("data_wait_s", time.perf_counter() - started)

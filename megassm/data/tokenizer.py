@@ -1,4 +1,4 @@
-"""Text to token ids and back, exactly: raw bytes, or a SentencePiece model.
+"""Text to token ids and back, exactly: raw bytes, a SentencePiece model, or a tokenizer.json (`tokenizer_json`).
 
 Exactly means that `decode(encode(text)) == text` for every text, and that every id stands for a fixed
 number of UTF-8 bytes (`token_bytes`). Bits per byte, the one score that compares tokenizers, needs both.
@@ -12,6 +12,7 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,7 +24,9 @@ from megassm.errors import UserError
 Ids = npt.NDArray[np.int64]
 ModelType = Literal["bpe", "unigram"]
 
+MODEL_NAME = "tokenizer.model"
 EOD_PIECE = "<|eod|>"
+LEAST_VOCAB_SIZE = 259
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space inside a piece
 CHUNK_CHARS = 1 << 18  # SentencePiece's memory grows with the length of one call's longest text
 TRAINING_LINE_CHARS = 4096
@@ -34,7 +37,7 @@ PROBE = "  def f(x):\n\t return  'caf\u00e9 \ufb01 \u2581 \u4e16\u754c\U0001f642
 
 
 class Tokenizer(Protocol):
-    """What data preparation, training and scoring need of a tokenizer; a closed set of two."""
+    """What data preparation, training and scoring need of a tokenizer; a closed set of three."""
 
     @property
     def name(self) -> str:
@@ -61,6 +64,9 @@ class Tokenizer(Protocol):
     def token_bytes(self) -> Ids:
         """(vocab_size,): UTF-8 bytes an id stands for. Summed over `encode(text)` it is the text's length."""
 
+    def files(self) -> dict[str, bytes]:
+        """What to keep beside a data set so that the tokenizer can be loaded from there, by file name."""
+
 
 class BytesTokenizer:
     """Ids 0-255 are the bytes of UTF-8, 256 is EOD. Needs no training: for tests and first runs."""
@@ -81,6 +87,9 @@ class BytesTokenizer:
         counts[self.eod] = 0
         return counts
 
+    def files(self) -> dict[str, bytes]:
+        return {}
+
 
 class SentencePieceTokenizer:
     """A SentencePiece model that loses nothing (see `train_sentencepiece`); others are refused."""
@@ -92,6 +101,7 @@ class SentencePieceTokenizer:
         except OSError as error:
             way_out = "give 'bytes' or a file made by tools/train_tokenizer.py"
             raise UserError(f"tokenizer {path}: {error.strerror}; {way_out}") from None
+        self._model = model
         self._processor = _load_processor(model, path)
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
@@ -128,12 +138,32 @@ class SentencePieceTokenizer:
     def token_bytes(self) -> Ids:
         return np.array([len(piece) for piece in self._pieces], dtype=np.int64)
 
+    def files(self) -> dict[str, bytes]:
+        return {MODEL_NAME: self._model}
 
-def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """`"bytes"`, or the path of a SentencePiece `.model` file. UserError where there is none."""
-    if str(spec) == BytesTokenizer.name:
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """Which tokenizer, as a user names it."""
+
+    name: str = BytesTokenizer.name  # or the path of a SentencePiece .model or a tokenizer.json
+    eod_token: str | None = None  # of a tokenizer.json; None: what the file says
+
+
+def load_tokenizer(spec: str | Path | TokenizerSpec) -> Tokenizer:
+    """The tokenizer of that name. UserError where there is none."""
+    if not isinstance(spec, TokenizerSpec):
+        spec = TokenizerSpec(str(spec))
+    if spec.name.endswith(".json"):
+        from megassm.data.tokenizer_json import JsonTokenizer
+
+        return JsonTokenizer(Path(spec.name), spec.eod_token)
+    if spec.eod_token is not None:
+        rule = f"--eod-token is for a tokenizer.json, and {spec.name!r} has an end of document of its own"
+        raise UserError(f"{rule}; leave it out")
+    if spec.name == BytesTokenizer.name:
         return BytesTokenizer()
-    return SentencePieceTokenizer(Path(spec))
+    return SentencePieceTokenizer(Path(spec.name))
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: ModelType = "bpe") -> bytes:
@@ -145,6 +175,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: Model
     """
     import sentencepiece
 
+    if vocab_size < LEAST_VOCAB_SIZE:
+        rule = f"256 bytes, 2 control pieces and at least one piece make {LEAST_VOCAB_SIZE}"
+        raise UserError(f"vocabulary of {vocab_size}: {rule}; raise --vocab-size")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -203,16 +236,23 @@ def _chunks(text: str) -> Iterator[str]:
             yield span[start:]
 
 
-def _load_processor(model: bytes, path: Path) -> Any:
+def is_sentencepiece_model(content: bytes) -> bool:
+    """Whether SentencePiece can load it."""
     import sentencepiece
 
     try:
-        if not model:
-            raise RuntimeError("empty file")
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
+        return bool(content) and sentencepiece.SentencePieceProcessor(model_proto=content).vocab_size() > 0
     except RuntimeError:
-        way_out = "give 'bytes' or a .model file made by tools/train_tokenizer.py"
-        raise UserError(f"tokenizer {path}: not a SentencePiece model; {way_out}") from None
+        return False
+
+
+def _load_processor(model: bytes, path: Path) -> Any:
+    import sentencepiece
+
+    if not is_sentencepiece_model(model):
+        way_out = "give 'bytes', a .model file made by tools/train_tokenizer.py, or a tokenizer.json"
+        raise UserError(f"tokenizer {path}: not a SentencePiece model; {way_out}")
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
 def _piece_bytes(processor: Any, token_id: int) -> bytes:

@@ -33,6 +33,8 @@ class Sampling(NamedTuple):
     seed: int = 0
     stop_ids: Collection[int] = ()
     """A text ends before the first of these."""
+    ended: Callable[[Sequence[int]], bool] | None = None
+    """Whether a text, by its ids so far, has come to an end."""
 
     def check(self) -> None:
         """UserError naming the value and the rule."""
@@ -84,7 +86,7 @@ def generate(
                     open_rows.discard(row)
                     continue
                 texts[row].append(drawn[row])
-                if len(texts[row]) == sampling.max_tokens:
+                if len(texts[row]) == sampling.max_tokens or (sampling.ended and sampling.ended(texts[row])):
                     open_rows.discard(row)
         if not open_rows:
             return texts

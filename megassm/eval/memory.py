@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of every storage an operator returns, while it lives."""
+    """Counts the bytes of every storage an operator makes, while it lives; what a view shows was there before."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -22,12 +22,15 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        given = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf.untyped_storage())
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in given:
+                self.count(leaf.untyped_storage())
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen:
             return
@@ -47,15 +50,17 @@ def peak_tensor_bytes(own: Iterable[torch.Tensor], compute: Callable[[], object]
     On a CPU these are the bytes of live tensors (workspace inside an operator does not show), so that the figure
     repeats exactly; on CUDA what the allocator had to hold.
     """
-    kept: int = sum(tensor.nbytes for tensor in own)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         compute()
         torch.cuda.synchronize(device)
+        kept = sum(tensor.nbytes for tensor in own)
         return int(kept + torch.cuda.max_memory_allocated(device) - before)
     counter = _LiveBytes()
+    for tensor in own:  # operators that work in place return them
+        counter.count(tensor.untyped_storage())
     with counter:
         compute()
-    return kept + counter.peak
+    return counter.peak

@@ -4,6 +4,7 @@
 
 `authors` is the formulation of the ES-SSM notebook as published: FFTs over groups of 8 channels, then every channel
 projected by every M_k, then the gate's sum over (B, L, K, D) products. It is written anew here from its description.
+`attention`, `mamba2` and `gated_deltanet` are other layers, of as many parameters (`megassm.eval.peers`).
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from megassm.errors import UserError
 from megassm.eval.memory import peak_tensor_bytes
+from megassm.eval.peers import PEERS, peer_layer, why_no_peer
 from megassm.eval.timing import timed_seconds
 from megassm.layers.filterbank import FilterBank
 from megassm.ops.filterbank import check_flashfft, fft_filterbank
 
-METHODS = ("authors", "fft", "direct", "chunked", "flashfft", "attention")
+METHODS = ("authors", "fft", "direct", "chunked", "flashfft", *PEERS)
 AUTHORS_GROUP = 8
 """Model channels that the authors transform at a time."""
-ATTENTION_HEAD_DIM = 64
+DIRECT_LIMIT = 4096
 
-Core = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(u (B, L, D), weights (B, L, K), channels (K, D, D)) -> y (B, L, D)."""
+Core = Callable[..., Tensor]
+"""(u (B, L, D), weights (B, L, K), channels (K, D, D)) -> y (B, L, D); a peer takes u and its own parameters."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class BenchRow:
     method: str
     length: int
     k: int
+    parameters: int
+    """K D^2; of a peer nearly as many."""
     forward_s: float
     forward_backward_s: float
     peak_bytes: int
     """Inputs and all that forward and backward keep besides."""
     relative_error: float | None
-    """Of the output, against `fft` in float64; None for attention, another function."""
+    """Of the output, against `fft` in float64; None for the peers, other functions."""
     gflops_per_s: float
     """Matrix products of forward and backward, recomputed ones included; FFTs do not count."""
     share_of_matmul: float
@@ -65,8 +68,8 @@ class BenchPlan:
     repeats: int = 5
 
 
-def bench(plan: BenchPlan) -> Iterator[BenchRow]:
-    """Rows in the order of lengths, budgets, methods. Methods that cannot run on this machine are left out.
+def bench(plan: BenchPlan, say: Callable[[str], None] = lambda _: None) -> Iterator[BenchRow]:
+    """Rows in the order of lengths, budgets, methods. `say` is told which methods are left out, and why.
 
     Raises:
         UserError: an unknown method.
@@ -74,16 +77,24 @@ def bench(plan: BenchPlan) -> Iterator[BenchRow]:
     unknown = sorted(set(plan.methods) - set(METHODS))
     if unknown:
         raise UserError(f"methods {', '.join(unknown)}: must be among {', '.join(METHODS)}")
-    rate = matmul_rate(plan.device, plan.dtype)
+    timing = (matmul_rate(plan.device, plan.dtype), plan.repeats)
     for length in plan.lengths:
         bank = FilterBank(length, max(plan.budgets), "quarter_power", "chunked").to(plan.device)
         bank.reset()
+        absent = {method: _why_not(method, bank, length) for method in plan.methods}
+        for method, reason in absent.items():
+            if reason:
+                say(f"no row for {method} at L={length}: {reason}")
         for k in plan.budgets:
             inputs = _inputs(plan, length, k)
             truth = _truth(bank, inputs, k)
             for method in plan.methods:
-                if _is_possible(method, bank, length):
-                    yield _measure(method, _core(method, bank), inputs, truth, (rate, plan.repeats))
+                if absent[method]:
+                    continue
+                if method in PEERS:
+                    yield _measure(method, k, *_peer(method, inputs), None, timing)
+                else:
+                    yield _measure(method, k, _core(method, bank), inputs, truth, timing)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -109,37 +120,35 @@ def authors_core(filters_LK: Tensor) -> Core:
     return core
 
 
-def attention_core(u_BLD: Tensor, weights_BLK: Tensor, channels_KDE: Tensor) -> Tensor:
-    """torch's causal attention with as many of its four D x D projections as the budget has matrices, at most."""
-    batch, length, width = u_BLD.shape
-    heads = max(1, width // ATTENTION_HEAD_DIM)
-    query, key, value = (
-        (u_BLD @ channels_KDE[i % channels_KDE.shape[0]]).view(batch, length, heads, -1).transpose(1, 2)
-        for i in range(3)
-    )
-    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
-    return mixed @ channels_KDE[-1]
-
-
 def _core(method: str, bank: FilterBank) -> Core:
     if method == "authors":
         return authors_core(bank.filters_LK)
-    if method == "attention":
-        return attention_core
     other = FilterBank(bank.seq_len, bank.num_channels, bank.sigma_scale, method)  # type: ignore[arg-type]
     other.take(bank)
     return other.mix
 
 
-def _is_possible(method: str, bank: FilterBank, length: int) -> bool:
-    if method == "direct":
-        return length <= 4096  # its matrix has K L^2 entries
+def _peer(method: str, inputs: Sequence[Tensor]) -> tuple[Core, list[Tensor]]:
+    """A peer of as many parameters as `inputs` has channel matrices, with what it takes instead of them."""
+    u_BLD, _, channels_KDE = inputs
+    layer = peer_layer(method, u_BLD.shape[2], channels_KDE.numel()).to(u_BLD.device, u_BLD.dtype)
+
+    def core(u_BLD: Tensor, *_: Tensor) -> Tensor:
+        return layer(u_BLD)  # type: ignore[no-any-return]
+
+    return core, [u_BLD, *layer.parameters()]
+
+
+def _why_not(method: str, bank: FilterBank, length: int) -> str | None:
+    """Why a method cannot run here, or None."""
+    if method == "direct" and length > DIRECT_LIMIT:
+        return f"its matrix has K L^2 entries; at most L={DIRECT_LIMIT}"
     if method == "flashfft":
         try:
             check_flashfft(bank.filters_LK, length)
-        except UserError:
-            return False
-    return True
+        except UserError as error:
+            return str(error)
+    return why_no_peer(method, bank.filters_LK.device) if method in PEERS else None
 
 
 def _inputs(plan: BenchPlan, length: int, k: int) -> list[Tensor]:
@@ -165,7 +174,9 @@ def _truth(bank: FilterBank, inputs: Sequence[Tensor], k: int) -> Tensor:
     return y_BLE
 
 
-def _measure(method: str, core: Core, inputs: list[Tensor], truth: Tensor, timing: tuple[float, int]) -> BenchRow:
+def _measure(
+    method: str, k: int, core: Core, inputs: list[Tensor], truth: Tensor | None, timing: tuple[float, int]
+) -> BenchRow:
     rate, repeats = timing
     u_BLD = inputs[0]
     gradient = torch.ones_like(u_BLD)
@@ -182,11 +193,12 @@ def _measure(method: str, core: Core, inputs: list[Tensor], truth: Tensor, timin
     with FlopCounterMode(display=False) as counter:
         forward_backward()
     seconds = statistics.median(timed_seconds(forward_backward, u_BLD.device, repeats))
-    error = None if method == "attention" else float((forward().double() - truth).norm() / truth.norm())
+    error = None if truth is None else float((forward().double() - truth).norm() / truth.norm())
     return BenchRow(
         method=method,
         length=u_BLD.shape[1],
-        k=inputs[1].shape[2],
+        k=k,
+        parameters=sum(tensor.numel() for tensor in inputs[1 if truth is None else 2 :]),
         forward_s=statistics.median(timed_seconds(forward, u_BLD.device, repeats)),
         forward_backward_s=seconds,
         peak_bytes=sum(tensor.nbytes for tensor in inputs) + peak_tensor_bytes([], forward_backward, u_BLD.device),

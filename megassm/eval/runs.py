@@ -41,7 +41,7 @@ class Request:
     """Tokens; None is the training length."""
     sequences: int | None = None
     """Of the training length."""
-    data: Sequence[Path] = ()
+    data: Sequence[str] = ()
     """Prepared sets and texts; none is the run's own validation set."""
     glob: str | None = None
 

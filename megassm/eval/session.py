@@ -1,20 +1,26 @@
-"""A trained model opened in one process: its newest checkpoint, its data, its tokenizer."""
+"""A trained model opened for evaluation in one process: its newest checkpoint, its data, its tokenizer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from megassm.checkpoint import Checkpoint, find_checkpoint
 from megassm.config import Config
 from megassm.data.dataset import Dataset, open_dataset
+from megassm.data.stream import MicroBatch, StreamPlan, validation_batches
 from megassm.data.tokenizer import Tokenizer
 from megassm.errors import UserError
 from megassm.model import LanguageModel
+from megassm.modelfolder import is_model_folder, open_model_folder
+
+Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -31,19 +37,71 @@ class Session:
         return self.checkpoint.load_model().to(self.device)
 
     @property
+    def run_dir(self) -> Path:
+        """RUN_DIR of RUN_DIR/checkpoints/step-N."""
+        return self.checkpoint.folder.parent.parent
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return self.data.tokenizer
 
+    @property
+    def token_bytes(self) -> npt.NDArray[np.int64]:
+        """(V,) UTF-8 bytes of text of every id the model knows."""
+        return self.data.token_bytes(self.config.model.vocab_size)
 
-def open_session(path: Path, device: Literal["auto", "cpu", "cuda"]) -> Session:
-    """Opens the newest complete checkpoint of a run, or the one named.
+    @property
+    def document_end(self) -> int | None:
+        """The id that ends a document, where the model was trained to keep documents apart."""
+        return self.data.document_end(self.config)
+
+    def validation(self, sequences: int, seq_len: int | None = None) -> list[MicroBatch]:
+        """The first `sequences` validation sequences, of the trained length or of another."""
+        plan = StreamPlan(
+            seq_len=seq_len or self.config.model.seq_len,
+            batch_sequences=self.config.train.micro_batch_sequences,
+            micro_batch_sequences=self.config.train.micro_batch_sequences,
+            seed=self.config.run.seed,
+        )
+        return list(validation_batches(self.data.valid, plan, sequences))
+
+
+def open_session(path: Path, data_path: str | None, device: Device) -> Session:
+    """Opens the newest complete checkpoint of a run, or the one named, on its own data or on `data_path`.
 
     Raises:
         UserError: no checkpoint, no data, another tokenizer, no such device.
     """
     checkpoint = find_checkpoint(path)
     config = checkpoint.config
+    if data_path is not None:
+        one_set = {"path": data_path, "sources": {}, "phases": ()}
+        config = config.model_copy(update={"data": config.data.model_copy(update=one_set)})
+    return Session(checkpoint, config, open_dataset(config), _device(device))
+
+
+class OpenModel(NamedTuple):
+    """What it takes to continue or to score a text."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    title: str
+
+
+def open_model(path: Path, data_path: str | None, device: Device) -> OpenModel:
+    """A model in evaluation mode: of a run, of a checkpoint, or exported, which needs no data.
+
+    Raises:
+        UserError: as `open_session`.
+    """
+    if is_model_folder(path):
+        folder = open_model_folder(path)
+        return OpenModel(folder.load_model().to(_device(device)), folder.tokenizer(), str(path))
+    session = open_session(path, data_path, device)
+    return OpenModel(session.model, session.tokenizer, f"{path}, step {session.checkpoint.manifest.step}")
+
+
+def _device(device: Device) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
-    name = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    return Session(checkpoint, config, open_dataset(config), torch.device(name))
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

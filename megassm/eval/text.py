@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from megassm.data.order import epoch_samples
 from megassm.data.stream import NO_SAMPLE, MicroBatch, StreamPlan, validation_batches
 from megassm.data.tokenizer import Tokenizer, load_tokenizer
 from megassm.errors import UserError
+from megassm.urls import without_secrets
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class EvalText:
     equally many micro-batches."""
 
 
-def open_texts(config: Config, sources: Sequence[Path], glob: str | None = None) -> tuple[list[EvalText], Tokenizer]:
+def open_texts(config: Config, sources: Sequence[str], glob: str | None = None) -> tuple[list[EvalText], Tokenizer]:
     """The texts to score a run on, in its tokenizer's ids.
 
     Args:
@@ -41,20 +43,20 @@ def open_texts(config: Config, sources: Sequence[Path], glob: str | None = None)
     """
     if not sources:
         own = open_dataset(config)
-        return [_prepared(config.data.path, own)], own.tokenizer
-    sets = {path: _open_set(config, path) for path in sources if (path / VALID).is_dir()}
+        return [_prepared(config.data.path or ", ".join(config.data.sources), own)], own.tokenizer
+    sets = {path: _open_set(config, path) for path in sources if "://" in path or (Path(path) / VALID).is_dir()}
     tokenizer = _tokenizer(config, list(sets.values()))
     texts = []
     for path in sources:
         if path not in sets:
-            texts.append(EvalText(str(path), _plain_text(path, glob, tokenizer)))
+            texts.append(EvalText(path, _plain_text(Path(path), glob, tokenizer)))
             continue
         if sets[path].tokenizer.sha256 != tokenizer.sha256:
             raise UserError(
-                f"--data {path}: was prepared with tokenizer {sets[path].tokenizer.name}, another one than the run's "
-                f"{tokenizer.name}; prepare it with the run's, or give the text itself"
+                f"--data {without_secrets(path)}: was prepared with tokenizer {sets[path].tokenizer.name}, another one "
+                f"than the run's {tokenizer.name}; prepare it with the run's, or give the text itself"
             )
-        texts.append(_prepared(str(path), sets[path]))
+        texts.append(_prepared(without_secrets(path), sets[path]))
     return texts, tokenizer
 
 
@@ -83,8 +85,9 @@ def _prepared(name: str, data: Dataset) -> EvalText:
     return EvalText(name, lambda plan, sequences: validation_batches(data.valid, plan, sequences))
 
 
-def _open_set(config: Config, path: Path) -> Dataset:
-    data = config.data.model_copy(update={"path": str(path), "tokenizer": None})
+def _open_set(config: Config, path: str) -> Dataset:
+    one_set: dict[str, Any] = {"path": path, "sources": {}, "phases": (), "tokenizer": None}
+    data = config.data.model_copy(update=one_set)
     return open_dataset(config.model_copy(update={"data": data}))
 
 

@@ -47,6 +47,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import lapack, qr
 
+from megassm.durable import cache_folder
 from megassm.errors import UserError
 
 Array = npt.NDArray[np.float64]
@@ -57,7 +58,6 @@ LEAF_ROWS = 1024  # a sequence below this is one leaf; a leaf of a longer one ha
 RANK_TOLERANCE = 1e-18  # of the largest row of R: below lies only what rounding left there
 CERTAIN_RANK = 64  # rows of R kept whatever the tolerance says, so that a smaller K gives the same leading filters
 DIGEST = "sha256"
-CACHE_VARIABLE = "MEGASSM_CACHE"
 CACHE_LIMIT_BYTES = 2**27  # reading and checking more than this takes as long as computing it
 
 
@@ -216,11 +216,10 @@ def _jacobi_svd(matrix: Array) -> tuple[Array, Array, Array]:
 
 def cache_path(seq_len: int, num_channels: int, what: str = "hankel") -> Path:
     """Where something made from these filters is cached: below $MEGASSM_CACHE, or the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megassm"
     key = f"{what}; {ALGORITHM}; nodes={NODES_PER_PANEL}; L={seq_len}; K={num_channels}"
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     name = f"{what.partition(';')[0]}-L{seq_len}-K{num_channels}-{digest}.npz"
-    return Path(os.environ.get(CACHE_VARIABLE) or default) / name
+    return cache_folder() / name
 
 
 def _digest(arrays: Mapping[str, Array]) -> str:

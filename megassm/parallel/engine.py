@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megassm.config import Config
+from megassm.cost import reduce_bucket_numbers
 from megassm.model import Distillation, LanguageModel, initial_weights, parameter_shapes
 from megassm.ops.documents import document_numbers
 from megassm.optim import build_optimizer
@@ -44,7 +45,7 @@ def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
         "gradient_accumulation_steps": config.micro_steps(mesh.data),
         # at stage 0 we clip, because we need the norm
         "gradient_clipping": (config.optim.grad_clip or 0.0) if config.parallel.zero_stage > 0 else 0.0,
-        "zero_optimization": {"stage": config.parallel.zero_stage},
+        "zero_optimization": {"stage": config.parallel.zero_stage, "reduce_bucket_size": reduce_bucket_numbers(config)},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # its CPU Adam would be compiled at start
         "bf16": {"enabled": bf16},
@@ -88,8 +89,14 @@ class _ModelParallelUnit:
 class Engine:
     """This rank's part of a model under DeepSpeed ZeRO: forward, backward, one update, its state in and out."""
 
-    def __init__(self, config: Config, world: World, document_end: int | None = None) -> None:
-        """Builds the model of `config` with its initial weights.
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        document_end: int | None = None,
+        weights: Iterable[tuple[str, Tensor]] | None = None,
+    ) -> None:
+        """Builds the model of `config` from `weights`, (name, whole float32 value); None draws them from the seed.
 
         With `document_end`, the id of that name, no position sees another document.
         """
@@ -99,7 +106,7 @@ class Engine:
         self.world = world
         self.micro_steps = config.micro_steps(world.mesh.data)
         self._positions = config.train.micro_batch_sequences * config.model.seq_len // world.mesh.sequence
-        weights = initial_weights(config.model, config.run.seed)
+        weights = weights or initial_weights(config.model, config.run.seed)
         model = build_split_model(config.model, weights, world.tensor, config.train.recompute)
         split_sequence(model, world.sequence)
         model.to(world.device)

@@ -90,7 +90,8 @@ class _Send(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, end_BSD: Tensor, exchange: _Exchange) -> Tensor:
         ctx.exchange = exchange
-        return exchange.start(end_BSD)
+        # detached: the message's views of a tensor with a graph would keep that graph alive for ever
+        return exchange.start(end_BSD).detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal, NamedTuple, TypeVar
 
@@ -20,6 +20,7 @@ from megassm.cli import refusal_text
 from megassm.config import Config
 from megassm.errors import UserError
 from megassm.parallel.mesh import Mesh, Place, mesh_of
+from megassm.parallel.watchdog import Progress
 
 T = TypeVar("T")
 Group = dist.ProcessGroup
@@ -38,6 +39,7 @@ class World:
     sequence: Group
     replicas: Group
     readers: Group
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def size(self) -> int:
@@ -104,8 +106,9 @@ def _check_machines(mesh: Mesh) -> None:
 
 
 def _join(device: Literal["auto", "cpu", "cuda"], timeout: timedelta) -> tuple[int, torch.device]:
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    place = _pick_device(device, int(os.environ.setdefault("LOCAL_RANK", "0")))  # DeepSpeed insists on it
+    place = _pick_device(device, int(os.environ["LOCAL_RANK"]), _local_ranks(size))
     if place.type == "cpu":
         _share_cores(size)
     if dist.is_initialized():  # a process may hold several models, one after another
@@ -126,27 +129,19 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
-def _pick_device(device: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch.device:
+def _pick_device(device: Literal["auto", "cpu", "cuda"], local_rank: int, local_ranks: int) -> torch.device:
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count == 0:
         raise UserError("train.device = cuda: torch finds no CUDA device here (0 CUDA devices); set train.device=cpu")
-    if local_rank >= count:
+    if local_ranks > count:
         raise UserError(
-            f"local rank {local_rank} has no device: this machine has {count} CUDA devices. Start at most {count} "
-            "ranks on it, or set train.device=cpu"
+            f"{local_ranks} ranks were started on a machine with {count} CUDA devices. Start at most {count} on it, or "
+            "set train.device=cpu"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def is_first_to_refuse() -> bool:
-    """True for one rank only: the one that should say why the job ends; the others would repeat or mask it."""
-    try:
-        return bool(dist.distributed_c10d._get_default_store().add("refusals", 1) == 1)
-    except RuntimeError:  # the rank that holds the store has left, and so has spoken
-        return False
 
 
 def is_lost_peer(error: BaseException) -> bool:

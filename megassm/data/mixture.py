@@ -1,0 +1,125 @@
+"""What a run trains on: one or several data sets, and in what shares over the run.
+
+The simple case is one data set; it is a mixture of one source and has that set's own fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from megassm.config import Config
+from megassm.data.order import MixtureOrder, Phase, SampleOrder, epoch_samples
+from megassm.data.shards import ShardSet
+from megassm.data.transport import Patience
+from megassm.errors import UserError
+
+ONE_SOURCE = "data"  # its name, where there is but one
+
+
+class Source(NamedTuple):
+    """A data set of a mixture."""
+
+    name: str
+    shards: ShardSet
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the blocks are read; nothing here changes a batch, but for damaged data."""
+
+    patience: Patience = field(default_factory=Patience)
+    batch_wait_s: float | None = None
+    """The longest wait for one batch; None waits for ever."""
+    cache_dir: Path | None = None
+    cache_bytes: int = 0
+    on_bad_block: Literal["raise", "mask"] = "raise"
+
+
+@dataclass(frozen=True)
+class MixturePhase:
+    """From an update on, the weights of the sources, by name; those left out are not read."""
+
+    start_step: int
+    weights: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The sources of a run and their shares. All are in the ids of one tokenizer."""
+
+    sources: tuple[Source, ...]
+    phases: tuple[MixturePhase, ...]
+    reading: Reading = field(default_factory=Reading)
+
+    @property
+    def tokens(self) -> int:
+        return sum(source.shards.tokens for source in self.sources)
+
+    @property
+    def eod(self) -> int:
+        return self.sources[0].shards.eod
+
+    @property
+    def fingerprint(self) -> str:
+        """What must not change while a run goes on: all sources, names, weights and phases."""
+        if len(self.sources) == 1:
+            return self.sources[0].shards.fingerprint
+        facts = {
+            "sources": {source.name: source.shards.fingerprint for source in self.sources},
+            "phases": [[phase.start_step, phase.weights] for phase in self.phases],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def order(self, shape: OrderShape) -> MixtureOrder:
+        """Which tokens are which sample."""
+        orders = []
+        for name, shards in self.sources:
+            if shards.tokens < 2:
+                raise UserError(f"{shards.store.place}: 1 token of {name} leaves nothing to predict; give more text")
+            samples = epoch_samples(shards.tokens, shape.seq_len)
+            orders.append(SampleOrder(samples, shape.seed, shape.lanes, shape.window))
+        phases = [
+            Phase(phase.start_step * shape.batch_sequences, tuple(phase.weights.get(s.name, 0.0) for s in self.sources))
+            for phase in self.phases
+        ]
+        return MixtureOrder(orders, phases)
+
+
+class OrderShape(NamedTuple):
+    """The numbers that, with the data, decide the order."""
+
+    seq_len: int
+    batch_sequences: int
+    seed: int
+    lanes: int = 48
+    window: int = 64
+
+
+def one_source(shards: ShardSet, reading: Reading | None = None) -> Mixture:
+    """The simple case."""
+    return Mixture((Source(ONE_SOURCE, shards),), (MixturePhase(0, {ONE_SOURCE: 1.0}),), reading or Reading())
+
+
+def check_repeats(mixture: Mixture, config: Config) -> None:
+    """Refuses a mixture that would read a source more often than `data.max_epochs` over the planned steps.
+
+    Raises:
+        UserError: naming each such source, with the numbers.
+    """
+    shape = OrderShape(config.model.seq_len, config.train.batch_sequences, config.run.seed)
+    steps, limit = config.train.steps, config.data.max_epochs
+    epochs = mixture.order(shape).epochs(steps * config.train.batch_sequences)
+    too_often = [
+        f"{source.name!r} {read:.2f} times ({read * source.shards.tokens:,.0f} of its {source.shards.tokens:,} tokens)"
+        for source, read in zip(mixture.sources, epochs, strict=True)
+        if read > limit
+    ]
+    if too_often:
+        raise UserError(
+            f"data.max_epochs = {limit:g}: {steps} steps would read {', '.join(too_often)}; lower the weight, "
+            "train.steps or the batch, give more text, or raise data.max_epochs"
+        )

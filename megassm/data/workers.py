@@ -1,0 +1,74 @@
+"""Processes that share out the preparation and checking of data; they end with the process that started them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from megassm.errors import UserError
+
+WORTH_A_PROCESS_BYTES = 64 << 20  # of data to read: starting one takes seconds
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def worker_pool(workers: int, set_up: Callable[..., None] | None = None, *arguments: Any) -> Executor:
+    """A pool whose processes call `set_up(*arguments)` when they start."""
+    # Spawned, not forked: the parent runs the threads of a progress bar.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(set_up, arguments))
+
+
+def in_processes(
+    work: Callable[[Item], Result], items: Sequence[Item], workers: int, on_done: Callable[[Item], None]
+) -> list[Result]:
+    """`work` of every item, in the order of the items; in this process where one worker is enough."""
+    if min(workers, len(items)) <= 1:
+        results = []
+        for item in items:
+            results.append(work(item))
+            on_done(item)
+        return results
+    with worker_pool(min(workers, len(items))) as pool:
+        try:
+            futures = {pool.submit(work, item): item for item in items}
+            for future in as_completed(futures):
+                future.result()
+                on_done(futures[future])
+        except BrokenProcessPool:
+            raise worker_lost("run the same command again with fewer --workers") from None
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
+
+
+def worthwhile(workers: int, data_bytes: int) -> int:
+    """So many of the processes allowed as this much data keeps busy."""
+    return min(workers, 1 + data_bytes // WORTH_A_PROCESS_BYTES)
+
+
+def worker_lost(way_out: str) -> UserError:
+    return UserError(f"a worker process was killed or cannot start (out of memory?); {way_out}")
+
+
+def _start(set_up: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once and silently: what it writes is atomic
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if set_up is not None:
+        set_up(*arguments)
+
+
+def _end_with_parent() -> None:
+    """A worker of a killed parent would wait for work for ever: it holds both ends of the pipe."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

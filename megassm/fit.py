@@ -1,0 +1,46 @@
+"""Meshes, ZeRO stages, micro-batches and recomputation that fit a cluster, the fastest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+from megassm.config import Config
+from megassm.plan import Cluster, Filters, Plan, mean_budget, plan_run
+from megassm.rules import violations
+
+
+def fitting_plans(config: Config, cluster: Cluster, filters: Filters) -> list[Plan]:
+    """All that fit, by expected time of an update, then by memory.
+
+    The model, the global batch and the precision stay; tensor groups stay inside a node.
+    """
+    mean_k = mean_budget(config)
+    plans = (plan_run(candidate, cluster, filters, mean_k) for candidate in candidates(config, cluster))
+    fitting = [plan for plan in plans if plan.fits(cluster)]
+    return sorted(fitting, key=lambda plan: (plan.mean_seconds, plan.total_bytes))
+
+
+def candidates(config: Config, cluster: Cluster) -> Iterator[Config]:
+    """Every way to run `config` on the cluster that breaks no rule."""
+    for tensor in divisors(cluster.gpus_per_node):
+        for sequence in divisors(cluster.size // tensor):
+            data = cluster.size // (tensor * sequence)
+            if config.train.batch_sequences % data:
+                continue
+            micro_batches = divisors(config.train.batch_sequences // data)
+            for micro, stage, recompute in product(micro_batches, (0, 1, 2, 3), (False, True)):
+                parallel = {"tensor": tensor, "sequence": sequence, "data": None, "zero_stage": stage}
+                train = {"micro_batch_sequences": micro, "recompute": recompute}
+                candidate = config.model_copy(
+                    update={
+                        "parallel": config.parallel.model_copy(update=parallel),
+                        "train": config.train.model_copy(update=train),
+                    }
+                )
+                if next(violations(candidate, cluster.size), None) is None:
+                    yield candidate
+
+
+def divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

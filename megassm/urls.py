@@ -1,0 +1,33 @@
+"""URLs without what is secret in them: a query string may be a signature, a user part a password."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import urlsplit, urlunsplit
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*[^\s'\"<>:;,.)]")
+HIDDEN = "..."
+
+
+def scheme_of(place: str) -> str:
+    """ "https" of "https://host/path", "" of a path."""
+    return place.partition("://")[0].lower() if _URL.match(place) else ""
+
+
+def without_secrets(place: str) -> str:
+    """A URL without user, password, query and fragment; a path as it is."""
+    if not scheme_of(place):
+        return place
+    parts = urlsplit(place)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def redacted(text: str) -> str:
+    """A message in which every URL that held a secret says so and no more."""
+    return _URL.sub(lambda found: _redacted_url(found[0]), text)
+
+
+def _redacted_url(url: str) -> str:
+    parts = urlsplit(url)
+    shown = without_secrets(url)
+    return f"{shown}?{HIDDEN}" if parts.query or parts.fragment else shown

@@ -1,0 +1,97 @@
+"""Starts a training job as a user would, waits for a moment of it, and does something to one of its ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from megassm.metrics import read_rows
+from tests.conftest import ROOT
+
+PATIENCE_S = 120.0
+
+
+class Job:
+    """torchrun with `ranks` ranks of `script`; killed with all its ranks where the `with` is left."""
+
+    def __init__(self, run_dir: Path, ranks: int, overrides: Sequence[str], script: str = "launch/pretrain.py",
+                 **environment: str) -> None:  # fmt: skip
+        self.run_dir = run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._log = run_dir.with_name(f"{run_dir.name}.log")
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *launcher, script, "--config", "configs/tiny.yaml", *overrides, f"run.dir={run_dir}"],
+                cwd=ROOT,
+                env=os.environ | environment,
+                stdout=log,
+                stderr=log,
+            )
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for member in self._family():
+            member.kill()
+        self.process.wait()
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def rows(self) -> int:
+        return len(read_rows(self.run_dir)) if (self.run_dir / "metrics.jsonl").exists() else 0
+
+    def wait_until(self, condition: Callable[[], bool], poll_s: float = 0.02) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert self.process.poll() is None, f"the job ended too early:\n{self.said}"
+            assert time.monotonic() < deadline, f"the moment never came:\n{self.said}"
+            time.sleep(poll_s)
+
+    def send(self, rank: int, number: signal.Signals) -> None:
+        self._rank(rank).send_signal(number)
+
+    def wait_for_ranks(self, but: int | None, within_s: float) -> int:
+        """Waits until all ranks have ended, except for `but`, which is then killed; returns the launcher's code."""
+        stopped = None if but is None else self._rank(but)
+        ranks = [member for member in self._family() if _rank_of(member) is not None and member != stopped]
+        _, alive = psutil.wait_procs(ranks, timeout=within_s)
+        assert not alive, f"ranks live on after {within_s} s:\n{self.said}"
+        if stopped is not None:
+            stopped.kill()
+        return self.process.wait(timeout=PATIENCE_S)
+
+    def finish(self) -> str:
+        """What a job that must succeed has said."""
+        assert self.process.wait(timeout=240) == 0, self.said
+        return self.said
+
+    def _family(self) -> list[psutil.Process]:
+        try:
+            own = psutil.Process(self.process.pid)
+            return [*own.children(recursive=True), own]
+        except psutil.NoSuchProcess:
+            return []
+
+    def _rank(self, rank: int) -> psutil.Process:
+        return next(member for member in self._family() if _rank_of(member) == rank)
+
+
+def _rank_of(process: psutil.Process) -> int | None:
+    try:
+        text = process.environ().get("RANK")
+    except psutil.Error:
+        return None
+    return None if text is None else int(text)

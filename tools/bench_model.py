@@ -1,0 +1,51 @@
+"""Times the training of models of equal size: elastic spectral, transformer, and Mamba-2 where it is installed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+
+from megassm.cli import Parser, budget_list, positive, print_table, run_tool, tool_parser
+
+
+def parser() -> Parser:
+    result = tool_parser(
+        __doc__ or "",
+        "python tools/bench_model.py --size 1.3b --device cuda --dtype bfloat16 --lengths 2048,8192 --batch 2",
+    )
+    result.add_argument("--size", choices=("1.3b", "tiny"), default="tiny", help="parameters at full K")
+    result.add_argument("--lengths", type=budget_list, default=[256], metavar="LIST", help="L")
+    result.add_argument("--batch", type=positive, default=1, metavar="B", help="sequences of the micro-batch")
+    result.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    result.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    result.add_argument("--recompute", action="store_true", help="recompute each block in the backward pass")
+    result.add_argument("--repeats", type=positive, default=5, metavar="N", help="timed repeats; the median counts")
+    result.add_argument("--peak-tflops", type=float, metavar="X", help="the device's peak rate, where it is not known")
+    return result
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    import torch
+
+    from megassm.errors import UserError
+    from megassm.eval.model_bench import SIZES, ModelBenchPlan, bench_models
+
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    plan = ModelBenchPlan(
+        config=SIZES[arguments.size],
+        lengths=arguments.lengths,
+        device=torch.device(arguments.device),
+        dtype=getattr(torch, arguments.dtype),
+        batch=arguments.batch,
+        recompute=arguments.recompute,
+        repeats=arguments.repeats,
+        peak_tflops=arguments.peak_tflops,
+    )
+    rows = [asdict(row) for row in bench_models(plan, say=lambda note: print(note, file=sys.stderr))]
+    print_table(f"B={plan.batch}, {arguments.dtype} on {arguments.device}", rows, arguments.json)
+
+
+if __name__ == "__main__":
+    run_tool(main)

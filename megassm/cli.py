@@ -113,14 +113,24 @@ def positive(text: str) -> int:
 
 
 def budget_list(text: str) -> list[int]:
-    """Budgets K from "2,4,8", increasing; for argparse's `type`."""
+    """Budgets K from "2,4,8", "1-32", "2-32:2" or a mixture, increasing; for argparse's `type`."""
     try:
-        budgets = sorted({int(part) for part in text.split(",")})
+        budgets = sorted({k for part in text.split(",") for k in _span(part)})
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of budgets such as 2,4,8") from None
-    if budgets[0] < 1:
-        raise argparse.ArgumentTypeError(f"budget {budgets[0]}: must be at least 1")
+        way_out = "give a list such as 2,4,8, a range such as 1-32, or 2-32:2 for every second"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of budgets; {way_out}") from None
+    if not budgets or budgets[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: budgets must be at least 1, and a range must not be empty")
     return budgets
+
+
+def _span(part: str) -> range:
+    """One number, FIRST-LAST, or FIRST-LAST:STEP."""
+    ends, _, step = part.partition(":")
+    first, dash, last = ends.partition("-")
+    if step and not dash:
+        raise ValueError(part)
+    return range(int(first), int(last if dash else first) + 1, int(step or 1))
 
 
 def print_table(title: str, rows: Sequence[Row], json_path: Path | None = None) -> None:

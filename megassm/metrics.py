@@ -57,7 +57,7 @@ class Journal:
         self._file.flush()
         step, steps = row["step"], self._config.train.steps
         if self._wandb is not None:
-            self._tell_wandb(lambda run: run.log(_flat(row), step=step))
+            self._tell_wandb(lambda run: run.log(_flat(row) | _curve_over_budgets(row), step=step))
         if step % self._config.log.every_steps == 0 or step in (self._first_step + 1, steps) or "valid" in row:
             elapsed = time.monotonic() - self._started
             eta = elapsed / (step - self._first_step) * (steps - step)
@@ -179,6 +179,16 @@ def _flat(row: Row) -> Row:
     flat = {name: value for name, value in row.items() if not isinstance(value, (dict, list))}
     flat |= {f"epochs/{source}": value for source, value in row.get("epochs", {}).items()}
     return flat | {f"valid/bits_per_byte_k{k}": value for k, value in row.get("valid", {}).items()}
+
+
+def _curve_over_budgets(row: Row) -> Row:
+    """A validation as a plot over K beside the lines over steps that `_flat` makes; wandb keeps one a step."""
+    if not row.get("valid"):
+        return {}
+    import wandb
+
+    table = wandb.Table(columns=["K", "bits per byte"], data=[[int(k), bits] for k, bits in row["valid"].items()])
+    return {"valid/over_k": wandb.plot.line(table, "K", "bits per byte", title="validation bits per byte over K")}
 
 
 def _warn(message: str) -> None:

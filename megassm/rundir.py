@@ -7,6 +7,7 @@ RUN_DIR/failure.txt         why the last job ended, where something was wrong (s
 RUN_DIR/checkpoints/        step-NNNNNNNN/, see `megassm.checkpoint`
 RUN_DIR/.lock               held by the job that trains here
 RUN_DIR/sweep.*             tools/sweep_budgets.py
+RUN_DIR/sweeps/             ... --watch: step-NNNNNNNN.json, steps.png
 RUN_DIR/wandb/              wandb's own files
 """
 

@@ -27,11 +27,18 @@ def test_output_places_are_refused_before_the_work(tmp_path: Path) -> None:
         image_file(str(tmp_path / "x.xyz"))
 
 
-@pytest.mark.parametrize("text", ["", "a", "2,x", "0,2", "-1"])
-def test_budget_lists(text: str) -> None:
-    assert budget_list("8,2,2") == [2, 8]
+@pytest.mark.parametrize("text", ["", "a", "2,x", "0,2", "-1", "8-2", "2:2", "2-8:0", "2-", "1-4:x", "0-3"])
+def test_budget_lists_that_are_none(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         budget_list(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "budgets"),
+    [("8,2,2", [2, 8]), ("1-4", [1, 2, 3, 4]), ("2-9:3", [2, 5, 8]), ("1-3,8,16-32:8", [1, 2, 3, 8, 16, 24, 32])],
+)
+def test_budget_lists(text: str, budgets: list[int]) -> None:
+    assert budget_list(text) == budgets
 
 
 def test_positive() -> None:

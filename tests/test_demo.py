@@ -28,9 +28,9 @@ def test_demo(tmp_path: Path) -> None:
     environment = json.loads((tmp_path / "run/environment.json").read_text(encoding="utf-8"))
     assert environment["world_size"] == 2
     sweep = json.loads((tmp_path / "run/sweep.json").read_text(encoding="utf-8"))
-    assert [row["k"] for row in sweep] == [1, 2, 3, 4, 6, 8, 16, 32]
+    assert [row["k"] for row in sweep["curves"][0]["rows"]] == [1, 2, 3, 4, 6, 8, 16, 32]
     assert [row["k"] for row in json.loads((tmp_path / "run/samples.json").read_text(encoding="utf-8"))] == [4, 32]
-    for name in ("sweep.png", "metrics.jsonl", "config.yaml", "checkpoints", "samples.json"):
+    for name in ("sweep.png", "sweep.html", "metrics.jsonl", "config.yaml", "checkpoints", "samples.json"):
         assert f"run/{name}" in done.stdout
         assert (tmp_path / "run" / name).exists()
 

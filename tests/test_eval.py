@@ -13,10 +13,9 @@ from megassm.data.tokenizer import load_tokenizer
 from megassm.errors import UserError
 from megassm.eval.generate import Sampling, generate, sample_text
 from megassm.eval.memory import peak_tensor_bytes
-from megassm.eval.score import Score, best_unigram, score
-from megassm.eval.sweep import sweep
-from megassm.model import build_model, truncate
-from tests.test_model import K_MAX, config
+from megassm.eval.score import Score, best_unigram, score, sequence_scores, token_counts
+from megassm.model import build_model
+from tests.test_model import config
 
 CPU = torch.device("cpu")
 TOKEN_BYTES = np.arange(50, dtype=np.int64) % 3  # 0, 1 or 2 bytes a token
@@ -48,6 +47,17 @@ def test_score_sums_only_what_the_mask_keeps() -> None:
     assert found.perplexity == pytest.approx(math.exp(nll / tokens), rel=1e-5)
 
 
+def test_scores_of_sequences_add_up_to_the_score() -> None:
+    model = build_model(config(), 0)
+    rows = sequence_scores(lambda ids, k: model(ids[:, :-1], k, ids[:, 1:]), batches(), 3, TOKEN_BYTES, CPU)
+    assert rows.shape == (6, 4)
+    assert rows[:, 0].tolist() == [0, 1] * 3
+    whole = score(lambda ids, k: model(ids[:, :-1], k, ids[:, 1:]), batches(), 3, TOKEN_BYTES, CPU)
+    assert Score.total(rows[:, 1:].tolist()) == pytest.approx(whole)
+    for i, batch in enumerate(batches()):
+        assert rows[2 * i : 2 * i + 2, 2].tolist() == batch.mask_BL.sum(1).tolist()
+
+
 def test_scores_add_up() -> None:
     assert Score.total([Score(1, 2, 3), (10, 20, 30)]) == Score(11, 22, 33)
 
@@ -55,25 +65,8 @@ def test_scores_add_up() -> None:
 def test_best_unigram_is_the_entropy_of_the_tokens() -> None:
     ids = np.array([[0, 1, 1, 1, 2]])
     batch = MicroBatch(ids, np.ones((1, 4), dtype=bool), np.zeros(1, dtype=np.int64))
-    found = best_unigram([batch], np.array([1, 1, 4]))
+    found = best_unigram(token_counts([batch], 3), np.array([1, 1, 4]))
     assert found.bits_per_byte == pytest.approx((3 * math.log2(4 / 3) + math.log2(4)) / 7)
-
-
-def test_sweep_equals_the_model_at_each_budget() -> None:
-    model = build_model(config(), 0)
-    rows = sweep(model, batches(), [1, 3], TOKEN_BYTES, CPU)
-    assert [row.k for row in rows] == [1, 3, K_MAX]
-    for row in rows:
-        k = row.k
-        direct = score(lambda ids, _, k=k: model(ids[:, :-1], k, ids[:, 1:]), batches(), k, TOKEN_BYTES, CPU)
-        assert row.bits_per_byte == pytest.approx(direct.bits_per_byte, rel=1e-5)
-        assert row.parameters == sum(p.numel() for p in truncate(model, k).parameters())
-        assert row.gap_percent == pytest.approx(100 * (row.bits_per_byte / rows[-1].bits_per_byte - 1))
-    assert rows[0].peak_memory_mib < rows[1].peak_memory_mib < rows[2].peak_memory_mib
-    with pytest.raises(UserError, match="K_max = 6"):
-        sweep(model, batches(), [7], TOKEN_BYTES, CPU)
-    with pytest.raises(UserError, match="no validation text"):
-        sweep(model, [], [1], TOKEN_BYTES, CPU)
 
 
 def test_peak_memory_counts_live_tensors() -> None:

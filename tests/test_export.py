@@ -15,13 +15,14 @@ from megassm.cli import Row
 from megassm.cost import parameters
 from megassm.data.tokenizer import load_tokenizer
 from megassm.errors import UserError
+from megassm.eval.runs import Request, sweep_path
 from megassm.eval.score import score
 from megassm.eval.session import Session, open_model, open_session
-from megassm.eval.sweep import sweep
 from megassm.export import ExportPlan, export_models
 from megassm.model import build_model
 from megassm.modelfolder import WEIGHTS, open_model_folder, write_model_folder
 from megassm.ops.documents import document_numbers
+from megassm.parallel.world import join_peers, leave_world
 from tests.conftest import ROOT, SMALL, run_python
 from tests.test_model import config
 
@@ -57,10 +58,11 @@ def test_every_file_scores_what_the_sweep_says_and_is_smaller_in_proportion(
     family: tuple[Path, list[Row]], session: Session
 ) -> None:
     folder, table = family
-    tokens = (session.token_bytes, session.device, session.document_end)
-    rows = sweep(session.model, session.validation(session.config.eval.sequences), BUDGETS, *tokens)
+    peers = join_peers("cpu")
+    (curve,) = sweep_path(session.checkpoint.folder, Request(budgets=BUDGETS), peers)[0].curves
+    leave_world()
     assert [row["k"] for row in table] == BUDGETS
-    for row, measured in zip(table, rows, strict=True):
+    for row, measured in zip(table, curve.rows, strict=True):
         own = folder / f"k-{measured.k}"
         assert bits_per_byte(own, session) == pytest.approx(measured.bits_per_byte, abs=1e-4)
         assert row["bits_per_byte"] == pytest.approx(measured.bits_per_byte, abs=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +18,14 @@ from megassm.config import Config
 from megassm.data.dataset import open_dataset
 from megassm.data.stream import MicroBatch
 from megassm.errors import UserError
-from megassm.eval.sweep import sweep
+from megassm.eval.sweep import SweepPlan, sweep
+from megassm.eval.text import EvalText
 from megassm.layers.filterbank import FilterBank
 from megassm.model import LanguageModel, build_model
 from megassm.ops.documents import document_numbers
 from megassm.ops.mixing import mix_channels
 from megassm.parallel.engine import Engine
-from megassm.parallel.world import join_world, leave_world
+from megassm.parallel.world import join_peers, join_world, leave_world
 from tests.ranks import run_on_ranks
 from tests.test_model import config
 
@@ -220,11 +222,13 @@ def test_a_sweep_keeps_documents_apart(small_config: Callable[..., Config]) -> N
     other[:, :30] = 1
     sizes = torch.ones(257, dtype=torch.long).numpy()
 
-    def bits(text, document_end: int | None) -> float:  # type: ignore[no-untyped-def]
-        rows = sweep(
-            network, [MicroBatch(text, mask, np.zeros(1, np.int64))], [8], sizes, torch.device("cpu"), document_end
-        )
-        return rows[0].bits_per_byte
+    def bits(text: Any, document_end: int | None) -> float:
+        batch = MicroBatch(text, mask, np.zeros(1, np.int64))
+        plan = SweepPlan([8], [64], 1, 1, document_end)
+        (curve,) = sweep(network, [EvalText("text", lambda *_: iter([batch]))], plan, sizes, peers)
+        return curve.rows[0].bits_per_byte
 
+    peers = join_peers("cpu")
     assert bits(ids, end) == bits(other, end)
     assert bits(ids, None) != bits(other, None)
+    leave_world()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,35 @@ def test_wandb_offline_needs_no_account(small_config: Make, monkeypatch: pytest.
     journal.write(row(1, valid={"2": 1.0}))
     journal.close()
     assert list((Path(config.run.dir) / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_wandb_gets_a_validation_as_a_plot_over_k_and_as_lines_over_steps(
+    small_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    told: list[tuple[int, dict[str, Any]]] = []
+
+    class Run:
+        def log(self, values: dict[str, Any], step: int) -> None:
+            told.append((step, values))
+
+        def finish(self) -> None: ...
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Run())
+    config = small_config("log.wandb=offline")
+    Path(config.run.dir).mkdir()
+    journal = Journal(config, 0)
+    journal.write(row(1))
+    journal.write(row(2, valid={"2": 2.5, "8": 2.25}))
+    journal.close()
+    (_, plain), (step, values) = told
+    assert not [name for name in plain if name.startswith("valid")]
+    assert step == 2
+    assert (values["valid/bits_per_byte_k2"], values["valid/bits_per_byte_k8"]) == (2.5, 2.25)
+    plot = values["valid/over_k"]
+    assert plot.table.columns == ["K", "bits per byte"]
+    assert plot.table.data == [[2, 2.5], [8, 2.25]]
 
 
 def test_wandb_online_without_a_key_falls_back_with_one_warning(

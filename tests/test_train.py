@@ -153,12 +153,15 @@ def test_tools_on_a_finished_run(finished: Path, tmp_path: Path) -> None:
     done = run_python("tools/sweep_budgets.py", str(finished), "--budgets", "1,4", "--json", str(table))
     rows = json.loads(table.read_text(encoding="utf-8"))
     assert [row["k"] for row in rows] == [1, 4, 8], "full K is added"
-    assert rows == json.loads((finished / "sweep.json").read_text(encoding="utf-8"))
+    (curve,) = json.loads((finished / "sweep.json").read_text(encoding="utf-8"))["curves"]
+    assert rows == [{name: row[name] for name in ("run", "step", "data", "seq_len")} | kept
+                    for row, kept in zip(rows, curve["rows"], strict=True)]  # fmt: skip
     assert rows[-1]["gap_percent"] == 0
     assert [row["parameters"] for row in rows] == sorted(row["parameters"] for row in rows)
     assert rows[-1]["bits_per_byte"] == pytest.approx(read_rows(finished)[-1]["valid"]["8"], rel=1e-5)
     assert (finished / "sweep.csv").read_text(encoding="utf-8").count("\n") == 4
     assert (finished / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished / "sweep.html").read_text(encoding="utf-8").count("<svg") == 3
     assert "unigram" in done.stdout
 
     samples = tmp_path / "samples.json"

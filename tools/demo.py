@@ -76,6 +76,7 @@ def main() -> None:
     print(f"\ndone in {time.monotonic() - started:.0f} s. Look at:")
     for name, what in (
         ("sweep.png", "quality and speed against the budget K"),
+        ("sweep.html", "the same with every figure, in a browser"),
         ("sweep.json", "the table above (sweep.csv too)"),
         ("metrics.jsonl", "one line an update: loss, bits per byte, K, learning rate, speed, utilisation"),
         ("config.yaml", "the resolved configuration; usable as --config"),

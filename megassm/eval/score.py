@@ -58,16 +58,46 @@ def text_bytes(batch: MicroBatch, token_bytes: npt.NDArray[np.int64]) -> int:
     return int(token_bytes[batch.ids_BT[:, 1:]][batch.mask_BL].sum())
 
 
-def best_unigram(batches: Iterable[MicroBatch], token_bytes: npt.NDArray[np.int64]) -> Score:
-    """What a model that knows only each token's frequency in these very batches would score: the bar to clear."""
-    ids = np.concatenate([batch.ids_BT[:, 1:][batch.mask_BL] for batch in batches])
-    counts = np.bincount(ids, minlength=len(token_bytes))
+def token_counts(batches: Iterable[MicroBatch], vocab_size: int) -> npt.NDArray[np.int64]:
+    """(V,) how often each id is to be predicted."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for batch in batches:
+        counts += np.bincount(batch.ids_BT[:, 1:][batch.mask_BL], minlength=vocab_size)
+    return counts
+
+
+def best_unigram(counts: npt.NDArray[np.int64], token_bytes: npt.NDArray[np.int64]) -> Score:
+    """What a model that knows only each token's frequency in this very text would score: the bar to clear.
+
+    `counts` (V,) is from `token_counts`, `token_bytes` (V,) the tokenizer's.
+    """
+    tokens = float(counts.sum())
     seen = counts[counts > 0]
-    nll = -float((seen * np.log(seen / len(ids))).sum())
-    return Score(nll, float(len(ids)), float((counts * token_bytes).sum()))
+    nll = -float((seen * np.log(seen / tokens)).sum())
+    return Score(nll, tokens, float((counts * token_bytes).sum()))
 
 
 @torch.no_grad()
+def sequence_scores(
+    losses: Losses,
+    batches: Iterable[MicroBatch],
+    k: int,
+    token_bytes: npt.NDArray[np.int64],
+    device: torch.device,
+) -> npt.NDArray[np.float64]:
+    """(N, 4): the sample number and the `Score` of every row of `batches` at budget k, rows without a sample included.
+
+    `token_bytes` (V,) is the tokenizer's.
+    """
+    parts = [np.empty((0, 4))]
+    for batch in batches:
+        nll_BL = losses(torch.from_numpy(batch.ids_BT).to(device), k)
+        nll_B = (nll_BL.double() * torch.from_numpy(batch.mask_BL).to(device)).sum(1).cpu().numpy()
+        bytes_B = (token_bytes[batch.ids_BT[:, 1:]] * batch.mask_BL).sum(1)
+        parts.append(np.stack((batch.sample_ids_B, nll_B, batch.mask_BL.sum(1), bytes_B), axis=1))
+    return np.concatenate(parts)
+
+
 def score(
     losses: Losses,
     batches: Iterable[MicroBatch],
@@ -76,9 +106,4 @@ def score(
     device: torch.device,
 ) -> Score:
     """The score of `batches` at budget k. `token_bytes` (V,) is the tokenizer's."""
-    parts = [Score(0.0, 0.0, 0.0)]
-    for batch in batches:
-        nll_BL = losses(torch.from_numpy(batch.ids_BT).to(device), k)
-        nll = (nll_BL.double() * torch.from_numpy(batch.mask_BL).to(device)).sum().item()
-        parts.append(Score(nll, float(batch.mask_BL.sum()), float(text_bytes(batch, token_bytes))))
-    return Score.total(parts)
+    return Score(*sequence_scores(losses, batches, k, token_bytes, device)[:, 1:].sum(0).tolist())

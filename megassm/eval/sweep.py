@@ -1,13 +1,11 @@
-"""Quality and cost of one checkpoint over budgets: the curve that says how far a model may be truncated."""
+"""Quality and cost of one checkpoint over budgets: the curves that say how far a model may be truncated."""
 
 from __future__ import annotations
 
-import csv
-import json
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,143 +13,269 @@ import torch
 from torch import Tensor
 
 from megassm.cost import forward_flops_per_token, parameters
-from megassm.data.stream import MicroBatch
+from megassm.data.stream import MicroBatch, StreamPlan
 from megassm.errors import UserError
+from megassm.eval.curve import Floats, Shape, interval, resample, shape
 from megassm.eval.memory import peak_tensor_bytes
-from megassm.eval.score import Score, score
+from megassm.eval.score import Score, best_unigram, sequence_scores, token_counts
+from megassm.eval.text import EvalText
 from megassm.eval.timing import timed_seconds
 from megassm.model import LanguageModel, truncate
 from megassm.ops.documents import document_numbers
+from megassm.parallel.world import Peers, barrier, gather_rows, together
 
 TIMED_REPEATS = 5
+DECODED_TOKENS = 16
+"""Steps that decoding is timed over."""
 
 
 @dataclass(frozen=True)
 class BudgetRow:
-    """One budget's line in the table."""
+    """One budget's line in the table; `low` and `high` enclose the bootstrap's 95%, None for a single sequence."""
 
     k: int
     parameters: int
     bits_per_byte: float
+    bits_per_byte_low: float | None
+    bits_per_byte_high: float | None
+    bits_per_token: float
     perplexity: float
     """Per token."""
+    perplexity_low: float | None
+    perplexity_high: float | None
     gap_percent: float
     """Bits per byte above those at full K, in percent of them."""
-    forward_tokens_per_s: float
-    peak_memory_mib: float
-    """Weights and activations of a forward pass over one micro-batch."""
+    gap_percent_low: float | None
+    gap_percent_high: float | None
+    """Of the same resamples at both: what all budgets find hard does not widen it."""
     forward_flops_per_token: float
+    prefill_tokens_per_s: float
+    """Of one rank alone, a micro-batch at a time."""
+    decode_tokens_per_s: float | None
+    """... one token of each of its sequences at a time, after them; None where the filters have no steps."""
+    peak_memory_mib: float
+    """Weights, and all that the prefill keeps besides."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One text at one sequence length."""
+
+    data: str
+    seq_len: int
+    """Tokens."""
+    sequences: int
+    predicted_tokens: int
+    best_unigram_bits_per_byte: float
+    """Of a model that knows only this text's token frequencies."""
+    shape: Shape
+    rows: list[BudgetRow]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What one checkpoint gives."""
+
+    run: str
+    step: int
+    trained_seq_len: int
+    curves: list[Curve]
+
+    @property
+    def name(self) -> str:
+        return f"{self.run}, step {self.step}"
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What to measure."""
+
+    budgets: Sequence[int]
+    """K; K_max is added, for the gap."""
+    seq_lens: Sequence[int]
+    """Tokens."""
+    sequences: int
+    """Of the training length; at another length as many as hold the same text."""
+    micro_batch_sequences: int
+    """Of the training length; at another length as many as hold as many tokens."""
+    document_end: int | None = None
+    """The id that ends a document, for a model that keeps documents apart."""
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Independent of the text; 0 on ranks that do not measure."""
+
+    prefill_tokens_per_s: float = 0.0
+    decode_tokens_per_s: float | None = 0.0
+    peak_memory_mib: float = 0.0
 
 
 def sweep(
-    model: LanguageModel,
-    batches: Sequence[MicroBatch],
-    budgets: Sequence[int],
-    token_bytes: npt.NDArray[np.int64],
-    device: torch.device,
-    document_end: int | None = None,
-) -> list[BudgetRow]:
+    model: LanguageModel, texts: Sequence[EvalText], plan: SweepPlan, token_bytes: npt.NDArray[np.int64], peers: Peers
+) -> list[Curve]:
     """Cuts `model` to each budget and to K_max in turn, and measures the smaller model.
+
+    Every rank must call it and gets the same curves; the text is divided among them, and rank 0 alone is timed.
 
     Args:
         model: at full capacity, on any device.
-        batches: the text, the same for every budget.
-        budgets: K; K_max is added, for the gap.
+        texts: what to score.
+        plan: budgets and lengths.
         token_bytes: (V,) UTF-8 bytes of each token.
-        device: where to compute.
-        document_end: the id after which a new document begins, for a model that keeps documents apart.
+        peers: the ranks, and where to compute.
 
     Raises:
-        UserError: a budget beyond K_max, or no text.
+        UserError: a budget beyond K_max, a length the filters cannot be continued to, or no text.
     """
-    k_max = model.config.num_channels
-    beyond = [k for k in budgets if not 1 <= k <= k_max]
-    if beyond:
-        raise UserError(f"budgets {beyond}: must be between 1 and this model's K_max = {k_max}")
-    if not batches:
-        raise UserError("no validation text: the data set's valid/ is empty; prepare it with a --valid-fraction")
-    measured = {k: _measure(model, k, batches, token_bytes, device, document_end) for k in sorted({*budgets, k_max})}
-    full = measured[k_max][0].bits_per_byte
+    _check(model, plan)
+    budgets = sorted({*plan.budgets, model.config.num_channels})
+    keys = [(text, length) for length in plan.seq_lens for text in texts]
+    batches = together(lambda: [list(_batches(text, length, model, plan, peers)) for text, length in keys])
+    scores: list[dict[int, Floats]] = [{} for _ in keys]
+    costs: list[dict[int, _Cost]] = [{} for _ in keys]
+    for k in budgets:
+        small = truncate(model, k).to(peers.device).eval()
+        for place in range(len(keys)):
+            mine = _scores(small, batches[place], token_bytes, peers, plan.document_end)
+            scores[place][k] = _gathered(mine)
+            first = place % len(texts) == 0
+            costs[place][k] = _cost(small, k, batches[place][0], peers) if first else costs[place - 1][k]
     return [
-        BudgetRow(
-            k=k,
-            parameters=parameters(model.config, k),
-            bits_per_byte=quality.bits_per_byte,
-            perplexity=quality.perplexity,
-            gap_percent=100 * (quality.bits_per_byte / full - 1),
-            forward_tokens_per_s=rate,
-            peak_memory_mib=memory / 2**20,
-            forward_flops_per_token=forward_flops_per_token(model.config, k, model.config.seq_len),
-        )
-        for k, (quality, rate, memory) in measured.items()
+        _curve(model, (text.name, length), scores[place], costs[place], _unigram(batches[place], token_bytes))
+        for place, (text, length) in enumerate(keys)
     ]
 
 
-def _measure(
-    model: LanguageModel,
-    k: int,
+def _check(model: LanguageModel, plan: SweepPlan) -> None:
+    k_max, trained = model.config.num_channels, model.config.seq_len
+    beyond = [k for k in plan.budgets if not 1 <= k <= k_max]
+    if beyond:
+        raise UserError(f"budgets {beyond}: must be between 1 and this model's K_max = {k_max}")
+    if max(plan.seq_lens) > trained and not has_steps(model):
+        raise UserError(
+            f"sequence length {max(plan.seq_lens)}: this model's {k_max} filters of length {trained} cannot be "
+            f"continued; measure up to {trained}"
+        )
+
+
+def has_steps(model: LanguageModel) -> bool:
+    """Whether the model can read a token at a time, and beyond the length it was trained at."""
+    try:
+        return model.filterbank is None or model.filterbank.state_size > 0
+    except UserError:
+        return False
+
+
+def _batches(text: EvalText, length: int, model: LanguageModel, plan: SweepPlan, peers: Peers) -> Iterator[MicroBatch]:
+    """This rank's share of a text in sequences of `length`."""
+    trained = model.config.seq_len
+    rows = max(1, plan.micro_batch_sequences * trained // length)
+    stream = StreamPlan(length, rows * peers.size, rows, seed=0, rank=peers.rank, world_size=peers.size)
+    empty = True
+    for batch in text.read(stream, -(-plan.sequences * trained // length)):
+        empty = False
+        yield batch
+    if empty:
+        raise UserError(f"{text.name}: no text to score; give more, or prepare the data with a --valid-fraction")
+
+
+def _scores(
+    small: LanguageModel,
     batches: Sequence[MicroBatch],
     token_bytes: npt.NDArray[np.int64],
-    device: torch.device,
+    peers: Peers,
     document_end: int | None,
-) -> tuple[Score, float, int]:
-    small = truncate(model, k).to(device).eval()
+) -> Floats:
+    """This rank's (N, 4) as `sequence_scores`, of a model at its own full budget."""
 
-    def losses(ids_BT: Tensor, budget: int) -> Tensor:
+    def losses(ids_BT: Tensor, k: int) -> Tensor:
         documents_BL = document_numbers(ids_BT[:, :-1], document_end)
-        nll_BL: Tensor = small(ids_BT[:, :-1], budget, ids_BT[:, 1:], documents_BL)
+        nll_BL: Tensor = small(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL)
         return nll_BL
 
-    quality = score(losses, batches, k, token_bytes, device)
-    ids_BL = torch.from_numpy(batches[0].ids_BT[:, :-1]).to(device)
+    return sequence_scores(losses, batches, small.config.num_channels, token_bytes, peers.device)
+
+
+def _gathered(mine_N4: Floats) -> Floats:
+    """(N, 3) nll, tokens and bytes of every sequence, from all ranks, in the order of the text."""
+    rows = np.array(gather_rows(mine_N4.ravel().tolist())).reshape(-1, 4)
+    rows = rows[rows[:, 0] >= 0]
+    return np.asarray(rows[np.argsort(rows[:, 0], kind="stable"), 1:])
+
+
+def _cost(small: LanguageModel, k: int, batch: MicroBatch, peers: Peers) -> _Cost:
+    """Measured by rank 0 while the others wait."""
+    cost = _measured_cost(small, k, batch, peers.device) if peers.is_main else _Cost()
+    barrier()
+    return cost
+
+
+def _measured_cost(small: LanguageModel, k: int, batch: MicroBatch, device: torch.device) -> _Cost:
+    ids_BL = torch.from_numpy(batch.ids_BT[:, :-1]).to(device)
+    steps = has_steps(small)
 
     @torch.no_grad()
-    def forward() -> None:
-        small(ids_BL, k, documents_BL=document_numbers(ids_BL, document_end))
+    def prefill() -> object:
+        return small.prefill(ids_BL, k) if steps else small(ids_BL, k)
 
-    rate = ids_BL.numel() / statistics.median(timed_seconds(forward, device, TIMED_REPEATS))
-    return quality, rate, peak_tensor_bytes([*small.parameters(), *small.buffers()], forward, device)
+    def decode() -> None:
+        state = after
+        for _ in range(DECODED_TOKENS):
+            _, state = small.step(ids_BL[:, 0], state, k)
 
-
-def write_sweep(rows: Sequence[BudgetRow], folder: Path, title: str) -> list[Path]:
-    """Writes sweep.json, sweep.csv and sweep.png into `folder`; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"sweep.{suffix}" for suffix in ("json", "csv", "png")]
-    records = [asdict(row) for row in rows]
-    paths[0].write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
-    with paths[1].open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
-    plot_sweeps({title: rows}, paths[2])
-    return paths
+    rate = ids_BL.numel() / statistics.median(timed_seconds(prefill, device, TIMED_REPEATS))
+    memory = peak_tensor_bytes([*small.parameters(), *small.buffers()], prefill, device)
+    decode_rate = None
+    if steps:
+        _, after = small.prefill(ids_BL, k)
+        seconds = statistics.median(timed_seconds(decode, device, TIMED_REPEATS))
+        decode_rate = DECODED_TOKENS * len(ids_BL) / seconds
+    return _Cost(rate, decode_rate, memory / 2**20)
 
 
-def plot_sweeps(curves: Mapping[str, Sequence[BudgetRow]], path: Path) -> None:
-    """Draws quality and speed against K, one line a run."""
-    import matplotlib
+def _unigram(batches: Sequence[MicroBatch], token_bytes: npt.NDArray[np.int64]) -> float:
+    mine = token_counts(batches, len(token_bytes))
+    counts = np.array(gather_rows(mine.tolist())).sum(0).astype(np.int64)
+    return best_unigram(counts, token_bytes).bits_per_byte
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import NullLocator
 
-    figure, (quality, speed) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    panels = (
-        (quality, "bits_per_byte", "validation bits per byte (lower is better)"),
-        (speed, "forward_tokens_per_s", "forward tokens/s"),
-    )
-    for axes, field, label in panels:
-        for name, rows in curves.items():
-            axes.plot([row.k for row in rows], [getattr(row, field) for row in rows], marker="o", label=name)
-        ticks = sorted({row.k for rows in curves.values() for row in rows})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [str(k) for k in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("budget K (spectral channels)")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-    speed.set_ylim(bottom=0)
-    quality.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+_INTERVALS = [f"{name}_{end}" for name in ("bits_per_byte", "perplexity", "gap_percent") for end in ("low", "high")]
+
+
+def _curve(
+    model: LanguageModel, key: tuple[str, int], scores: dict[int, Floats], costs: dict[int, _Cost], unigram: float
+) -> Curve:
+    data, length = key
+    config, k_max = model.config, model.config.num_channels
+    totals = {k: Score(*found_N3.sum(0).tolist()) for k, found_N3 in scores.items()}
+    sequences = len(scores[k_max])
+    resampled = {k: resample(found_N3) for k, found_N3 in scores.items()} if sequences > 1 else None
+    bits = {k: _bits_per_byte(sums_R3) for k, sums_R3 in resampled.items()} if resampled else None
+    rows = []
+    for k, total in totals.items():
+        intervals: dict[str, Any] = dict.fromkeys(_INTERVALS)
+        if resampled and bits:
+            perplexity_R = np.exp(np.minimum(resampled[k][:, 0] / resampled[k][:, 1], 700.0))
+            values = (bits[k], perplexity_R, 100 * (bits[k] / bits[k_max] - 1))
+            intervals = dict(zip(_INTERVALS, (end for value_R in values for end in interval(value_R)), strict=True))
+        rows.append(
+            BudgetRow(
+                k=k,
+                parameters=parameters(config, k),
+                bits_per_byte=total.bits_per_byte,
+                bits_per_token=total.loss / np.log(2).item(),
+                perplexity=total.perplexity,
+                gap_percent=100 * (total.bits_per_byte / totals[k_max].bits_per_byte - 1),
+                forward_flops_per_token=forward_flops_per_token(config, k, length),
+                **intervals,
+                **vars(costs[k]),
+            )
+        )
+    found = shape({k: total.bits_per_byte for k, total in totals.items()}, bits)
+    return Curve(data, length, sequences, int(totals[k_max].tokens), unigram, found, rows)
+
+
+def _bits_per_byte(sums_R3: Floats) -> Floats:
+    bits_R: Floats = sums_R3[:, 0] / np.log(2) / np.maximum(1.0, sums_R3[:, 2])
+    return bits_R

@@ -6,22 +6,26 @@ Works under the `deepspeed` launcher, under `torchrun`, and without either (one 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from megassm.cli import refusal_text
 from megassm.config import Config
 from megassm.errors import UserError
 from megassm.parallel.mesh import Mesh, Place, mesh_of
 from megassm.parallel.watchdog import Progress
 
+T = TypeVar("T")
 Group = dist.ProcessGroup
+PEERS_TIMEOUT = timedelta(hours=1)
+"""A tool's other ranks wait this long, at most, for the one that measures."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,30 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+class Peers(NamedTuple):
+    """This process among those that a tool runs as: each holds the whole model and takes a share of the text."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def join_peers(device: Literal["auto", "cpu", "cuda"]) -> Peers:
+    """Joins the other processes of a tool; alone without a launcher.
+
+    Raises:
+        UserError: CUDA is asked for and absent, or there are more local ranks than devices.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    rank, place = _join(device, PEERS_TIMEOUT)
+    return Peers(rank, dist.get_world_size(), place)
 
 
 def join_world(config: Config) -> World:
@@ -156,6 +184,23 @@ def gather_texts(text: str) -> list[str]:
         return [""] * dist.get_world_size()
     rows = gather_rows([*raw, *([0] * (longest - len(raw)))])
     return [bytes(int(byte) for byte in row).rstrip(b"\0").decode() for row in rows]
+
+
+def together(attempt: Callable[[], T]) -> T:
+    """`attempt()` on every rank, or the first rank's refusal on all: none waits for one that has given up.
+
+    Raises:
+        UserError: what any rank raised as one or as an `OSError`.
+    """
+    refusals, results = "", []
+    try:
+        results.append(attempt())
+    except (UserError, OSError) as error:
+        refusals = refusal_text(error) or type(error).__name__
+    for text in gather_texts(refusals):
+        if text:
+            raise UserError(text)
+    return results[0]
 
 
 def barrier() -> None:

@@ -19,7 +19,9 @@ def parser() -> Parser:
     result.add_argument("--d-model", type=int, default=256, metavar="D")
     result.add_argument("--batch", type=int, default=1, metavar="B")
     result.add_argument(
-        "--methods", metavar="LIST", help="among authors,fft,direct,chunked,flashfft,attention,mamba2,gated_deltanet"
+        "--methods",
+        metavar="LIST",
+        help="among authors,authors_by_filter,fft,direct,chunked,flashfft,attention,mamba2,gated_deltanet",
     )
     result.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     result.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -19,16 +20,18 @@ from megassm.data.stream import MicroBatch, TokenStream
 
 
 def plant(kind: str, rank: int, step: int) -> None:
-    whole = TokenStream.micro_batch
+    whole = TokenStream.batches
 
-    def micro_batch(self: TokenStream, at: int, micro_step: int) -> MicroBatch:
-        if int(os.environ["RANK"]) == rank and at + 1 == step:
-            if kind == "raise":
-                raise KeyError("planted")
-            time.sleep(1000)
-        return whole(self, at, micro_step)
+    def batches(self: TokenStream, start_step: int, stop_step: int) -> Iterator[MicroBatch]:
+        for number, batch in enumerate(whole(self, start_step, stop_step)):
+            at = start_step + number // self.micro_steps + 1
+            if int(os.environ["RANK"]) == rank and at == step:
+                if kind == "raise":
+                    raise KeyError("planted")
+                time.sleep(1000)
+            yield batch
 
-    TokenStream.micro_batch = micro_batch  # type: ignore[method-assign]
+    TokenStream.batches = batches  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -93,10 +93,8 @@ def test_a_rank_that_waits_for_its_data_is_named(tmp_path: Path, data_path: Path
     with Job(tmp_path / "run", 3, (*JOB, f"data.path={data_path}"), "tests/faulty.py", FAULT="sleep:1:5") as job:
         job.wait_until(lambda: job.rows == 4)
         assert job.wait_for_ranks(but=None, within_s=TIMEOUT_S + MARGIN_S) == 1
-        check(
-            job, 1, {0, 1, 2}, "hangs: in step 5, reading data", "megassm/data/stream.py", "the others wait in step 5"
-        )
-        assert "in micro_batch" in job.said, "the thread that reads is in the stacks"
+        check(job, 1, {0, 1, 2}, "hangs: in step 5, reading data", "megassm/train.py", "the others wait in step 5")
+        assert "in batches" in job.said, "where it hangs is in the stacks"
 
 
 @pytest.mark.ranks

@@ -300,7 +300,7 @@ def _manifest(
         step=step,
         tokens=step * config.tokens_per_step(),
         updates=engine.applied_updates,
-        mesh=engine.world.mesh._asdict() | {"zero_stage": config.parallel.zero_stage},
+        mesh=engine.shape,
         identity=run_identity(config, data_fingerprint),
         config=config.model_dump(mode="json"),
         files=files,

@@ -150,8 +150,7 @@ def resume(engine: Engine, config: Config, data: Dataset) -> tuple[Config, int]:
         return read(name, kind)
 
     engine.write_state(source, manifest.updates)
-    here = engine.world.mesh._asdict() | {"zero_stage": config.parallel.zero_stage}
-    other = "" if here == manifest.mesh else f", written by {manifest.mesh} and continued by {here}"
+    other = "" if engine.shape == manifest.mesh else f", written by {manifest.mesh} and continued by {engine.shape}"
     say(engine.world, f"continuing after step {manifest.step} from {checkpoint.folder}{other}")
     return with_draws(config, draws), manifest.step
 

@@ -67,8 +67,10 @@ class Job:
         """Waits until all ranks have ended, except for `but`, which is then killed; returns the launcher's code."""
         stopped = None if but is None else self._rank(but)
         ranks = [member for member in self._family() if _rank_of(member) is not None and member != stopped]
-        _, alive = psutil.wait_procs(ranks, timeout=within_s)
-        assert not alive, f"ranks live on after {within_s} s:\n{self.said}"
+        deadline = time.monotonic() + within_s
+        while alive := [member.pid for member in ranks if _lives(member)]:
+            assert time.monotonic() < deadline, f"ranks live on after {within_s} s ({alive}):\n{self.said}"
+            time.sleep(0.1)
         if stopped is not None:
             stopped.kill()
         return self.process.wait(timeout=PATIENCE_S)
@@ -87,6 +89,14 @@ class Job:
 
     def _rank(self, rank: int) -> psutil.Process:
         return next(member for member in self._family() if _rank_of(member) == rank)
+
+
+def _lives(process: psutil.Process) -> bool:
+    """A rank that has ended stays a zombie while the launcher waits, up to 30 s, for one that is stopped."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _rank_of(process: psutil.Process) -> int | None:

@@ -127,9 +127,7 @@ class Engine:
 
     def losses(self, ids_BT: Tensor, k: int) -> Tensor:
         """Negative log-likelihood in nats (B, L) of the tokens that follow each of the first L = T - 1."""
-        documents_BL = document_numbers(ids_BT[:, :-1], self.document_end)
-        nll: Tensor = self._engine(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL)
-        return nll
+        return self._forward(ids_BT, k, None)
 
     def training_losses(self, ids_BT: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(`losses`, what to train on): the same, or partly the divergence from the prediction at K_max."""
@@ -137,11 +135,14 @@ class Engine:
         if budget.distill_weight == 0 or k == k_max:
             nll_BL = self.losses(ids_BT, k)
             return nll_BL, nll_BL
-        documents_BL = document_numbers(ids_BT[:, :-1], self.document_end)
-        distill = Distillation(k_max, budget.distill_temperature)
-        both_2BL = self._engine(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL, distill)
+        both_2BL = self._forward(ids_BT, k, Distillation(k_max, budget.distill_temperature))
         nll_BL, divergence_BL = both_2BL.unbind(0)
         return nll_BL, nll_BL.lerp(divergence_BL, budget.distill_weight)
+
+    def _forward(self, ids_BT: Tensor, k: int, distill: Distillation | None) -> Tensor:
+        documents_BL = document_numbers(ids_BT[:, :-1], self.document_end)
+        losses: Tensor = self._engine(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL, distill)
+        return losses
 
     @torch.no_grad()
     def eval_losses(self, ids_BT: Tensor, k: int) -> Tensor:
@@ -216,6 +217,11 @@ class Engine:
                 state.write(self._engine, parameter, kind, part.to(self.world.device))
         state.set_applied_updates(self._engine, updates)
         state.finish_writing(self._engine)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """What a checkpoint may change: ranks along each axis, and the ZeRO stage."""
+        return self.world.mesh._asdict() | {"zero_stage": self.config.parallel.zero_stage}
 
     @property
     def applied_updates(self) -> int:

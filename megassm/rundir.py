@@ -26,6 +26,7 @@ from megassm.durable import write_atomically
 from megassm.errors import UserError
 
 CHECKPOINTS = "checkpoints"
+CONFIG = "config.yaml"
 LOCK = ".lock"
 FAILURE = "failure.txt"
 
@@ -81,4 +82,4 @@ def _lock(path: Path) -> IO[str]:
 
 def write_config(config: Config) -> None:
     """Writes the resolved configuration of the run that is about to train, atomically."""
-    write_atomically(Path(config.run.dir) / "config.yaml", dump_config(config).encode())
+    write_atomically(Path(config.run.dir) / CONFIG, dump_config(config).encode())

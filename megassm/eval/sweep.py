@@ -103,8 +103,8 @@ class SweepPlan:
 
 
 @dataclass(frozen=True)
-class _Cost:
-    """Independent of the text; 0 on ranks that do not measure."""
+class Cost:
+    """What of a budget's row is independent of the text; 0 on ranks that do not measure."""
 
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: float | None = 0.0
@@ -133,7 +133,7 @@ def sweep(
     keys = [(text, length) for length in plan.seq_lens for text in texts]
     batches = together(lambda: [list(_batches(text, length, model, plan, peers)) for text, length in keys])
     scores: list[dict[int, Floats]] = [{} for _ in keys]
-    costs: list[dict[int, _Cost]] = [{} for _ in keys]
+    costs: list[dict[int, Cost]] = [{} for _ in keys]
     for k in budgets:
         small = truncate(model, k).to(peers.device).eval()
         for place in range(len(keys)):
@@ -204,14 +204,15 @@ def _gathered(mine_N4: Floats) -> Floats:
     return np.asarray(rows[np.argsort(rows[:, 0], kind="stable"), 1:])
 
 
-def _cost(small: LanguageModel, k: int, batch: MicroBatch, peers: Peers) -> _Cost:
+def _cost(small: LanguageModel, k: int, batch: MicroBatch, peers: Peers) -> Cost:
     """Measured by rank 0 while the others wait."""
-    cost = _measured_cost(small, k, batch, peers.device) if peers.is_main else _Cost()
+    cost = measured_cost(small, k, batch, peers.device) if peers.is_main else Cost()
     barrier()
     return cost
 
 
-def _measured_cost(small: LanguageModel, k: int, batch: MicroBatch, device: torch.device) -> _Cost:
+def measured_cost(small: LanguageModel, k: int, batch: MicroBatch, device: torch.device) -> Cost:
+    """Of a model cut to k, on the inputs of `batch`."""
     ids_BL = torch.from_numpy(batch.ids_BT[:, :-1]).to(device)
     steps = has_steps(small)
 
@@ -231,7 +232,7 @@ def _measured_cost(small: LanguageModel, k: int, batch: MicroBatch, device: torc
         _, after = small.prefill(ids_BL, k)
         seconds = statistics.median(timed_seconds(decode, device, TIMED_REPEATS))
         decode_rate = DECODED_TOKENS * len(ids_BL) / seconds
-    return _Cost(rate, decode_rate, memory / 2**20)
+    return Cost(rate, decode_rate, memory / 2**20)
 
 
 def _unigram(batches: Sequence[MicroBatch], token_bytes: npt.NDArray[np.int64]) -> float:
@@ -244,7 +245,7 @@ _INTERVALS = [f"{name}_{end}" for name in ("bits_per_byte", "perplexity", "gap_p
 
 
 def _curve(
-    model: LanguageModel, key: tuple[str, int], scores: dict[int, Floats], costs: dict[int, _Cost], unigram: float
+    model: LanguageModel, key: tuple[str, int], scores: dict[int, Floats], costs: dict[int, Cost], unigram: float
 ) -> Curve:
     data, length = key
     config, k_max = model.config, model.config.num_channels

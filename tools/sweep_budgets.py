@@ -138,6 +138,7 @@ def table_row(row: BudgetRow) -> Row:
     return {
         "K": row.k,
         "params": row.parameters,
+        **({} if row.accuracy is None else {"accuracy": row.accuracy}),
         "bits/byte": row.bits_per_byte,
         "bits/tok": row.bits_per_token,
         "ppl": row.perplexity,

@@ -12,13 +12,23 @@ from megassm.errors import UserError
 if TYPE_CHECKING:
     from megassm.data.task import Example, Task
 
-EXAMPLE = "python tools/make_task.py recall --output data/recall --pairs 16 --queries 8"
-DRAWN: dict[str, dict[str, Any]] = {
-    "recall": {"pairs": 8, "queries": 4, "keys": 64, "values": 16},
-    "high_frequency": {"signals": 1, "noise": 1.0, "levels": 16, "periods": "2-8"},
+    Splits = dict[str, Iterable[Example]]
+
+EXAMPLE = """python tools/make_task.py recall --output data/recall --pairs 16 --queries 8
+  python tools/make_task.py text --input reviews/train --valid-input reviews/test --output data/reviews"""
+COUNTS: dict[str, Any] = {"examples": 20_000, "valid_examples": 2_000}
+FILES: dict[str, Any] = {"input": None, "valid_input": None, "valid_fraction": 0.1, "labels": None}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "recall": {"pairs": 8, "queries": 4, "keys": 64, "values": 16} | COUNTS,
+    "high_frequency": {"signals": 1, "noise": 1.0, "levels": 16, "periods": "2-8"} | COUNTS,
+    "listops": {"min_length": 500, "max_length": 2000, "max_args": 10, "max_depth": 10}
+    | {"examples": 96_000, "valid_examples": 2_000},
+    "text": FILES,
+    "image": FILES,
+    "pathfinder": FILES,
 }
-"""The options of each task that is drawn, with their defaults."""
-COUNTS = {"examples": 20_000, "valid_examples": 2_000}
+"""The options of each task, with their defaults."""
+COMMON = ("task", "output", "json", "seed", "length")
 
 
 def main() -> None:
@@ -26,7 +36,9 @@ def main() -> None:
     arguments = _parser().parse_args()
     from megassm.data.taskset import write_task
 
-    task, splits = drawn_task(arguments)
+    options = _chosen(arguments)
+    made = _from_files if OPTIONS[arguments.task] is FILES else _drawn
+    task, splits = made(arguments, options)
     written = write_task(arguments.output, task, splits)
     rows = [
         {"split": split, "examples": shards.documents, "tokens": shards.tokens, "shards": len(shards.shards)}
@@ -38,36 +50,49 @@ def main() -> None:
     print(f"train it with model.vocab_size={vocabulary} model.seq_len={task.length}{classes}")
 
 
-def drawn_task(arguments: argparse.Namespace) -> tuple[Task, dict[str, Iterable[Example]]]:
-    """(the task, its splits' examples)."""
+def _drawn(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[Task, Splits]:
     from megassm.data.dataset import TRAIN, VALID
+    from megassm.data.listops import ListOps
     from megassm.data.synthetic import HighFrequency, Recall, drawn
 
-    options = chosen(arguments, DRAWN[arguments.task] | COUNTS)
     counts = [options.pop(name) for name in COUNTS]
-    if "periods" in options:
-        options["first"], options["last"] = _periods(options.pop("periods"))
-    made = Recall(**options) if arguments.task == "recall" else HighFrequency(**options)
+    made: Recall | HighFrequency | ListOps
+    match arguments.task:
+        case "recall":
+            made = Recall(**options)
+        case "high_frequency":
+            options["first"], options["last"] = _periods(options.pop("periods"))
+            made = HighFrequency(**options)
+        case _:
+            made = ListOps(**options)
     task = made.task(arguments.length)
     draw, seed = made.draw(task), arguments.seed
     return task, {split: drawn(draw, counts[number], seed, number) for number, split in enumerate((TRAIN, VALID))}
 
 
-def chosen(arguments: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
-    """The options of a task, as given or by default.
+def _from_files(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[Task, Splits]:
+    from megassm.data.labelled import Labelled, labelled_task
 
-    Raises:
-        UserError: one was given that the task has not.
-    """
+    if not options["input"]:
+        raise UserError(f"--input: {arguments.task} is made of your own labelled files; name them")
+    labels = options["labels"].split(",") if options["labels"] else None
+    places = options["input"], options["valid_input"]
+    source = Labelled(arguments.task, *places, valid_fraction=options["valid_fraction"], labels=labels)
+    return labelled_task(source, arguments.length, arguments.seed)
+
+
+def _chosen(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The task's options, as given or by default. UserError where one was given that it has not."""
+    known = OPTIONS[arguments.task]
     given = {name: value for name, value in vars(arguments).items() if value is not None and name not in COMMON}
     if others := sorted(given.keys() - known.keys()):
-        flags = ", ".join("--" + name.replace("_", "-") for name in others)
-        ours = ", ".join("--" + name.replace("_", "-") for name in known)
-        raise UserError(f"{flags}: not an option of {arguments.task}, which has {ours}")
+        rule = f"not an option of {arguments.task}, which has {', '.join(map(_flag, known))}"
+        raise UserError(f"{', '.join(map(_flag, others))}: {rule}")
     return known | given
 
 
-COMMON = ("task", "output", "json", "seed", "length")
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _periods(text: str) -> tuple[int, int]:
@@ -78,21 +103,36 @@ def _periods(text: str) -> tuple[int, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from megassm.data import labelled
+
     parser = tool_parser("Makes the data set of a task with labels; configs/tasks/ has a configuration each.", EXAMPLE)
-    add = parser.add_argument
-    add("task", choices=list(DRAWN), metavar="TASK", help=", ".join(DRAWN))
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("task", choices=list(OPTIONS), metavar="TASK", help=", ".join(OPTIONS))
     add("--output", type=path_argument, required=True, metavar="DIR", help="holds train/, valid/, task.json afterwards")
     add("--length", type=positive, metavar="N", help="ids an example, model.seq_len (default: as suits the task)")
-    add("--seed", type=int, default=0, metavar="N", help="of what is drawn (default: %(default)s)")
-    drawn = parser.add_argument_group("drawn tasks")
+    add("--seed", type=int, default=0, metavar="N", help=f"of what is drawn, and of the order of files {default}")
+    files = parser.add_argument_group("text, image, pathfinder", str(labelled.__doc__).partition("\n\n")[2])
+    files.add_argument("--input", type=path_argument, nargs="+", metavar="PATH", help="files or folders as above")
+    files.add_argument("--valid-input", type=path_argument, nargs="+", metavar="PATH", help="the same, for validation")
+    files.add_argument("--valid-fraction", type=_fraction, metavar="F", help="... or so much of --input (default: 0.1)")
+    files.add_argument("--labels", metavar="A,B,..", help="the classes, in order; others are left out")
     for name, value in COUNTS.items():
-        drawn.add_argument("--" + name.replace("_", "-"), type=positive, metavar="N", help=f"(default: {value})")
-    for task, options in DRAWN.items():
+        add(_flag(name), type=positive, metavar="N", help=f"drawn tasks (default: {value}; listops: "
+            f"{OPTIONS['listops'][name]})")  # fmt: skip
+    for task in ("recall", "high_frequency", "listops"):
         group = parser.add_argument_group(task)
-        for name, value in options.items():
-            kind: Any = positive if isinstance(value, int) else type(value)
-            group.add_argument("--" + name.replace("_", "-"), type=kind, help=f"(default: {value})")
+        for name, value in OPTIONS[task].items():
+            if name not in COUNTS:
+                kind: Any = positive if isinstance(value, int) else type(value)
+                group.add_argument(_flag(name), type=kind, metavar="N", help=f"(default: {value})")
     return parser
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be between 0 and 1")
+    return value
 
 
 if __name__ == "__main__":

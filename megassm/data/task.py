@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from megassm.config import CHUNK
 from megassm.errors import UserError
 
 TASK_NAME = "task.json"
@@ -104,6 +105,11 @@ class TaskTokenizer:
 
     def files(self) -> dict[str, bytes]:
         return {TASK_NAME: self._json}
+
+
+def fitting(seen: int) -> int:
+    """A length for examples of so many ids, with a label: whole chunks, so that any sequence split divides it."""
+    return -(-(seen + 3) // CHUNK) * CHUNK
 
 
 def load_task(path: Path) -> TaskTokenizer:

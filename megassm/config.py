@@ -78,6 +78,8 @@ class ModelConfig(Section):
     """Hidden width of the gated feed-forward layer."""
     tie_embeddings: bool = True
     """Use the embedding matrix as the output head too."""
+    classes: PositiveInt | None = None
+    """Classes of a head on the mean over an example's positions, instead of the vocabulary's; null predicts tokens."""
     norm_eps: Positive = 1e-6
     """Epsilon of RMSNorm."""
     embed_init_std: Positive = 0.02
@@ -86,6 +88,16 @@ class ModelConfig(Section):
     @property
     def kv_heads(self) -> int:
         return self.n_kv_heads or self.n_heads
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the head: what is predicted is one of so many."""
+        return self.classes or self.vocab_size
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the head is a matrix of its own."""
+        return self.classes is not None or not self.tie_embeddings
 
     @property
     def mixers(self) -> str:

@@ -43,18 +43,19 @@ def parameters(config: ModelConfig, k: int) -> int:
     d = config.d_model
     block = 2 * d + 3 * d * config.d_ffn
     mixers = sum(mixer_parameters(config, mixer, k) for mixer in config.mixers)
-    embeddings = config.vocab_size * d * (1 if config.tie_embeddings else 2)
+    embeddings = (config.vocab_size + (config.outputs if config.has_head else 0)) * d
     return embeddings + mixers + config.n_layers * block + d
 
 
 def rank_parameters(config: ModelConfig, tensor: int) -> int:
     """Parameters that the fullest of `tensor` ranks holds (`megassm.parallel.tensor`): norms and gates are on all."""
     d, k = config.d_model, config.num_channels
-    head, kv_ranks = d // config.n_heads, tensor if config.kv_heads >= tensor else 1
-    attention = 2 * d * head * -(-config.n_heads // tensor) + 2 * d * head * -(-config.kv_heads // kv_ranks)
+    width, kv_ranks = d // config.n_heads, tensor if config.kv_heads >= tensor else 1
+    attention = 2 * d * width * -(-config.n_heads // tensor) + 2 * d * width * -(-config.kv_heads // kv_ranks)
     gate = mixer_parameters(config, "S", k) - (k + 1) * d * d
     spectral = (k + 1) * d * -(-d // tensor) + gate
-    embeddings = -(-config.vocab_size // tensor) * d * (1 if config.tie_embeddings else 2)
+    head = -(-config.outputs // tensor) if config.has_head else 0
+    embeddings = (-(-config.vocab_size // tensor) + head) * d
     layers = sum(attention if mixer == "A" else spectral for mixer in config.mixers)
     return embeddings + layers + config.n_layers * (2 * d + 3 * d * -(-config.d_ffn // tensor)) + d
 
@@ -69,7 +70,8 @@ def forward_flops_per_token(config: ModelConfig, k: int, seq_len: int) -> float:
     d = config.d_model
     window = min(config.window or seq_len, seq_len)
     visible = window - window * (window - 1) / (2 * seq_len)  # positions a query sees, on average
-    total = 2.0 * d * config.vocab_size + config.n_layers * 6.0 * d * config.d_ffn
+    total = config.n_layers * 6.0 * d * config.d_ffn
+    total += 2.0 * d * config.outputs / (1 if config.classes is None else seq_len)  # classes: once a sequence
     for mixer in config.mixers:
         if mixer == "A":
             total += 2.0 * mixer_parameters(config, mixer, k) + 4.0 * d * visible
@@ -121,7 +123,7 @@ def decoding_bytes_per_token(config: ModelConfig, k: int, context: int, state_si
 
     Of an untied embedding one row is read; a tied one is the head, and read whole.
     """
-    unread = 0 if config.tie_embeddings else (config.vocab_size - 1) * config.d_model
+    unread = (config.vocab_size - 1) * config.d_model if config.has_head else 0
     weights = (parameters(config, k) - unread) * bytes_per_number
     return weights + 2 * decoding_state_bytes(config, context, state_size, bytes_per_number)
 
@@ -191,8 +193,14 @@ def _feed_forward_bytes(config: ModelConfig, work: Workload) -> int:
 
 
 def _head_bytes(config: ModelConfig, work: Workload) -> int:
-    """The last norm, and the tokens' log-probabilities."""
-    return work.positions * (_norm_bytes(config.d_model, work.number_bytes) + FLOAT32 * work.share(config.vocab_size))
+    """The last norm, and the predictions' log-probabilities."""
+    predictions = _predictions(config, work) * FLOAT32 * work.share(config.outputs)
+    return work.positions * _norm_bytes(config.d_model, work.number_bytes) + predictions
+
+
+def _predictions(config: ModelConfig, work: Workload) -> int:
+    """One a position, or one an example."""
+    return work.positions if config.classes is None else work.batch
 
 
 def _norm_bytes(d: int, n: int) -> int:
@@ -242,8 +250,9 @@ def peak_activation_bytes(
     mixer = "S" if "S" in config.mixers else "A"
     if recompute:
         rest += layer_activation_bytes(config, mixer, k, work)
+    logits = _predictions(config, work) * work.share(config.outputs)
     peaks = [
-        kept + work.positions * work.share(config.vocab_size) * (2 * FLOAT32 if n == FLOAT32 else n + 2 * FLOAT32),
+        kept + logits * (2 * FLOAT32 if n == FLOAT32 else n + 2 * FLOAT32),
         rest + work.positions * n * (2 * work.share(config.d_ffn) + d),
     ]
     if mixer == "S":

@@ -55,6 +55,9 @@ def export_models(session: Session, folders: Mapping[int, Path], plan: ExportPla
         UserError: a budget beyond K_max, a folder with something else in it, no validation text, or a file that does
             not compute what the model does.
     """
+    if session.data.task is not None:
+        rule = f"task {session.data.task.name!r} has no text to prompt it with, so it is not exported"
+        raise UserError(f"{session.run_dir}: {rule}; tools/sweep_budgets.py measures it at every budget")
     seq_len = plan.seq_len or session.config.model.seq_len
     for k, folder in folders.items():
         resized(session.config.model, k, seq_len)

@@ -25,6 +25,7 @@ from megassm.durable import write_atomically
 METRICS = "metrics.jsonl"
 
 Row = dict[str, Any]
+_VALIDATED = {"valid", "valid_accuracy"}
 
 
 class Journal:
@@ -58,7 +59,7 @@ class Journal:
         step, steps = row["step"], self._config.train.steps
         if self._wandb is not None:
             self._tell_wandb(lambda run: run.log(_flat(row) | _curve_over_budgets(row), step=step))
-        if step % self._config.log.every_steps == 0 or step in (self._first_step + 1, steps) or "valid" in row:
+        if step % self._config.log.every_steps == 0 or step in (self._first_step + 1, steps) or _VALIDATED & row.keys():
             elapsed = time.monotonic() - self._started
             eta = elapsed / (step - self._first_step) * (steps - step)
             print(format_row(row, steps, eta), flush=True)
@@ -86,7 +87,7 @@ def format_row(row: Row, steps: int, eta_s: float) -> str:
     parts = [
         f"step {row['step']:>{len(str(steps))}}/{steps}",
         f"loss {_number(row['loss']):.4f}",
-        f"{_number(row['bits_per_byte']):.3f} bits/byte",
+        *([] if row["bits_per_byte"] is None else [f"{row['bits_per_byte']:.3f} bits/byte"]),
         f"K {row['k']:>2}",
         f"lr {row['lr']:.2e}",
         f"norm {_number(row['grad_norm']):.3f}",
@@ -100,6 +101,9 @@ def format_row(row: Row, steps: int, eta_s: float) -> str:
     if "valid" in row:
         scores = "  ".join(f"K={k}: {value:.3f}" for k, value in row["valid"].items())
         line += f"\n  validation bits/byte   {scores}"
+    if "valid_accuracy" in row:
+        scores = "  ".join(f"K={k}: {value:.1%}" for k, value in row["valid_accuracy"].items())
+        line += f"\n  validation accuracy   {scores}"
     return line
 
 
@@ -178,6 +182,8 @@ def _flat(row: Row) -> Row:
     """A row as wandb draws it: numbers only, one curve a K, one a source."""
     flat = {name: value for name, value in row.items() if not isinstance(value, (dict, list))}
     flat |= {f"epochs/{source}": value for source, value in row.get("epochs", {}).items()}
+    for name in ("valid_loss", "valid_accuracy"):
+        flat |= {f"valid/{name.removeprefix('valid_')}_k{k}": value for k, value in row.get(name, {}).items()}
     return flat | {f"valid/bits_per_byte_k{k}": value for k, value in row.get("valid", {}).items()}
 
 

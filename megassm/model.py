@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from megassm.layers.ffn import FeedForward
 from megassm.layers.filterbank import FilterBank
 from megassm.layers.spectral import SpectralMixer
 from megassm.ops.documents import check_documents
+from megassm.ops.pooling import content_positions, pooled, separators
 
 LayerState = Tensor | KeyValueCache
 """S x D numbers a sequence for a spectral layer, keys and values for attention."""
@@ -102,7 +103,7 @@ class LanguageModel(nn.Module):
         self.embedding_VD = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
         self.head_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.head_VD = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.head_VD = nn.Parameter(torch.empty(config.outputs, config.d_model)) if config.has_head else None
         self.filterbank = (
             FilterBank(config.seq_len, config.num_channels, config.sigma_scale, config.filterbank)
             if "S" in config.mixers
@@ -115,11 +116,12 @@ class LanguageModel(nn.Module):
         k: int,
         targets_BL: Tensor | None = None,
         documents_BL: Tensor | None = None,
-        distill: Distillation | None = None,
+        also: Distillation | Literal["hits"] | None = None,
     ) -> Tensor:
         """Logits (B, L, V), or with `targets_BL` the negative log-likelihood in nats of each, (B, L) float32.
 
-        With `distill` too, (2, B, L): the negative log-likelihood, and the divergence from the teacher.
+        With `also`, (2, B, L): the negative log-likelihood, and the divergence from the teacher, or the `hits`.
+        Of a model with classes logits are (B, 1, C), and losses are 0 but where the label is the target.
 
         Args:
             ids_BL: token ids.
@@ -127,7 +129,7 @@ class LanguageModel(nn.Module):
             targets_BL: the ids to predict, ids_BL one step later.
             documents_BL: the number of each position's document, which does not fall along a sequence: no position
                 then sees another document. Rotary positions run on. None: a sequence is one document.
-            distill: which of its own predictions the model is to approach at k.
+            also: which of its own predictions the model is to approach at k; or "hits", to count them.
 
         Raises:
             UserError: a budget out of range, documents that are none.
@@ -139,26 +141,45 @@ class LanguageModel(nn.Module):
         x_BLD = self._hidden(ids_BL, context)
         if targets_BL is None:
             return self.logits(x_BLD)
+        if self.config.classes is None:
+            return self._losses(ids_BL, context, x_BLD, targets_BL, also)
+        asked_BL = separators(ids_BL, self.config.classes)
+        label_B1 = (targets_BL * asked_BL).sum(1, keepdim=True)
+        return self._losses(ids_BL, context, x_BLD, label_B1, also) * asked_BL
+
+    def _losses(
+        self,
+        ids_BL: Tensor,
+        context: Context,
+        x_BLD: Tensor,
+        targets_BL: Tensor,
+        also: Distillation | Literal["hits"] | None,
+    ) -> Tensor:
         losses_BL = self.token_losses(x_BLD, targets_BL)
-        if distill is None:
+        if also is None:
             return losses_BL
+        if also == "hits":
+            return torch.stack((losses_BL, self.hits(x_BLD, targets_BL)))
         with torch.no_grad():
-            teacher_BLD = self._hidden(ids_BL, context._replace(k=distill.teacher_k))
-        return torch.stack((losses_BL, self.divergences(x_BLD, teacher_BLD, distill.temperature)))
+            teacher_BLD = self._hidden(ids_BL, context._replace(k=also.teacher_k))
+        return torch.stack((losses_BL, self.divergences(x_BLD, teacher_BLD, also.temperature)))
 
     def features(self, ids_BL: Tensor, k: int) -> Tensor:
         """The normed output of the last block (B, L, D): for who wants logits at some positions only."""
         return self._hidden(ids_BL, self.context(0, ids_BL.shape[1], k))
 
     def _hidden(self, ids_BL: Tensor, context: Context) -> Tensor:
-        """What the head reads, (B, L, D)."""
-        x_BLD = self.embed(ids_BL)
+        """What the head reads, (B, L, D); with classes the mean over an example's positions, (B, 1, D)."""
+        classes = self.config.classes
+        content_BL = None if classes is None else content_positions(ids_BL, classes)
+        x_BLD = self.embed(ids_BL if content_BL is None else ids_BL.where(content_BL, cast(int, classes)))
         for block in self.blocks:
             if self.recompute and self.training:
                 x_BLD = checkpoint(block, x_BLD, context, use_reentrant=False)
             else:
                 x_BLD = block(x_BLD, context)
-        return cast(Tensor, self.head_norm(x_BLD))
+        x_BLD = self.head_norm(x_BLD)
+        return x_BLD if content_BL is None else pooled(x_BLD, content_BL)
 
     def embed(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.embedding_VD)
@@ -171,6 +192,13 @@ class LanguageModel(nn.Module):
         """Negative log-likelihood in nats, float32."""
         logits_NV = self.logits(x_BLD).flatten(0, 1).float()
         return F.cross_entropy(logits_NV, targets_BL.flatten(), reduction="none").view_as(targets_BL)
+
+    def hits(self, x_BLD: Tensor, targets_BL: Tensor) -> Tensor:
+        """1 where the target is the most likely of all, 0 where it is not, float32; n equals share the one."""
+        logits_BLV = self.logits(x_BLD)
+        best_BLV = logits_BLV == logits_BLV.amax(-1, keepdim=True)
+        hit_BL1 = best_BLV.gather(-1, targets_BL[..., None])
+        return hit_BL1[..., 0].float() / best_BLV.sum(-1)
 
     def divergences(self, x_BLD: Tensor, teacher_BLD: Tensor, temperature: float) -> Tensor:
         """T^2 KL(teacher || student) of the predictions at temperature T, (B, L) float32 (arXiv 1503.02531)."""

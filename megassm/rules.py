@@ -142,11 +142,16 @@ def _split_violations(model: ModelConfig, parallel: ParallelConfig) -> Iterator[
         yield Violation(
             ("model.n_kv_heads", "parallel.tensor"), f"a divisor or a multiple of parallel.tensor = {tensor}"
         )
-    for name in ("d_model", "d_ffn", "vocab_size"):
-        if getattr(model, name) < tensor:
+    for name in ("d_model", "d_ffn", "vocab_size", "classes"):
+        if (getattr(model, name) or tensor) < tensor:
             yield Violation((f"model.{name}", "parallel.tensor"), f"at least parallel.tensor = {tensor}")
     if sequence == 1:
         return
+    if model.classes is not None:
+        yield Violation(
+            ("model.classes", "parallel.sequence"),
+            "null with parallel.sequence above 1: a rank has not all positions to take the mean over",
+        )
     if model.seq_len % (sequence * CHUNK):
         yield Violation(
             ("model.seq_len", "parallel.sequence"),

@@ -73,7 +73,8 @@ def set_up(config: Config, data: Dataset, world: World) -> Run:
     """Builds the run, and continues from its newest complete checkpoint where there is one."""
     stop = StopRequest()
     digest = start_digest(config, data)
-    engine = Engine(config, world, data.document_end(config), start_weights(config, data, world))
+    asked = data.task.asked if data.task else None
+    engine = Engine(config, world, data.document_end(config), start_weights(config, data, world), asked)
     config, done_steps = resume(engine, config, data)
     plan = stream_plan(config, world)
     stream = TokenStream(data.train, plan)

@@ -21,6 +21,7 @@ from megassm.config import Config
 from megassm.cost import forward_flops_per_token, training_flops_per_token
 from megassm.data.dataset import Dataset
 from megassm.data.stream import MicroBatch
+from megassm.data.task import Task
 from megassm.errors import UserError
 from megassm.eval.score import Score, score, text_bytes
 from megassm.guards import Tally, Totals, agree, report_skip
@@ -102,7 +103,7 @@ def train(run: Run) -> None:
             report_skip(run, step, totals, skipped)
         last = step + 1 == config.train.steps
         if last or (config.eval.every_steps and (step + 1) % config.eval.every_steps == 0):
-            row["valid"] = {str(k): validate(run, k).bits_per_byte for k in config.eval.budgets}
+            row |= validation_row({k: validate(run, k) for k in config.eval.budgets}, run.data.task)
         note("journal")
         if run.journal is not None:
             run.journal.write(row)
@@ -179,7 +180,7 @@ def journal_row(run: Run, step: int, budgets: list[int], totals: Totals, seconds
         "step": step + 1,
         "tokens": (step + 1) * step_tokens,
         "loss": totals.score.loss if math.isfinite(totals.score.loss) else None,
-        "bits_per_byte": totals.score.bits_per_byte if math.isfinite(totals.score.loss) else None,
+        "bits_per_byte": None if run.data.task or not math.isfinite(totals.score.loss) else totals.score.bits_per_byte,
         "grad_norm": totals.grad_norm if math.isfinite(totals.grad_norm) else None,
         "skipped": not totals.finite,
         "k": max(budgets),
@@ -202,12 +203,22 @@ def update_flops_per_token(config: Config, k: int) -> float:
     return flops + forward_flops_per_token(model, model.num_channels, length) if taught else flops
 
 
+def validation_row(scores: dict[int, Score], task: Task | None) -> Row:
+    """What the journal has of a validation, by K."""
+    if task is None:
+        return {"valid": {str(k): score.bits_per_byte for k, score in scores.items()}}
+    return {
+        "valid_loss": {str(k): score.loss for k, score in scores.items()},
+        "valid_accuracy": {str(k): score.accuracy for k, score in scores.items()},
+    }
+
+
 def validate(run: Run, k: int) -> Score:
     """The validation score at budget k, over all ranks."""
 
     def losses(ids_BT: torch.Tensor, k: int) -> torch.Tensor:
         run.world.progress.note(f"validation at K={k}")
-        return run.engine.eval_losses(ids_BT, k)
+        return run.engine.eval_losses(ids_BT, k, hits=run.data.task is not None)
 
     mine = score(losses, run.valid, k, run.token_bytes, run.world.device)
     run.world.progress.note("validation, all ranks' scores")

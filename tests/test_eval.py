@@ -50,7 +50,7 @@ def test_score_sums_only_what_the_mask_keeps() -> None:
 def test_scores_of_sequences_add_up_to_the_score() -> None:
     model = build_model(config(), 0)
     rows = sequence_scores(lambda ids, k: model(ids[:, :-1], k, ids[:, 1:]), batches(), 3, TOKEN_BYTES, CPU)
-    assert rows.shape == (6, 4)
+    assert rows.shape == (6, 5)
     assert rows[:, 0].tolist() == [0, 1] * 3
     whole = score(lambda ids, k: model(ids[:, :-1], k, ids[:, 1:]), batches(), 3, TOKEN_BYTES, CPU)
     assert Score.total(rows[:, 1:].tolist()) == pytest.approx(whole)
@@ -59,7 +59,7 @@ def test_scores_of_sequences_add_up_to_the_score() -> None:
 
 
 def test_scores_add_up() -> None:
-    assert Score.total([Score(1, 2, 3), (10, 20, 30)]) == Score(11, 22, 33)
+    assert Score.total([Score(1, 2, 3), (10, 20, 30, 4)]) == Score(11, 22, 33, 4)
 
 
 def test_best_unigram_is_the_entropy_of_the_tokens() -> None:

@@ -160,8 +160,8 @@ def test_untied_head_is_its_own_matrix() -> None:
 def test_a_model_taught_at_its_own_budget_has_nothing_to_learn() -> None:
     model = build_model(config(), seed=0)
     text = ids()
-    same = model(text, 3, text, distill=Distillation(3, 2.0))
-    losses, divergence = model(text, 3, text, distill=Distillation(K_MAX, 2.0))
+    same = model(text, 3, text, also=Distillation(3, 2.0))
+    losses, divergence = model(text, 3, text, also=Distillation(K_MAX, 2.0))
     assert torch.allclose(same[1], torch.zeros(()), atol=1e-6)
     assert torch.equal(losses, model(text, 3, text))
     student, teacher = (model(text, k).double() / 2 for k in (3, K_MAX))

@@ -121,7 +121,7 @@ def show(sweep: Sweep) -> None:
         shape = curve.shape
         print_table(f"{sweep.name}: {curve.data}, {curve.seq_len} tokens", [table_row(row) for row in curve.rows])
         print(
-            f"area under the curve {shape.area:.4f} bits per byte, {shape.area_gap_percent:.2f}% above full K; "
+            f"area under the curve {shape.area:.4f} bits per byte (of a task: per answer), {shape.area_gap_percent:.2f}% above full K; "
             f"near full from K={shape.near_full_k}; best unigram {curve.best_unigram_bits_per_byte:.3f}; "
             f"{curve.predicted_tokens:,} tokens in {curve.sequences:,} sequences"
         )
@@ -134,20 +134,26 @@ def show(sweep: Sweep) -> None:
 
 def table_row(row: BudgetRow) -> Row:
     """What of a row fits on a terminal (ppl: perplexity a token; speeds in tokens); the files have the rest."""
-    spread = "" if row.perplexity_low is None else f"{row.perplexity_low:.4g}-{row.perplexity_high:.4g}"
     return {
         "K": row.k,
         "params": row.parameters,
-        "bits/byte": row.bits_per_byte,
-        "bits/tok": row.bits_per_token,
-        "ppl": row.perplexity,
-        "ppl 95%": spread,
+        **_quality(row),
         "gap %": row.gap_percent,
         "MFLOP/tok": row.forward_flops_per_token / 1e6,
         "prefill/s": row.prefill_tokens_per_s,
         "decode/s": row.decode_tokens_per_s,
         "MiB": row.peak_memory_mib,
     }
+
+
+def _quality(row: BudgetRow) -> Row:
+    """Of a text, or of a task, whose bits are of an answer each."""
+    if row.accuracy is None:
+        spread = "" if row.perplexity_low is None else f"{row.perplexity_low:.4g}-{row.perplexity_high:.4g}"
+        bits = {"bits/byte": row.bits_per_byte, "bits/tok": row.bits_per_token}
+        return {**bits, "ppl": row.perplexity, "ppl 95%": spread}
+    spread = "" if row.accuracy_low is None else f"{row.accuracy_low:.4f}-{row.accuracy_high:.4f}"
+    return {"accuracy": row.accuracy, "accuracy 95%": spread, "bits/answer": row.bits_per_byte}
 
 
 def finish(

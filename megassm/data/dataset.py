@@ -13,6 +13,7 @@ from megassm.data.filecache import local_copies
 from megassm.data.mixture import ONE_SOURCE, Mixture, MixturePhase, Reading, Source, check_repeats
 from megassm.data.shards import ShardSet, load_index
 from megassm.data.stores import LocalStore, Store, open_store
+from megassm.data.task import TASK_NAME, Task, TaskTokenizer
 from megassm.data.tokenizer import MODEL_NAME, BytesTokenizer, Tokenizer, load_tokenizer
 from megassm.data.tokenizer_json import CONFIG_NAME, FILE_NAME
 from megassm.data.transport import Patience, read_file
@@ -20,7 +21,7 @@ from megassm.durable import write_atomically
 from megassm.errors import UserError
 
 TRAIN, VALID = "train", "valid"
-TOKENIZER_NAMES = (MODEL_NAME, FILE_NAME, CONFIG_NAME)
+TOKENIZER_NAMES = (MODEL_NAME, FILE_NAME, CONFIG_NAME, TASK_NAME)
 FETCH_SHARE = 0.5  # of parallel.timeout_s, for all attempts at one block
 BATCH_SHARE = 0.8  # for one batch: a rank must say what it waits for before the others give it up
 
@@ -36,6 +37,11 @@ class Dataset(NamedTuple):
         """(V,) UTF-8 bytes of text each id stands for; 0 for ids of the model beyond the tokenizer's."""
         known = self.tokenizer.token_bytes()
         return np.pad(known, (0, vocab_size - len(known))).astype(np.int64)
+
+    @property
+    def task(self) -> Task | None:
+        """What the examples of a labelled data set are; None for text."""
+        return self.tokenizer.task if isinstance(self.tokenizer, TaskTokenizer) else None
 
     def document_end(self, config: Config) -> int | None:
         """The id that ends a document, where documents are to be kept apart."""
@@ -70,10 +76,13 @@ def open_dataset(config: Config) -> Dataset:
             f"model.vocab_size = {config.model.vocab_size}: must be at least the {tokenizer.vocab_size} ids of "
             f"tokenizer {tokenizer.name}; raise it, or prepare the data with a smaller vocabulary"
         )
-    mixture = Mixture(tuple(train), _phases(config), _reading(config))
+    task = tokenizer.task if isinstance(tokenizer, TaskTokenizer) else None
+    _check_task(config, task)
+    answers = None if task is None else len(task.answers)
+    mixture = Mixture(tuple(train), _phases(config), _reading(config), answers)
     if config.data.sources:
         check_repeats(mixture, config)
-    return Dataset(mixture, Mixture(tuple(valid), _phases(config), _reading(config)), tokenizer)
+    return Dataset(mixture, Mixture(tuple(valid), _phases(config), _reading(config), answers), tokenizer)
 
 
 def _open(knob: str, path: str) -> Store:
@@ -102,6 +111,27 @@ def _check_tokenizer(shards: ShardSet, tokenizer: Tokenizer, spec: str) -> None:
         )
 
 
+def _check_task(config: Config, task: Task | None) -> None:
+    """A task's examples are the model's sequences, and its classes the model's."""
+    model = config.model
+    if task is None:
+        if model.classes is not None:
+            raise UserError(
+                f"model.classes = {model.classes}: must be null, for the data set is text without labels; "
+                "make a labelled one with tools/make_task.py"
+            )
+        return
+    if model.seq_len != task.length:
+        raise UserError(
+            f"model.seq_len = {model.seq_len}: must be {task.length}, the length of an example of task {task.name!r}"
+        )
+    if model.classes is not None and (model.classes, task.asked) != (len(task.answers), 1):
+        raise UserError(
+            f"model.classes = {model.classes}: task {task.name!r} has {len(task.answers)} answers, {task.asked} asked "
+            "for in an example; set that number where one is asked for, or null to predict answers as next tokens"
+        )
+
+
 def _phases(config: Config) -> tuple[MixturePhase, ...]:
     if not config.data.sources:
         return (MixturePhase(0, {ONE_SOURCE: 1.0}),)
@@ -126,12 +156,14 @@ def own_tokenizer(place: Path | Store, shards: ShardSet | None = None) -> str:
     """
     store = LocalStore(place) if isinstance(place, Path) else place
     if isinstance(store, LocalStore):
-        files = (store.directory / name for name in (MODEL_NAME, FILE_NAME))
+        files = (store.directory / name for name in (TASK_NAME, MODEL_NAME, FILE_NAME))
         return next((str(path) for path in files if path.exists()), BytesTokenizer.name)
     assert shards is not None
     if shards.tokenizer_sha256 == BytesTokenizer.sha256:
         return BytesTokenizer.name
-    names = (FILE_NAME, CONFIG_NAME) if shards.tokenizer.startswith("json-") else (MODEL_NAME,)
+    names: tuple[str, ...] = (FILE_NAME, CONFIG_NAME) if shards.tokenizer.startswith("json-") else (MODEL_NAME,)
+    if shards.tokenizer.startswith("task-"):
+        names = (TASK_NAME,)
     try:
         return str(local_copies({name: read_file(store, name) for name in names}) / names[0])
     except FileNotFoundError:
@@ -149,7 +181,7 @@ def keep_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """
     files = tokenizer.files()
     rule = f"is not the tokenizer of these shards ({tokenizer.name}), or ends documents with another token"
-    for path in (directory / MODEL_NAME, directory / FILE_NAME):
+    for path in (directory / TASK_NAME, directory / MODEL_NAME, directory / FILE_NAME):
         if path.exists() and path.read_bytes() != files.get(path.name):
             raise UserError(f"{path}: {rule}; move it and what belongs to it out of {directory}")
     for name, content in files.items():

@@ -54,6 +54,8 @@ class Mixture:
     sources: tuple[Source, ...]
     phases: tuple[MixturePhase, ...]
     reading: Reading = field(default_factory=Reading)
+    answers: int | None = None
+    """Of a task: ids below it are answers, which alone are to be predicted (`megassm.data.task`)."""
 
     @property
     def tokens(self) -> int:

@@ -51,7 +51,7 @@ class SampleReader:
     ) -> None:
         """`seed` orders the blocks of each epoch; None leaves them as stored."""
         self._sources, self._reading = mixture.sources, mixture.reading
-        self.seq_len, self.eod = seq_len, mixture.eod
+        self.seq_len, self.eod, self.answers = seq_len, mixture.eod, mixture.answers
         self._seed, self._meter = seed, meter
         self._readers = [_block_reader(s.shards, mixture.reading, meter, fetch) for s in mixture.sources]
         self._block_bytes = [_block_bytes(source.shards) for source in mixture.sources]

@@ -28,6 +28,7 @@ from megassm.data.mixture import Mixture, OrderShape, one_source
 from megassm.data.order import Place, epoch_samples
 from megassm.data.samples import Piece, SampleReader, lane_bytes
 from megassm.data.shards import ShardSet
+from megassm.data.task import answer_mask
 from megassm.data.transport import Meter
 from megassm.errors import UserError
 
@@ -232,6 +233,8 @@ def _micro_batch(reader: SampleReader, rows: list[_Row]) -> MicroBatch:
         read = reader.read(pieces, ids_T)
         ids_T[read:] = reader.eod
         mask_L[: max(read - 1, 0)] = True
+    if reader.answers is not None:
+        mask_BL &= answer_mask(ids_BT, reader.answers)
     return MicroBatch(ids_BT, mask_BL, np.array([sample for sample, _ in rows], dtype=np.int64))
 
 

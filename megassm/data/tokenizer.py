@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megassm.data.task import TASK_NAME, load_task
 from megassm.errors import UserError
 
 Ids = npt.NDArray[np.int64]
@@ -37,7 +38,7 @@ PROBE = "  def f(x):\n\t return  'caf\u00e9 \ufb01 \u2581 \u4e16\u754c\U0001f642
 
 
 class Tokenizer(Protocol):
-    """What data preparation, training and scoring need of a tokenizer; a closed set of three."""
+    """What data preparation, training and scoring need of a tokenizer; a closed set of four."""
 
     @property
     def name(self) -> str:
@@ -154,6 +155,8 @@ def load_tokenizer(spec: str | Path | TokenizerSpec) -> Tokenizer:
     """The tokenizer of that name. UserError where there is none."""
     if not isinstance(spec, TokenizerSpec):
         spec = TokenizerSpec(str(spec))
+    if Path(spec.name).name == TASK_NAME:
+        return load_task(Path(spec.name))
     if spec.name.endswith(".json"):
         from megassm.data.tokenizer_json import JsonTokenizer
 

@@ -92,17 +92,17 @@ def describe(step: Step) -> str:
     return f"K={step.k}: {abs(step.loss):.3f} bits per byte {word} K={step.next_k}"
 
 
-def resample(scores_N3: Floats, seed: int = 0) -> Floats:
-    """(R, 3) sums of nll, tokens and bytes over N sequences drawn with replacement, R times.
+def resample(scores_NC: Floats, seed: int = 0) -> Floats:
+    """(R, C) sums of C figures over N sequences drawn with replacement, R times.
 
     The draws depend on N and the seed only: two budgets on the same sequences are resampled alike, so that their
     difference has an interval too (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993).
     """
-    count = len(scores_N3)
+    count = len(scores_NC)
     generator = np.random.default_rng(seed)
     draws_RN = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    sums_R3: Floats = draws_RN @ scores_N3
-    return sums_R3
+    sums_RC: Floats = draws_RN @ scores_NC
+    return sums_RC
 
 
 def interval(values_R: Floats) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from megassm.checkpoint import (
     read_checkpoint,
 )
 from megassm.config import Config
+from megassm.data.task import TaskTokenizer
 from megassm.data.tokenizer import Tokenizer
 from megassm.errors import UserError
 from megassm.eval.sweep import Sweep, SweepPlan, sweep
@@ -46,12 +47,18 @@ class Request:
     glob: str | None = None
 
     def plan(self, config: Config, tokenizer: Tokenizer) -> SweepPlan:
+        is_task = isinstance(tokenizer, TaskTokenizer)
+        if is_task and self.seq_lens not in (None, [config.model.seq_len]):
+            raise UserError(
+                f"--seq-lens: the examples of {tokenizer.name} are {config.model.seq_len} long; leave it out"
+            )
         return SweepPlan(
             budgets=self.budgets or config.eval.budgets,
             seq_lens=self.seq_lens or [config.model.seq_len],
             sequences=self.sequences or config.eval.sequences,
             micro_batch_sequences=config.train.micro_batch_sequences,
             document_end=tokenizer.eod if config.data.isolate_documents else None,
+            is_task=is_task,
         )
 
     def open(self, config: Config) -> tuple[list[EvalText], Tokenizer]:

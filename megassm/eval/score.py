@@ -20,7 +20,8 @@ from torch import Tensor
 from megassm.data.stream import MicroBatch
 
 Losses = Callable[[Tensor, int], Tensor]
-"""(ids (B, T), K) -> negative log-likelihood in nats (B, T - 1) of the tokens after the first."""
+"""(ids (B, T), K) -> negative log-likelihood in nats (B, T - 1) of the tokens after the first; (2, B, T - 1) with what
+of each was predicted right."""
 
 
 class Score(NamedTuple):
@@ -32,6 +33,12 @@ class Score(NamedTuple):
     """Predicted tokens."""
     text_bytes: float
     """UTF-8 bytes that these tokens stand for."""
+    hits: float = 0.0
+    """Tokens that were the most likely of all, where that was asked for."""
+
+    @property
+    def accuracy(self) -> float:
+        return self.hits / max(1.0, self.tokens)
 
     @property
     def loss(self) -> float:
@@ -85,16 +92,17 @@ def sequence_scores(
     token_bytes: npt.NDArray[np.int64],
     device: torch.device,
 ) -> npt.NDArray[np.float64]:
-    """(N, 4): the sample number and the `Score` of every row of `batches` at budget k, rows without a sample included.
+    """(N, 5): the sample number and the `Score` of every row of `batches` at budget k, rows without a sample included.
 
     `token_bytes` (V,) is the tokenizer's.
     """
-    parts = [np.empty((0, 4))]
+    parts = [np.empty((0, 5))]
     for batch in batches:
-        nll_BL = losses(torch.from_numpy(batch.ids_BT).to(device), k)
-        nll_B = (nll_BL.double() * torch.from_numpy(batch.mask_BL).to(device)).sum(1).cpu().numpy()
+        found = losses(torch.from_numpy(batch.ids_BT).to(device), k)
+        sums = (found.double() * torch.from_numpy(batch.mask_BL).to(device)).sum(-1).cpu().numpy()
+        nll_B, hits_B = sums if found.dim() == 3 else (sums, np.zeros(len(sums)))
         bytes_B = (token_bytes[batch.ids_BT[:, 1:]] * batch.mask_BL).sum(1)
-        parts.append(np.stack((batch.sample_ids_B, nll_B, batch.mask_BL.sum(1), bytes_B), axis=1))
+        parts.append(np.stack((batch.sample_ids_B, nll_B, batch.mask_BL.sum(1), bytes_B, hits_B), axis=1))
     return np.concatenate(parts)
 
 

@@ -48,6 +48,10 @@ class BudgetRow:
     gap_percent_low: float | None
     gap_percent_high: float | None
     """Of the same resamples at both: what all budgets find hard does not widen it."""
+    accuracy: float | None
+    """Of a task: share of the answers that are the most likely of all tokens or classes; None for text."""
+    accuracy_low: float | None
+    accuracy_high: float | None
     forward_flops_per_token: float
     prefill_tokens_per_s: float
     """Of one rank alone, a micro-batch at a time."""
@@ -100,6 +104,8 @@ class SweepPlan:
     """Of the training length; at another length as many as hold as many tokens."""
     document_end: int | None = None
     """The id that ends a document, for a model that keeps documents apart."""
+    is_task: bool = False
+    """What is scored are answers, whose accuracy is wanted."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +143,12 @@ def sweep(
     for k in budgets:
         small = truncate(model, k).to(peers.device).eval()
         for place in range(len(keys)):
-            mine = _scores(small, batches[place], token_bytes, peers, plan.document_end)
+            mine = _scores(small, batches[place], token_bytes, peers, plan)
             scores[place][k] = _gathered(mine)
             first = place % len(texts) == 0
             costs[place][k] = _cost(small, k, batches[place][0], peers) if first else costs[place - 1][k]
     return [
-        _curve(model, (text.name, length), scores[place], costs[place], _unigram(batches[place], token_bytes))
+        _curve(model, (text.name, length, plan), scores[place], costs[place], _unigram(batches[place], token_bytes))
         for place, (text, length) in enumerate(keys)
     ]
 
@@ -161,6 +167,8 @@ def _check(model: LanguageModel, plan: SweepPlan) -> None:
 
 def has_steps(model: LanguageModel) -> bool:
     """Whether the model can read a token at a time, and beyond the length it was trained at."""
+    if model.config.classes is not None:
+        return False
     try:
         return model.filterbank is None or model.filterbank.state_size > 0
     except UserError:
@@ -185,21 +193,21 @@ def _scores(
     batches: Sequence[MicroBatch],
     token_bytes: npt.NDArray[np.int64],
     peers: Peers,
-    document_end: int | None,
+    plan: SweepPlan,
 ) -> Floats:
-    """This rank's (N, 4) as `sequence_scores`, of a model at its own full budget."""
+    """This rank's (N, 5) as `sequence_scores`, of a model at its own full budget."""
 
     def losses(ids_BT: Tensor, k: int) -> Tensor:
-        documents_BL = document_numbers(ids_BT[:, :-1], document_end)
-        nll_BL: Tensor = small(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL)
+        documents_BL = document_numbers(ids_BT[:, :-1], plan.document_end)
+        nll_BL: Tensor = small(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL, "hits" if plan.is_task else None)
         return nll_BL
 
     return sequence_scores(losses, batches, small.config.num_channels, token_bytes, peers.device)
 
 
-def _gathered(mine_N4: Floats) -> Floats:
-    """(N, 3) nll, tokens and bytes of every sequence, from all ranks, in the order of the text."""
-    rows = np.array(gather_rows(mine_N4.ravel().tolist())).reshape(-1, 4)
+def _gathered(mine_N5: Floats) -> Floats:
+    """(N, 4) nll, tokens, bytes and hits of every sequence, from all ranks, in the order of the text."""
+    rows = np.array(gather_rows(mine_N5.ravel().tolist())).reshape(-1, 5)
     rows = rows[rows[:, 0] >= 0]
     return np.asarray(rows[np.argsort(rows[:, 0], kind="stable"), 1:])
 
@@ -241,25 +249,31 @@ def _unigram(batches: Sequence[MicroBatch], token_bytes: npt.NDArray[np.int64]) 
     return best_unigram(counts, token_bytes).bits_per_byte
 
 
-_INTERVALS = [f"{name}_{end}" for name in ("bits_per_byte", "perplexity", "gap_percent") for end in ("low", "high")]
+_FIGURES = ("bits_per_byte", "perplexity", "gap_percent", "accuracy")
+_INTERVALS = [f"{name}_{end}" for name in _FIGURES for end in ("low", "high")]
 
 
 def _curve(
-    model: LanguageModel, key: tuple[str, int], scores: dict[int, Floats], costs: dict[int, Cost], unigram: float
+    model: LanguageModel,
+    key: tuple[str, int, SweepPlan],
+    scores: dict[int, Floats],
+    costs: dict[int, Cost],
+    unigram: float,
 ) -> Curve:
-    data, length = key
+    data, length, plan = key
     config, k_max = model.config, model.config.num_channels
-    totals = {k: Score(*found_N3.sum(0).tolist()) for k, found_N3 in scores.items()}
+    totals = {k: Score(*found_N4.sum(0).tolist()) for k, found_N4 in scores.items()}
     sequences = len(scores[k_max])
-    resampled = {k: resample(found_N3) for k, found_N3 in scores.items()} if sequences > 1 else None
-    bits = {k: _bits_per_byte(sums_R3) for k, sums_R3 in resampled.items()} if resampled else None
+    resampled = {k: resample(found_N4) for k, found_N4 in scores.items()} if sequences > 1 else None
+    bits = {k: _bits_per_byte(sums_R4) for k, sums_R4 in resampled.items()} if resampled else None
     rows = []
     for k, total in totals.items():
         intervals: dict[str, Any] = dict.fromkeys(_INTERVALS)
         if resampled and bits:
             perplexity_R = np.exp(np.minimum(resampled[k][:, 0] / resampled[k][:, 1], 700.0))
-            values = (bits[k], perplexity_R, 100 * (bits[k] / bits[k_max] - 1))
-            intervals = dict(zip(_INTERVALS, (end for value_R in values for end in interval(value_R)), strict=True))
+            values = [bits[k], perplexity_R, 100 * (bits[k] / bits[k_max] - 1)]
+            values += [resampled[k][:, 3] / resampled[k][:, 1]] if plan.is_task else []
+            intervals |= dict(zip(_INTERVALS, (end for value_R in values for end in interval(value_R)), strict=False))
         rows.append(
             BudgetRow(
                 k=k,
@@ -268,6 +282,7 @@ def _curve(
                 bits_per_token=total.loss / np.log(2).item(),
                 perplexity=total.perplexity,
                 gap_percent=100 * (total.bits_per_byte / totals[k_max].bits_per_byte - 1),
+                accuracy=total.accuracy if plan.is_task else None,
                 forward_flops_per_token=forward_flops_per_token(config, k, length),
                 **intervals,
                 **vars(costs[k]),
@@ -277,6 +292,6 @@ def _curve(
     return Curve(data, length, sequences, int(totals[k_max].tokens), unigram, found, rows)
 
 
-def _bits_per_byte(sums_R3: Floats) -> Floats:
-    bits_R: Floats = sums_R3[:, 0] / np.log(2) / np.maximum(1.0, sums_R3[:, 2])
+def _bits_per_byte(sums_R4: Floats) -> Floats:
+    bits_R: Floats = sums_R4[:, 0] / np.log(2) / np.maximum(1.0, sums_R4[:, 2])
     return bits_R

@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -95,17 +95,20 @@ class Engine:
         world: World,
         document_end: int | None = None,
         weights: Iterable[tuple[str, Tensor]] | None = None,
+        asked: int | None = None,
     ) -> None:
         """Builds the model of `config` from `weights`, (name, whole float32 value); None draws them from the seed.
 
-        With `document_end`, the id of that name, no position sees another document.
+        With `document_end`, the id of that name, no position sees another document. `asked` are the positions of a
+        sequence that count; None: all.
         """
         deepspeed = _import_deepspeed(world.device)
         self.document_end = document_end
         self.config = config
         self.world = world
         self.micro_steps = config.micro_steps(world.mesh.data)
-        self._positions = config.train.micro_batch_sequences * config.model.seq_len // world.mesh.sequence
+        asked = asked or config.model.seq_len
+        self._positions = config.train.micro_batch_sequences * asked / world.mesh.sequence
         weights = weights or initial_weights(config.model, config.run.seed)
         model = build_split_model(config.model, weights, world.tensor, config.train.recompute)
         split_sequence(model, world.sequence)
@@ -139,25 +142,25 @@ class Engine:
         nll_BL, divergence_BL = both_2BL.unbind(0)
         return nll_BL, nll_BL.lerp(divergence_BL, budget.distill_weight)
 
-    def _forward(self, ids_BT: Tensor, k: int, distill: Distillation | None) -> Tensor:
+    def _forward(self, ids_BT: Tensor, k: int, also: Distillation | Literal["hits"] | None) -> Tensor:
         documents_BL = document_numbers(ids_BT[:, :-1], self.document_end)
-        losses: Tensor = self._engine(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL, distill)
+        losses: Tensor = self._engine(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL, also)
         return losses
 
     @torch.no_grad()
-    def eval_losses(self, ids_BT: Tensor, k: int) -> Tensor:
-        """`losses` for validation. Under ZeRO-3 all ranks must call it equally often."""
+    def eval_losses(self, ids_BT: Tensor, k: int, hits: bool = False) -> Tensor:
+        """`losses` for validation, (2, B, L) with `hits`. Under ZeRO-3 all ranks must call it equally often."""
         self._engine.eval()
         try:
-            return self.losses(ids_BT, k)
+            return self._forward(ids_BT, k, "hits" if hits else None)
         finally:
             self._engine.train()
 
     def backward(self, losses_BL: Tensor, mask_BL: Tensor) -> None:
-        """Accumulates the gradient of the mean loss over the global batch's positions.
+        """Accumulates the gradient of the mean loss over the global batch's positions that count.
 
-        The denominator counts all positions, masked ones too: so it is the same on every rank, and any split of a
-        batch over ranks and micro-steps gives the same gradient.
+        The denominator is the same for every batch, whatever is masked in it: so it is the same on every rank, and
+        any split of a batch over ranks and micro-steps gives the same gradient.
         """
         self._engine.backward((losses_BL * mask_BL).sum() / self._positions)
         if not self._engine.is_gradient_accumulation_boundary():

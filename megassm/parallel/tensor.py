@@ -121,6 +121,7 @@ def _connect(model: LanguageModel, group: Group) -> None:
     """Puts the collectives around the parts of a model."""
     _replace(model, "embed", lambda ids: _sum(_embedded(model, ids, group), group))
     _replace(model, "token_losses", lambda x, targets: _split_losses(model, x, targets, group))
+    _replace(model, "hits", lambda x, targets: _split_hits(model, x, targets, group))
     _replace(model, "divergences", lambda x, teacher, t: _split_divergences(model, x, teacher, t, group))
     for block in cast(list[Block], model.blocks):
         match block.mixer:
@@ -177,9 +178,21 @@ def _embedded(model: LanguageModel, ids: Tensor, group: Group) -> Tensor:
 
 def _split_losses(model: LanguageModel, x_BLD: Tensor, targets_BL: Tensor, group: Group) -> Tensor:
     logits_NV = model.logits(_spread(x_BLD, group)).flatten(0, 1).float()
-    start, _ = bounds(model.config.vocab_size, group.size(), group.rank())
+    start, _ = bounds(model.config.outputs, group.size(), group.rank())
     losses: Tensor = _SplitCrossEntropy.apply(logits_NV, targets_BL.flatten() - start, group)  # type: ignore[no-untyped-call]
     return losses.view_as(targets_BL)
+
+
+@torch.no_grad()
+def _split_hits(model: LanguageModel, x_BLD: Tensor, targets_BL: Tensor, group: Group) -> Tensor:
+    logits_BLV = model.logits(x_BLD)
+    best_BLV = logits_BLV == _all_reduce(logits_BLV.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
+    start, stop = bounds(model.config.outputs, group.size(), group.rank())
+    mine_BL = (targets_BL >= start) & (targets_BL < stop)
+    hit_BL1 = best_BLV.gather(-1, (targets_BL - start).where(mine_BL, 0)[..., None])
+    hit_BL, count_BL = _all_reduce(torch.stack((hit_BL1[..., 0] & mine_BL, best_BLV.sum(-1))).float(), group)
+    hits_BL: Tensor = hit_BL / count_BL
+    return hits_BL
 
 
 def _split_divergences(

@@ -1,0 +1,225 @@
+"""Classification of users' own files, byte by byte: texts, images, and Long Range Arena's Pathfinder.
+
+    text         .jsonl with "text" and "label" a line, or a folder that holds a folder of text files a label
+    image        a folder of image files a label; images.npy (N, H, W[, 3]) and labels.npy (N,), unsigned bytes; or
+                 the batches of CIFAR-10 for Python. Colours become grey (ITU-R BT.601), a pixel is a token
+    pathfinder   one difficulty of the published folders: metadata/*.npy, which are lines of text
+                 "FOLDER FILE _ LABEL ..", and the images they name
+
+A text that is too long is cut; an image must fit. What is read is shuffled, by a hash of (seed, its number).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple, assert_never
+
+import numpy as np
+import numpy.typing as npt
+
+from megassm.data.dataset import TRAIN, VALID
+from megassm.data.order import hash_order
+from megassm.data.task import Example, Task, fitting
+from megassm.errors import UserError
+
+Kind = Literal["text", "image", "pathfinder"]
+Pixels = npt.NDArray[np.uint8]
+
+TEXT_LENGTH = 4096
+GREY = np.array([0.299, 0.587, 0.114])
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+PICKLED = {("numpy", "dtype"), ("numpy", "ndarray"), ("_codecs", "encode")}
+"""What a batch of CIFAR-10 needs; a pickle may ask for anything else, and must not get it."""
+
+
+class Item(NamedTuple):
+    """One example before it is read."""
+
+    label: str
+    load: Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Where labelled examples are."""
+
+    kind: Kind
+    inputs: Sequence[Path]
+    valid_inputs: Sequence[Path] | None = None
+    """For validation; None takes `valid_fraction` of the others."""
+    valid_fraction: float = 0.1
+    labels: Sequence[str] | None = None
+    """The classes, in order; None: as found. Examples of other labels are left out."""
+
+
+def labelled_task(source: Labelled, length: int | None, seed: int) -> tuple[Task, dict[str, Iterable[Example]]]:
+    """(the task, its splits' examples, read as they are asked for).
+
+    Raises:
+        UserError: nothing is there, or something is not what it should be.
+    """
+    train = shuffled(items(source.kind, source.inputs), seed)
+    if source.valid_inputs is not None:
+        valid = shuffled(items(source.kind, source.valid_inputs), seed)
+    else:
+        held = max(1, round(source.valid_fraction * len(train)))
+        train, valid = train[held:], train[:held]
+    known = train if source.valid_inputs else train + valid
+    labels = tuple(source.labels or sorted({item.label for item in known}))
+    if source.labels is None and (others := {item.label for item in valid} - set(labels)):
+        raise UserError(f"--valid-input: labels {sorted(others)} are not in --input; give --labels to leave them out")
+    if len(labels) < 2:
+        raise UserError(f"--input: labels {list(labels)}: a task needs two at least")
+    if length is None:
+        length = TEXT_LENGTH if source.kind == "text" else fitting(len(train[0].load()))
+    task = Task(source.kind, length, labels, tuple(byte_name(byte) for byte in range(256)))
+    return task, {TRAIN: _examples(task, train), VALID: _examples(task, valid)}
+
+
+def byte_name(byte: int) -> str:
+    return chr(byte) if 0x20 < byte < 0x7F else f"x{byte:02x}"
+
+
+def shuffled(found: list[Item], seed: int) -> list[Item]:
+    return [found[number] for number in hash_order(len(found), seed)]
+
+
+def items(kind: Kind, places: Sequence[Path]) -> list[Item]:
+    """All examples of files and folders, in a fixed order.
+
+    Raises:
+        UserError: there are none.
+    """
+    found: list[Item] = []
+    for place in places:
+        if not place.exists():
+            raise UserError(f"{place}: no such file or folder")
+        match kind:
+            case "text":
+                found += _texts(place)
+            case "image":
+                found += _images(place)
+            case "pathfinder":
+                found += _pathfinder(place)
+            case _:
+                assert_never(kind)
+    if not found:
+        raise UserError(f"{', '.join(map(str, places))}: holds no labelled {kind}; --help says how it should look")
+    return found
+
+
+def _examples(task: Task, found: Sequence[Item]) -> Iterator[Example]:
+    classes = {label: number for number, label in enumerate(task.answers)}
+    for item in found:
+        if item.label in classes:
+            content = item.load()
+            content = content[: task.length - 3] if task.name == "text" else content
+            ids = np.frombuffer(content, dtype=np.uint8).astype(np.int64) + task.first_symbol
+            yield Example(ids, np.array([classes[item.label]]))
+
+
+def _texts(place: Path) -> Iterator[Item]:
+    if place.is_file():
+        for number, line in enumerate(place.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line)
+                content = str(row["text"]).encode()
+                yield Item(str(row["label"]), partial(bytes, content))
+            except (ValueError, KeyError, TypeError) as error:
+                rule = 'a line is {"text": "..", "label": ".."}'
+                raise UserError(f"{place}:{number}: {rule}, and this one is not ({error})") from None
+        return
+    for label, path in _by_label(place):
+        yield Item(label, path.read_bytes)
+
+
+def _by_label(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(label, file) of a folder of folders."""
+    for labelled in sorted(path for path in folder.iterdir() if path.is_dir()):
+        for path in sorted(labelled.rglob("*")):
+            if path.is_file() and not path.name.startswith("."):
+                yield labelled.name, path
+
+
+def _images(place: Path) -> Iterator[Item]:
+    if place.is_file():
+        yield from _cifar_batch(place)
+    elif (place / "images.npy").exists():
+        images, labels = (_array(place / name) for name in ("images.npy", "labels.npy"))
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
+            what = f"{images.dtype} {images.shape} with labels {labels.shape}"
+            raise UserError(f"{place}/images.npy: is {what}; it must be uint8 (N, H, W) or (N, H, W, 3), labels (N,)")
+        for image, label in zip(images, labels.tolist(), strict=True):
+            yield Item(str(label), partial(_grey, image))
+    elif batches := sorted(place.glob("data_batch_*")):
+        for batch in batches:
+            yield from _cifar_batch(batch)
+    else:
+        for label, path in _by_label(place):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                yield Item(label, partial(_image_file, path))
+
+
+def _array(path: Path) -> npt.NDArray[Any]:
+    try:
+        found: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not an array ({error})") from None
+    return found
+
+
+def _cifar_batch(path: Path) -> Iterator[Item]:
+    try:
+        with path.open("rb") as file:
+            batch = _SafeUnpickler(file, encoding="bytes").load()
+        pixels_NP, labels = batch[b"data"], batch[b"labels"]
+        images = pixels_NP.reshape(len(labels), 3, 32, 32).transpose(0, 2, 3, 1)
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a batch of CIFAR-10 for Python ({error})") from None
+    for image, label in zip(images, labels, strict=True):
+        yield Item(str(label), partial(_grey, image))
+
+
+class _SafeUnpickler(pickle.Unpickler):
+    """Arrays, and nothing else that would run code."""
+
+    def __init__(self, file: IO[bytes], encoding: str) -> None:
+        super().__init__(file, encoding=encoding)
+
+    def find_class(self, module: str, name: str) -> Any:
+        arrays = name in ("_reconstruct", "_frombuffer") and module.startswith("numpy.") and "core." in module
+        if arrays or (module, name) in PICKLED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"asks for {module}.{name}")
+
+
+def _pathfinder(place: Path) -> Iterator[Item]:
+    for listing in sorted(place.glob("metadata/*.npy"), key=lambda path: (len(path.stem), path.stem)):
+        for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+            fields = line.split()
+            if len(fields) < 4:
+                raise UserError(f"{listing}:{number}: {line!r} is not FOLDER FILE NUMBER LABEL ..")
+            yield Item(fields[3], partial(_image_file, place / fields[0] / fields[1]))
+
+
+def _image_file(path: Path) -> bytes:
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise UserError(f"{path}: image files need Pillow; pip install -e '.[images]'") from None
+    try:
+        with Image.open(path) as image:
+            return _grey(np.asarray(image.convert("RGB")))
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error})") from None
+
+
+def _grey(image: Pixels) -> bytes:
+    """Row by row, a byte a pixel."""
+    grey = image if image.ndim == 2 else np.round(image[..., :3] @ GREY)
+    return grey.astype(np.uint8).tobytes()

@@ -1,0 +1,130 @@
+"""Tasks: labelled examples as an ordinary data set of token ids, in which every document is one example.
+
+    id           0 .. A-1   A            A+1    A+2       A+3 ..
+    stands for   answers    separator    pad    the end   symbols
+
+    example      symbols and answers  separator  what is to be answered  pad .. pad  the end      `length` ids in all
+
+An example is exactly as long as the model's sequence, so samples (`order`) and examples coincide, whatever the order of
+the blocks. What counts are the answers after the separator: a label, or each answer of a list of queries and answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from megassm.config import CHUNK
+from megassm.errors import UserError
+
+TASK_NAME = "task.json"
+SEPARATOR_NAME, PAD_NAME, END_NAME = "=>", "_", "<end>"
+Ids = npt.NDArray[np.int64]
+
+
+class Example(NamedTuple):
+    """What is seen, and what comes after the separator; ids of a `Task`."""
+
+    seen: Ids
+    asked: Ids
+    """Answers, with the queries they belong to."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the ids of a task's data set mean."""
+
+    name: str
+    length: int
+    """Ids an example, model.seq_len of who trains on it."""
+    answers: tuple[str, ...]
+    """Names of the answers: the classes, where an example has one."""
+    symbols: tuple[str, ...]
+    asked: int = 1
+    """Answers that count, an example."""
+
+    @property
+    def separator(self) -> int:
+        return len(self.answers)
+
+    @property
+    def pad(self) -> int:
+        return len(self.answers) + 1
+
+    @property
+    def first_symbol(self) -> int:
+        return len(self.answers) + 3
+
+    def ids(self, example: Example) -> Ids:
+        """(length - 1,) an example without its end.
+
+        Raises:
+            UserError: it is too long, or does not ask what the task says.
+        """
+        ids = np.concatenate((example.seen, [self.separator], example.asked)).astype(np.int64)
+        if ids.size > self.length - 1:
+            raise UserError(
+                f"{self.name}: an example of {len(example.seen)} ids needs sequences of {ids.size + 1}; "
+                f"--length is {self.length}"
+            )
+        counted = int(np.count_nonzero(example.asked < len(self.answers)))
+        if counted != self.asked or np.any(example.seen == self.separator):
+            raise UserError(f"{self.name}: an example asks {counted} answers, not {self.asked}, or holds a separator")
+        return np.pad(ids, (0, self.length - 1 - ids.size), constant_values=self.pad)
+
+
+class TaskTokenizer:
+    """The ids of a task by name. It has no way back from text."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._names = (*task.answers, SEPARATOR_NAME, PAD_NAME, END_NAME, *task.symbols)
+        self._json = json.dumps(asdict(task), ensure_ascii=False).encode()
+        self.name = f"task-{task.name}"
+        self.vocab_size = len(self._names)
+        self.eod = len(task.answers) + 2
+        self.sha256 = hashlib.sha256(self._json).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> NoReturn:
+        raise UserError(f"the ids of task {self.task.name!r} are no text: nothing can be prompted, exported or encoded")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Names of the ids, padding left out."""
+        return " ".join(self._names[i] for i in ids if i not in (self.task.pad, self.eod))
+
+    def token_bytes(self) -> Ids:
+        """1 for an answer: "bits per byte" of a task are bits an answer."""
+        return (np.arange(self.vocab_size) < len(self.task.answers)).astype(np.int64)
+
+    def files(self) -> dict[str, bytes]:
+        return {TASK_NAME: self._json}
+
+
+def fitting(seen: int) -> int:
+    """A length for examples of so many ids, with a label: whole chunks, so that any sequence split divides it."""
+    return -(-(seen + 3) // CHUNK) * CHUNK
+
+
+def load_task(path: Path) -> TaskTokenizer:
+    """Reads a data set's task.json. UserError where it is none."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+        names = {name: tuple(found[name]) for name in ("answers", "symbols")}
+        return TaskTokenizer(Task(str(found["name"]), int(found["length"]), asked=int(found["asked"]), **names))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a task's description ({error}); make the data set again") from None
+
+
+def answer_mask(ids_BT: Ids, answers: int) -> npt.NDArray[np.bool_]:
+    """(B, T - 1) which of the ids after the first are answers asked for; the last is the next example's first."""
+    after_BL = np.cumsum(ids_BT[:, :-1] == answers, axis=1) > 0
+    mask_BL: npt.NDArray[np.bool_] = after_BL & (ids_BT[:, 1:] < answers)
+    mask_BL[:, -1] = False
+    return mask_BL

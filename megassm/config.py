@@ -84,6 +84,13 @@ class ModelConfig(Section):
     """Epsilon of RMSNorm."""
     embed_init_std: Positive = 0.02
     """Standard deviation of the embeddings at the start. Other matrices start at 1/sqrt(inputs)."""
+    base_width: PositiveInt | None = None
+    """The d_model at which optim.lr was found, for muP (`megassm.optim`); null: one rate for all parameters."""
+
+    @property
+    def width_factor(self) -> float:
+        """What muP multiplies the learning rate of matrices with; 1 without it."""
+        return self.base_width / self.d_model if self.base_width else 1.0
 
     @property
     def kv_heads(self) -> int:

@@ -266,12 +266,13 @@ def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tenso
     """(name, float32 values) of every parameter, each drawn from its own stream, keyed by (seed, name).
 
     Matrices start at standard deviation 1/sqrt(inputs); those that write into the residual stream are divided by
-    sqrt(2 n_layers), so that its variance does not grow with depth. Biases start at 0, norm gains at 1.
+    sqrt(2 n_layers), so that its variance does not grow with depth. Biases start at 0, norm gains at 1; the last norm's
+    at `config.width_factor`, which is muP's multiplier of the logits.
     """
     for name, shape in parameter_shapes(config).items():
         std = _initial_std(name, shape, config)
         if name.endswith("norm.weight"):
-            yield name, torch.ones(shape)
+            yield name, torch.full(shape, config.width_factor if name == "head_norm.weight" else 1.0)
         elif std == 0.0:
             yield name, torch.zeros(shape)
         else:

@@ -1,26 +1,75 @@
-"""Parameter groups, the optimizer, and the learning rate as a pure function of the step."""
+"""Parameter groups, the optimizer, and the learning rate as a pure function of the step.
+
+With `model.base_width` = d0 the learning rate found at width d0 is meant to hold at width d: muP for Adam (arXiv
+2203.03466, table 8), said in this model's terms. With m = d0 / d:
+
+    parameters                              learning rate   start at        decay
+    matrices with O(d) inputs               m lr            1/sqrt(inputs)  wd / m
+    embedding, head                         lr              constant std    wd
+    gains and biases                        lr              1, 0            0
+    the last norm's gain, before the head   m lr            m               0
+
+* The last line is muP's multiplier m of the logits, which tied embeddings need: Adam does not see the scale of a
+  gradient, so a gain that starts at m and moves at m lr is m times one that starts at 1 and moves at lr. The model
+  computes nothing else than without muP.
+* Of the matrices, M_k, D and the gates have d or d/2 inputs, ffn.down has d_ffn and attention's output the heads: all
+  are taken to grow as d does. The gate's weights add up to 1, so K changes nothing; it must not grow with d here.
+* AdamW decays by (learning rate) x (decay) an update: divided by m, the matrices forget as fast at every width (arXiv
+  2405.13698).
+* Attention keeps 1/sqrt(dimensions of a head) where muP has 1/dimensions: widen by heads, not by wider heads.
+* Depth, batch and length are not transferred over.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import assert_never
+from collections.abc import Mapping
+from typing import NamedTuple, assert_never
 
 import torch
 from torch import nn
 
 from megassm.config import OptimConfig, TrainConfig
 
+LR_FACTOR = "lr_factor"
+"""Key of a torch parameter group: what multiplies the learning rate of an update there."""
+TABLES = ("embedding_VD", "head_VD")
+HEAD_GAIN = "head_norm.weight"
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """torch's AdamW: DeepSpeed takes it at every ZeRO stage, and nothing has to be compiled.
+
+class ParameterGroup(NamedTuple):
+    """Parameters that are updated alike, by name."""
+
+    names: list[str]
+    lr_factor: float
+    weight_decay: float
+
+
+def parameter_groups(shapes: Mapping[str, torch.Size], factor: float, weight_decay: float) -> list[ParameterGroup]:
+    """Every parameter in one group, in the order of `shapes`; `factor` is m, 1 without muP.
 
     Matrices decay; vectors (norm gains, biases) do not.
     """
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    matrices = [name for name, shape in shapes.items() if len(shape) >= 2]
+    vectors = [name for name, shape in shapes.items() if len(shape) < 2]
+    if factor == 1:
+        return [ParameterGroup(matrices, 1.0, weight_decay), ParameterGroup(vectors, 1.0, 0.0)]
+    return [
+        ParameterGroup([name for name in matrices if name not in TABLES], factor, weight_decay / factor),
+        ParameterGroup([name for name in matrices if name in TABLES], 1.0, weight_decay),
+        ParameterGroup([name for name in vectors if name != HEAD_GAIN], 1.0, 0.0),
+        ParameterGroup([HEAD_GAIN], factor, 0.0),
     ]
+
+
+def build_optimizer(model: nn.Module, factor: float, config: OptimConfig) -> torch.optim.Optimizer:
+    """torch's AdamW: DeepSpeed takes it at every ZeRO stage, and nothing has to be compiled."""
+    parameters = dict(model.named_parameters())
+    groups = [
+        {"params": [parameters[name] for name in group.names], "weight_decay": group.weight_decay,
+         LR_FACTOR: group.lr_factor, "lr": config.lr * group.lr_factor}
+        for group in parameter_groups({name: p.shape for name, p in parameters.items()}, factor, config.weight_decay)
+    ]  # fmt: skip
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 
 

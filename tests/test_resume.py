@@ -22,6 +22,7 @@ Make = Callable[..., Config]
 BASE = (
     "model.vocab_size=259", "model.seq_len=128", "model.pattern=SA", "model.n_kv_heads=2", "budget.strategy=uniform",
     "budget.draws=2", "train.batch_sequences=8", "optim.grad_clip=0.3", "eval.budgets=[8]", "checkpoint.keep=99",
+    "model.base_width=16",
 )  # fmt: skip
 
 STEPS = 12

@@ -17,6 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megassm.config import Config
 from megassm.errors import UserError
 from megassm.model import LanguageModel, parameter_shapes
+from megassm.optim import parameter_groups
 from megassm.parallel.mesh import Mesh, mesh_of
 from megassm.parallel.sequence import split_sequence
 from megassm.parallel.tensor import build_split_model, parts_of
@@ -107,15 +108,11 @@ def check_rank(config: Config, mesh: Mesh, shapes: dict[str, torch.Size], rank: 
         if name not in shapes or list(shapes[name]) != expected:
             raise UserError(f"{name}: tensor rank {rank} holds {shapes.get(name)}, not its part {expected}")
     numbers = {name: shape.numel() for name, shape in shapes.items()}
-    for group in optimizer_groups(shapes):
-        for name, intervals in zero_shares(config.parallel.zero_stage, [(n, numbers[n]) for n in group], mesh.replicas):
+    for group in parameter_groups(shapes, config.model.width_factor, config.optim.weight_decay):
+        shares = zero_shares(config.parallel.zero_stage, [(n, numbers[n]) for n in group.names], mesh.replicas)
+        for name, intervals in shares:
             _check_cover(f"{name}, ZeRO shares", intervals, numbers[name])
     return sum(numbers.values())
-
-
-def optimizer_groups(shapes: dict[str, torch.Size]) -> list[list[str]]:
-    """As `megassm.optim.build_optimizer` makes them."""
-    return [[n for n, s in shapes.items() if len(s) >= 2], [n for n, s in shapes.items() if len(s) < 2]]
 
 
 def zero_shares(stage: int, numbers: Sequence[tuple[str, int]], replicas: int) -> Iterator[tuple[str, list[Interval]]]:

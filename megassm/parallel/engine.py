@@ -22,7 +22,7 @@ from megassm.config import Config
 from megassm.cost import reduce_bucket_numbers
 from megassm.model import Distillation, LanguageModel, initial_weights, parameter_shapes
 from megassm.ops.documents import document_numbers
-from megassm.optim import build_optimizer
+from megassm.optim import LR_FACTOR, build_optimizer
 from megassm.parallel import state
 from megassm.parallel.mesh import Mesh
 from megassm.parallel.sequence import split_sequence
@@ -117,7 +117,7 @@ class Engine:
         with contextlib.redirect_stdout(io.StringIO()):  # the bf16 optimizer prints its memory use, unasked
             self._engine, *_ = deepspeed.initialize(
                 model=model,
-                optimizer=build_optimizer(model, config.optim),
+                optimizer=build_optimizer(model, config.model.width_factor, config.optim),
                 config=deepspeed_config(config, world.mesh),
                 mpu=_ModelParallelUnit(world),
                 dist_init_required=False,
@@ -172,7 +172,7 @@ class Engine:
         Where that is not finite, the gradient is dropped and no weight changes.
         """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group[LR_FACTOR]
         if self.config.parallel.zero_stage > 0:
             self._engine.step()
             return float(self._engine.get_global_grad_norm())

@@ -7,9 +7,11 @@ Shapes: B batch, L length, D width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -256,10 +258,12 @@ class LanguageModel(nn.Module):
             self.filterbank.check_dtype()
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+@functools.cache
+def parameter_shapes(config: ModelConfig) -> Mapping[str, torch.Size]:
     """The shape of every parameter of the whole model, by name."""
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in LanguageModel(config).named_parameters()}
+    with torch.device("meta"):  # half a second for hundreds of layers, and asked for again and again
+        shapes = {name: parameter.shape for name, parameter in LanguageModel(config).named_parameters()}
+    return MappingProxyType(shapes)
 
 
 def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:

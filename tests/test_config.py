@@ -19,7 +19,8 @@ from tests.conftest import ROOT, run_python
 from tools.make_task import OPTIONS
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-PROMISED = {"125m": 125e6, "350m_hybrid": 350e6, "1b_hybrid": 1e9, "3b_hybrid": 3e9, "7b_hybrid": 7e9}
+PROMISED = {"125m": 125e6, "350m_hybrid": 350e6, "1b_hybrid": 1e9, "3b_hybrid": 3e9, "7b_hybrid": 7e9,
+            "30b_hybrid": 30e9}  # fmt: skip
 
 MINIMAL = """\
 run:

@@ -23,21 +23,40 @@ def load(name: str, world_size: int, *overrides: str) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("name", "world_size", "overrides"),
+    ("name", "world_size", "mesh", "overrides"),
     [
-        ("1b_hybrid", 512, ("parallel.tensor=8",)),
-        ("1b_hybrid", 4096, ("parallel.tensor=8", "train.micro_batch_sequences=1", "parallel.zero_stage=3")),
-        ("7b_hybrid", 512, ("parallel.tensor=4", "parallel.sequence=2")),
-        ("7b_hybrid", 4096, ("parallel.tensor=8", "train.micro_batch_sequences=1", "parallel.zero_stage=1")),
+        # every rung of the ladder at the size it is meant for, and at 1,024 ranks
+        ("125m", 16, (16, 1, 1), ()),
+        ("125m", 1024, (128, 1, 8), ("train.micro_batch_sequences=1",)),
+        ("350m_hybrid", 64, (64, 1, 1), ()),
+        ("350m_hybrid", 1024, (256, 1, 4), ("train.micro_batch_sequences=1",)),
+        ("1b_hybrid", 512, (64, 1, 8), ()),
+        ("1b_hybrid", 1024, (256, 2, 2), ("train.micro_batch_sequences=2", "model.base_width=512")),
+        ("3b_hybrid", 1024, (128, 1, 8), ()),
+        ("7b_hybrid", 512, (64, 2, 4), ()),
+        ("7b_hybrid", 1024, (128, 1, 8), ()),
+        ("30b_hybrid", 1024, (1024, 1, 1), ()),
+        ("30b_hybrid", 1024, (128, 1, 8), ("train.micro_batch_sequences=4", "parallel.zero_stage=1")),
+        ("1b_hybrid", 4096, (512, 1, 8), ("train.micro_batch_sequences=1", "parallel.zero_stage=3")),
+        ("7b_hybrid", 4096, (512, 1, 8), ("train.micro_batch_sequences=1", "parallel.zero_stage=1")),
     ],
 )
-def test_large_jobs(name: str, world_size: int, overrides: tuple[str, ...]) -> None:
-    config = load(name, world_size, *overrides)
+def test_large_jobs(name: str, world_size: int, mesh: tuple[int, int, int], overrides: tuple[str, ...]) -> None:
+    data, sequence, tensor = mesh
+    config = load(name, world_size, *overrides, f"parallel.sequence={sequence}", f"parallel.tensor={tensor}")
     facts = dry_run(config, world_size)
     assert facts["ranks"] == world_size
-    tensor = config.parallel.tensor
+    assert facts["mesh"] == f"data {data} x sequence {sequence} x tensor {tensor}"
     assert facts["parameters"] / tensor <= facts["parameters of a rank"] < 1.2 * facts["parameters"] / tensor
     assert facts["micro-steps"] * config.train.micro_batch_sequences == facts["sequences a batch and data rank"]
+    replicas = 1 if config.parallel.zero_stage == 0 else data * sequence
+    assert facts["optimizer's share of them"] == round(facts["parameters of a rank"] / replicas)
+
+
+def test_every_rung_of_the_ladder_is_tried() -> None:
+    (cases,) = (mark.args[1] for mark in test_large_jobs.pytestmark)
+    rungs = {path.stem for path in (ROOT / "configs").glob("*b*.yaml")} | {"125m", "350m_hybrid"}
+    assert {name for name, world_size, *_ in cases if world_size == 1024} == rungs
 
 
 def test_a_lost_row_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,7 +214,7 @@ def draw(results: Results) -> bytes:
                 low, high = np.array(curve.mean) - curve.half, np.array(curve.mean) + curve.half
                 axes.fill_between(curve.x, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
         axes.set(xlabel=results.x_label, ylabel=metric)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")

@@ -91,12 +91,16 @@ def _config(name: str, options: Options, overrides: tuple[str, ...]) -> Config:
 
 
 def _job(name: str, options: Options, arm: Arm, seed: int) -> Job:
-    config = _config(name, options, arm.overrides)
+    return Job(name, arm, seed, placed(_config(name, options, arm.overrides), options.runs, seed))
+
+
+def placed(config: Config, runs: Path, seed: int) -> Config:
+    """`config` at a seed, in a directory below `runs` that is named after a hash of it."""
     run = {"dir": "", "seed": seed}
     config = config.model_copy(update={"run": config.run.model_copy(update=run)})
     digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12]
-    folder = {"dir": str(options.runs / digest)}
-    return Job(name, arm, seed, config.model_copy(update={"run": config.run.model_copy(update=folder)}))
+    folder = {"dir": str(runs / digest)}
+    return config.model_copy(update={"run": config.run.model_copy(update=folder)})
 
 
 def workers(side_by_side: int) -> ProcessPoolExecutor:
@@ -109,14 +113,19 @@ def carry_out(job: Job) -> list[Point]:
     experiment = EXPERIMENTS[job.experiment]
     run_dir = Path(job.config.run.dir)
     if experiment.trains:
-        _train(job.config)
+        train_to_end(job.config)
     else:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(job.config)
     return experiment.measure(run_dir)
 
 
-def _train(config: Config) -> None:
+def train_to_end(config: Config) -> None:
+    """Trains a run, if that is not done yet.
+
+    Raises:
+        UserError: it ended without its last checkpoint.
+    """
     run_dir = Path(config.run.dir)
     if _done_steps(run_dir) < config.train.steps:
         data = open_dataset(config)

@@ -17,7 +17,8 @@ import torch
 from megassm import tracker
 from megassm.cli import print_line
 from megassm.config import Config
-from megassm.metrics import Journal, format_row, peak_flops, read_rows
+from megassm.lines import format_row
+from megassm.metrics import Journal, peak_flops, read_rows
 
 Make = Callable[..., Config]
 

@@ -1,7 +1,7 @@
 """Profiles the training of a configuration: a table of time by phase and by kind of layer, and torch's trace.
 
-One process, on a CPU or on CUDA; needs no data set, for the tokens are random unless `--data` is given. Open the trace in
-https://ui.perfetto.dev or chrome://tracing. Under the profiler all is slower, small operations most: the phases are
+One process, on a CPU or on CUDA; needs no data set, for the tokens are random unless `--data` is given. Open the trace
+in https://ui.perfetto.dev or chrome://tracing. Under the profiler all is slower, small operations most: the phases are
 timed without it.
 """
 

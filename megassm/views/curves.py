@@ -16,6 +16,8 @@ SMOOTHED_FROM = 100
 """Points of a line from which on it is drawn with its running mean ..."""
 SMOOTHED_SHARE = 80
 """... over this part of them to either side."""
+SMOOTH = ("lr", "peak_memory_bytes")
+"""Figures that are drawn as they are."""
 LOG_FROM = 30
 """Largest over smallest value from which on a logarithmic axis says more."""
 
@@ -76,7 +78,7 @@ def _figure(
     def points(history: History) -> Points:
         return [(span.step, scale * mean) for span, mean in history.series(field)]
 
-    plain = _lines(runs, points, "step (updates)", label)
+    plain = _lines(runs, points, "step (updates)", label, noisy=field not in SMOOTH)
 
     def draw(axes: Any) -> None:
         plain(axes)
@@ -89,10 +91,12 @@ def _figure(
     return draw
 
 
-def _lines(runs: Histories, points: Callable[[History], Points], x_label: str, label: str) -> Callable[[Any], None]:
+def _lines(
+    runs: Histories, points: Callable[[History], Points], x_label: str, label: str, noisy: bool = True
+) -> Callable[[Any], None]:
     def draw(axes: Any) -> None:
         for name, history in runs.items():
-            _line(axes, points(history), name)
+            _line(axes, points(history), name, noisy)
         _finish(axes, x_label, label)
 
     return draw
@@ -172,10 +176,10 @@ def _phases(history: History) -> Callable[[Any], None]:
     return draw
 
 
-def _line(axes: Any, points: Points, label: str) -> Any:
-    """Draws the points, and where they are many their running mean, the points faint behind it; returns the colour."""
+def _line(axes: Any, points: Points, label: str, noisy: bool = True) -> Any:
+    """Draws the points; where they are many and noisy their running mean, before faint points; returns the colour."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    if len(points) < SMOOTHED_FROM:
+    if len(points) < SMOOTHED_FROM or not noisy:
         (line,) = axes.plot(xs, ys, label=label, linewidth=1.2, marker="o" if len(points) < 3 else None)
         return line.get_color()
     (faint,) = axes.plot(xs, ys, linewidth=0.6, alpha=0.25)

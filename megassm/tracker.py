@@ -50,7 +50,7 @@ class Tracker:
     def close(self) -> None:
         """Waits for what is still to be sent, not longer than wandb's own limits."""
         with contextlib.suppress(queue.Full):
-            self._rows.put_nowait(None)
+            self._rows.put(None, timeout=FINISH_TIMEOUT_S)
         self._thread.join(INIT_TIMEOUT_S + 10 + FINISH_TIMEOUT_S)
         if self._thread.is_alive():
             self._give_up("it does not come to an end")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megassm.rows import Row, parse_object
 
-READ_BYTES = 32 * 2**20
+READ_BYTES = 4 * 2**20
 """At most at a time, so that a view of a long run appears at once."""
 MARK_BYTES = 256
 """A resumed run cuts its journal and writes other rows there: what was before the place tells."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -70,8 +71,9 @@ def leave(code: int) -> NoReturn:
     """Ends the process without the interpreter's own end, where now and then a thread of torch's aborts a finished rank
     (2 of 40 starts of two ranks under torchrun)."""
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a full disk behind a log is no failure of the run
+            stream.flush()
     os._exit(code)
 
 

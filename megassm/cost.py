@@ -8,13 +8,15 @@ parameters, and its cost belongs to the algorithm that computes it, not to the m
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from megassm.config import Config, ModelConfig
 
 FLOAT32 = 4
 TOKEN_ID = 8
 REDUCE_BUCKET = 500_000_000
+
+LayerKind = Literal["spectral mixer", "attention", "feed-forward", "norm", "embedding", "head and loss"]
 
 PEAK_TFLOPS = {
     # dense bf16 matrix products, the vendors' data sheets
@@ -67,18 +69,28 @@ def reduce_bucket_numbers(config: Config) -> int:
 
 def forward_flops_per_token(config: ModelConfig, k: int, seq_len: int) -> float:
     """Model FLOPs of a forward pass at budget k, a token, in sequences of `seq_len` tokens."""
+    return sum(forward_flops_by_kind(config, k, seq_len).values())
+
+
+def forward_flops_by_kind(config: ModelConfig, k: int, seq_len: int) -> dict[LayerKind, float]:
+    """`forward_flops_per_token`, all layers of a kind together; norms and the embedding have none."""
     d = config.d_model
     window = min(config.window or seq_len, seq_len)
     visible = window - window * (window - 1) / (2 * seq_len)  # positions a query sees, on average
-    total = config.n_layers * 6.0 * d * config.d_ffn
-    total += 2.0 * d * config.outputs / (1 if config.classes is None else seq_len)  # classes: once a sequence
-    for mixer in config.mixers:
-        if mixer == "A":
-            total += 2.0 * mixer_parameters(config, mixer, k) + 4.0 * d * visible
-        else:
-            hidden = max(1, d // 2)
-            total += 2.0 * (k + 1) * d * d + (2.0 * hidden * (d + k) if config.gate else 0.0)
-    return total
+    hidden = max(1, d // 2)
+    spectral = 2.0 * (k + 1) * d * d + (2.0 * hidden * (d + k) if config.gate else 0.0)
+    attention = 2.0 * mixer_parameters(config, "A", k) + 4.0 * d * visible
+    return {
+        "spectral mixer": config.mixers.count("S") * spectral,
+        "attention": config.mixers.count("A") * attention,
+        "feed-forward": config.n_layers * 6.0 * d * config.d_ffn,
+        "norm": 0.0,
+        "embedding": 0.0,
+        "head and loss": 2.0
+        * d
+        * config.outputs
+        / (1 if config.classes is None else seq_len),  # classes: once a sequence
+    }
 
 
 def filterbank_flops_per_token(config: ModelConfig, k: int, work: Workload, backward: bool = False) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megassm import __version__
 from megassm.checkpoint import check_identity, checkpoints_folder, newest_checkpoint, run_identity
+from megassm.cli import print_line
 from megassm.config import Config
 from megassm.cost import parameters
 from megassm.data.dataset import Dataset
@@ -84,6 +85,7 @@ def set_up(config: Config, data: Dataset, world: World) -> Run:
             write_config(config)
             write_environment(Path(config.run.dir), world, peak, peak_source)
         introduce(config, data, world, done_steps)
+        say(world, f"MFU is of {peak / 1e12:,.4g} TFLOP/s a rank ({peak_source}), with the FLOPs of the K in use")
     place, mesh = world.place, world.mesh
     valid = validation_batches(data.valid, plan, config.eval.sequences)
     return Run(
@@ -209,4 +211,4 @@ def start_digest(config: Config, data: Dataset) -> int:
 
 def say(world: World, message: str) -> None:
     if world.is_main:
-        print(message, flush=True)
+        print_line(message)

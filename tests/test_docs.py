@@ -52,7 +52,9 @@ def runs_elsewhere(command: str) -> bool:
 
 
 def test_what_is_not_run_here_is_run_by_the_test_that_is_named() -> None:
-    seen = {prefix for page in PAGES for command in commands(page) for prefix in ELSEWHERE if command.startswith(prefix)}
+    seen = {
+        prefix for page in PAGES for command in commands(page) for prefix in ELSEWHERE if command.startswith(prefix)
+    }
     assert {"make demo", "python launch/slurm.py submit", "torchrun --nnodes 2"} <= seen
     for prefix in seen:
         name, word = ELSEWHERE[prefix]

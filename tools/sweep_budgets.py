@@ -161,7 +161,8 @@ def finish(
     sweeps: Sequence[Sweep], plot: Path | None, report: Path | None, table: Path | None, as_json: Path | None
 ) -> None:
     """Writes what was asked for of all runs together."""
-    from megassm.eval.plots import panels, save_panels
+    from megassm.eval.figures import save_panels
+    from megassm.eval.plots import panels
     from megassm.eval.report import flat_rows, write_csv, write_page
 
     if plot:

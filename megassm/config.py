@@ -6,9 +6,10 @@ with file and line. Nothing here imports torch: a refusal costs milliseconds.
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer
 
 from megassm.urls import without_secrets
 
@@ -22,6 +23,12 @@ CHUNK = 64
 product dominates."""
 
 Budgets = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+SigmaScale = Literal["quarter_power", "none"]
+
+
+def _as_tuple(value: object) -> object:
+    """One choice for several; a list is what JSON has."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 class Section(BaseModel):
@@ -56,8 +63,8 @@ class ModelConfig(Section):
     """Training sequence length L, tokens; also the length the filters are derived for."""
     num_channels: PositiveInt = 32
     """Spectral channels K_max; every budget is K <= K_max."""
-    sigma_scale: Literal["quarter_power", "none"] = "quarter_power"
-    """Weight of channel k: sigma_k^(1/4) as in the paper, or 1."""
+    sigma_scale: Annotated[tuple[SigmaScale, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("quarter_power",)
+    """Weight of channel k: sigma_k^(1/4) as in the paper, or 1 (none); a list is tiled over the spectral layers."""
     gate: bool = True
     """Input-adaptive gate; false is the ablation with equal weights 1/K."""
     gate_rescale: bool = True
@@ -91,6 +98,16 @@ class ModelConfig(Section):
     def mixers(self) -> str:
         """One letter a layer: the pattern tiled over the depth."""
         return (self.pattern * self.n_layers)[: self.n_layers]
+
+    @property
+    def sigma_scales(self) -> tuple[SigmaScale | None, ...]:
+        """One choice a layer, None where it is attention: sigma_scale tiled over the spectral layers."""
+        choices = itertools.cycle(self.sigma_scale)
+        return tuple(next(choices) if mixer == "S" else None for mixer in self.mixers)
+
+    @field_serializer("sigma_scale")
+    def _one_sigma_scale_as_itself(self, scales: tuple[SigmaScale, ...]) -> SigmaScale | tuple[SigmaScale, ...]:
+        return scales[0] if len(scales) == 1 else scales
 
 
 class BudgetConfig(Section):

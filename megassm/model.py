@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from megassm.config import ModelConfig
+from megassm.config import ModelConfig, SigmaScale
 from megassm.errors import UserError
 from megassm.layers.attention import Attention, KeyValueCache, attention_mask, rope_tables
 from megassm.layers.context import Context
@@ -51,16 +51,16 @@ class Distillation(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x))."""
+    """x + mixer(norm(x)), then x + ffn(norm(x)); a `sigma_scale` of None makes the mixer attention."""
 
-    def __init__(self, config: ModelConfig, mixer: str) -> None:
+    def __init__(self, config: ModelConfig, sigma_scale: SigmaScale | None) -> None:
         super().__init__()
         d_model = config.d_model
         self.mixer_norm = nn.RMSNorm(d_model, eps=config.norm_eps)
         self.mixer: Any = (
-            SpectralMixer(d_model, config.num_channels, config.gate, config.gate_rescale)
-            if mixer == "S"
-            else Attention(d_model, config.n_heads, config.kv_heads, config.window)
+            Attention(d_model, config.n_heads, config.kv_heads, config.window)
+            if sigma_scale is None
+            else SpectralMixer(d_model, config.num_channels, config.gate, config.gate_rescale, sigma_scale)
         )
         self.ffn_norm = nn.RMSNorm(d_model, eps=config.norm_eps)
         self.ffn = FeedForward(d_model, config.d_ffn)
@@ -100,13 +100,11 @@ class LanguageModel(nn.Module):
         self.config = config
         self.recompute = recompute
         self.embedding_VD = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
+        self.blocks = nn.ModuleList(Block(config, sigma_scale) for sigma_scale in config.sigma_scales)
         self.head_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head_VD = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.filterbank = (
-            FilterBank(config.seq_len, config.num_channels, config.sigma_scale, config.filterbank)
-            if "S" in config.mixers
-            else None
+            FilterBank(config.seq_len, config.num_channels, config.filterbank) if "S" in config.mixers else None
         )
 
     def forward(

@@ -35,6 +35,11 @@ def _model_violations(model: ModelConfig) -> Iterator[Violation]:
             ("model.n_layers", "model.pattern"),
             f"a multiple of the pattern's length, {len(model.pattern)} for {model.pattern!r}",
         )
+    if (spectral := model.mixers.count("S")) % len(model.sigma_scale) or (len(model.sigma_scale) > 1 and not spectral):
+        yield Violation(
+            ("model.sigma_scale", "model.pattern", "model.n_layers"),
+            f"one choice, or as many as divide the model's {spectral} spectral layers",
+        )
     if "A" not in model.pattern:
         return
     if model.d_model % model.n_heads:

@@ -128,6 +128,13 @@ def test_duplicate_key(tmp_path: Path) -> None:
         ("budget.min_k=40", "budget.min_k = 40: must be at most model.num_channels = 32"),
         ("budget.k=3", "budget.k = 3: must be null"),
         ("model.pattern=SSA", "model.n_layers = 4: must be a multiple of the pattern's length, 3"),
+        (
+            "model.sigma_scale=[none,quarter_power,none]",
+            "model.sigma_scale = ['none', 'quarter_power', 'none']: must be "
+            "one choice, or as many as divide the model's 4 spectral layers",
+        ),
+        ("model.sigma_scale=[none,half]", "model.sigma_scale = 'half': must be one of 'quarter_power' or 'none'"),
+        ("model.sigma_scale=half", "model.sigma_scale = 'half': must be one of 'quarter_power' or 'none'"),
         ("model.pattern=SSX", "model.pattern = 'SSX': must be text of the form"),
         ("model.pattern=A model.n_heads=7", "model.d_model = 64: must be divisible by model.n_heads = 7"),
         ("model.pattern=A model.n_heads=64", "an even number of dimensions a head"),

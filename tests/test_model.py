@@ -42,7 +42,14 @@ def test_no_position_sees_the_future(pattern: str, window: int | None) -> None:
 
 
 @pytest.mark.parametrize("k", range(1, K_MAX + 1))
-@pytest.mark.parametrize("changes", [{}, {"gate": False}, {"tie_embeddings": False, "sigma_scale": "none"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gate": False, "sigma_scale": ("quarter_power", "none")},
+        {"tie_embeddings": False, "sigma_scale": "none"},
+    ],
+)
 def test_model_cut_to_k_equals_the_masked_model(k: int, changes: dict[str, object]) -> None:
     model = build_model(config(**changes), seed=1)
     small = truncate(model, k)
@@ -52,6 +59,21 @@ def test_model_cut_to_k_equals_the_masked_model(k: int, changes: dict[str, objec
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters()) or k == K_MAX
     with pytest.raises(UserError, match=f"between 1 and this model's K_max = {k}"):
         small(ids(), k + 1)
+
+
+def test_the_scale_of_sigma_is_a_choice_of_each_spectral_layer() -> None:
+    mixed = config(n_layers=6, pattern="SSA", sigma_scale=("quarter_power", "none"))
+    assert mixed.sigma_scales == ("quarter_power", "none", None) * 2
+    one, other = (config(n_layers=6, pattern="SSA", sigma_scale=scale) for scale in mixed.sigma_scale)
+    x = torch.randn(2, 24, 16)
+    for layer, like in enumerate((one, other, None, one, other, None)):
+        if like is not None:
+            found, expected = (build_model(c, seed=0) for c in (mixed, like))
+            context = found.context(0, 24, 3)
+            assert torch.equal(found.blocks[layer](x, context), expected.blocks[layer](x, context))
+    for model in (mixed, one):
+        assert ModelConfig.model_validate_json(model.model_dump_json()) == model
+    assert one.model_dump(mode="json")["sigma_scale"] == "quarter_power", "as in the checkpoints there are"
 
 
 @pytest.mark.parametrize("k", [0, K_MAX + 1])

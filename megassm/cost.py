@@ -41,7 +41,7 @@ def mixer_parameters(config: ModelConfig, mixer: str, k: int) -> int:
 def parameters(config: ModelConfig, k: int) -> int:
     """Parameters of the model cut to k channels."""
     d = config.d_model
-    block = 2 * d + 3 * d * config.d_ffn
+    block = 2 * d + 3 * d * config.ffn_width(k)
     mixers = sum(mixer_parameters(config, mixer, k) for mixer in config.mixers)
     embeddings = config.vocab_size * d * (1 if config.tie_embeddings else 2)
     return embeddings + mixers + config.n_layers * block + d
@@ -69,7 +69,7 @@ def forward_flops_per_token(config: ModelConfig, k: int, seq_len: int) -> float:
     d = config.d_model
     window = min(config.window or seq_len, seq_len)
     visible = window - window * (window - 1) / (2 * seq_len)  # positions a query sees, on average
-    total = 2.0 * d * config.vocab_size + config.n_layers * 6.0 * d * config.d_ffn
+    total = 2.0 * d * config.vocab_size + config.n_layers * 6.0 * d * config.ffn_width(k)
     for mixer in config.mixers:
         if mixer == "A":
             total += 2.0 * mixer_parameters(config, mixer, k) + 4.0 * d * visible
@@ -163,8 +163,8 @@ class Workload(NamedTuple):
 def activation_bytes(config: ModelConfig, k: int, work: Workload, recompute: bool = False) -> int:
     """Bytes that autograd keeps from the forward pass to the backward pass at budget k, the loss included.
 
-    What torch keeps on a CPU; CUDA's fused norm keeps less. K enters through 12 bytes a position of gate weights and
-    the filters' matrices, which do not grow with the batch: no feature is kept.
+    What torch keeps on a CPU; CUDA's fused norm keeps less. K enters through 12 bytes a position of gate weights, the
+    filters' matrices, which do not grow with the batch, and an elastic feed-forward width: no feature is kept.
     """
     n, head = work.number_bytes, _head_bytes(config, work)
     ids = TOKEN_ID * work.batch * (2 * work.length + 1)  # the targets once more, without their row's first
@@ -181,13 +181,12 @@ def layer_activation_bytes(config: ModelConfig, mixer: str, k: int, work: Worklo
     """Of `activation_bytes`, what one block with the mixer "S" or "A" keeps."""
     norm = work.positions * _norm_bytes(config.d_model, work.number_bytes)
     mixing = _attention_bytes(config, work) if mixer == "A" else _spectral_bytes(config, k, work)
-    return norm + mixing + _feed_forward_bytes(config, work)
+    return norm + mixing + _feed_forward_bytes(config, k, work)
 
 
-def _feed_forward_bytes(config: ModelConfig, work: Workload) -> int:
-    return work.positions * (
-        _norm_bytes(config.d_model, work.number_bytes) + 4 * work.number_bytes * work.share(config.d_ffn)
-    )
+def _feed_forward_bytes(config: ModelConfig, k: int, work: Workload) -> int:
+    hidden = 4 * work.number_bytes * work.share(config.ffn_width(k))
+    return work.positions * (_norm_bytes(config.d_model, work.number_bytes) + hidden)
 
 
 def _head_bytes(config: ModelConfig, work: Workload) -> int:
@@ -244,7 +243,7 @@ def peak_activation_bytes(
         rest += layer_activation_bytes(config, mixer, k, work)
     peaks = [
         kept + work.positions * work.share(config.vocab_size) * (2 * FLOAT32 if n == FLOAT32 else n + 2 * FLOAT32),
-        rest + work.positions * n * (2 * work.share(config.d_ffn) + d),
+        rest + work.positions * n * (2 * work.share(config.ffn_width(k)) + d),
     ]
     if mixer == "S":
         one = work.chunked_positions * work.share(d) * n
@@ -254,5 +253,5 @@ def peak_activation_bytes(
         sums = inputs + work.positions * (
             3 * d * n + FLOAT32 * k
         )  # gradients of input, output, both paths around, gate
-        peaks.append(rest - _feed_forward_bytes(config, work) + 2 * group + rows + sums)
+        peaks.append(rest - _feed_forward_bytes(config, k, work) + 2 * group + rows + sums)
     return max(peaks)

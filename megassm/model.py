@@ -63,25 +63,25 @@ class Block(nn.Module):
             else SpectralMixer(d_model, config.num_channels, config.gate, config.gate_rescale, sigma_scale)
         )
         self.ffn_norm = nn.RMSNorm(d_model, eps=config.norm_eps)
-        self.ffn = FeedForward(d_model, config.d_ffn)
+        self.ffn = FeedForward(d_model, config.d_ffn, config.ffn_width)
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         x_BLD = x_BLD + self.mixer(self.mixer_norm(x_BLD), context)
-        return self._feed_forward(x_BLD)
+        return self._feed_forward(x_BLD, context)
 
     def prefill(self, x_BLD: Tensor, context: Context) -> tuple[Tensor, LayerState]:
         """(the block's output, the state after the last position)."""
         u_BLD = self.mixer_norm(x_BLD)
         state = self.mixer.final_state(u_BLD, context)
-        return self._feed_forward(x_BLD + self.mixer(u_BLD, context)), state
+        return self._feed_forward(x_BLD + self.mixer(u_BLD, context), context), state
 
     def step(self, x_BD: Tensor, state: LayerState, context: Context) -> tuple[Tensor, LayerState]:
         """(the block's output at one position, the state after it)."""
         y_BD, state = self.mixer.step(self.mixer_norm(x_BD), state, context)
-        return self._feed_forward(x_BD + y_BD), state
+        return self._feed_forward(x_BD + y_BD, context), state
 
-    def _feed_forward(self, x_BLD: Tensor) -> Tensor:
-        out_BLD: Tensor = x_BLD + self.ffn(self.ffn_norm(x_BLD))
+    def _feed_forward(self, x_BLD: Tensor, context: Context) -> Tensor:
+        out_BLD: Tensor = x_BLD + self.ffn(self.ffn_norm(x_BLD), context.k)
         return out_BLD
 
 
@@ -284,12 +284,11 @@ def truncate(model: LanguageModel, k: int) -> LanguageModel:
     """
     if not 1 <= k <= model.config.num_channels:
         raise UserError(f"K = {k}: must be between 1 and this model's K_max = {model.config.num_channels}")
-    small = LanguageModel(model.config.model_copy(update={"num_channels": k}), model.recompute)
+    small = LanguageModel(model.config.cut(k), model.recompute)
     small.to(device=model.embedding_VD.device, dtype=model.embedding_VD.dtype)
     source = dict(model.named_parameters())
     for name, parameter in small.named_parameters():
-        whole = source[name]
-        parameter.copy_(whole if whole.shape == parameter.shape else whole[:k])
+        parameter.copy_(source[name][tuple(map(slice, parameter.shape))])
     if small.filterbank is not None and model.filterbank is not None:
         small.filterbank.take(model.filterbank)
     return small

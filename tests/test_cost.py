@@ -20,6 +20,7 @@ from megassm.model import build_model, truncate
 from tests.test_model import K_MAX, config
 
 LENGTH, BATCH = 24, 2
+ELASTIC: dict[str, object] = {"d_ffn": 72, "ffn_elastic": {"knee_k": 3, "below": 16, "above": 8}}
 
 
 def counted(pattern: str, k: int, backward: bool = False, **changes: object) -> float:
@@ -43,6 +44,13 @@ def test_spectral_flops(k: int, gate: bool) -> None:
     assert counted("S", k, True, gate=gate) == pytest.approx(training_flops_per_token(settings, k, LENGTH), rel=1e-9)
 
 
+@pytest.mark.parametrize("k", range(1, K_MAX + 1))
+def test_flops_of_an_elastic_width(k: int) -> None:
+    settings = config(pattern="S", **ELASTIC)
+    assert counted("S", k, **ELASTIC) == pytest.approx(forward_flops_per_token(settings, k, LENGTH), rel=1e-9)
+    assert counted("S", k, True, **ELASTIC) == pytest.approx(training_flops_per_token(settings, k, LENGTH), rel=1e-9)
+
+
 @pytest.mark.parametrize("pattern", ["A", "SA"])
 def test_attention_flops(pattern: str) -> None:
     settings = config(pattern=pattern, n_kv_heads=4)
@@ -58,7 +66,7 @@ def test_window_bounds_attention_flops() -> None:
     assert found == pytest.approx(saved)
 
 
-@pytest.mark.parametrize("changes", [{}, {"gate": False}, {"tie_embeddings": False}, {"pattern": "A"}])
+@pytest.mark.parametrize("changes", [{}, {"gate": False}, {"tie_embeddings": False}, {"pattern": "A"}, ELASTIC])
 @pytest.mark.parametrize("k", [1, 4, K_MAX])
 def test_parameters_at_k(changes: dict[str, object], k: int) -> None:
     model = truncate(build_model(config(**changes), 0), k)
@@ -69,9 +77,9 @@ def test_parameters_at_k(changes: dict[str, object], k: int) -> None:
 
 @pytest.mark.parametrize("pattern", ["S", "SA", "A"])
 @pytest.mark.parametrize("k", [1, K_MAX])
-@pytest.mark.parametrize("window", [None, 8])
-def test_decoding_flops_and_state(pattern: str, k: int, window: int | None) -> None:
-    settings = config(pattern=pattern, n_kv_heads=4, window=window)
+@pytest.mark.parametrize("changes", [{"window": None}, {"window": 8}, ELASTIC])
+def test_decoding_flops_and_state(pattern: str, k: int, changes: dict[str, object]) -> None:
+    settings = config(pattern=pattern, n_kv_heads=4, **changes)
     model = build_model(settings, 0)
     size = model.filterbank.state_size if model.filterbank is not None else 0
     _, state = model.prefill(torch.randint(0, 50, (1, 20)), k)

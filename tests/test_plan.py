@@ -184,8 +184,9 @@ def kept_buffers(config: Config, memory: dict[str, float]) -> float:
 
 @pytest.mark.parametrize("name", ["tiny", "1b_hybrid", "7b_hybrid"])
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_parameters_of_the_fullest_rank(name: str, ranks: int) -> None:
-    model = shipped(name).model
+@pytest.mark.parametrize("elastic", ["null", "{knee_k: 4, below: 16, above: 8}"])
+def test_parameters_of_the_fullest_rank(name: str, ranks: int, elastic: str) -> None:
+    model = shipped(name, f"model.ffn_elastic={elastic}").model
     shapes = parameter_shapes(model)
     held = []
     for rank in range(ranks):
@@ -193,7 +194,7 @@ def test_parameters_of_the_fullest_rank(name: str, ranks: int) -> None:
         for parameter, part in parts_of(model, ranks, rank).items():
             shape = list(shapes[parameter])
             if part.axis is not None:
-                shape[part.axis] = part.stop - part.start
+                shape[part.axis] = len(part.indices)
             sizes[parameter] = torch.Size(shape).numel()
         held.append(sum(sizes.values()))
         assert largest_parameter(shipped(name), ranks) >= max(sizes.values())

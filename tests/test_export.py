@@ -186,7 +186,8 @@ def test_training_starts_from_an_export(
 
 def test_another_model_is_no_start(family: tuple[Path, list[Row]], data_path: Path, tmp_path: Path) -> None:
     said = start(tmp_path / "run", data_path, f"run.init_from={family[0] / 'k-4'}", check=False)
-    assert "blocks.0.mixer.channels_KDD is (4, 32, 32), not (8, 32, 32)" in said
+    assert "blocks.0.ffn.down.weight is (32, 64), not (32, 96); " in said
+    assert " and 6 more." in said
     assert "Set model.num_channels=4, model.d_ffn=64, or choose another run.init_from" in said
     assert not (tmp_path / "run/metrics.jsonl").exists()
 

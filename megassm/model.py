@@ -137,12 +137,13 @@ class LanguageModel(nn.Module):
         x_BLD = self._hidden(ids_BL, context)
         if targets_BL is None:
             return self.logits(x_BLD)
-        losses_BL = self.token_losses(x_BLD, targets_BL)
+        logits_BLV = self.trained_logits(x_BLD)
+        losses_BL = self.token_losses(logits_BLV, targets_BL)
         if distill is None:
             return losses_BL
         with torch.no_grad():
-            teacher_BLD = self._hidden(ids_BL, context._replace(k=distill.teacher_k))
-        return torch.stack((losses_BL, self.divergences(x_BLD, teacher_BLD, distill.temperature)))
+            teacher_BLV = self.logits(self._hidden(ids_BL, context._replace(k=distill.teacher_k)))
+        return torch.stack((losses_BL, self.divergences(logits_BLV, teacher_BLV, distill.temperature)))
 
     def features(self, ids_BL: Tensor, k: int) -> Tensor:
         """The normed output of the last block (B, L, D): for who wants logits at some positions only."""
@@ -165,16 +166,19 @@ class LanguageModel(nn.Module):
         """Of the normed output of the last block."""
         return F.linear(x, self.embedding_VD if self.head_VD is None else self.head_VD)
 
-    def token_losses(self, x_BLD: Tensor, targets_BL: Tensor) -> Tensor:
+    def trained_logits(self, x_BLD: Tensor) -> Tensor:
+        """`logits` that are trained; a split model's are a part of them, of which both losses are computed."""
+        return self.logits(x_BLD)
+
+    def token_losses(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
         """Negative log-likelihood in nats, float32."""
-        logits_NV = self.logits(x_BLD).flatten(0, 1).float()
+        logits_NV = logits_BLV.flatten(0, 1).float()
         return F.cross_entropy(logits_NV, targets_BL.flatten(), reduction="none").view_as(targets_BL)
 
-    def divergences(self, x_BLD: Tensor, teacher_BLD: Tensor, temperature: float) -> Tensor:
+    def divergences(self, logits_BLV: Tensor, teacher_BLV: Tensor, temperature: float) -> Tensor:
         """T^2 KL(teacher || student) of the predictions at temperature T, (B, L) float32 (arXiv 1503.02531)."""
-        student_BLV = (self.logits(x_BLD).float() / temperature).log_softmax(-1)
-        with torch.no_grad():
-            teacher_BLV = (self.logits(teacher_BLD).float() / temperature).log_softmax(-1)
+        student_BLV = (logits_BLV.float() / temperature).log_softmax(-1)
+        teacher_BLV = (teacher_BLV.float() / temperature).log_softmax(-1)
         return temperature**2 * (teacher_BLV.exp() * (teacher_BLV - student_BLV)).sum(-1)
 
     @torch.no_grad()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megassm.config import Config
 from megassm.cost import (
     decoding_bytes_per_token,
     decoding_flops_per_token,
@@ -16,7 +19,8 @@ from megassm.cost import (
     parameters,
     training_flops_per_token,
 )
-from megassm.model import build_model, truncate
+from megassm.model import Distillation, build_model, truncate
+from megassm.train import update_flops_per_token
 from tests.test_model import K_MAX, config
 
 LENGTH, BATCH = 24, 2
@@ -49,6 +53,27 @@ def test_flops_of_an_elastic_width(k: int) -> None:
     settings = config(pattern="S", **ELASTIC)
     assert counted("S", k, **ELASTIC) == pytest.approx(forward_flops_per_token(settings, k, LENGTH), rel=1e-9)
     assert counted("S", k, True, **ELASTIC) == pytest.approx(training_flops_per_token(settings, k, LENGTH), rel=1e-9)
+
+
+@pytest.mark.parametrize("changes", [{}, ELASTIC])
+def test_relative_cost_of_a_teacher(changes: dict[str, object], small_config: Callable[..., Config]) -> None:
+    """What the journal says of an update, against the FLOPs that torch counts with and without the teacher."""
+    settings = config(pattern="S", seq_len=LENGTH, filterbank="direct", **changes)
+    run = small_config("budget.distill_weight=0.5").model_copy(update={"model": settings})
+    model = build_model(settings, 0)
+    text = torch.randint(0, 50, (BATCH, LENGTH + 1))
+
+    def flops(k: int, distill: Distillation | None) -> float:
+        with FlopCounterMode(display=False) as counter:
+            model(text[:, :-1], k, text[:, 1:], distill=distill).sum().backward()
+        teachers = LENGTH * K_MAX if distill else 0  # its filters, forward alone
+        filterbank = 2 * 16 * settings.n_layers * (k * (3 * LENGTH + 1) + teachers)
+        return counter.get_total_flops() / (BATCH * LENGTH) - filterbank
+
+    plain = flops(K_MAX, None)
+    for k in range(1, K_MAX):
+        found = update_flops_per_token(run, k) / update_flops_per_token(run, K_MAX)
+        assert found == pytest.approx(flops(k, Distillation(K_MAX, 2.0)) / plain, rel=1e-9)
 
 
 @pytest.mark.parametrize("pattern", ["A", "SA"])

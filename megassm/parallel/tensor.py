@@ -136,9 +136,11 @@ def gather_whole(part: Tensor, of: Part, shape: torch.Size, group: Group) -> Ten
 
 def _connect(model: LanguageModel, group: Group) -> None:
     """Puts the collectives around the parts of a model."""
+    first, _ = bounds(model.config.vocab_size, group.size(), group.rank())
     _replace(model, "embed", lambda ids: _sum(_embedded(model, ids, group), group))
-    _replace(model, "token_losses", lambda x, targets: _split_losses(model, x, targets, group))
-    _replace(model, "divergences", lambda x, teacher, t: _split_divergences(model, x, teacher, t, group))
+    _replace(model, "trained_logits", lambda x: model.logits(_spread(x, group)))
+    _replace(model, "token_losses", lambda logits, targets: _split_losses(logits, targets, first, group))
+    _replace(model, "divergences", lambda logits, teacher, t: _split_divergences(logits, teacher, t, group))
     for block in cast(list[Block], model.blocks):
         match block.mixer:
             case SpectralMixer():
@@ -198,19 +200,14 @@ def _embedded(model: LanguageModel, ids: Tensor, group: Group) -> Tensor:
     return rows * mine[..., None].to(rows.dtype)
 
 
-def _split_losses(model: LanguageModel, x_BLD: Tensor, targets_BL: Tensor, group: Group) -> Tensor:
-    logits_NV = model.logits(_spread(x_BLD, group)).flatten(0, 1).float()
-    start, _ = bounds(model.config.vocab_size, group.size(), group.rank())
+def _split_losses(logits_BLV: Tensor, targets_BL: Tensor, start: int, group: Group) -> Tensor:
+    logits_NV = logits_BLV.flatten(0, 1).float()
     losses: Tensor = _SplitCrossEntropy.apply(logits_NV, targets_BL.flatten() - start, group)  # type: ignore[no-untyped-call]
     return losses.view_as(targets_BL)
 
 
-def _split_divergences(
-    model: LanguageModel, x_BLD: Tensor, teacher_BLD: Tensor, temperature: float, group: Group
-) -> Tensor:
-    student_BLV = model.logits(_spread(x_BLD, group)).float() / temperature
-    with torch.no_grad():
-        teacher_BLV = model.logits(teacher_BLD).float() / temperature
+def _split_divergences(logits_BLV: Tensor, teacher_BLV: Tensor, temperature: float, group: Group) -> Tensor:
+    student_BLV, teacher_BLV = (part.float() / temperature for part in (logits_BLV, teacher_BLV))
     divergences: Tensor = _SplitDivergence.apply(student_BLV, teacher_BLV, group)  # type: ignore[no-untyped-call]
     return temperature**2 * divergences
 

@@ -28,6 +28,7 @@ def load(name: str, world_size: int, *overrides: str) -> Config:
         ("1b_hybrid", 512, ("parallel.tensor=8",)),
         ("1b_hybrid", 4096, ("parallel.tensor=8", "train.micro_batch_sequences=1", "parallel.zero_stage=3")),
         ("7b_hybrid", 512, ("parallel.tensor=4", "parallel.sequence=2")),
+        ("1b_hybrid", 512, ("parallel.tensor=8", "model.ffn_elastic={knee_k: 8, below: 256, above: 64}")),
         ("7b_hybrid", 4096, ("parallel.tensor=8", "train.micro_batch_sequences=1", "parallel.zero_stage=1")),
     ],
 )

@@ -14,10 +14,12 @@ from megassm.data.transport import DataCounters, total_counters
 from megassm.errors import UserError
 from megassm.eval.score import Score
 from megassm.metrics import peak_memory_bytes
+from megassm.parallel.phases import COMPUTE
 from megassm.parallel.world import gather_rows
 from megassm.run import Run, say
 
 COUNTERS = len(fields(DataCounters))
+BUDGETS_END = -COUNTERS - len(COMPUTE)
 
 
 @dataclass
@@ -40,6 +42,8 @@ class Totals:
     data: DataCounters
     peak_memory_bytes: int
     stop: bool
+    seconds_RP: list[list[float]]
+    """By rank and phase, what each did itself (`megassm.parallel.phases.COMPUTE`)."""
 
     @property
     def finite(self) -> bool:
@@ -54,7 +58,9 @@ def agree(run: Run, step: int, budgets: list[int], tally: Tally, grad_norm: floa
     """
     mine = [tally.nll.item(), tally.tokens, tally.text_bytes, grad_norm, tally.data_wait_s]
     mine += [peak_memory_bytes(run.world.device), run.stop.received]
-    mine += [run.start_digest, sample_digest(tally.sample_ids), *budgets, *astuple(run.stream.meter.take())]
+    phases = run.world.progress.phases()
+    mine += [run.start_digest, sample_digest(tally.sample_ids), *budgets]
+    mine += [*(phases[name] for name in COMPUTE), *astuple(run.stream.meter.take())]
     rows = gather_rows(mine)
     check_agreement(run, step, rows)
     norm = max((row[3] for row in rows), key=lambda norm: (not math.isfinite(norm), norm))
@@ -62,11 +68,11 @@ def agree(run: Run, step: int, budgets: list[int], tally: Tally, grad_norm: floa
     # tensor ranks, which are neighbours, count the same tokens
     score = Score.total(row[:3] for row in rows[:: run.world.mesh.tensor])
     data = replace(total_counters([row[-COUNTERS:] for row in rows]), data_wait_s=wait)
-    return Totals(score, norm, data, int(memory), bool(stop))
+    return Totals(score, norm, data, int(memory), bool(stop), [row[BUDGETS_END:-COUNTERS] for row in rows])
 
 
 def check_agreement(run: Run, step: int, rows: list[list[float]]) -> None:
-    """Every rank's start-up, samples and budgets (columns 7, 8, 9.. up to the counters) are what they must be.
+    """Every rank's start-up, samples and budgets (columns 7, 8, 9.. up to the phases) are what they must be.
 
     Raises:
         UserError: naming the ranks and their values.
@@ -75,7 +81,7 @@ def check_agreement(run: Run, step: int, rows: list[list[float]]) -> None:
     def per_rank(values: Iterable[float]) -> str:
         return ", ".join(f"rank {rank}: {int(value)}" for rank, value in enumerate(values))
 
-    for micro_step, drawn in enumerate(zip(*(row[9:-COUNTERS] for row in rows), strict=True)):
+    for micro_step, drawn in enumerate(zip(*(row[9:BUDGETS_END] for row in rows), strict=True)):
         if min(drawn) != max(drawn):
             raise UserError(
                 f"step {step + 1}, micro-step {micro_step}: the ranks drew different budgets K ({per_rank(drawn)}). "

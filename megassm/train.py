@@ -36,6 +36,7 @@ from megassm.parallel.world import (
     leave_world,
 )
 from megassm.run import Run, say, set_up
+from megassm.stragglers import Straggler, Stragglers
 
 
 def pretrain(config: Config, data: Dataset) -> None:
@@ -78,6 +79,7 @@ def train(run: Run) -> None:
         say(run.world, f"nothing to do: {config.run.dir} has done {run.done_steps} of {config.train.steps} steps")
         return
     skipped = 0
+    stragglers = Stragglers(run.world.mesh.sequence * run.world.mesh.tensor)
     for step in range(run.done_steps, config.train.steps):
         started = time.perf_counter()
         note("beginning", step + 1)
@@ -98,6 +100,7 @@ def train(run: Run) -> None:
         totals = agree(run, step, budgets, tally, norm)
         skipped = 0 if totals.finite else skipped + 1
         row = journal_row(run, step, budgets, totals, time.perf_counter() - started) | {"lr": rate}
+        row |= {"phases_s": run.world.progress.phases()} | slowest_ranks(stragglers.add(totals.seconds_RP))
         if skipped:
             report_skip(run, step, totals, skipped)
         last = step + 1 == config.train.steps
@@ -192,6 +195,10 @@ def journal_row(run: Run, step: int, budgets: list[int], totals: Totals, seconds
         **asdict(totals.data),
         "peak_memory_bytes": totals.peak_memory_bytes,
     }
+
+
+def slowest_ranks(found: dict[str, Straggler]) -> Row:
+    return {"slowest": {phase: rank._asdict() for phase, rank in found.items()}} if found else {}
 
 
 def update_flops_per_token(config: Config, k: int) -> float:

@@ -20,6 +20,7 @@ from megassm.cli import refusal_text
 from megassm.config import Config
 from megassm.errors import UserError
 from megassm.parallel.mesh import Mesh, Place, mesh_of
+from megassm.parallel.phases import count_waits
 from megassm.parallel.watchdog import Progress
 
 T = TypeVar("T")
@@ -85,6 +86,7 @@ def join_world(config: Config) -> World:
         UserError: CUDA is asked for and absent, there are more local ranks than devices, or a tensor group would
             span machines.
     """
+    count_waits()
     timeout = timedelta(seconds=config.parallel.timeout_s)
     rank, device = _join(config.train.device, timeout)
     mesh = mesh_of(config, dist.get_world_size())

@@ -16,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 
 from megassm.config import Config
 from megassm.cost import PEAK_TFLOPS
 from megassm.durable import write_atomically
-
-METRICS = "metrics.jsonl"
+from megassm.rundir import METRICS as METRICS
 
 Row = dict[str, Any]
 
@@ -177,7 +177,11 @@ def _start_wandb(config: Config, done_steps: int) -> Any:
 def _flat(row: Row) -> Row:
     """A row as wandb draws it: numbers only, one curve a K, one a source."""
     flat = {name: value for name, value in row.items() if not isinstance(value, (dict, list))}
-    flat |= {f"epochs/{source}": value for source, value in row.get("epochs", {}).items()}
+    for name in ("epochs", "phases_s"):
+        flat |= {f"{name}/{part}": value for part, value in row.get(name, {}).items()}
+    for name, layers in row.get("channels", {}).items():  # means over layers: one curve a channel
+        means = np.atleast_2d(layers).mean(axis=0).tolist()
+        flat |= {f"channels/{name}_k{k:02d}": value for k, value in enumerate(means, start=1)}
     return flat | {f"valid/bits_per_byte_k{k}": value for k, value in row.get("valid", {}).items()}
 
 

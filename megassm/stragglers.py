@@ -1,8 +1,8 @@
 """Which rank is slower than the others, and in which phase. Pure: times in, names out.
 
 Compared is what each rank does itself, without its waits for others (`megassm.parallel.phases`), by medians over the
-last `WINDOW` updates. A rank is a straggler in a phase if it takes `FACTOR` times what the median of the others takes, by
-more than chance (`SPREADS` median absolute deviations of the others) and by a share of the update that is worth a
+last `WINDOW` updates. A rank is a straggler in a phase if it takes `FACTOR` times what the median of the others takes,
+by more than chance (`SPREADS` median absolute deviations of the others) and by a share of the update that is worth a
 person's time (`SHARE`). A slow link is not seen: all ranks wait equally long for it.
 """
 

@@ -22,6 +22,7 @@ OF_MARK = {
     "reading data": "data",
     "sharing data": "data",
     "forward pass": "forward",
+    "agreement on the loss": "forward",
     "backward pass": "backward",
     "update": "update",
     "agreement of all ranks": "update",

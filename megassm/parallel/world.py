@@ -171,6 +171,13 @@ def gather_rows(row: Sequence[float]) -> list[list[float]]:
     return [other.tolist() for other in rows]
 
 
+def sum_rows(row: Sequence[float]) -> list[float]:
+    """The sums over all ranks of float64 numbers, on every rank."""
+    total = torch.tensor(row, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
 def broadcast_array(array: npt.NDArray[np.int64], group: Group) -> npt.NDArray[np.int64]:
     """The array of the group's first rank, on all of its ranks."""
     tensor = torch.from_numpy(array)

@@ -10,6 +10,7 @@ import pytest
 from megassm.errors import UserError
 from megassm.events import read_events
 from megassm.failures import FAILURES, check_failures, job_begins, job_ends
+from tests.conftest import SMALL, run_python
 
 HANGS = "rank 1 hangs: in step 8, forward pass"
 LOST = "rank 2 no longer answers: ended, stopped, or cut off; last heard of in step 8"
@@ -68,3 +69,21 @@ def test_jobs_that_never_trained_do_not_count(tmp_path: Path) -> None:
     fail(tmp_path, 8, HANGS)
     for _ in range(9):
         check_failures(tmp_path, tmp_path / "metrics.jsonl", tmp_path / "failure.txt", 2)
+
+
+def test_a_real_job_is_refused_at_its_second_start_and_trains_once_the_file_is_gone(
+    tmp_path: Path, data_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = ("--config", "configs/tiny.yaml", *SMALL, f"run.dir={run_dir}", f"data.path={data_path}",
+                 "train.steps=4", "health.max_failures=1")  # fmt: skip
+    done = run_python("tests/faulty.py", *arguments, check=False, FAULT="raise:0:3", RANK="0")
+    assert "ended with KeyError('planted')" in done.stderr
+    refused = run_python("launch/pretrain.py", *arguments, check=False)
+    assert refused.returncode == 1
+    assert "1 jobs in a row have ended at step 3, the last because: rank 0 ended with KeyError" in refused.stderr
+    (run_dir / FAILURES).unlink()
+    run_python("launch/pretrain.py", *arguments)
+    assert not (run_dir / FAILURES).exists()
+    kinds = [event["kind"] for event in read_events(run_dir)]
+    assert kinds == ["repeated failure", "checkpoint", "end"]

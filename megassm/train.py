@@ -84,8 +84,7 @@ def train(run: Run) -> None:
     if run.done_steps >= config.train.steps:
         say(run.world, f"nothing to do: {config.run.dir} has done {run.done_steps} of {config.train.steps} steps")
         return
-    skipped = 0
-    health = Health(run)
+    skipped, health = 0, Health(run)
     for step in range(run.done_steps, config.train.steps):
         started = time.perf_counter()
         note("beginning", step + 1)
@@ -124,11 +123,14 @@ def train(run: Run) -> None:
         if last or totals.stop or due:
             save(run, step + 1, must=last or totals.stop)
         if totals.stop:
-            text = f"stopped by a signal after step {step + 1}; the same command continues from there"
-            run.events.add("stop", step + 1, text)
+            note_stop(run, step + 1)
             return
     run.events.add("end", config.train.steps, f"done: {config.train.steps} steps in {config.run.dir}\n"
                    f"next: python tools/sweep_budgets.py {config.run.dir}")  # fmt: skip
+
+
+def note_stop(run: Run, done: int) -> None:
+    run.events.add("stop", done, f"stopped by a signal after step {done}; the same command continues from there")
 
 
 def step_budgets(config: Config, step: int, micro_steps: int) -> list[int]:

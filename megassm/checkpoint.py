@@ -36,7 +36,8 @@ from megassm.errors import UserError
 from megassm.model import LanguageModel, parameter_shapes
 from megassm.parallel.engine import Engine
 from megassm.parallel.state import KINDS, MOMENTS, Kind
-from megassm.parallel.world import barrier, gather_texts
+from megassm.parallel.world import gather_texts
+from megassm.room import pinned, shortage
 from megassm.rundir import CHECKPOINTS
 
 FORMAT = 3
@@ -132,7 +133,9 @@ def save_checkpoint(engine: Engine, config: Config, step: int, data_fingerprint:
     world.progress.note("checkpoint, beginning")
     if world.is_main:
         _begin(partial)
-    barrier()
+    if failure := gather_texts(shortage(folder, config) if world.is_main else "")[0]:
+        shutil.rmtree(partial, ignore_errors=True)
+        return failure
     shares = [json.loads(text) for text in gather_texts(json.dumps(_write_share(engine, partial)))]
     world.progress.note("checkpoint, publication")
     failure = next((f"rank {rank}: {share}" for rank, share in enumerate(shares) if isinstance(share, str)), "")
@@ -328,11 +331,11 @@ def _crc32(path: Path) -> int:
 
 
 def _rotate(folder: Path, keep: int, newest: int) -> None:
-    """Removes the oldest complete checkpoints up to step `newest`; what is damaged or beyond it is left alone."""
-    complete = []
+    """Removes the oldest complete checkpoints up to step `newest`; what is damaged, pinned or beyond it stays."""
+    complete, kept = [], pinned(folder)
     for path in sorted(folder.glob("step-*")):
         with contextlib.suppress(UserError):
-            if read_checkpoint(path).manifest.step <= newest:
+            if path not in kept and read_checkpoint(path).manifest.step <= newest:
                 complete.append(path)
     for old in complete[:-keep]:
         (old / MANIFEST).unlink()  # first: a folder half removed must not pass for complete

@@ -290,6 +290,17 @@ class CheckpointConfig(Section):
     """Complete checkpoints kept; older ones are removed."""
 
 
+class HealthConfig(Section):
+    """What is watched while training, and what follows from it. What happened is in events.jsonl."""
+
+    spike_z: Positive | None = 8.0
+    """A loss that is so many robust standard deviations above what is expected is a spike; null looks for none."""
+    spike_action: Literal["report", "skip"] = "report"
+    """A spike is reported and keeps the checkpoint before it; skip: its batch changes no weight either."""
+    max_failures: PositiveInt | None = 3
+    """Jobs in a row that may fail at the same step before the next one is refused; null: any number."""
+
+
 class EvalConfig(Section):
     """Validation over budgets while training."""
 
@@ -325,6 +336,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
 

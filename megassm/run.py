@@ -24,6 +24,7 @@ from megassm.cost import parameters
 from megassm.data.dataset import Dataset
 from megassm.data.stream import MicroBatch, StreamPlan, TokenStream, validation_batches
 from megassm.errors import UserError
+from megassm.events import Events
 from megassm.metrics import Journal, peak_flops
 from megassm.modelfolder import open_model_folder
 from megassm.parallel.engine import Engine
@@ -68,6 +69,12 @@ class Run:
     peak_flops: float
     start_digest: int
     stop: StopRequest
+    events: Events
+
+    def sample_range(self, step: int) -> tuple[int, int]:
+        """First and last global sample of the batch of update `step` (from 0)."""
+        size = self.config.train.batch_sequences
+        return step * size, (step + 1) * size - 1
 
 
 def set_up(config: Config, data: Dataset, world: World) -> Run:
@@ -76,7 +83,8 @@ def set_up(config: Config, data: Dataset, world: World) -> Run:
     digest = start_digest(config, data)
     asked = data.task.asked if data.task else None
     engine = Engine(config, world, data.document_end(config), start_weights(config, data, world), asked)
-    config, done_steps = resume(engine, config, data)
+    events = Events(Path(config.run.dir), world.is_main)
+    config, done_steps = resume(engine, config, data, events)
     plan = stream_plan(config, world)
     stream = TokenStream(data.train, plan)
     peak, peak_source = peak_flops(config.log.peak_tflops, world.device)
@@ -102,6 +110,7 @@ def set_up(config: Config, data: Dataset, world: World) -> Run:
         peak_flops=peak,
         start_digest=digest,
         stop=stop,
+        events=events,
     )
 
 
@@ -121,7 +130,7 @@ def start_weights(config: Config, data: Dataset, world: World) -> Iterator[tuple
     return weights
 
 
-def resume(engine: Engine, config: Config, data: Dataset) -> tuple[Config, int]:
+def resume(engine: Engine, config: Config, data: Dataset, events: Events) -> tuple[Config, int]:
     """Loads the newest complete checkpoint of the run, whatever mesh wrote it.
 
     Returns:
@@ -129,7 +138,7 @@ def resume(engine: Engine, config: Config, data: Dataset) -> tuple[Config, int]:
     """
     checkpoint, skipped = newest_checkpoint(Path(config.run.dir))
     for reason in skipped:
-        say(engine.world, f"passed over a checkpoint: {reason}")
+        events.add("passed over", checkpoint.manifest.step if checkpoint else 0, f"passed over a checkpoint: {reason}")
     if checkpoint is None and skipped:
         raise UserError(
             f"{config.run.dir}: has checkpoints, but none that can be continued; move them away to start from the "
@@ -154,7 +163,7 @@ def resume(engine: Engine, config: Config, data: Dataset) -> tuple[Config, int]:
 
     engine.write_state(source, manifest.updates)
     other = "" if engine.shape == manifest.mesh else f", written by {manifest.mesh} and continued by {engine.shape}"
-    say(engine.world, f"continuing after step {manifest.step} from {checkpoint.folder}{other}")
+    events.add("resume", manifest.step, f"continuing after step {manifest.step} from {checkpoint.folder}{other}")
     return with_draws(config, draws), manifest.step
 
 

@@ -3,6 +3,8 @@
 RUN_DIR/config.yaml         the resolved configuration, itself valid as --config
 RUN_DIR/environment.json    versions, devices, the peak rate that utilisation is measured against
 RUN_DIR/metrics.jsonl       one object an update
+RUN_DIR/events.jsonl        what happened to the run (see `megassm.events`)
+RUN_DIR/failures.jsonl      the job that trains, and those before it that failed at its step (see `megassm.failures`)
 RUN_DIR/failure.txt         why the last job ended, where something was wrong (see `megassm.parallel.watchdog`)
 RUN_DIR/checkpoints/        step-NNNNNNNN/, see `megassm.checkpoint`
 RUN_DIR/.lock               held by the job that trains here
@@ -24,6 +26,8 @@ from megassm.config import Config
 from megassm.configfile import dump_config
 from megassm.durable import write_atomically
 from megassm.errors import UserError
+from megassm.failures import check_failures
+from megassm.rows import METRICS
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
@@ -41,7 +45,7 @@ def open_run_directory(config: Config) -> IO[str] | None:
         On rank 0 the lock; it is held as long as this file is open.
 
     Raises:
-        UserError: it cannot be written, or another job is training there.
+        UserError: it cannot be written, another job is training there, or jobs keep failing at the same step.
     """
     folder = Path(config.run.dir)
     try:
@@ -51,6 +55,7 @@ def open_run_directory(config: Config) -> IO[str] | None:
         if not is_rank_zero():
             return None
         lock = _lock(folder / LOCK)
+        check_failures(folder, folder / METRICS, folder / FAILURE, config.health.max_failures)
         (folder / FAILURE).unlink(missing_ok=True)
         return lock
     except UserError:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megassm.config import Config
 from megassm.rows import METRICS, Row
 
@@ -110,6 +112,9 @@ def _flat(row: Row) -> Row:
     flat = {name: value for name, value in row.items() if not isinstance(value, (dict, list))}
     for group in ("epochs", "phases_s"):
         flat |= {f"{group}/{name}": value for name, value in row.get(group, {}).items()}
+    for name, layers in row.get("channels", {}).items():  # means over layers: one curve a channel
+        means = np.atleast_2d(layers).mean(axis=0).tolist()
+        flat |= {f"channels/{name}_k{k:02d}": value for k, value in enumerate(means, start=1)}
     for name in ("valid_loss", "valid_accuracy"):
         flat |= {f"valid/{name.removeprefix('valid_')}_k{k}": value for k, value in row.get(name, {}).items()}
     return flat | {f"valid/bits_per_byte_k{k}": value for k, value in row.get("valid", {}).items()}

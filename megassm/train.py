@@ -22,9 +22,12 @@ from megassm.cost import forward_flops_per_token, training_flops_per_token
 from megassm.data.dataset import Dataset
 from megassm.data.stream import MicroBatch
 from megassm.data.task import Task
+from megassm.diagnostics import gate_masses
 from megassm.errors import UserError
 from megassm.eval.score import Score, score, text_bytes
+from megassm.failures import job_begins, job_ends
 from megassm.guards import Tally, Totals, agree, report_skip
+from megassm.health import Health, channels, without_effect
 from megassm.metrics import Row
 from megassm.optim import learning_rate
 from megassm.parallel.watchdog import Watchdog
@@ -65,7 +68,11 @@ def set_up_and_train(config: Config, data: Dataset, world: World, watchdog: Watc
     watchdog.start()
     run = set_up(config, data, world)
     try:
+        if world.is_main:
+            job_begins(Path(config.run.dir))
         train(run)
+        if world.is_main:
+            job_ends(Path(config.run.dir))
         world.progress.note("end of the run")
     finally:
         if run.journal is not None:
@@ -78,20 +85,22 @@ def train(run: Run) -> None:
     if run.done_steps >= config.train.steps:
         say(run.world, f"nothing to do: {config.run.dir} has done {run.done_steps} of {config.train.steps} steps")
         return
-    skipped = 0
+    skipped, health = 0, Health(run)
     for step in range(run.done_steps, config.train.steps):
         started = time.perf_counter()
         note("beginning", step + 1)
         budgets = step_budgets(config, step, engine.micro_steps)
         tally = Tally(torch.zeros((), dtype=torch.float64, device=run.world.device))
-        for k in budgets:
+        for micro_step, k in enumerate(budgets):
             batch = next_batch(run, tally)
             ids_BT, mask_BL = (torch.from_numpy(x).to(run.world.device) for x in (batch.ids_BT, batch.mask_BL))
             note("forward pass")
             nll_BL, objective_BL = engine.training_losses(ids_BT, k)
+            tally.nll += (nll_BL.detach() * mask_BL).sum()
+            if micro_step + 1 == len(budgets) and health.drops(budgets, tally):
+                tally.dropped, objective_BL = True, without_effect(objective_BL)
             note("backward pass")
             engine.backward(objective_BL, mask_BL)
-            tally.nll += (nll_BL.detach() * mask_BL).sum()
         rate = learning_rate(config.optim, config.train, step)
         note("update")
         norm = engine.update(rate)
@@ -99,11 +108,15 @@ def train(run: Run) -> None:
         totals = agree(run, step, budgets, tally, norm)
         skipped = 0 if totals.finite else skipped + 1
         row = journal_row(run, step, budgets, totals, time.perf_counter() - started) | {"lr": rate}
+        if run.world.is_main:
+            row |= health.look(row, totals)
         if skipped:
             report_skip(run, step, totals, skipped)
         last = step + 1 == config.train.steps
         if last or (config.eval.every_steps and (step + 1) % config.eval.every_steps == 0):
-            row |= validation_row({k: validate(run, k) for k in config.eval.budgets}, run.data.task)
+            row |= validation(run)
+            if run.world.is_main:
+                row |= health.look_inside(row)
         note("journal")
         if run.journal is not None:
             run.journal.write(row)
@@ -111,10 +124,14 @@ def train(run: Run) -> None:
         if last or totals.stop or due:
             save(run, step + 1, must=last or totals.stop)
         if totals.stop:
-            say(run.world, f"stopped by a signal after step {step + 1}; the same command continues from there")
+            note_stop(run, step + 1)
             return
-    say(run.world, f"done: {config.train.steps} steps in {config.run.dir}\n"
-        f"next: python tools/sweep_budgets.py {config.run.dir}")  # fmt: skip
+    run.events.add("end", config.train.steps, f"done: {config.train.steps} steps in {config.run.dir}\n"
+                   f"next: python tools/sweep_budgets.py {config.run.dir}")  # fmt: skip
+
+
+def note_stop(run: Run, done: int) -> None:
+    run.events.add("stop", done, f"stopped by a signal after step {done}; the same command continues from there")
 
 
 def step_budgets(config: Config, step: int, micro_steps: int) -> list[int]:
@@ -162,11 +179,12 @@ def save(run: Run, done_steps: int, must: bool) -> None:
     """
     failure = save_checkpoint(run.engine, run.config, done_steps, run.data.train.fingerprint)
     if failure is None:
+        run.events.add("checkpoint", done_steps, f"checkpoint after step {done_steps}")
         return
     what = f"no checkpoint after step {done_steps}: {failure}; older ones are untouched"
     if must:
         raise UserError(f"{what}. Make room, and start again: the same command continues from the last one")
-    say(run.world, f"warning: {what}")
+    run.events.add("disk", done_steps, what)
 
 
 def journal_row(run: Run, step: int, budgets: list[int], totals: Totals, seconds: float) -> Row:
@@ -201,6 +219,15 @@ def update_flops_per_token(config: Config, k: int) -> float:
     flops = training_flops_per_token(model, k, length)
     taught = config.budget.distill_weight > 0 and k < model.num_channels
     return flops + forward_flops_per_token(model, model.num_channels, length) if taught else flops
+
+
+def validation(run: Run) -> Row:
+    """The scores by K, and what the channels of the whole model do at the largest of these K."""
+    *smaller, largest = run.config.eval.budgets
+    scores = {k: validate(run, k) for k in smaller}
+    with gate_masses(run.engine.model) as masses:
+        scores[largest] = validate(run, largest)
+    return validation_row(scores, run.data.task) | channels(run, masses)
 
 
 def validation_row(scores: dict[int, Score], task: Task | None) -> Row:

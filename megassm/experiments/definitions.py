@@ -120,7 +120,6 @@ EXPERIMENTS = {
         _arms(
             ELASTIC,
             Arm("static K=32", ("budget.strategy=fixed",)),
-            Arm("static K=2", ("budget.strategy=fixed", "budget.k=2")),
             Arm("elastic, no sigma^(1/4)", ("model.sigma_scale=none",)),
             Arm("elastic hybrid (SA)", ("model.pattern=SA",)),
         ),

@@ -20,6 +20,7 @@ from megassm.cli import refusal_text
 from megassm.config import Config
 from megassm.errors import UserError
 from megassm.parallel.mesh import Mesh, Place, mesh_of
+from megassm.parallel.phases import count_waits
 from megassm.parallel.watchdog import Progress
 
 T = TypeVar("T")
@@ -85,6 +86,7 @@ def join_world(config: Config) -> World:
         UserError: CUDA is asked for and absent, there are more local ranks than devices, or a tensor group would
             span machines.
     """
+    count_waits()
     timeout = timedelta(seconds=config.parallel.timeout_s)
     rank, device = _join(config.train.device, timeout)
     mesh = mesh_of(config, dist.get_world_size())
@@ -167,6 +169,13 @@ def gather_rows(row: Sequence[float]) -> list[list[float]]:
     rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, mine)  # over gloo also on CUDA: a few bytes, no device synchronisation of its own
     return [other.tolist() for other in rows]
+
+
+def sum_rows(row: Sequence[float]) -> list[float]:
+    """The sums over all ranks of float64 numbers, on every rank."""
+    total = torch.tensor(row, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
 
 
 def broadcast_array(array: npt.NDArray[np.int64], group: Group) -> npt.NDArray[np.int64]:

@@ -21,8 +21,8 @@ import torch
 from megassm.config import Config
 from megassm.cost import PEAK_TFLOPS
 from megassm.durable import write_atomically
-
-METRICS = "metrics.jsonl"
+from megassm.fence import Fence
+from megassm.rundir import METRICS
 
 Row = dict[str, Any]
 
@@ -30,9 +30,10 @@ Row = dict[str, Any]
 class Journal:
     """Writes a run's metrics."""
 
-    def __init__(self, config: Config, done_steps: int) -> None:
-        """Continues the journal of `config.run.dir` after `done_steps` updates."""
+    def __init__(self, config: Config, done_steps: int, fence: Fence | None = None) -> None:
+        """Continues the journal of `config.run.dir` after `done_steps` updates, as long as `fence` holds."""
         self._config = config
+        self._fence = fence
         self._path = Path(config.run.dir) / METRICS
         self._keep_rows(done_steps)
         self._file: IO[str] = self._path.open("a", encoding="utf-8")
@@ -41,18 +42,22 @@ class Journal:
         self._started = time.monotonic()
 
     def _keep_rows(self, done_steps: int) -> None:
-        """Drops rows after `done_steps`, and a last line that a kill cut in half."""
-        if not self._path.exists():
-            return
-        kept = [
-            line
-            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines()
-            if (row := _parse(line)) is not None and row["step"] <= done_steps
-        ]
+        """Drops rows after `done_steps`, and a last line that a kill cut in half.
+
+        The file is always a new one: what an older start may still append to its own is seen by nobody.
+        """
+        text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
+        kept = [line for line in text.splitlines() if (row := _parse(line)) is not None and row["step"] <= done_steps]
         write_atomically(self._path, "".join(f"{line}\n" for line in kept).encode())
 
     def write(self, row: Row) -> None:
-        """Appends one update's row, and prints it where a line is due."""
+        """Appends one update's row, and prints it where a line is due.
+
+        Raises:
+            SupersededError: a newer start of the run has taken over.
+        """
+        if self._fence is not None:
+            self._fence.check()
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         step, steps = row["step"], self._config.train.steps

@@ -6,14 +6,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from megassm.checkpoint import newest_checkpoint
 from megassm.fence import newest_number
-from megassm.metrics import read_rows
+from megassm.metrics import Row, read_rows
 from tests.conftest import ROOT, SMALL, run_python
 from tests.slurm_cluster import Cluster, cluster
 
@@ -26,7 +26,7 @@ BASE = (
     "eval.budgets=[8]", "eval.sequences=4", "checkpoint.every_steps=10",
     "log.every_steps=1000",
 )  # fmt: skip
-CURVE = ("step", "tokens", "k", "lr", "k_micro")
+CURVE = ("step", "tokens", "k", "lr")
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,33 @@ def submit(virtual: Cluster, run_dir: Path, data: Path, *options: str) -> Submit
     return job
 
 
+LeftAlone = Callable[[int], list[Row]]
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory: pytest.TempPathFactory, data_path: Path) -> LeftAlone:
+    """So many rows of the same run by one process that nobody disturbs."""
+    run_dir = tmp_path_factory.mktemp("slurm") / "left_alone"
+
+    def rows(steps: int) -> list[Row]:
+        run_python("launch/pretrain.py", "--config", "configs/tiny.yaml", *BASE, f"run.dir={run_dir}",
+                   f"data.path={data_path}", f"train.steps={steps}")  # fmt: skip
+        return read_rows(run_dir)
+
+    return rows
+
+
+def check_curve(job: Submitted, left_alone: LeftAlone) -> None:
+    rows = read_rows(job.run_dir)
+    truth = left_alone(len(rows))
+    assert [[row[name] for name in CURVE] for row in rows] == [
+        [row[name] for name in CURVE] for row in truth[: len(rows)]
+    ]
+    losses = [row["loss"] for row in rows]
+    assert losses == pytest.approx([row["loss"] for row in truth[: len(rows)]], abs=1e-5)
+    assert losses[-1] < losses[0]
+
+
 @pytest.fixture(scope="module")
 def told(virtual: Cluster, data_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Submitted:
     """A run of 2 x 2 ranks that SLURM ends in time: its limit, an urgent job, a person; finished on one node."""
@@ -121,10 +148,10 @@ def told(virtual: Cluster, data_path: Path, tmp_path_factory: pytest.TempPathFac
     return job
 
 
-def test_a_job_that_is_told_to_end_saves_and_is_requeued(told: Submitted) -> None:
+@pytest.mark.timeout(900)
+def test_a_job_that_is_told_to_end_saves_and_is_requeued(told: Submitted, left_alone: LeftAlone) -> None:
     assert told.log.count("stopped by a signal after step") == 3
     assert told.log.count("the ranks ended with code 75") == 3
-    assert "JOB" in told.log
     assert "DUE TO PREEMPTION" in told.log
     assert len(re.findall(r"continuing after step", told.log)) == 2
     assert "Traceback" not in told.log
@@ -138,10 +165,12 @@ def test_a_job_that_is_told_to_end_saves_and_is_requeued(told: Submitted) -> Non
     assert "continued by" in told.log, "on another number of ranks"
     assert "COMPLETED" in told.tool("status", str(told.run_dir))
     assert f"done: {steps} steps" in told.tool("logs", str(told.run_dir))
+    check_curve(told, left_alone)
 
 
+@pytest.mark.timeout(900)
 def test_an_orphan_behind_a_cut_link_writes_nothing_more(
-    virtual: Cluster, told: Submitted, data_path: Path, tmp_path: Path
+    virtual: Cluster, left_alone: LeftAlone, data_path: Path, tmp_path: Path
 ) -> None:
     job = submit(virtual, tmp_path / "lost", data_path, "--nodes", "1-2")
     job.wait_for_rows(1)
@@ -169,13 +198,4 @@ def test_an_orphan_behind_a_cut_link_writes_nothing_more(
     job.wait_for("CANCELLED", restarts=2)
     virtual.wait_until(lambda: "stopped by a signal" in job.log)
     assert job.saved_step() == job.rows
-
-    left_alone = tmp_path / "left_alone"
-    run_python("launch/pretrain.py", "--config", "configs/tiny.yaml", *BASE, f"run.dir={left_alone}",
-               f"data.path={data_path}", f"train.steps={max(job.rows, told.rows)}")  # fmt: skip
-    for run in (job, told):
-        rows = read_rows(run.run_dir)
-        for row, true in zip(rows, read_rows(left_alone), strict=False):
-            assert [row[name] for name in CURVE[:4]] == [true[name] for name in CURVE[:4]]
-            assert row["loss"] == pytest.approx(true["loss"], abs=1e-5)
-        assert rows[-1]["loss"] < rows[0]["loss"]
+    check_curve(job, left_alone)

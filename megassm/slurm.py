@@ -105,10 +105,12 @@ def seconds(time: str) -> int:
 
 def batch_script(request: Request, folder: Path, python: Path, cwd: Path, patience_s: int) -> str:
     """The script of a job whose configuration and code are in `folder`; `patience_s` is parallel.timeout_s."""
+    # of a range, sbatch would fix the number of tasks at that of the first start: a smaller one would never come
+    share = "mincpus" if "-" in request.nodes else "ntasks-per-node"
     options = {
         "job-name": f"megassm-{folder.parents[1].name}",
         "nodes": request.nodes,
-        "ntasks-per-node": request.tasks_per_node,
+        share: request.tasks_per_node,
         "gpus-per-node": request.gpus_per_node or None,
         "time": request.time,
         "signal": f"USR1@{request.save_before_s}",

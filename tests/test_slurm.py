@@ -135,7 +135,15 @@ def told(virtual: Cluster, data_path: Path, tmp_path_factory: pytest.TempPathFac
     virtual.run("ctl", "scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
     assert job.saved_step() == job.rows
     job.wait_for_rows(2)
-    virtual.run("ctl", "sbatch", "--partition=urgent", "--nodes=2", f"--output={virtual.lab}/urgent", "--wrap=hostname")
+    virtual.run(
+        "ctl",
+        "sbatch",
+        "--partition=urgent",
+        "--nodes=2",
+        "--exclusive",
+        f"--output={virtual.lab}/urgent",
+        "--wrap=hostname",
+    )
     job.wait_for("PENDING", restarts=2)
     assert job.saved_step() == job.rows
     job.wait_for_rows(3)

@@ -72,7 +72,7 @@ def test_the_script_is_bash_and_says_what_was_asked_for(tmp_path: Path) -> None:
     folder = tmp_path / "a run%" / "jobs/0001"
     script = batch_script(request, folder, Path("/env/bin/python"), tmp_path, patience_s=600)
     for line in (
-        "#SBATCH --job-name='megassm-a run%'", "#SBATCH --nodes=2-4", "#SBATCH --ntasks-per-node=8",
+        "#SBATCH --job-name='megassm-a run%'", "#SBATCH --nodes=2-4", "#SBATCH --mincpus=8",
         "#SBATCH --gpus-per-node=8", "#SBATCH --time=1-00:00:00", "#SBATCH --signal=USR1@300", "#SBATCH --requeue",
         "#SBATCH --open-mode=append", "#SBATCH --partition=gpu", "#SBATCH --exclusive",
         f"#SBATCH --output='{tmp_path}/a run%%/jobs/0001/log.txt'", f"JOB='{folder}'",

@@ -19,6 +19,8 @@ from typing import Any, NoReturn, TextIO
 from megassm.errors import UserError
 
 OTHER_RANKS_WAIT_S = 2.0
+STOPPED = 75
+"""Exit code of a job that was told to stop before its end, and has saved: "try again" (EX_TEMPFAIL)."""
 
 Row = Mapping[str, Any]
 

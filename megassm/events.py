@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-EVENTS = "events.jsonl"
+from megassm.fence import Fence
+from megassm.rows import EVENTS
 
 Kind = Literal[
     "resume", "checkpoint", "passed over", "disk", "stop", "end", "straggler", "loss spike", "non-finite",
@@ -46,12 +47,13 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
 
 
 class Events:
-    """Writes and prints a run's events on the main rank; does nothing on others."""
+    """Writes and prints a run's events on the main rank; does nothing on others, and writes nothing once fenced off."""
 
-    def __init__(self, run_dir: Path, writes: bool) -> None:
-        self._run_dir, self._writes = run_dir, writes
+    def __init__(self, run_dir: Path, writes: bool, fence: Fence) -> None:
+        self._run_dir, self._writes, self._fence = run_dir, writes, fence
 
     def add(self, kind: Kind, step: int, text: str, **figures: Any) -> None:
         if self._writes:
             print(f"warning: {text}" if kind in WARNINGS else text, flush=True)
-            append_event(self._run_dir, kind, step, text, figures)
+            if self._fence.holds():
+                append_event(self._run_dir, kind, step, text, figures)

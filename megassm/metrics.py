@@ -17,6 +17,7 @@ import torch
 from megassm.cli import print_line
 from megassm.config import Config
 from megassm.cost import PEAK_TFLOPS
+from megassm.fence import Fence
 from megassm.lines import format_row, is_validated
 from megassm.rows import METRICS, Row, RowFile, cut_after, read_rows
 from megassm.tracker import Tracker
@@ -27,9 +28,10 @@ __all__ = ["METRICS", "Journal", "Row", "peak_flops", "peak_memory_bytes", "read
 class Journal:
     """Writes a run's metrics."""
 
-    def __init__(self, config: Config, done_steps: int) -> None:
-        """Continues the journal of `config.run.dir` after `done_steps` updates."""
+    def __init__(self, config: Config, done_steps: int, fence: Fence | None = None) -> None:
+        """Continues the journal of `config.run.dir` after `done_steps` updates, as long as `fence` holds."""
         self._config = config
+        self._fence = fence
         path = Path(config.run.dir) / METRICS
         cut_after(path, done_steps)
         self._file = RowFile(path, _warn)
@@ -38,7 +40,13 @@ class Journal:
         self._started = time.monotonic()
 
     def write(self, row: Row) -> None:
-        """Appends one update's row, and prints it where a line is due."""
+        """Appends one update's row, and prints it where a line is due.
+
+        Raises:
+            SupersededError: a newer start of the run has taken over.
+        """
+        if self._fence is not None:
+            self._fence.check()
         self._file.write(row)
         if self._tracker is not None:
             self._tracker.tell(row)

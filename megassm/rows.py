@@ -4,6 +4,7 @@ costs nothing. Needs no torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import deque
@@ -11,11 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megassm.durable import commit, open_temporary
+
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 """Beside it: {"time", "step", "kind", "text", ...} of what happened to a run, where something did."""
 WAITING_BYTES = 64 * 2**20
 """Rows kept in memory at most while they cannot be written; about 100,000."""
+
+COPIED_BYTES = 2**24
 
 Row = dict[str, Any]
 
@@ -75,7 +80,11 @@ class RowFile:
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Drops the rows of updates after `step`, and a last line that a kill cut in half. Needs no room on the disk."""
+    """Drops the rows of updates after `step`, and a last line that a kill cut in half.
+
+    The file becomes a new one: what an older start of the run may still append to its own is seen by nobody. Only where
+    a full disk has no room for both, it is cut in place.
+    """
     if not path.exists():
         return
     place = end = 0
@@ -87,7 +96,20 @@ def cut_after(path: Path, step: int) -> None:
             place += len(line)
             if row is not None and line.endswith(b"\n"):
                 end = place
-    os.truncate(path, end)
+    try:
+        copy = open_temporary(path)
+    except OSError:
+        os.truncate(path, end)
+        return
+    try:
+        with path.open("rb") as file, copy:
+            while missing := end - copy.tell():
+                copy.write(file.read(min(COPIED_BYTES, missing)))
+            commit(copy, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(copy.name)
+        os.truncate(path, end)
 
 
 def parse_row(line: bytes) -> Row | None:

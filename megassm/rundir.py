@@ -7,6 +7,8 @@ RUN_DIR/events.jsonl        what happened to the run (see `megassm.events`)
 RUN_DIR/failures.jsonl      the job that trains, and those before it that failed at its step (see `megassm.failures`)
 RUN_DIR/failure.txt         why the last job ended, where something was wrong (see `megassm.parallel.watchdog`)
 RUN_DIR/checkpoints/        step-NNNNNNNN/, see `megassm.checkpoint`
+RUN_DIR/incarnations/       one file a start of the run, see `megassm.fence`
+RUN_DIR/jobs/               what was submitted to SLURM, see `launch/slurm.py`
 RUN_DIR/.lock               held by the job that trains here
 RUN_DIR/sweep.*             tools/sweep_budgets.py
 RUN_DIR/sweeps/             ... --watch: step-NNNNNNNN.json, steps.png
@@ -15,8 +17,10 @@ RUN_DIR/wandb/              wandb's own files
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import IO
@@ -27,6 +31,7 @@ from megassm.configfile import dump_config
 from megassm.durable import write_atomically
 from megassm.errors import UserError
 from megassm.failures import check_failures
+from megassm.fence import restarts_the_newest
 from megassm.rows import METRICS
 
 CHECKPOINTS = "checkpoints"
@@ -72,6 +77,9 @@ def _lock(path: Path) -> IO[str]:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if restarts_the_newest(path.parent):  # SLURM has given the holder up; the fence keeps it from writing
+            path.unlink()
+            return _lock(path)
         file.seek(0)
         raise UserError(
             f"run.dir = {str(path.parent)!r}: another job is training there (process {file.read().strip() or '?'}); "
@@ -88,3 +96,13 @@ def _lock(path: Path) -> IO[str]:
 def write_config(config: Config) -> None:
     """Writes the resolved configuration of the run that is about to train, atomically."""
     write_atomically(Path(config.run.dir) / CONFIG, dump_config(config).encode())
+
+
+def clear_partial(run_dir: Path) -> None:
+    """Removes what saves that did not end have left. Renamed first: another's rename to its final name then fails."""
+    folder = run_dir / CHECKPOINTS
+    for remains in folder.glob(".partial-*"):
+        with contextlib.suppress(OSError):
+            remains.rename(remains.with_name(remains.name.replace(".partial", ".removed")))
+    for removed in folder.glob(".removed-*"):
+        shutil.rmtree(removed, ignore_errors=True)

@@ -16,7 +16,7 @@ import torch
 
 from megassm.budget import budget_at
 from megassm.checkpoint import save_checkpoint
-from megassm.cli import refusal_text
+from megassm.cli import STOPPED, refusal_text
 from megassm.config import Config
 from megassm.cost import forward_flops_per_token, training_flops_per_token
 from megassm.data.dataset import Dataset
@@ -33,6 +33,8 @@ from megassm.optim import learning_rate
 from megassm.parallel.watchdog import Watchdog
 from megassm.parallel.world import (
     World,
+    any_rank,
+    barrier,
     broadcast_array,
     gather_rows,
     is_lost_peer,
@@ -43,12 +45,15 @@ from megassm.run import Run, say, set_up
 
 
 def pretrain(config: Config, data: Dataset) -> None:
-    """Trains, or continues, the run of `config`. Leaves with code 1 where it must refuse, after one message."""
+    """Trains, or continues, the run of `config`.
+
+    Leaves with code 1 where it must refuse, after one message; with `STOPPED` where it was told to stop, and has saved.
+    """
     try:
         world = join_world(config)
         watchdog = Watchdog((world.rank, world.size), world.progress, config.parallel.timeout_s, Path(config.run.dir))
         try:
-            set_up_and_train(config, data, world, watchdog)
+            done = set_up_and_train(config, data, world, watchdog)
         except (UserError, OSError) as error:
             watchdog.refuse(f"rank {world.rank}: {refusal_text(error)}")
             raise SystemExit(1) from None
@@ -62,36 +67,44 @@ def pretrain(config: Config, data: Dataset) -> None:
         watchdog.stop()
     finally:
         leave_world()
+    if not done:
+        raise SystemExit(STOPPED)
 
 
-def set_up_and_train(config: Config, data: Dataset, world: World, watchdog: Watchdog) -> None:
+def set_up_and_train(config: Config, data: Dataset, world: World, watchdog: Watchdog) -> bool:
+    """Returns whether all updates are done."""
     watchdog.start()
     run = set_up(config, data, world)
+    watchdog.fence = run.fence
     try:
         if world.is_main:
             job_begins(Path(config.run.dir))
-        train(run)
+        done = train(run)
         if world.is_main:
             job_ends(Path(config.run.dir))
         world.progress.note("end of the run")
     finally:
         if run.journal is not None:
             run.journal.close()
+    barrier()  # some launchers end all ranks with the first that leaves: rank 0 has told wandb all by now
+    return done
 
 
-def train(run: Run) -> None:
-    """The loop."""
+def train(run: Run) -> bool:
+    """The loop; returns whether all updates are done, or else what was done is saved."""
     config, engine, note = run.config, run.engine, run.world.progress.note
     if run.done_steps >= config.train.steps:
         say(run.world, f"nothing to do: {config.run.dir} has done {run.done_steps} of {config.train.steps} steps")
-        return
-    skipped, health = 0, Health(run)
+        return True
+    skipped, saved, health = 0, run.done_steps, Health(run)
     for step in range(run.done_steps, config.train.steps):
         started = time.perf_counter()
         note("beginning", step + 1)
         budgets = step_budgets(config, step, engine.micro_steps)
         tally = Tally(torch.zeros((), dtype=torch.float64, device=run.world.device))
         for micro_step, k in enumerate(budgets):
+            if micro_step and told_to_stop(run):
+                return stop(run, step, saved)
             batch = next_batch(run, tally)
             ids_BT, mask_BL = (torch.from_numpy(x).to(run.world.device) for x in (batch.ids_BT, batch.mask_BL))
             note("forward pass")
@@ -121,17 +134,28 @@ def train(run: Run) -> None:
         if run.journal is not None:
             run.journal.write(row)
         due = (step + 1) % config.checkpoint.every_steps == 0 and not skipped  # a sick run replaces no good checkpoint
-        if last or totals.stop or due:
-            save(run, step + 1, must=last or totals.stop)
-        if totals.stop:
-            note_stop(run, step + 1)
-            return
+        if (last or due) and save(run, step + 1, must=last):
+            saved = step + 1
+        if totals.stop and not last:
+            return stop(run, step + 1, saved)
     run.events.add("end", config.train.steps, f"done: {config.train.steps} steps in {config.run.dir}\n"
                    f"next: python tools/sweep_budgets.py {config.run.dir}")  # fmt: skip
+    return True
 
 
-def note_stop(run: Run, done: int) -> None:
-    run.events.add("stop", done, f"stopped by a signal after step {done}; the same command continues from there")
+def told_to_stop(run: Run) -> bool:
+    run.world.progress.note("agreement to go on")
+    return any_rank(run.stop.received)
+
+
+def stop(run: Run, done_steps: int, saved: int) -> bool:
+    """Leaves the loop with what `done_steps` whole updates have made: a part of the next one is dropped, and its
+    samples are read again."""
+    if done_steps > saved:
+        save(run, done_steps, must=True)
+    text = f"stopped by a signal after step {done_steps}; the same command continues from there"
+    run.events.add("stop", done_steps, text)
+    return False
 
 
 def step_budgets(config: Config, step: int, micro_steps: int) -> list[int]:
@@ -171,20 +195,21 @@ def share_batch(batch: MicroBatch | None, config: Config, world: World) -> Micro
     return MicroBatch(rows[:, : length + 1], rows[:, length + 1 : -1].astype(np.bool_), rows[:, -1])
 
 
-def save(run: Run, done_steps: int, must: bool) -> None:
-    """Saves a checkpoint. A full disk does not end a run, but for the last save.
+def save(run: Run, done_steps: int, must: bool) -> bool:
+    """Saves a checkpoint; returns whether there is a new one. A full disk does not end a run, but for the last save.
 
     Raises:
         UserError: it failed, and must not.
     """
-    failure = save_checkpoint(run.engine, run.config, done_steps, run.data.train.fingerprint)
+    failure = save_checkpoint(run.engine, run.config, done_steps, run.data.train.fingerprint, run.fence)
     if failure is None:
         run.events.add("checkpoint", done_steps, f"checkpoint after step {done_steps}")
-        return
+        return True
     what = f"no checkpoint after step {done_steps}: {failure}; older ones are untouched"
     if must:
         raise UserError(f"{what}. Make room, and start again: the same command continues from the last one")
     run.events.add("disk", done_steps, what)
+    return False
 
 
 def journal_row(run: Run, step: int, budgets: list[int], totals: Totals, seconds: float) -> Row:

@@ -34,6 +34,7 @@ from typing import NamedTuple, NoReturn, TypeVar, cast
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
+from megassm.fence import Fence
 from megassm.parallel.phases import PhaseClock
 from megassm.rundir import FAILURE
 
@@ -136,6 +137,8 @@ class Watchdog:
         self._beat = Beat()
         self._requests: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._store_failed, self._stopped, self._spoken = (threading.Event() for _ in range(3))
+        self.fence: Fence | None = None
+        """This start's, once it has one."""
         self._hang = False
         self._ending = threading.Lock()
         self._store: Store = _own_connection() if self._size > 1 else HashStore()
@@ -228,6 +231,8 @@ class Watchdog:
         return verdict(before, after)
 
     def _is_first(self, message: str) -> bool:
+        if self.fence is not None and not self.fence.holds():
+            return True  # the file is the newer start's
         try:
             with (self._run_dir / FAILURE).open("x", encoding="utf-8") as file:
                 file.write(f"{message}\n")

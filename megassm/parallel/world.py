@@ -212,5 +212,12 @@ def together(attempt: Callable[[], T]) -> T:
     return results[0]
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on any rank."""
+    highest = torch.tensor([int(flag)])
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return bool(highest.item())
+
+
 def barrier() -> None:
     gather_rows([0.0])

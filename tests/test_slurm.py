@@ -23,7 +23,7 @@ CONSTANT_RATE = ("optim.min_lr_ratio=1.0", "optim.lr=1e-4")
 """The curve of a run is then the beginning of a longer run's, and rounding does not grow over hundreds of updates."""
 BASE = (
     *SMALL, *CONSTANT_RATE, "train.micro_batch_sequences=1", "budget.draws=1", "eval.every_steps=null",
-    "eval.budgets=[8]", "eval.sequences=4", "checkpoint.every_steps=10",
+    "eval.budgets=[8]", "eval.sequences=4", "checkpoint.every_steps=2",
     "log.every_steps=1000",
 )  # fmt: skip
 CURVE = ("step", "tokens", "k", "lr")

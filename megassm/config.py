@@ -295,8 +295,9 @@ class HealthConfig(Section):
 
     spike_z: Positive | None = 8.0
     """A loss that is so many robust standard deviations above what is expected is a spike; null looks for none."""
-    spike_action: Literal["report", "skip"] = "report"
-    """A spike is reported and keeps the checkpoint before it; skip: its batch changes no weight either."""
+    spike_action: Literal["report", "skip", "rewind"] = "report"
+    """A spike is reported and keeps the checkpoint before it; skip: its batch changes no weight either; rewind: the run
+    goes back to that checkpoint, and on with the batches after the spike."""
     max_failures: PositiveInt | None = 3
     """Jobs in a row that may fail at the same step before the next one is refused; null: any number."""
 

@@ -17,7 +17,7 @@ from megassm.rows import EVENTS
 
 Kind = Literal[
     "resume", "checkpoint", "passed over", "disk", "stop", "end", "straggler", "loss spike", "non-finite",
-    "cliff collapse", "oscillating loss", "repeated failure",
+    "cliff collapse", "oscillating loss", "repeated failure", "rewind",
 ]  # fmt: skip
 WARNINGS: tuple[Kind, ...] = ("disk", "straggler", "loss spike", "non-finite", "cliff collapse", "oscillating loss")
 

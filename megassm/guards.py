@@ -46,7 +46,7 @@ class Totals:
     seconds_RP: list[list[float]]
     """By rank and phase, what each did itself (`megassm.parallel.phases.COMPUTE`)."""
     dropped: bool
-    """The loss was a spike, and health.spike_action is skip."""
+    """The loss was a spike, and health.spike_action is not report."""
 
     @property
     def finite(self) -> bool:
@@ -96,13 +96,14 @@ def check_agreement(run: Run, step: int, rows: list[list[float]]) -> None:
             f"step {step + 1}: the ranks were started differently; digests of configuration, data and version are "
             f"{per_rank(row[7] for row in rows)}. Start all ranks with the same --config, overrides and version"
         )
-    mesh, batch = run.world.mesh, run.config.train.batch_sequences
+    mesh = run.world.mesh
     readers = mesh.sequence * mesh.tensor
-    expected = sample_digest(range(step * batch, (step + 1) * batch))
+    first, last = run.sample_range(step)
+    expected = sample_digest(range(first, last + 1))
     within = all(row[8] == rows[rank // readers * readers][8] for rank, row in enumerate(rows))
     if not within or sum(row[8] for row in rows[::readers]) % DIGEST_RANGE != expected:
         raise UserError(
-            f"step {step + 1}: the ranks did not read samples {step * batch}..{(step + 1) * batch - 1} once each; "
+            f"step {step + 1}: the ranks did not read samples {first}..{last} once each; "
             f"digests of what they read are {per_rank(row[8] for row in rows)}. This is a fault of megassm"
         )
 

@@ -14,17 +14,20 @@ import numpy as np
 import torch
 
 from megassm.checkpoint import newest_checkpoint
+from megassm.data.leftout import LeftOut, leave_out, read_left_out
 from megassm.diagnostics import OSCILLATION_ROWS, GateMass, spectral_mixers, update_counts, warnings_of
 from megassm.eval.score import Score
 from megassm.guards import Tally, Totals
 from megassm.metrics import Row, read_rows
-from megassm.parallel.world import gather_rows, sum_rows
+from megassm.parallel.world import gather_rows, gather_texts, sum_rows
 from megassm.room import pin
 from megassm.run import Run
 from megassm.spikes import Spikes
 from megassm.stragglers import WINDOW, Straggler, Stragglers
 
 DIGITS = 5
+MAX_REWINDS = 3
+"""To one checkpoint; then its loss jumps whatever is read, and the run goes on."""
 
 
 class Health:
@@ -48,10 +51,10 @@ class Health:
     def drops(self, budgets: list[int], tally: Tally) -> bool:
         """Whether the batch whose losses are in `tally` must change no weight; asked before its last backward pass.
 
-        One small message between all ranks where health.spike_action is skip; none elsewhere.
+        One small message between all ranks, but for where health.spike_action is report.
         """
         health = self._run.config.health
-        if health.spike_action != "skip":
+        if health.spike_action == "report":
             return False
         self._run.world.progress.note("agreement on the loss")
         limit = self._spikes.limit(budgets) if self._run.world.is_main else 0.0
@@ -136,6 +139,26 @@ def channels(run: Run, masses: GateMass) -> Row:
     gate_LK = sums.reshape(shape) / np.maximum(1, positions)[:, None]
     norm_LK = np.sqrt(squares.reshape(shape))
     return {"channels": {"gate_mass": gate_LK.round(DIGITS).tolist(), "norm": norm_LK.round(DIGITS).tolist()}}
+
+
+def rewinds(run: Run, step: int) -> bool:
+    """After a spike at update `step` (from 0): whether the run goes back to its newest checkpoint, on all ranks alike.
+
+    The batches read since are passed over from there on (`megassm.data.leftout`). It stays where there is no
+    checkpoint, or where it has gone back to that one `MAX_REWINDS` times.
+    """
+    told = ""
+    if run.world.is_main:
+        run_dir = Path(run.config.run.dir)
+        checkpoint, _ = newest_checkpoint(run_dir)
+        done = -1 if checkpoint is None else checkpoint.manifest.step
+        times = sum(entry.step == done for entry in read_left_out(run_dir))
+        if done >= 0 and times < MAX_REWINDS:
+            run.fence.check()
+            leave_out(run_dir, LeftOut(done, step + 1 - done))
+            told = f"step {step + 1}: back to step {done}; from there on {step + 1 - done} batches are passed over"
+            run.events.add("rewind", step + 1, told, checkpoint=done, batches=step + 1 - done)
+    return bool(gather_texts(told)[0])
 
 
 def without_effect(objective_BL: torch.Tensor) -> torch.Tensor:

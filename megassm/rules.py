@@ -21,7 +21,7 @@ def violations(config: Config, world_size: int) -> Iterator[Violation]:
     yield from _budget_violations(config)
     yield from _schedule_violations(config)
     yield from _data_violations(config.data)
-    if config.health.spike_action == "skip" and config.health.spike_z is None:
+    if config.health.spike_action != "report" and config.health.spike_z is None:
         yield Violation(("health.spike_action", "health.spike_z"), "report where health.spike_z is null")
     yield from _rank_violations(config, world_size)
 

@@ -20,6 +20,7 @@ from megassm.cli import print_line
 from megassm.config import Config
 from megassm.cost import parameters
 from megassm.data.dataset import Dataset
+from megassm.data.leftout import batch_of, read_left_out
 from megassm.data.stream import MicroBatch, StreamPlan, TokenStream, validation_batches
 from megassm.errors import UserError
 from megassm.events import Events
@@ -55,8 +56,8 @@ class Run:
 
     def sample_range(self, step: int) -> tuple[int, int]:
         """First and last global sample of the batch of update `step` (from 0)."""
-        size = self.config.train.batch_sequences
-        return step * size, (step + 1) * size - 1
+        size, batch = self.config.train.batch_sequences, batch_of(self.stream.plan.left_out, step)
+        return batch * size, (batch + 1) * size - 1
 
 
 def set_up(config: Config, data: Dataset, world: World) -> Run:
@@ -178,6 +179,7 @@ def stream_plan(config: Config, world: World) -> StreamPlan:
         seed=config.run.seed,
         rank=world.place.data,
         world_size=world.mesh.data,
+        left_out=read_left_out(Path(config.run.dir)),
     )
 
 

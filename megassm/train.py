@@ -10,6 +10,7 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from megassm.errors import UserError
 from megassm.eval.score import Score, score, text_bytes
 from megassm.failures import job_begins, job_ends
 from megassm.guards import Tally, Totals, agree, report_skip
-from megassm.health import Health, channels, without_effect
+from megassm.health import Health, channels, rewinds, without_effect
 from megassm.metrics import Row
 from megassm.optim import learning_rate
 from megassm.parallel.watchdog import Watchdog
@@ -42,6 +43,9 @@ from megassm.parallel.world import (
     leave_world,
 )
 from megassm.run import Run, say, set_up
+
+End = Literal["done", "stopped", "rewound"]
+"""All updates are done; a signal came, and what was done is saved; the loss jumped, and an older checkpoint waits."""
 
 
 def pretrain(config: Config, data: Dataset) -> None:
@@ -74,28 +78,30 @@ def pretrain(config: Config, data: Dataset) -> None:
 def set_up_and_train(config: Config, data: Dataset, world: World, watchdog: Watchdog) -> bool:
     """Returns whether all updates are done."""
     watchdog.start()
-    run = set_up(config, data, world)
-    watchdog.fence = run.fence
-    try:
-        if world.is_main:
-            job_begins(Path(config.run.dir))
-        done = train(run)
-        if world.is_main:
-            job_ends(Path(config.run.dir))
-        world.progress.note("end of the run")
-    finally:
-        if run.journal is not None:
-            run.journal.close()
+    end: End = "rewound"
+    while end == "rewound":
+        run = set_up(config, data, world)
+        watchdog.fence = run.fence
+        try:
+            if world.is_main:
+                job_begins(Path(config.run.dir))
+            end = train(run)
+            if world.is_main:
+                job_ends(Path(config.run.dir))
+            world.progress.note("end of the run")
+        finally:
+            if run.journal is not None:
+                run.journal.close()
     barrier()  # some launchers end all ranks with the first that leaves: rank 0 has told wandb all by now
-    return done
+    return end == "done"
 
 
-def train(run: Run) -> bool:
-    """The loop; returns whether all updates are done, or else what was done is saved."""
+def train(run: Run) -> End:
+    """The loop; says how it came to its end."""
     config, engine, note = run.config, run.engine, run.world.progress.note
     if run.done_steps >= config.train.steps:
         say(run.world, f"nothing to do: {config.run.dir} has done {run.done_steps} of {config.train.steps} steps")
-        return True
+        return "done"
     skipped, saved, health = 0, run.done_steps, Health(run)
     for step in range(run.done_steps, config.train.steps):
         started = time.perf_counter()
@@ -133,6 +139,8 @@ def train(run: Run) -> bool:
         note("journal")
         if run.journal is not None:
             run.journal.write(row)
+        if tally.dropped and config.health.spike_action == "rewind" and rewinds(run, step):
+            return "rewound"
         due = (step + 1) % config.checkpoint.every_steps == 0 and not skipped  # a sick run replaces no good checkpoint
         if (last or due) and save(run, step + 1, must=last):
             saved = step + 1
@@ -140,7 +148,7 @@ def train(run: Run) -> bool:
             return stop(run, step + 1, saved)
     run.events.add("end", config.train.steps, f"done: {config.train.steps} steps in {config.run.dir}\n"
                    f"next: python tools/sweep_budgets.py {config.run.dir}")  # fmt: skip
-    return True
+    return "done"
 
 
 def told_to_stop(run: Run) -> bool:
@@ -148,14 +156,14 @@ def told_to_stop(run: Run) -> bool:
     return any_rank(run.stop.received)
 
 
-def stop(run: Run, done_steps: int, saved: int) -> bool:
+def stop(run: Run, done_steps: int, saved: int) -> End:
     """Leaves the loop with what `done_steps` whole updates have made: a part of the next one is dropped, and its
     samples are read again."""
     if done_steps > saved:
         save(run, done_steps, must=True)
     text = f"stopped by a signal after step {done_steps}; the same command continues from there"
     run.events.add("stop", done_steps, text)
-    return False
+    return "stopped"
 
 
 def step_budgets(config: Config, step: int, micro_steps: int) -> list[int]:

@@ -27,7 +27,7 @@ BASE = (
 STEPS = 12
 
 Leg = tuple[Mesh, int, int]
-"""A mesh, a ZeRO stage, and the step after which to leave it: between the two micro-steps of the next."""
+"""A mesh, a ZeRO stage, and the step after which to leave it."""
 
 
 def configured(make: Make, leg: Leg, *overrides: str) -> Config:
@@ -56,7 +56,7 @@ def train_legs(legs: list[tuple[Config, int]]) -> None:
             world = join_world(config)
             Path(config.run.dir).mkdir(exist_ok=True, parents=True)
             run = set_up(config, open_dataset(config), world)
-            run.stop = StopAfter((step - run.done_steps) * run.engine.micro_steps + 1)  # type: ignore[assignment]
+            run.stop = StopAfter((step - run.done_steps) * run.engine.micro_steps)  # type: ignore[assignment]
             train(run)
             if run.journal is not None:
                 run.journal.close()

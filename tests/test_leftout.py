@@ -89,12 +89,13 @@ def test_a_spike_rewinds_the_run(small_config: Make, tmp_path: Path, monkeypatch
 
     never = small_config(*same, f"run.dir={tmp_path / 'never'}")
     Path(never.run.dir).mkdir()
-    leave_out(Path(never.run.dir), LeftOut(40, 5))  # as if it had always been so
+    left_out = (LeftOut(40, 5),)
+    leave_out(Path(never.run.dir), *left_out)  # as if it had always been so
     train_with_noise(never, monkeypatch)
     assert [row["loss"] for row in read_rows(Path(never.run.dir))] == [row["loss"] for row in rows]
     size = rewound.train.batch_sequences
-    assert samples_of_update(rewound, 41, ((40, 5),)) == range(45 * size, 46 * size)
-    found = [sample.update for sample in read_samples(rewound, [39 * size, 42 * size, 45 * size], ((40, 5),))]
+    assert samples_of_update(rewound, 41, left_out) == range(45 * size, 46 * size)
+    found = [sample.update for sample in read_samples(rewound, [39 * size, 42 * size, 45 * size], left_out)]
     assert found == [40, None, 41]
     assert rows[-1]["epochs"] == pytest.approx({name: 55 / 50 * count for name, count in epochs_of(never).items()})
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megassm.rows import read_rows
-from tests.conftest import SMALL, run_python
+from tests.conftest import HYBRID, SMALL, run_python
 
 LAUNCH = """
 import sys
@@ -36,7 +36,7 @@ def losses(run_dir: Path) -> list[float]:
 
 def train(run_dir: Path, data_path: Path, mode: str, first: str = "", **environment: str) -> str:
     """Trains what the fixture `trained` did, after the code `first`; returns what was said on stderr."""
-    own = (f"run.dir={run_dir}", f"data.path={data_path}", "model.pattern=SA", "train.steps=12",
+    own = (f"run.dir={run_dir}", f"data.path={data_path}", *HYBRID, "train.steps=12",
            "data.isolate_documents=true", f"log.wandb={mode}")  # fmt: skip
     home = str(run_dir.parent)  # no key there
     arguments = ("-c", first + LAUNCH, "--config", "configs/tiny.yaml", *SMALL, *own)

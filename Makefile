@@ -23,7 +23,8 @@ demo: setup
 	$(BIN)/python tools/demo.py $(DEMO_OPTIONS)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not ranks' --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ranks
 
 lint: setup
 	$(BIN)/ruff check .

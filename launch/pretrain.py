@@ -1,8 +1,9 @@
 """Pretrains a model: `deepspeed launch/pretrain.py --config configs/tiny.yaml [section.key=value ...]`.
 
-Starts in the same way under `deepspeed`, under `torchrun`, and as plain `python` (one process). The configuration and
-the data's index are checked before torch is imported: a refusal takes less than a second. Exit codes: 0 done, or
-stopped by a signal after saving; 1 refused or failed; 2 the configuration or the command line is wrong.
+Starts in the same way under `deepspeed`, `torchrun`, `srun` (see launch/slurm.py), and as plain `python` (one process).
+The configuration and the data's index are checked before torch is imported: a refusal takes less than a second. Exit
+codes: 0 done; 75 told to stop (SIGTERM, SIGUSR1), and saved; 1 refused or failed; 2 the configuration or the command
+line is wrong.
 
 `python launch/pretrain.py --config X.yaml --dry-run --world-size 512` checks a job of that size, and starts nothing.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import NoReturn
 
 from megassm.cli import Parser, positive, run_tool
 from megassm.configfile import load_config_or_exit, world_size_from_environment
+from megassm.slurm import rank_environment
+from megassm.stop import leave_when_told
 
 
 def parse() -> argparse.Namespace:
@@ -47,10 +51,12 @@ def dry_run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    os.environ |= rank_environment(os.environ)
     arguments = parse()
     if arguments.dry_run:
         dry_run(arguments)
         return
+    leave_when_told()
     config = load_config_or_exit(arguments.config, arguments.overrides)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one message of ours, not pages of frames
     # imported one after another, so that what is wrong early is refused early
@@ -70,8 +76,9 @@ def leave(code: int) -> NoReturn:
     """Ends the process without the interpreter's own end, where now and then a thread of torch's aborts a finished rank
     (2 of 40 starts of two ranks under torchrun)."""
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a full disk behind a log is no failure of the run
+            stream.flush()
     os._exit(code)
 
 

@@ -10,7 +10,8 @@ parameters among themselves and each writes its own two files. So a run continue
 needs one process. Everything else of a run is a pure function of the step.
 
 A checkpoint is written under a hidden name, gets its manifest when every rank's files are on disk, and is then
-renamed: it is complete or it does not exist.
+renamed: it is complete or it does not exist. The hidden name is the start's own (see `megassm.fence`), and the next
+start removes it: what older ranks may still write can then not be published.
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ from megassm.cli import refusal_text
 from megassm.config import Config
 from megassm.durable import sync, write_atomically
 from megassm.errors import UserError
+from megassm.fence import Fence
 from megassm.model import LanguageModel, parameter_shapes
 from megassm.parallel.engine import Engine
 from megassm.parallel.state import KINDS, MOMENTS, Kind
-from megassm.parallel.world import barrier, gather_texts
-from megassm.rundir import CHECKPOINTS
+from megassm.parallel.world import gather_texts
+from megassm.room import pinned, shortage
+from megassm.rundir import CHECKPOINTS, clear_partial
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -120,24 +123,33 @@ def checkpoints_folder(run_dir: Path) -> Path:
     return run_dir / CHECKPOINTS
 
 
-def save_checkpoint(engine: Engine, config: Config, step: int, data_fingerprint: str) -> str | None:
+def save_checkpoint(engine: Engine, config: Config, step: int, data_fingerprint: str, fence: Fence) -> str | None:
     """Writes, publishes and rotates; every rank must call it. `step` updates are done.
 
     Returns:
         None, or why there is no new checkpoint (a full disk); what was there is untouched.
+
+    Raises:
+        SupersededError: on rank 0, where a newer start of the run has taken over.
     """
     folder = checkpoints_folder(Path(config.run.dir))
-    partial = folder / f".partial-{folder_name(step)}"
+    partial = folder / f".partial-{folder_name(step)}-{fence.number:04d}"
     world = engine.world
     world.progress.note("checkpoint, beginning")
     if world.is_main:
-        _begin(partial)
-    barrier()
+        fence.check()
+        clear_partial(Path(config.run.dir))
+        with contextlib.suppress(OSError):  # what fails here fails in writing too
+            partial.mkdir(parents=True)
+    if failure := gather_texts(shortage(folder, config) if world.is_main else "")[0]:
+        shutil.rmtree(partial, ignore_errors=True)
+        return failure
     shares = [json.loads(text) for text in gather_texts(json.dumps(_write_share(engine, partial)))]
     world.progress.note("checkpoint, publication")
     failure = next((f"rank {rank}: {share}" for rank, share in enumerate(shares) if isinstance(share, str)), "")
     if world.is_main and not failure:
         files = {name: facts for share in shares for name, facts in share.items()}
+        fence.check()
         try:
             _publish(partial, folder / folder_name(step), _manifest(engine, config, step, data_fingerprint, files))
             _rotate(folder, config.checkpoint.keep, newest=step)
@@ -146,14 +158,6 @@ def save_checkpoint(engine: Engine, config: Config, step: int, data_fingerprint:
     if world.is_main and failure:
         shutil.rmtree(partial, ignore_errors=True)
     return gather_texts(failure)[0] or None
-
-
-def _begin(partial: Path) -> None:
-    """An empty folder to write; without what saves that were killed have left. What fails here fails in writing too."""
-    for remains in partial.parent.glob(".partial-*"):
-        shutil.rmtree(remains, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        partial.mkdir(parents=True)
 
 
 def _write_share(engine: Engine, partial: Path) -> dict[str, list[int]] | str:
@@ -328,11 +332,11 @@ def _crc32(path: Path) -> int:
 
 
 def _rotate(folder: Path, keep: int, newest: int) -> None:
-    """Removes the oldest complete checkpoints up to step `newest`; what is damaged or beyond it is left alone."""
-    complete = []
+    """Removes the oldest complete checkpoints up to step `newest`; what is damaged, pinned or beyond it stays."""
+    complete, kept = [], pinned(folder)
     for path in sorted(folder.glob("step-*")):
         with contextlib.suppress(UserError):
-            if read_checkpoint(path).manifest.step <= newest:
+            if path not in kept and read_checkpoint(path).manifest.step <= newest:
                 complete.append(path)
     for old in complete[:-keep]:
         (old / MANIFEST).unlink()  # first: a folder half removed must not pass for complete

@@ -6,6 +6,7 @@ Imports nothing heavy: a refusal must reach the user in under a second.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -13,11 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from megassm.errors import UserError
 
 OTHER_RANKS_WAIT_S = 2.0
+STOPPED = 75
+"""Exit code of a job that was told to stop before its end, and has saved: "try again" (EX_TEMPFAIL)."""
 
 Row = Mapping[str, Any]
 
@@ -25,6 +28,12 @@ Row = Mapping[str, Any]
 def is_rank_zero() -> bool:
     """Whether this process speaks for the job; launchers set RANK."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def print_line(message: str, stream: TextIO | None = None) -> None:
+    """Prints a line of a long job at once; a full disk or a closed terminal behind the stream does not end the job."""
+    with contextlib.suppress(OSError):
+        print(message, file=stream or sys.stdout, flush=True)
 
 
 def refuse(message: str, code: int) -> NoReturn:

@@ -6,9 +6,10 @@ with file and line. Nothing here imports torch: a refusal costs milliseconds.
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer
 
 from megassm.urls import without_secrets
 
@@ -17,11 +18,18 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+UnitsPerChannel = Annotated[int, Field(ge=0, multiple_of=8)]
 CHUNK = 64
 """Positions that the chunked filter bank computes at a time; near its number of states, so that neither half of the
 product dominates."""
 
 Budgets = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+SigmaScale = Literal["quarter_power", "none"]
+
+
+def _as_tuple(value: object) -> object:
+    """One choice for several; a list is what JSON has."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 class Section(BaseModel):
@@ -41,6 +49,24 @@ class RunConfig(Section):
     """Exported model (tools/export.py) whose weights a new run starts from; null draws them from the seed."""
 
 
+class ElasticFfnConfig(Section):
+    """Hidden units of the feed-forward layers that come with the channels, at two rates.
+
+    The map counts units a channel, not shares of a width: a model cut to K keeps it, and so every width below K.
+    """
+
+    knee_k: PositiveInt
+    """Budget up to which the first rate holds."""
+    below: UnitsPerChannel
+    """Hidden units that each channel up to knee_k brings; a multiple of 8, so that widths suit matrix products."""
+    above: UnitsPerChannel
+    """Hidden units that each channel beyond knee_k brings; a multiple of 8."""
+
+    def units(self, k: int) -> int:
+        """What k channels bring."""
+        return self.below * min(k, self.knee_k) + self.above * max(0, k - self.knee_k)
+
+
 class ModelConfig(Section):
     """The network. Equations: `megassm.layers.spectral`."""
 
@@ -56,8 +82,8 @@ class ModelConfig(Section):
     """Training sequence length L, tokens; also the length the filters are derived for."""
     num_channels: PositiveInt = 32
     """Spectral channels K_max; every budget is K <= K_max."""
-    sigma_scale: Literal["quarter_power", "none"] = "quarter_power"
-    """Weight of channel k: sigma_k^(1/4) as in the paper, or 1."""
+    sigma_scale: Annotated[tuple[SigmaScale, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("quarter_power",)
+    """Weight of channel k: sigma_k^(1/4) as in the paper, or 1 (none); a list is tiled over the spectral layers."""
     gate: bool = True
     """Input-adaptive gate; false is the ablation with equal weights 1/K."""
     gate_rescale: bool = True
@@ -75,7 +101,9 @@ class ModelConfig(Section):
     rope_theta: Positive = 10_000.0
     """Base of the rotary position frequencies."""
     d_ffn: PositiveInt
-    """Hidden width of the gated feed-forward layer."""
+    """Hidden width of the gated feed-forward layer, at K_max."""
+    ffn_elastic: ElasticFfnConfig | None = None
+    """How many of the d_ffn units a smaller budget uses, the leading ones; null: all at every K."""
     tie_embeddings: bool = True
     """Use the embedding matrix as the output head too."""
     classes: PositiveInt | None = None
@@ -110,6 +138,26 @@ class ModelConfig(Section):
     def mixers(self) -> str:
         """One letter a layer: the pattern tiled over the depth."""
         return (self.pattern * self.n_layers)[: self.n_layers]
+
+    @property
+    def sigma_scales(self) -> tuple[SigmaScale | None, ...]:
+        """One choice a layer, None where it is attention: sigma_scale tiled over the spectral layers."""
+        choices = itertools.cycle(self.sigma_scale)
+        return tuple(next(choices) if mixer == "S" else None for mixer in self.mixers)
+
+    def ffn_width(self, k: int) -> int:
+        """Hidden units of a feed-forward layer that budget k uses."""
+        if self.ffn_elastic is None:
+            return self.d_ffn
+        return self.d_ffn - self.ffn_elastic.units(self.num_channels) + self.ffn_elastic.units(k)
+
+    def cut(self, k: int) -> ModelConfig:
+        """The model that is left of this one at budget k."""
+        return self.model_copy(update={"num_channels": k, "d_ffn": self.ffn_width(k)})
+
+    @field_serializer("sigma_scale")
+    def _one_sigma_scale_as_itself(self, scales: tuple[SigmaScale, ...]) -> SigmaScale | tuple[SigmaScale, ...]:
+        return scales[0] if len(scales) == 1 else scales
 
 
 class BudgetConfig(Section):
@@ -249,6 +297,18 @@ class CheckpointConfig(Section):
     """Complete checkpoints kept; older ones are removed."""
 
 
+class HealthConfig(Section):
+    """What is watched while training, and what follows from it. What happened is in events.jsonl."""
+
+    spike_z: Positive | None = 8.0
+    """A loss that is so many robust standard deviations above what is expected is a spike; null looks for none."""
+    spike_action: Literal["report", "skip", "rewind"] = "report"
+    """A spike is reported and keeps the checkpoint before it; skip: its batch changes no weight either; rewind: the run
+    goes back to that checkpoint, and on with the batches after the spike."""
+    max_failures: PositiveInt | None = 3
+    """Jobs in a row that may fail at the same step before the next one is refused; null: any number."""
+
+
 class EvalConfig(Section):
     """Validation over budgets while training."""
 
@@ -284,6 +344,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
 

@@ -265,6 +265,8 @@ def _rule(problem: Mapping[str, Any]) -> str:
             return f"greater than {context['gt']}"
         case "less_than_equal":
             return f"at most {context['le']}"
+        case "multiple_of":
+            return f"a multiple of {context['multiple_of']}"
         case "string_pattern_mismatch":
             return f"text of the form {context['pattern']}"
         case _:

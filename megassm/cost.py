@@ -8,13 +8,15 @@ parameters, and its cost belongs to the algorithm that computes it, not to the m
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from megassm.config import Config, ModelConfig
 
 FLOAT32 = 4
 TOKEN_ID = 8
 REDUCE_BUCKET = 500_000_000
+
+LayerKind = Literal["spectral mixer", "attention", "feed-forward", "norm", "embedding", "head and loss"]
 
 PEAK_TFLOPS = {
     # dense bf16 matrix products, the vendors' data sheets
@@ -41,7 +43,7 @@ def mixer_parameters(config: ModelConfig, mixer: str, k: int) -> int:
 def parameters(config: ModelConfig, k: int) -> int:
     """Parameters of the model cut to k channels."""
     d = config.d_model
-    block = 2 * d + 3 * d * config.d_ffn
+    block = 2 * d + 3 * d * config.ffn_width(k)
     mixers = sum(mixer_parameters(config, mixer, k) for mixer in config.mixers)
     embeddings = (config.vocab_size + (config.outputs if config.has_head else 0)) * d
     return embeddings + mixers + config.n_layers * block + d
@@ -67,18 +69,26 @@ def reduce_bucket_numbers(config: Config) -> int:
 
 def forward_flops_per_token(config: ModelConfig, k: int, seq_len: int) -> float:
     """Model FLOPs of a forward pass at budget k, a token, in sequences of `seq_len` tokens."""
+    return sum(forward_flops_by_kind(config, k, seq_len).values())
+
+
+def forward_flops_by_kind(config: ModelConfig, k: int, seq_len: int) -> dict[LayerKind, float]:
+    """`forward_flops_per_token`, all layers of a kind together; norms and the embedding have none."""
     d = config.d_model
     window = min(config.window or seq_len, seq_len)
     visible = window - window * (window - 1) / (2 * seq_len)  # positions a query sees, on average
-    total = config.n_layers * 6.0 * d * config.d_ffn
-    total += 2.0 * d * config.outputs / (1 if config.classes is None else seq_len)  # classes: once a sequence
-    for mixer in config.mixers:
-        if mixer == "A":
-            total += 2.0 * mixer_parameters(config, mixer, k) + 4.0 * d * visible
-        else:
-            hidden = max(1, d // 2)
-            total += 2.0 * (k + 1) * d * d + (2.0 * hidden * (d + k) if config.gate else 0.0)
-    return total
+    hidden = max(1, d // 2)
+    spectral = 2.0 * (k + 1) * d * d + (2.0 * hidden * (d + k) if config.gate else 0.0)
+    attention = 2.0 * mixer_parameters(config, "A", k) + 4.0 * d * visible
+    predictions = 1.0 if config.classes is None else 1.0 / seq_len  # a class: once a sequence
+    return {
+        "spectral mixer": config.mixers.count("S") * spectral,
+        "attention": config.mixers.count("A") * attention,
+        "feed-forward": config.n_layers * 6.0 * d * config.ffn_width(k),
+        "norm": 0.0,
+        "embedding": 0.0,
+        "head and loss": 2.0 * d * config.outputs * predictions,
+    }
 
 
 def filterbank_flops_per_token(config: ModelConfig, k: int, work: Workload, backward: bool = False) -> float:
@@ -165,8 +175,8 @@ class Workload(NamedTuple):
 def activation_bytes(config: ModelConfig, k: int, work: Workload, recompute: bool = False) -> int:
     """Bytes that autograd keeps from the forward pass to the backward pass at budget k, the loss included.
 
-    What torch keeps on a CPU; CUDA's fused norm keeps less. K enters through 12 bytes a position of gate weights and
-    the filters' matrices, which do not grow with the batch: no feature is kept.
+    What torch keeps on a CPU; CUDA's fused norm keeps less. K enters through 12 bytes a position of gate weights, the
+    filters' matrices, which do not grow with the batch, and an elastic feed-forward width: no feature is kept.
     """
     n, head = work.number_bytes, _head_bytes(config, work)
     ids = TOKEN_ID * work.batch * (2 * work.length + 1)  # the targets once more, without their row's first
@@ -183,13 +193,12 @@ def layer_activation_bytes(config: ModelConfig, mixer: str, k: int, work: Worklo
     """Of `activation_bytes`, what one block with the mixer "S" or "A" keeps."""
     norm = work.positions * _norm_bytes(config.d_model, work.number_bytes)
     mixing = _attention_bytes(config, work) if mixer == "A" else _spectral_bytes(config, k, work)
-    return norm + mixing + _feed_forward_bytes(config, work)
+    return norm + mixing + _feed_forward_bytes(config, k, work)
 
 
-def _feed_forward_bytes(config: ModelConfig, work: Workload) -> int:
-    return work.positions * (
-        _norm_bytes(config.d_model, work.number_bytes) + 4 * work.number_bytes * work.share(config.d_ffn)
-    )
+def _feed_forward_bytes(config: ModelConfig, k: int, work: Workload) -> int:
+    hidden = 4 * work.number_bytes * work.share(config.ffn_width(k))
+    return work.positions * (_norm_bytes(config.d_model, work.number_bytes) + hidden)
 
 
 def _head_bytes(config: ModelConfig, work: Workload) -> int:
@@ -253,7 +262,7 @@ def peak_activation_bytes(
     logits = _predictions(config, work) * work.share(config.outputs)
     peaks = [
         kept + logits * (2 * FLOAT32 if n == FLOAT32 else n + 2 * FLOAT32),
-        rest + work.positions * n * (2 * work.share(config.d_ffn) + d),
+        rest + work.positions * n * (2 * work.share(config.ffn_width(k)) + d),
     ]
     if mixer == "S":
         one = work.chunked_positions * work.share(d) * n
@@ -263,5 +272,5 @@ def peak_activation_bytes(
         sums = inputs + work.positions * (
             3 * d * n + FLOAT32 * k
         )  # gradients of input, output, both paths around, gate
-        peaks.append(rest - _feed_forward_bytes(config, work) + 2 * group + rows + sums)
+        peaks.append(rest - _feed_forward_bytes(config, k, work) + 2 * group + rows + sums)
     return max(peaks)

@@ -105,7 +105,7 @@ def resized(config: ModelConfig, k: int, seq_len: int) -> ModelConfig:
         raise UserError(f"K = {k}: must be between 1 and this model's K_max = {config.num_channels}")
     if seq_len < k:
         raise UserError(f"--seq-len {seq_len}: must be at least K = {k}: there are no more filters than positions")
-    return config.model_copy(update={"num_channels": k, "seq_len": seq_len})
+    return config.cut(k).model_copy(update={"seq_len": seq_len})
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from megassm.config import Config
-from megassm.plan import Cluster, Filters, Plan, mean_budget, plan_run
+from megassm.plan import Cluster, Filters, Plan, budget_shares, plan_run
 from megassm.rules import violations
 
 
@@ -15,8 +15,8 @@ def fitting_plans(config: Config, cluster: Cluster, filters: Filters) -> list[Pl
 
     The model, the global batch and the precision stay; tensor groups stay inside a node.
     """
-    mean_k = mean_budget(config)
-    plans = (plan_run(candidate, cluster, filters, mean_k) for candidate in candidates(config, cluster))
+    shares = budget_shares(config)
+    plans = (plan_run(candidate, cluster, filters, shares) for candidate in candidates(config, cluster))
     fitting = [plan for plan in plans if plan.fits(cluster)]
     return sorted(fitting, key=lambda plan: (plan.mean_seconds, plan.total_bytes))
 

@@ -14,10 +14,12 @@ from megassm.data.transport import DataCounters, total_counters
 from megassm.errors import UserError
 from megassm.eval.score import Score
 from megassm.metrics import peak_memory_bytes
+from megassm.parallel.phases import COMPUTE
 from megassm.parallel.world import gather_rows
-from megassm.run import Run, say
+from megassm.run import Run
 
 COUNTERS = len(fields(DataCounters))
+BUDGETS_END = -COUNTERS - len(COMPUTE)
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Tally:
     text_bytes: int = 0
     data_wait_s: float = 0.0
     sample_ids: list[int] = field(default_factory=list)
+    dropped: bool = False
 
 
 @dataclass
@@ -40,6 +43,10 @@ class Totals:
     data: DataCounters
     peak_memory_bytes: int
     stop: bool
+    seconds_RP: list[list[float]]
+    """By rank and phase, what each did itself (`megassm.parallel.phases.COMPUTE`)."""
+    dropped: bool
+    """The loss was a spike, and health.spike_action is not report."""
 
     @property
     def finite(self) -> bool:
@@ -54,7 +61,9 @@ def agree(run: Run, step: int, budgets: list[int], tally: Tally, grad_norm: floa
     """
     mine = [tally.nll.item(), tally.tokens, tally.text_bytes, grad_norm, tally.data_wait_s]
     mine += [peak_memory_bytes(run.world.device), run.stop.received]
-    mine += [run.start_digest, sample_digest(tally.sample_ids), *budgets, *astuple(run.stream.meter.take())]
+    phases = run.world.progress.phases()
+    mine += [run.start_digest, sample_digest(tally.sample_ids), *budgets]
+    mine += [*(phases[name] for name in COMPUTE), *astuple(run.stream.meter.take())]
     rows = gather_rows(mine)
     check_agreement(run, step, rows)
     norm = max((row[3] for row in rows), key=lambda norm: (not math.isfinite(norm), norm))
@@ -62,11 +71,12 @@ def agree(run: Run, step: int, budgets: list[int], tally: Tally, grad_norm: floa
     # tensor ranks, which are neighbours, count the same tokens
     score = Score.total(row[:3] for row in rows[:: run.world.mesh.tensor])
     data = replace(total_counters([row[-COUNTERS:] for row in rows]), data_wait_s=wait)
-    return Totals(score, norm, data, int(memory), bool(stop))
+    seconds_RP = [row[BUDGETS_END:-COUNTERS] for row in rows]
+    return Totals(score, norm, data, int(memory), bool(stop), seconds_RP, tally.dropped)
 
 
 def check_agreement(run: Run, step: int, rows: list[list[float]]) -> None:
-    """Every rank's start-up, samples and budgets (columns 7, 8, 9.. up to the counters) are what they must be.
+    """Every rank's start-up, samples and budgets (columns 7, 8, 9.. up to the phases) are what they must be.
 
     Raises:
         UserError: naming the ranks and their values.
@@ -75,7 +85,7 @@ def check_agreement(run: Run, step: int, rows: list[list[float]]) -> None:
     def per_rank(values: Iterable[float]) -> str:
         return ", ".join(f"rank {rank}: {int(value)}" for rank, value in enumerate(values))
 
-    for micro_step, drawn in enumerate(zip(*(row[9:-COUNTERS] for row in rows), strict=True)):
+    for micro_step, drawn in enumerate(zip(*(row[9:BUDGETS_END] for row in rows), strict=True)):
         if min(drawn) != max(drawn):
             raise UserError(
                 f"step {step + 1}, micro-step {micro_step}: the ranks drew different budgets K ({per_rank(drawn)}). "
@@ -86,13 +96,14 @@ def check_agreement(run: Run, step: int, rows: list[list[float]]) -> None:
             f"step {step + 1}: the ranks were started differently; digests of configuration, data and version are "
             f"{per_rank(row[7] for row in rows)}. Start all ranks with the same --config, overrides and version"
         )
-    mesh, batch = run.world.mesh, run.config.train.batch_sequences
+    mesh = run.world.mesh
     readers = mesh.sequence * mesh.tensor
-    expected = sample_digest(range(step * batch, (step + 1) * batch))
+    first, last = run.sample_range(step)
+    expected = sample_digest(range(first, last + 1))
     within = all(row[8] == rows[rank // readers * readers][8] for rank, row in enumerate(rows))
     if not within or sum(row[8] for row in rows[::readers]) % DIGEST_RANGE != expected:
         raise UserError(
-            f"step {step + 1}: the ranks did not read samples {step * batch}..{(step + 1) * batch - 1} once each; "
+            f"step {step + 1}: the ranks did not read samples {first}..{last} once each; "
             f"digests of what they read are {per_rank(row[8] for row in rows)}. This is a fault of megassm"
         )
 
@@ -107,7 +118,7 @@ def sample_digest(sample_ids: Iterable[int]) -> int:
 
 
 def report_skip(run: Run, step: int, totals: Totals, in_a_row: int) -> None:
-    """Names what was in the batch of an update that was dropped.
+    """Names what was in the batch of an update that was dropped; of a loss spike `megassm.health` has told.
 
     Raises:
         UserError: `train.max_skipped` in a row.
@@ -117,7 +128,8 @@ def report_skip(run: Run, step: int, totals: Totals, in_a_row: int) -> None:
         f"step {step + 1}: the loss is {totals.score.loss:g}, the gradient norm {totals.grad_norm:g}: samples "
         f"{step * batch}..{(step + 1) * batch - 1} changed no weight"
     )
-    say(run.world, f"warning: {what} ({in_a_row} in a row)")
+    if not totals.dropped:
+        run.events.add("non-finite", step + 1, f"{what} ({in_a_row} in a row)", samples=run.sample_range(step))
     if in_a_row >= run.config.train.max_skipped:
         raise UserError(
             f"{what}, the last of train.max_skipped = {in_a_row} in a row: training diverged. Lower optim.lr, or "

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from megassm.config import ModelConfig
+from megassm.config import ModelConfig, SigmaScale
 from megassm.errors import UserError
 from megassm.layers.attention import Attention, KeyValueCache, attention_mask, rope_tables
 from megassm.layers.context import Context
@@ -54,37 +54,37 @@ class Distillation(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x))."""
+    """x + mixer(norm(x)), then x + ffn(norm(x)); a `sigma_scale` of None makes the mixer attention."""
 
-    def __init__(self, config: ModelConfig, mixer: str) -> None:
+    def __init__(self, config: ModelConfig, sigma_scale: SigmaScale | None) -> None:
         super().__init__()
         d_model = config.d_model
         self.mixer_norm = nn.RMSNorm(d_model, eps=config.norm_eps)
         self.mixer: Any = (
-            SpectralMixer(d_model, config.num_channels, config.gate, config.gate_rescale)
-            if mixer == "S"
-            else Attention(d_model, config.n_heads, config.kv_heads, config.window)
+            Attention(d_model, config.n_heads, config.kv_heads, config.window)
+            if sigma_scale is None
+            else SpectralMixer(d_model, config.num_channels, config.gate, config.gate_rescale, sigma_scale)
         )
         self.ffn_norm = nn.RMSNorm(d_model, eps=config.norm_eps)
-        self.ffn = FeedForward(d_model, config.d_ffn)
+        self.ffn = FeedForward(d_model, config.d_ffn, config.ffn_width)
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         x_BLD = x_BLD + self.mixer(self.mixer_norm(x_BLD), context)
-        return self._feed_forward(x_BLD)
+        return self._feed_forward(x_BLD, context)
 
     def prefill(self, x_BLD: Tensor, context: Context) -> tuple[Tensor, LayerState]:
         """(the block's output, the state after the last position)."""
         u_BLD = self.mixer_norm(x_BLD)
         state = self.mixer.final_state(u_BLD, context)
-        return self._feed_forward(x_BLD + self.mixer(u_BLD, context)), state
+        return self._feed_forward(x_BLD + self.mixer(u_BLD, context), context), state
 
     def step(self, x_BD: Tensor, state: LayerState, context: Context) -> tuple[Tensor, LayerState]:
         """(the block's output at one position, the state after it)."""
         y_BD, state = self.mixer.step(self.mixer_norm(x_BD), state, context)
-        return self._feed_forward(x_BD + y_BD), state
+        return self._feed_forward(x_BD + y_BD, context), state
 
-    def _feed_forward(self, x_BLD: Tensor) -> Tensor:
-        out_BLD: Tensor = x_BLD + self.ffn(self.ffn_norm(x_BLD))
+    def _feed_forward(self, x_BLD: Tensor, context: Context) -> Tensor:
+        out_BLD: Tensor = x_BLD + self.ffn(self.ffn_norm(x_BLD), context.k)
         return out_BLD
 
 
@@ -103,13 +103,11 @@ class LanguageModel(nn.Module):
         self.config = config
         self.recompute = recompute
         self.embedding_VD = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
+        self.blocks = nn.ModuleList(Block(config, sigma_scale) for sigma_scale in config.sigma_scales)
         self.head_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head_VD = nn.Parameter(torch.empty(config.outputs, config.d_model)) if config.has_head else None
         self.filterbank = (
-            FilterBank(config.seq_len, config.num_channels, config.sigma_scale, config.filterbank)
-            if "S" in config.mixers
-            else None
+            FilterBank(config.seq_len, config.num_channels, config.filterbank) if "S" in config.mixers else None
         )
 
     def forward(
@@ -157,14 +155,15 @@ class LanguageModel(nn.Module):
         targets_BL: Tensor,
         also: Distillation | Literal["hits"] | None,
     ) -> Tensor:
-        losses_BL = self.token_losses(x_BLD, targets_BL)
+        logits_BLV = self.trained_logits(x_BLD)
+        losses_BL = self.token_losses(logits_BLV, targets_BL)
         if also is None:
             return losses_BL
         if also == "hits":
-            return torch.stack((losses_BL, self.hits(x_BLD, targets_BL)))
+            return torch.stack((losses_BL, self.hits(logits_BLV, targets_BL)))
         with torch.no_grad():
-            teacher_BLD = self._hidden(ids_BL, context._replace(k=also.teacher_k))
-        return torch.stack((losses_BL, self.divergences(x_BLD, teacher_BLD, also.temperature)))
+            teacher_BLV = self.logits(self._hidden(ids_BL, context._replace(k=also.teacher_k)))
+        return torch.stack((losses_BL, self.divergences(logits_BLV, teacher_BLV, also.temperature)))
 
     def features(self, ids_BL: Tensor, k: int) -> Tensor:
         """The normed output of the last block (B, L, D): for who wants logits at some positions only."""
@@ -190,23 +189,25 @@ class LanguageModel(nn.Module):
         """Of the normed output of the last block."""
         return F.linear(x, self.embedding_VD if self.head_VD is None else self.head_VD)
 
-    def token_losses(self, x_BLD: Tensor, targets_BL: Tensor) -> Tensor:
+    def trained_logits(self, x_BLD: Tensor) -> Tensor:
+        """`logits` that are trained; a split model's are a part of them, of which both losses are computed."""
+        return self.logits(x_BLD)
+
+    def token_losses(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
         """Negative log-likelihood in nats, float32."""
-        logits_NV = self.logits(x_BLD).flatten(0, 1).float()
+        logits_NV = logits_BLV.flatten(0, 1).float()
         return F.cross_entropy(logits_NV, targets_BL.flatten(), reduction="none").view_as(targets_BL)
 
-    def hits(self, x_BLD: Tensor, targets_BL: Tensor) -> Tensor:
+    def hits(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
         """1 where the target is the most likely of all, 0 where it is not, float32; n equals share the one."""
-        logits_BLV = self.logits(x_BLD)
         best_BLV = logits_BLV == logits_BLV.amax(-1, keepdim=True)
         hit_BL1 = best_BLV.gather(-1, targets_BL[..., None])
         return hit_BL1[..., 0].float() / best_BLV.sum(-1)
 
-    def divergences(self, x_BLD: Tensor, teacher_BLD: Tensor, temperature: float) -> Tensor:
+    def divergences(self, logits_BLV: Tensor, teacher_BLV: Tensor, temperature: float) -> Tensor:
         """T^2 KL(teacher || student) of the predictions at temperature T, (B, L) float32 (arXiv 1503.02531)."""
-        student_BLV = (self.logits(x_BLD).float() / temperature).log_softmax(-1)
-        with torch.no_grad():
-            teacher_BLV = (self.logits(teacher_BLD).float() / temperature).log_softmax(-1)
+        student_BLV = (logits_BLV.float() / temperature).log_softmax(-1)
+        teacher_BLV = (teacher_BLV.float() / temperature).log_softmax(-1)
         return temperature**2 * (teacher_BLV.exp() * (teacher_BLV - student_BLV)).sum(-1)
 
     @torch.no_grad()
@@ -319,12 +320,11 @@ def truncate(model: LanguageModel, k: int) -> LanguageModel:
     """
     if not 1 <= k <= model.config.num_channels:
         raise UserError(f"K = {k}: must be between 1 and this model's K_max = {model.config.num_channels}")
-    small = LanguageModel(model.config.model_copy(update={"num_channels": k}), model.recompute)
+    small = LanguageModel(model.config.cut(k), model.recompute)
     small.to(device=model.embedding_VD.device, dtype=model.embedding_VD.dtype)
     source = dict(model.named_parameters())
     for name, parameter in small.named_parameters():
-        whole = source[name]
-        parameter.copy_(whole if whole.shape == parameter.shape else whole[:k])
+        parameter.copy_(source[name][tuple(map(slice, parameter.shape))])
     if small.filterbank is not None and model.filterbank is not None:
         small.filterbank.take(model.filterbank)
     return small

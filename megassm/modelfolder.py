@@ -12,7 +12,7 @@ The filters are not in it: they are derived from model.seq_len and model.num_cha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,5 +161,5 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def _shape(shapes: dict[str, torch.Size], name: str) -> str:
+def _shape(shapes: Mapping[str, torch.Size], name: str) -> str:
     return str(tuple(shapes[name])) if name in shapes else "absent"

@@ -17,6 +17,7 @@ Times are compute and messages one after another, as DeepSpeed runs them; stage 
 
 from __future__ import annotations
 
+from collections import Counter
 from math import gcd
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ KEPT_GATHERED = 550_000_000
 """Weights that ZeRO-3 keeps gathered between forward and backward: half of DeepSpeed's stage3_max_reuse_distance, for
 each is passed twice, and its prefetch bucket. Read, not measured."""
 DRAWS = 1000
-"""Updates over which the mean budget is taken."""
+"""Updates over which budgets are counted."""
 
 
 class Cluster(NamedTuple):
@@ -111,7 +112,7 @@ def filters_of(config: Config) -> Filters:
     model = config.model
     if "S" not in model.mixers:
         return Filters(CHUNK, 0, 0)
-    bank = FilterBank(model.seq_len, model.num_channels, model.sigma_scale, model.filterbank)
+    bank = FilterBank(model.seq_len, model.num_channels, model.filterbank)
     bank.reset()
     table_bytes = sum(table.nbytes for table in bank.buffers())
     if bank.way(model.seq_len) == "chunked":
@@ -119,14 +120,13 @@ def filters_of(config: Config) -> Filters:
     return Filters(model.seq_len, 0, table_bytes)
 
 
-def plan_run(config: Config, cluster: Cluster, filters: Filters, mean_k: float | None = None) -> Plan:
-    """The plan of a configuration without violations; `mean_k` is `mean_budget(config)` where it is known already."""
+def plan_run(config: Config, cluster: Cluster, filters: Filters, shares: dict[int, float] | None = None) -> Plan:
+    """The plan of a configuration without violations; `shares` is `budget_shares(config)` where it is known already."""
     mesh = mesh_of(config, cluster.size)
     sent = bytes_sent(config, mesh, filters)
     budgets = planned_budgets(config)
-    low, high = (rank_flops_per_token(config, mesh, k, filters) for k in (1, config.model.num_channels))
-    mean_k = mean_budget(config) if mean_k is None else mean_k
-    mean = low + (high - low) * (mean_k - 1) / max(1, config.model.num_channels - 1)  # FLOPs are affine in K
+    shares = shares or budget_shares(config)
+    mean = sum(share * rank_flops_per_token(config, mesh, k, filters) for k, share in shares.items())
 
     def seconds(flops_per_token: float) -> float:
         return step_seconds(config, mesh, cluster, flops_per_token, sent)
@@ -147,10 +147,11 @@ def planned_budgets(config: Config) -> list[int]:
     return sorted({k for k in (*config.budget.budgets, *config.eval.budgets, k_max) if k <= k_max})
 
 
-def mean_budget(config: Config) -> float:
-    """Of the updates that follow those at full budget."""
+def budget_shares(config: Config) -> dict[int, float]:
+    """The part of the updates that each K has, after those at full budget."""
     first = config.full_budget_steps()
-    return sum(budget_at(config, first + step, 0) for step in range(DRAWS)) / DRAWS
+    drawn = Counter(budget_at(config, first + step, 0) for step in range(DRAWS))
+    return {k: count / DRAWS for k, count in drawn.items()}
 
 
 def workload(config: Config, mesh: Mesh, filters: Filters) -> Workload:

@@ -21,6 +21,8 @@ def violations(config: Config, world_size: int) -> Iterator[Violation]:
     yield from _budget_violations(config)
     yield from _schedule_violations(config)
     yield from _data_violations(config.data)
+    if config.health.spike_action != "report" and config.health.spike_z is None:
+        yield Violation(("health.spike_action", "health.spike_z"), "report where health.spike_z is null")
     yield from _rank_violations(config, world_size)
 
 
@@ -34,6 +36,17 @@ def _model_violations(model: ModelConfig) -> Iterator[Violation]:
         yield Violation(
             ("model.n_layers", "model.pattern"),
             f"a multiple of the pattern's length, {len(model.pattern)} for {model.pattern!r}",
+        )
+    if model.ffn_width(1) < 1:
+        yield Violation(
+            ("model.ffn_elastic", "model.d_ffn", "model.num_channels"),
+            f"such that hidden units are left at K = 1: the other channels bring {model.d_ffn - model.ffn_width(1)}, "
+            f"and model.d_ffn = {model.d_ffn} is all of them",
+        )
+    if (spectral := model.mixers.count("S")) % len(model.sigma_scale) or (len(model.sigma_scale) > 1 and not spectral):
+        yield Violation(
+            ("model.sigma_scale", "model.pattern", "model.n_layers"),
+            f"one choice, or as many as divide the model's {spectral} spectral layers",
         )
     if "A" not in model.pattern:
         return
@@ -145,6 +158,12 @@ def _split_violations(model: ModelConfig, parallel: ParallelConfig) -> Iterator[
     for name in ("d_model", "d_ffn", "vocab_size", "classes"):
         if (getattr(model, name) or tensor) < tensor:
             yield Violation((f"model.{name}", "parallel.tensor"), f"at least parallel.tensor = {tensor}")
+    if model.ffn_elastic is not None and 1 <= model.ffn_width(1) < tensor:
+        yield Violation(
+            ("model.ffn_elastic", "model.d_ffn", "model.num_channels", "parallel.tensor"),
+            f"such that each of parallel.tensor = {tensor} ranks has a hidden unit at K = 1: there are "
+            f"{model.ffn_width(1)}",
+        )
     if sequence == 1:
         return
     if model.classes is not None:

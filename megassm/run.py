@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import numpy.typing as npt
@@ -18,36 +16,22 @@ from torch import Tensor
 
 from megassm import __version__
 from megassm.checkpoint import check_identity, checkpoints_folder, newest_checkpoint, run_identity
+from megassm.cli import print_line
 from megassm.config import Config
 from megassm.cost import parameters
 from megassm.data.dataset import Dataset
+from megassm.data.leftout import batch_of, read_left_out
 from megassm.data.stream import MicroBatch, StreamPlan, TokenStream, validation_batches
 from megassm.errors import UserError
+from megassm.events import Events
+from megassm.fence import Fence, take
 from megassm.metrics import Journal, peak_flops
 from megassm.modelfolder import open_model_folder
 from megassm.parallel.engine import Engine
-from megassm.parallel.launcher import launcher_is_gone, launcher_pids
 from megassm.parallel.state import Kind
-from megassm.parallel.world import World
-from megassm.rundir import write_config
-
-
-class StopRequest:
-    """SIGTERM, SIGINT, or the launcher's end: finish the update, save, leave. A second signal acts at once."""
-
-    def __init__(self) -> None:
-        self._signalled = False
-        self._launcher = launcher_pids()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
-        signal.signal(number, signal.SIG_DFL)
-
-    @property
-    def received(self) -> bool:
-        return self._signalled or launcher_is_gone(self._launcher)
+from megassm.parallel.world import World, gather_rows, together
+from megassm.rundir import clear_partial, write_config
+from megassm.stop import StopRequest
 
 
 @dataclass
@@ -67,23 +51,34 @@ class Run:
     peak_flops: float
     start_digest: int
     stop: StopRequest
+    events: Events
+    fence: Fence
+
+    def sample_range(self, step: int) -> tuple[int, int]:
+        """First and last global sample of the batch of update `step` (from 0)."""
+        size, batch = self.config.train.batch_sequences, batch_of(self.stream.plan.left_out, step)
+        return batch * size, (batch + 1) * size - 1
 
 
 def set_up(config: Config, data: Dataset, world: World) -> Run:
     """Builds the run, and continues from its newest complete checkpoint where there is one."""
     stop = StopRequest()
+    fence = enter(Path(config.run.dir), world)
     digest = start_digest(config, data)
     asked = data.task.asked if data.task else None
     engine = Engine(config, world, data.document_end(config), start_weights(config, data, world), asked)
-    config, done_steps = resume(engine, config, data)
+    events = Events(Path(config.run.dir), world.is_main, fence)
+    config, done_steps = resume(engine, config, data, events)
     plan = stream_plan(config, world)
     stream = TokenStream(data.train, plan)
     peak, peak_source = peak_flops(config.log.peak_tflops, world.device)
     if done_steps < config.train.steps:
         if world.is_main:
+            fence.check()
             write_config(config)
             write_environment(Path(config.run.dir), world, peak, peak_source)
         introduce(config, data, world, done_steps)
+        say(world, f"MFU is of {peak / 1e12:,.4g} TFLOP/s a rank ({peak_source}), with the FLOPs of the K in use")
     place, mesh = world.place, world.mesh
     valid = validation_batches(data.valid, plan, config.eval.sequences)
     return Run(
@@ -95,12 +90,27 @@ def set_up(config: Config, data: Dataset, world: World) -> Run:
         batches=stream.batches(done_steps, config.train.steps),
         valid=[batch.span(place.sequence, mesh.sequence) for batch in valid],
         token_bytes=data.token_bytes(config.model.vocab_size),
-        journal=Journal(config, done_steps) if world.is_main else None,
+        journal=Journal(config, done_steps, fence) if world.is_main else None,
         done_steps=done_steps,
         peak_flops=peak,
         start_digest=digest,
         stop=stop,
+        events=events,
+        fence=fence,
     )
+
+
+def enter(run_dir: Path, world: World) -> Fence:
+    """Fences off every older start of the run, and what one of them may still be saving."""
+
+    def take_number() -> int:
+        number = take(run_dir).number if world.is_main else 0
+        if world.is_main:
+            clear_partial(run_dir)
+        return number
+
+    number = together(take_number)
+    return Fence(run_dir, int(gather_rows([number])[0][0]))
 
 
 def start_weights(config: Config, data: Dataset, world: World) -> Iterator[tuple[str, Tensor]] | None:
@@ -119,7 +129,7 @@ def start_weights(config: Config, data: Dataset, world: World) -> Iterator[tuple
     return weights
 
 
-def resume(engine: Engine, config: Config, data: Dataset) -> tuple[Config, int]:
+def resume(engine: Engine, config: Config, data: Dataset, events: Events) -> tuple[Config, int]:
     """Loads the newest complete checkpoint of the run, whatever mesh wrote it.
 
     Returns:
@@ -127,7 +137,7 @@ def resume(engine: Engine, config: Config, data: Dataset) -> tuple[Config, int]:
     """
     checkpoint, skipped = newest_checkpoint(Path(config.run.dir))
     for reason in skipped:
-        say(engine.world, f"passed over a checkpoint: {reason}")
+        events.add("passed over", checkpoint.manifest.step if checkpoint else 0, f"passed over a checkpoint: {reason}")
     if checkpoint is None and skipped:
         raise UserError(
             f"{config.run.dir}: has checkpoints, but none that can be continued; move them away to start from the "
@@ -152,7 +162,7 @@ def resume(engine: Engine, config: Config, data: Dataset) -> tuple[Config, int]:
 
     engine.write_state(source, manifest.updates)
     other = "" if engine.shape == manifest.mesh else f", written by {manifest.mesh} and continued by {engine.shape}"
-    say(engine.world, f"continuing after step {manifest.step} from {checkpoint.folder}{other}")
+    events.add("resume", manifest.step, f"continuing after step {manifest.step} from {checkpoint.folder}{other}")
     return with_draws(config, draws), manifest.step
 
 
@@ -169,6 +179,7 @@ def stream_plan(config: Config, world: World) -> StreamPlan:
         seed=config.run.seed,
         rank=world.place.data,
         world_size=world.mesh.data,
+        left_out=read_left_out(Path(config.run.dir)),
     )
 
 
@@ -209,4 +220,4 @@ def start_digest(config: Config, data: Dataset) -> int:
 
 def say(world: World, message: str) -> None:
     if world.is_main:
-        print(message, flush=True)
+        print_line(message)

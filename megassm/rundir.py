@@ -3,8 +3,12 @@
 RUN_DIR/config.yaml         the resolved configuration, itself valid as --config
 RUN_DIR/environment.json    versions, devices, the peak rate that utilisation is measured against
 RUN_DIR/metrics.jsonl       one object an update
+RUN_DIR/events.jsonl        what happened to the run (see `megassm.events`)
+RUN_DIR/failures.jsonl      the job that trains, and those before it that failed at its step (see `megassm.failures`)
 RUN_DIR/failure.txt         why the last job ended, where something was wrong (see `megassm.parallel.watchdog`)
 RUN_DIR/checkpoints/        step-NNNNNNNN/, see `megassm.checkpoint`
+RUN_DIR/incarnations/       one file a start of the run, see `megassm.fence`
+RUN_DIR/jobs/               what was submitted to SLURM, see `launch/slurm.py`
 RUN_DIR/.lock               held by the job that trains here
 RUN_DIR/sweep.*             tools/sweep_budgets.py
 RUN_DIR/sweeps/             ... --watch: step-NNNNNNNN.json, steps.png
@@ -13,8 +17,10 @@ RUN_DIR/wandb/              wandb's own files
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import IO
@@ -24,6 +30,9 @@ from megassm.config import Config
 from megassm.configfile import dump_config
 from megassm.durable import write_atomically
 from megassm.errors import UserError
+from megassm.failures import check_failures
+from megassm.fence import restarts_the_newest
+from megassm.rows import METRICS
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
@@ -41,7 +50,7 @@ def open_run_directory(config: Config) -> IO[str] | None:
         On rank 0 the lock; it is held as long as this file is open.
 
     Raises:
-        UserError: it cannot be written, or another job is training there.
+        UserError: it cannot be written, another job is training there, or jobs keep failing at the same step.
     """
     folder = Path(config.run.dir)
     try:
@@ -51,6 +60,7 @@ def open_run_directory(config: Config) -> IO[str] | None:
         if not is_rank_zero():
             return None
         lock = _lock(folder / LOCK)
+        check_failures(folder, folder / METRICS, folder / FAILURE, config.health.max_failures)
         (folder / FAILURE).unlink(missing_ok=True)
         return lock
     except UserError:
@@ -67,6 +77,9 @@ def _lock(path: Path) -> IO[str]:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if restarts_the_newest(path.parent):  # SLURM has given the holder up; the fence keeps it from writing
+            path.unlink()
+            return _lock(path)
         file.seek(0)
         raise UserError(
             f"run.dir = {str(path.parent)!r}: another job is training there (process {file.read().strip() or '?'}); "
@@ -83,3 +96,13 @@ def _lock(path: Path) -> IO[str]:
 def write_config(config: Config) -> None:
     """Writes the resolved configuration of the run that is about to train, atomically."""
     write_atomically(Path(config.run.dir) / CONFIG, dump_config(config).encode())
+
+
+def clear_partial(run_dir: Path) -> None:
+    """Removes what saves that did not end have left. Renamed first: another's rename to its final name then fails."""
+    folder = run_dir / CHECKPOINTS
+    for remains in folder.glob(".partial-*"):
+        with contextlib.suppress(OSError):
+            remains.rename(remains.with_name(remains.name.replace(".partial", ".removed")))
+    for removed in folder.glob(".removed-*"):
+        shutil.rmtree(removed, ignore_errors=True)

@@ -10,26 +10,32 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 from megassm.budget import budget_at
 from megassm.checkpoint import save_checkpoint
-from megassm.cli import refusal_text
+from megassm.cli import STOPPED, refusal_text
 from megassm.config import Config
 from megassm.cost import forward_flops_per_token, training_flops_per_token
 from megassm.data.dataset import Dataset
 from megassm.data.stream import MicroBatch
 from megassm.data.task import Task
+from megassm.diagnostics import gate_masses
 from megassm.errors import UserError
 from megassm.eval.score import Score, score, text_bytes
+from megassm.failures import job_begins, job_ends
 from megassm.guards import Tally, Totals, agree, report_skip
+from megassm.health import Health, channels, rewinds, without_effect
 from megassm.metrics import Row
 from megassm.optim import learning_rate
 from megassm.parallel.watchdog import Watchdog
 from megassm.parallel.world import (
     World,
+    any_rank,
+    barrier,
     broadcast_array,
     gather_rows,
     is_lost_peer,
@@ -38,14 +44,20 @@ from megassm.parallel.world import (
 )
 from megassm.run import Run, say, set_up
 
+End = Literal["done", "stopped", "rewound"]
+"""All updates are done; a signal came, and what was done is saved; the loss jumped, and an older checkpoint waits."""
+
 
 def pretrain(config: Config, data: Dataset) -> None:
-    """Trains, or continues, the run of `config`. Leaves with code 1 where it must refuse, after one message."""
+    """Trains, or continues, the run of `config`.
+
+    Leaves with code 1 where it must refuse, after one message; with `STOPPED` where it was told to stop, and has saved.
+    """
     try:
         world = join_world(config)
         watchdog = Watchdog((world.rank, world.size), world.progress, config.parallel.timeout_s, Path(config.run.dir))
         try:
-            set_up_and_train(config, data, world, watchdog)
+            done = set_up_and_train(config, data, world, watchdog)
         except (UserError, OSError) as error:
             watchdog.refuse(f"rank {world.rank}: {refusal_text(error)}")
             raise SystemExit(1) from None
@@ -59,39 +71,55 @@ def pretrain(config: Config, data: Dataset) -> None:
         watchdog.stop()
     finally:
         leave_world()
+    if not done:
+        raise SystemExit(STOPPED)
 
 
-def set_up_and_train(config: Config, data: Dataset, world: World, watchdog: Watchdog) -> None:
+def set_up_and_train(config: Config, data: Dataset, world: World, watchdog: Watchdog) -> bool:
+    """Returns whether all updates are done."""
     watchdog.start()
-    run = set_up(config, data, world)
-    try:
-        train(run)
-        world.progress.note("end of the run")
-    finally:
-        if run.journal is not None:
-            run.journal.close()
+    end: End = "rewound"
+    while end == "rewound":
+        run = set_up(config, data, world)
+        watchdog.fence = run.fence
+        try:
+            if world.is_main:
+                job_begins(Path(config.run.dir))
+            end = train(run)
+            if world.is_main:
+                job_ends(Path(config.run.dir))
+            world.progress.note("end of the run")
+        finally:
+            if run.journal is not None:
+                run.journal.close()
+    barrier()  # some launchers end all ranks with the first that leaves: rank 0 has told wandb all by now
+    return end == "done"
 
 
-def train(run: Run) -> None:
-    """The loop."""
+def train(run: Run) -> End:
+    """The loop; says how it came to its end."""
     config, engine, note = run.config, run.engine, run.world.progress.note
     if run.done_steps >= config.train.steps:
         say(run.world, f"nothing to do: {config.run.dir} has done {run.done_steps} of {config.train.steps} steps")
-        return
-    skipped = 0
+        return "done"
+    skipped, saved, health = 0, run.done_steps, Health(run)
     for step in range(run.done_steps, config.train.steps):
         started = time.perf_counter()
         note("beginning", step + 1)
         budgets = step_budgets(config, step, engine.micro_steps)
         tally = Tally(torch.zeros((), dtype=torch.float64, device=run.world.device))
-        for k in budgets:
+        for micro_step, k in enumerate(budgets):
+            if micro_step and told_to_stop(run):
+                return stop(run, step, saved)
             batch = next_batch(run, tally)
             ids_BT, mask_BL = (torch.from_numpy(x).to(run.world.device) for x in (batch.ids_BT, batch.mask_BL))
             note("forward pass")
             nll_BL, objective_BL = engine.training_losses(ids_BT, k)
+            tally.nll += (nll_BL.detach() * mask_BL).sum()
+            if micro_step + 1 == len(budgets) and health.drops(budgets, tally):
+                tally.dropped, objective_BL = True, without_effect(objective_BL)
             note("backward pass")
             engine.backward(objective_BL, mask_BL)
-            tally.nll += (nll_BL.detach() * mask_BL).sum()
         rate = learning_rate(config.optim, config.train, step)
         note("update")
         norm = engine.update(rate)
@@ -99,22 +127,43 @@ def train(run: Run) -> None:
         totals = agree(run, step, budgets, tally, norm)
         skipped = 0 if totals.finite else skipped + 1
         row = journal_row(run, step, budgets, totals, time.perf_counter() - started) | {"lr": rate}
+        if run.world.is_main:
+            row |= health.look(row, totals)
         if skipped:
             report_skip(run, step, totals, skipped)
         last = step + 1 == config.train.steps
         if last or (config.eval.every_steps and (step + 1) % config.eval.every_steps == 0):
-            row |= validation_row({k: validate(run, k) for k in config.eval.budgets}, run.data.task)
+            row |= validation(run)
+            if run.world.is_main:
+                row |= health.look_inside(row)
         note("journal")
         if run.journal is not None:
             run.journal.write(row)
+        if tally.dropped and config.health.spike_action == "rewind" and rewinds(run, step):
+            return "rewound"
         due = (step + 1) % config.checkpoint.every_steps == 0 and not skipped  # a sick run replaces no good checkpoint
-        if last or totals.stop or due:
-            save(run, step + 1, must=last or totals.stop)
-        if totals.stop:
-            say(run.world, f"stopped by a signal after step {step + 1}; the same command continues from there")
-            return
-    say(run.world, f"done: {config.train.steps} steps in {config.run.dir}\n"
-        f"next: python tools/sweep_budgets.py {config.run.dir}")  # fmt: skip
+        if (last or due) and save(run, step + 1, must=last):
+            saved = step + 1
+        if totals.stop and not last:
+            return stop(run, step + 1, saved)
+    run.events.add("end", config.train.steps, f"done: {config.train.steps} steps in {config.run.dir}\n"
+                   f"next: python tools/sweep_budgets.py {config.run.dir}")  # fmt: skip
+    return "done"
+
+
+def told_to_stop(run: Run) -> bool:
+    run.world.progress.note("agreement to go on")
+    return any_rank(run.stop.received)
+
+
+def stop(run: Run, done_steps: int, saved: int) -> End:
+    """Leaves the loop with what `done_steps` whole updates have made: a part of the next one is dropped, and its
+    samples are read again."""
+    if done_steps > saved:
+        save(run, done_steps, must=True)
+    text = f"stopped by a signal after step {done_steps}; the same command continues from there"
+    run.events.add("stop", done_steps, text)
+    return "stopped"
 
 
 def step_budgets(config: Config, step: int, micro_steps: int) -> list[int]:
@@ -154,19 +203,21 @@ def share_batch(batch: MicroBatch | None, config: Config, world: World) -> Micro
     return MicroBatch(rows[:, : length + 1], rows[:, length + 1 : -1].astype(np.bool_), rows[:, -1])
 
 
-def save(run: Run, done_steps: int, must: bool) -> None:
-    """Saves a checkpoint. A full disk does not end a run, but for the last save.
+def save(run: Run, done_steps: int, must: bool) -> bool:
+    """Saves a checkpoint; returns whether there is a new one. A full disk does not end a run, but for the last save.
 
     Raises:
         UserError: it failed, and must not.
     """
-    failure = save_checkpoint(run.engine, run.config, done_steps, run.data.train.fingerprint)
+    failure = save_checkpoint(run.engine, run.config, done_steps, run.data.train.fingerprint, run.fence)
     if failure is None:
-        return
+        run.events.add("checkpoint", done_steps, f"checkpoint after step {done_steps}")
+        return True
     what = f"no checkpoint after step {done_steps}: {failure}; older ones are untouched"
     if must:
         raise UserError(f"{what}. Make room, and start again: the same command continues from the last one")
-    say(run.world, f"warning: {what}")
+    run.events.add("disk", done_steps, what)
+    return False
 
 
 def journal_row(run: Run, step: int, budgets: list[int], totals: Totals, seconds: float) -> Row:
@@ -201,6 +252,15 @@ def update_flops_per_token(config: Config, k: int) -> float:
     flops = training_flops_per_token(model, k, length)
     taught = config.budget.distill_weight > 0 and k < model.num_channels
     return flops + forward_flops_per_token(model, model.num_channels, length) if taught else flops
+
+
+def validation(run: Run) -> Row:
+    """The scores by K, and what the channels of the whole model do at the largest of these K."""
+    *smaller, largest = run.config.eval.budgets
+    scores = {k: validate(run, k) for k in smaller}
+    with gate_masses(run.engine.model) as masses:
+        scores[largest] = validate(run, largest)
+    return validation_row(scores, run.data.task) | channels(run, masses)
 
 
 def validation_row(scores: dict[int, Score], task: Task | None) -> Row:

@@ -24,6 +24,9 @@ SMALL = (
 )  # fmt: skip
 """configs/tiny.yaml made smaller still: a training run takes seconds."""
 
+HYBRID = ("model.pattern=SA", "model.d_ffn=96", "model.ffn_elastic={knee_k: 3, below: 16, above: 8}")
+"""What the finished run's model is besides."""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _environment(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -51,8 +54,7 @@ def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory, data_path: Path) -> Path:
     """A finished run of 12 steps of a hybrid model, by one process, through the entry point."""
     run_dir = tmp_path_factory.mktemp("runs") / "trained"
-    own = (f"run.dir={run_dir}", f"data.path={data_path}", "model.pattern=SA", "train.steps=12",
-           "data.isolate_documents=true")  # fmt: skip
+    own = (f"run.dir={run_dir}", f"data.path={data_path}", *HYBRID, "train.steps=12", "data.isolate_documents=true")
     run_python("launch/pretrain.py", "--config", "configs/tiny.yaml", *SMALL, *own)
     return run_dir
 

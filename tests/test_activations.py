@@ -74,6 +74,7 @@ def test_kept_in_float32(pattern: str, k: int, batch: int, length: int, recomput
     [
         {"gate": False},
         {"gate_rescale": False},
+        {"d_ffn": 160, "ffn_elastic": {"knee_k": 4, "below": 16, "above": 8}},
         {"filterbank": "direct", "seq_len": 128},
         {"pattern": "A", "window": 50},
         {"n_heads": 8, "n_kv_heads": 8, "tie_embeddings": False},

@@ -104,7 +104,7 @@ def parts(model: LanguageModel, ids_BT: Tensor, sent: Sent) -> dict[str, Sent]:
     take("mixer forward")
     y_BLD.sum().backward()
     take("mixer backward")
-    losses = model.token_losses(x_BLD, ids_BT[:, 1:])
+    losses = model.token_losses(model.trained_logits(x_BLD), ids_BT[:, 1:])
     take("loss forward")
     losses.sum().backward()
     take("loss backward")

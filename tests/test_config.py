@@ -131,6 +131,25 @@ def test_duplicate_key(tmp_path: Path) -> None:
         ("budget.min_k=40", "budget.min_k = 40: must be at most model.num_channels = 32"),
         ("budget.k=3", "budget.k = 3: must be null"),
         ("model.pattern=SSA", "model.n_layers = 4: must be a multiple of the pattern's length, 3"),
+        (
+            "model.sigma_scale=[none,quarter_power,none]",
+            "model.sigma_scale = ['none', 'quarter_power', 'none']: must be "
+            "one choice, or as many as divide the model's 4 spectral layers",
+        ),
+        ("model.sigma_scale=[none,half]", "model.sigma_scale = 'half': must be one of 'quarter_power' or 'none'"),
+        ("model.sigma_scale=half", "model.sigma_scale = 'half': must be one of 'quarter_power' or 'none'"),
+        (
+            "model.ffn_elastic={knee_k: 8, below: 16, above: 8}",
+            "model.ffn_elastic = {knee_k: 8, below: 16, above: 8}: must be such that hidden units are left at K = 1: "
+            "the other channels bring 304, and model.d_ffn = 128 is all of them",
+        ),
+        (
+            "model.ffn_elastic={knee_k: 8, below: 16, above: 0} model.d_ffn=113 parallel.tensor=2",
+            "such that each of parallel.tensor = 2 ranks has a hidden unit at K = 1: there are 1",
+        ),
+        ("model.ffn_elastic={knee_k: 8, below: 3, above: 0}", "model.ffn_elastic.below = 3: must be a multiple of 8"),
+        ("model.ffn_elastic={knee: 8}", "no key 'model.ffn_elastic.knee'"),
+        ("model.ffn_elastic={knee_k: 8}", "key 'model.ffn_elastic.below' is missing"),
         ("model.pattern=SSX", "model.pattern = 'SSX': must be text of the form"),
         ("model.pattern=A model.n_heads=7", "model.d_model = 64: must be divisible by model.n_heads = 7"),
         ("model.pattern=A model.n_heads=64", "an even number of dimensions a head"),
@@ -168,7 +187,7 @@ def test_duplicate_key(tmp_path: Path) -> None:
     ],
 )
 def test_broken_rules(tmp_path: Path, override: str, expected: str) -> None:
-    found = mistakes(tmp_path, MINIMAL, *override.split(), world_size=2)
+    found = mistakes(tmp_path, MINIMAL, *re.split(r" (?=\w+\.)", override), world_size=2)
     assert any(expected in line for line in found), found
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megassm.config import Config
 from megassm.cost import (
     decoding_bytes_per_token,
     decoding_flops_per_token,
@@ -16,10 +19,12 @@ from megassm.cost import (
     parameters,
     training_flops_per_token,
 )
-from megassm.model import build_model, truncate
+from megassm.model import Distillation, build_model, truncate
+from megassm.train import update_flops_per_token
 from tests.test_model import K_MAX, config
 
 LENGTH, BATCH = 24, 2
+ELASTIC: dict[str, object] = {"d_ffn": 72, "ffn_elastic": {"knee_k": 3, "below": 16, "above": 8}}
 
 
 def counted(pattern: str, k: int, backward: bool = False, **changes: object) -> float:
@@ -43,6 +48,34 @@ def test_spectral_flops(k: int, gate: bool) -> None:
     assert counted("S", k, True, gate=gate) == pytest.approx(training_flops_per_token(settings, k, LENGTH), rel=1e-9)
 
 
+@pytest.mark.parametrize("k", range(1, K_MAX + 1))
+def test_flops_of_an_elastic_width(k: int) -> None:
+    settings = config(pattern="S", **ELASTIC)
+    assert counted("S", k, **ELASTIC) == pytest.approx(forward_flops_per_token(settings, k, LENGTH), rel=1e-9)
+    assert counted("S", k, True, **ELASTIC) == pytest.approx(training_flops_per_token(settings, k, LENGTH), rel=1e-9)
+
+
+@pytest.mark.parametrize("changes", [{}, ELASTIC])
+def test_relative_cost_of_a_teacher(changes: dict[str, object], small_config: Callable[..., Config]) -> None:
+    """What the journal says of an update, against the FLOPs that torch counts with and without the teacher."""
+    settings = config(pattern="S", seq_len=LENGTH, filterbank="direct", **changes)
+    run = small_config("budget.distill_weight=0.5").model_copy(update={"model": settings})
+    model = build_model(settings, 0)
+    text = torch.randint(0, 50, (BATCH, LENGTH + 1))
+
+    def flops(k: int, distill: Distillation | None) -> float:
+        with FlopCounterMode(display=False) as counter:
+            model(text[:, :-1], k, text[:, 1:], also=distill).sum().backward()
+        teachers = LENGTH * K_MAX if distill else 0  # its filters, forward alone
+        filterbank = 2 * 16 * settings.n_layers * (k * (3 * LENGTH + 1) + teachers)
+        return counter.get_total_flops() / (BATCH * LENGTH) - filterbank
+
+    plain = flops(K_MAX, None)
+    for k in range(1, K_MAX):
+        found = update_flops_per_token(run, k) / update_flops_per_token(run, K_MAX)
+        assert found == pytest.approx(flops(k, Distillation(K_MAX, 2.0)) / plain, rel=1e-9)
+
+
 @pytest.mark.parametrize("pattern", ["A", "SA"])
 def test_attention_flops(pattern: str) -> None:
     settings = config(pattern=pattern, n_kv_heads=4)
@@ -58,7 +91,7 @@ def test_window_bounds_attention_flops() -> None:
     assert found == pytest.approx(saved)
 
 
-@pytest.mark.parametrize("changes", [{}, {"gate": False}, {"tie_embeddings": False}, {"pattern": "A"}])
+@pytest.mark.parametrize("changes", [{}, {"gate": False}, {"tie_embeddings": False}, {"pattern": "A"}, ELASTIC])
 @pytest.mark.parametrize("k", [1, 4, K_MAX])
 def test_parameters_at_k(changes: dict[str, object], k: int) -> None:
     model = truncate(build_model(config(**changes), 0), k)
@@ -69,9 +102,9 @@ def test_parameters_at_k(changes: dict[str, object], k: int) -> None:
 
 @pytest.mark.parametrize("pattern", ["S", "SA", "A"])
 @pytest.mark.parametrize("k", [1, K_MAX])
-@pytest.mark.parametrize("window", [None, 8])
-def test_decoding_flops_and_state(pattern: str, k: int, window: int | None) -> None:
-    settings = config(pattern=pattern, n_kv_heads=4, window=window)
+@pytest.mark.parametrize("changes", [{"window": None}, {"window": 8}, ELASTIC])
+def test_decoding_flops_and_state(pattern: str, k: int, changes: dict[str, object]) -> None:
+    settings = config(pattern=pattern, n_kv_heads=4, **changes)
     model = build_model(settings, 0)
     size = model.filterbank.state_size if model.filterbank is not None else 0
     _, state = model.prefill(torch.randint(0, 50, (1, 20)), k)

@@ -31,6 +31,7 @@ def load(name: str, world_size: int, *overrides: str) -> Config:
         ("350m_hybrid", 64, (64, 1, 1), ()),
         ("350m_hybrid", 1024, (256, 1, 4), ("train.micro_batch_sequences=1",)),
         ("1b_hybrid", 512, (64, 1, 8), ()),
+        ("1b_hybrid", 512, (64, 1, 8), ("model.ffn_elastic={knee_k: 8, below: 256, above: 64}",)),
         ("1b_hybrid", 1024, (256, 2, 2), ("train.micro_batch_sequences=2", "model.base_width=512")),
         ("3b_hybrid", 1024, (128, 1, 8), ()),
         ("7b_hybrid", 512, (64, 2, 4), ()),

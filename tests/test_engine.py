@@ -27,8 +27,9 @@ COMMON = (
     "model.vocab_size=259", "model.seq_len=128", "budget.strategy=uniform", "budget.draws=2", f"train.steps={STEPS}",
     "train.batch_sequences=8", "optim.grad_clip=0.3",
 )  # fmt: skip
-HYBRID = (*COMMON, "model.pattern=SA", "model.n_kv_heads=2")
-SPECTRAL = (*COMMON, "model.pattern=S")
+ELASTIC = ("model.d_ffn=99", "model.ffn_elastic={knee_k: 3, below: 16, above: 8}")
+HYBRID = (*COMMON, *ELASTIC, "model.pattern=SA", "model.n_kv_heads=2")
+SPECTRAL = (*COMMON, "model.pattern=S", "model.sigma_scale=[none,quarter_power]")
 
 Curve = dict[str, list[float]]
 

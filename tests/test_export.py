@@ -23,7 +23,7 @@ from megassm.model import build_model
 from megassm.modelfolder import WEIGHTS, open_model_folder, write_model_folder
 from megassm.ops.documents import document_numbers
 from megassm.parallel.world import join_peers, leave_world
-from tests.conftest import ROOT, SMALL, run_python
+from tests.conftest import HYBRID, ROOT, SMALL, run_python
 from tests.test_model import config
 
 BUDGETS = [1, 2, 4, 8]
@@ -154,7 +154,7 @@ def test_generate_opens_an_export(family: tuple[Path, list[Row]], trained: Path,
 
 
 def start(run_dir: Path, data_path: Path, *overrides: str, check: bool = True) -> str:
-    own = (f"run.dir={run_dir}", f"data.path={data_path}", "model.pattern=SA", "train.steps=4", "optim.lr=1e-12")
+    own = (f"run.dir={run_dir}", f"data.path={data_path}", *HYBRID, "train.steps=4", "optim.lr=1e-12")
     done = run_python(
         "launch/pretrain.py", "--config", "configs/tiny.yaml", *SMALL, *own, "optim.warmup_steps=1", *overrides,
         check=check,
@@ -166,7 +166,13 @@ def test_training_starts_from_an_export(
     family: tuple[Path, list[Row]], session: Session, data_path: Path, tmp_path: Path
 ) -> None:
     folder = family[0] / "k-4"
-    small = ("model.num_channels=4", "budget.budgets=[1,2,4]", "eval.budgets=[1,4]", "optim.weight_decay=0")
+    small = (
+        "model.num_channels=4",
+        "model.d_ffn=64",
+        "budget.budgets=[1,2,4]",
+        "eval.budgets=[1,4]",
+        "optim.weight_decay=0",
+    )
     said = start(tmp_path / "run", data_path, *small, f"run.init_from={folder}", "model.norm_eps=1e-5")
     assert f"starting from the weights of {folder}; there model.norm_eps=1e-06" in said
     checkpoint = find_checkpoint(tmp_path / "run")
@@ -180,8 +186,9 @@ def test_training_starts_from_an_export(
 
 def test_another_model_is_no_start(family: tuple[Path, list[Row]], data_path: Path, tmp_path: Path) -> None:
     said = start(tmp_path / "run", data_path, f"run.init_from={family[0] / 'k-4'}", check=False)
-    assert "blocks.0.mixer.channels_KDD is (4, 32, 32), not (8, 32, 32)" in said
-    assert "Set model.num_channels=4, or choose another run.init_from" in said
+    assert "blocks.0.ffn.down.weight is (32, 64), not (32, 96); " in said
+    assert " and 6 more." in said
+    assert "Set model.num_channels=4, model.d_ffn=64, or choose another run.init_from" in said
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 

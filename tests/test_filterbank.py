@@ -20,13 +20,13 @@ WAYS = ("direct", "fft", "chunked")
 
 @lru_cache
 def bank_of(seq_len: int, num_channels: int) -> FilterBank:
-    bank = FilterBank(seq_len, num_channels, "none", "auto")
+    bank = FilterBank(seq_len, num_channels, "auto")
     bank.reset()
     return bank
 
 
 def make(seq_len: int, num_channels: int, method: str = "auto") -> FilterBank:
-    bank = FilterBank(seq_len, num_channels, "none", method)  # type: ignore[arg-type]
+    bank = FilterBank(seq_len, num_channels, method)  # type: ignore[arg-type]
     bank.take(bank_of(seq_len, num_channels))
     return bank
 
@@ -140,12 +140,9 @@ def test_low_precision_input_gives_float32_features() -> None:
 
 
 def test_scale_is_the_quarter_power_or_one() -> None:
-    paper, flat = FilterBank(64, 4, "quarter_power", "auto"), FilterBank(64, 4, "none", "auto")
-    paper.reset()
-    flat.reset()
-    like = torch.zeros(1)
-    assert paper.scale(1, like).item() == pytest.approx(0.3603933415747810**0.25, rel=1e-3)
-    assert flat.scale(4, like).tolist() == [1, 1, 1, 1]
+    bank = make(64, 4)
+    assert bank.scale(1, "quarter_power", torch.float32).item() == pytest.approx(0.3603933415747810**0.25, rel=1e-3)
+    assert bank.scale(4, "none", torch.float32).tolist() == [1, 1, 1, 1]
 
 
 def test_a_cast_of_the_filters_is_noticed() -> None:

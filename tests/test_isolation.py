@@ -56,7 +56,7 @@ def parts(documents_L: Tensor) -> Iterator[slice]:
 
 @lru_cache
 def bank_of(way: str) -> FilterBank:
-    bank = FilterBank(256, 16, "none", way)  # type: ignore[arg-type]
+    bank = FilterBank(256, 16, way)  # type: ignore[arg-type]
     bank.reset()
     return bank
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megassm.config import ModelConfig
+from megassm.config import ElasticFfnConfig, ModelConfig
 from megassm.model import parameter_shapes
 from megassm.parallel.mesh import Mesh
 from megassm.parallel.tensor import bounds, parts_of
@@ -35,10 +35,11 @@ def test_groups_divide_the_ranks_and_meet_in_one(data: int, sequence: int, tenso
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
-def test_tensor_ranks_hold_every_number_once_or_all_of_it(ranks: int, kv_heads: int) -> None:
+@pytest.mark.parametrize("elastic", [None, {"knee_k": 2, "below": 8, "above": 8}])
+def test_tensor_ranks_hold_every_number_once_or_all_of_it(ranks: int, kv_heads: int, elastic: object) -> None:
     config = ModelConfig(
         vocab_size=101, d_model=24, n_layers=2, pattern="SA", seq_len=64, num_channels=4, n_heads=8,
-        n_kv_heads=kv_heads, d_ffn=37, tie_embeddings=False,
+        n_kv_heads=kv_heads, d_ffn=37, ffn_elastic=elastic, tie_embeddings=False,
     )  # fmt: skip
     parts = [parts_of(config, ranks, rank) for rank in range(ranks)]
     for name, shape in parameter_shapes(config).items():
@@ -50,6 +51,18 @@ def test_tensor_ranks_hold_every_number_once_or_all_of_it(ranks: int, kv_heads: 
         large = len(shape) > 1 and "mixer.gate" not in name
         few = "mixer.key" in name or "mixer.value" in name
         assert split == (large and ranks > 1 and not (few and kv_heads < ranks)), name
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_every_rank_has_its_share_of_an_elastic_width(ranks: int) -> None:
+    config = ModelConfig(
+        vocab_size=101, d_model=24, n_layers=1, seq_len=64, num_channels=4, d_ffn=37,
+        ffn_elastic=ElasticFfnConfig(knee_k=2, below=8, above=8),
+    )  # fmt: skip
+    held = [parts_of(config, ranks, rank)["blocks.0.ffn.gate.weight"].indices for rank in range(ranks)]
+    for k in range(1, 5):
+        shares = [sum(unit < config.ffn_width(k) for unit in mine) for mine in held]
+        assert max(shares) - min(shares) <= 1
 
 
 def test_shares_differ_by_one_at_most() -> None:

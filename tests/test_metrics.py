@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from megassm import tracker
+from megassm.cli import print_line
 from megassm.config import Config
-from megassm.metrics import Journal, format_row, peak_flops, read_rows
+from megassm.lines import format_row
+from megassm.metrics import Journal, peak_flops, read_rows
 
 Make = Callable[..., Config]
 
@@ -54,14 +61,24 @@ def test_lines_for_people(config: Config, capsys: pytest.CaptureFixture[str]) ->
     journal.close()
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 3, "the first, none for the second, the last with a line for validation"
-    for part in ("step 1/8", "loss 3.0000", "2.000 bits/byte", "K  4", "1,000 tok/s", "MFU 40.0%", "data wait 10.0%",
-                 "1.00 GiB", "eta "):  # fmt: skip
+    for part in ("step 1/8", "loss 3.0000", "2.000 bits/byte", "K  4", "1,000 tok/s", "MFU 40.0%",
+                 "data wait 10%", "| 0.3/2.0 k tokens |",
+                 "1.0 GiB", "eta "):  # fmt: skip
         assert part in said[0]
     assert "K=1: 2.500  K=8: 2.250" in said[2]
 
 
+def test_a_line_has_the_phases_where_they_were_timed_and_stays_short() -> None:
+    phases = {"data": 0.01, "forward": 0.05, "backward": 0.1, "update": 0.03, "communication": 0.01}
+    large = row(1_000_000, tokens=10**13, tokens_per_s=45e6, peak_memory_bytes=2**37, phases_s=phases)
+    line = format_row(large, 1_000_000, 9e6)
+    assert "data 5% fwd 25% bwd 50% upd 15% comm 5%" in line
+    assert "10.0/10.0 T tokens" in line
+    assert len(line) < 200
+
+
 def test_eta_is_readable() -> None:
-    for seconds, text in ((5, "0m05s"), (125, "2m05s"), (7500, "2h05m")):
+    for seconds, text in ((5, "0m05s"), (125, "2m05s"), (7500, "2h05m"), (200_000, "2d07h")):
         assert f"eta {text}" in format_row(row(1), 10, seconds)
 
 
@@ -135,6 +152,62 @@ def test_wandb_that_breaks_stops_nothing(
     journal.close()
     assert "no luck" in capsys.readouterr().err
     assert json.loads((Path(config.run.dir) / "metrics.jsonl").read_text(encoding="utf-8"))["step"] == 1
+
+
+def test_training_does_not_wait_for_a_server_that_does_not_answer(
+    small_config: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracker, "INIT_TIMEOUT_S", 2)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    config = small_config("log.wandb=online")
+    Path(config.run.dir).mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        journal = Journal(config, 0)
+        for step in range(1, 9):
+            journal.write(row(step))
+        assert len(read_rows(Path(config.run.dir))) == 8
+        assert "reached" not in capsys.readouterr().err, "training is done, and wandb still waits"
+        journal.close()
+    assert capsys.readouterr().err.count("wandb cannot be reached") == 1
+    assert list((Path(config.run.dir) / "wandb").glob("offline-run-*"))
+
+
+def test_wandb_that_hangs_is_given_up_where_it_falls_behind(
+    small_config: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    stuck = threading.Event()
+    monkeypatch.setattr(wandb, "init", lambda **_: stuck.wait())
+    monkeypatch.setattr(tracker, "INIT_TIMEOUT_S", -10)  # and 10 s
+    monkeypatch.setattr(tracker, "FINISH_TIMEOUT_S", 0)
+    monkeypatch.setattr(tracker, "WAITING_ROWS", 3)
+    config = small_config("log.wandb=offline")
+    Path(config.run.dir).mkdir()
+    journal = Journal(config, 0)
+    for step in range(1, 9):
+        journal.write(row(step))
+    journal.close()
+    stuck.set()
+    assert capsys.readouterr().err.count("wandb is given up (it is 3 rows behind)") == 1
+    assert len(read_rows(Path(config.run.dir))) == 8
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_full_disk_behind_the_log_ends_nothing(config: Config, monkeypatch: pytest.MonkeyPatch, stream: str) -> None:
+    with open("/dev/full", "w", encoding="utf-8", buffering=1) as full:
+        monkeypatch.setattr(sys, stream, full)
+        journal = Journal(config, 0)
+        journal.write(row(1))
+        print_line("warning", sys.stderr)
+        journal.close()
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space"):
+            full.flush()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert len(read_rows(Path(config.run.dir))) == 1
 
 
 def test_peak_rate_is_stated_or_measured() -> None:

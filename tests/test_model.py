@@ -42,7 +42,16 @@ def test_no_position_sees_the_future(pattern: str, window: int | None) -> None:
 
 
 @pytest.mark.parametrize("k", range(1, K_MAX + 1))
-@pytest.mark.parametrize("changes", [{}, {"gate": False}, {"tie_embeddings": False, "sigma_scale": "none"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gate": False, "sigma_scale": ("quarter_power", "none")},
+        {"tie_embeddings": False, "sigma_scale": "none"},
+        {"d_ffn": 60, "ffn_elastic": {"knee_k": 3, "below": 16, "above": 8}},
+        {"d_ffn": 53, "ffn_elastic": {"knee_k": 9, "below": 8, "above": 0}},
+    ],
+)
 def test_model_cut_to_k_equals_the_masked_model(k: int, changes: dict[str, object]) -> None:
     model = build_model(config(**changes), seed=1)
     small = truncate(model, k)
@@ -52,6 +61,48 @@ def test_model_cut_to_k_equals_the_masked_model(k: int, changes: dict[str, objec
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters()) or k == K_MAX
     with pytest.raises(UserError, match=f"between 1 and this model's K_max = {k}"):
         small(ids(), k + 1)
+
+
+def test_the_scale_of_sigma_is_a_choice_of_each_spectral_layer() -> None:
+    mixed = config(n_layers=6, pattern="SSA", sigma_scale=("quarter_power", "none"))
+    assert mixed.sigma_scales == ("quarter_power", "none", None) * 2
+    one, other = (config(n_layers=6, pattern="SSA", sigma_scale=scale) for scale in mixed.sigma_scale)
+    x = torch.randn(2, 24, 16)
+    for layer, like in enumerate((one, other, None, one, other, None)):
+        if like is not None:
+            found, expected = (build_model(c, seed=0) for c in (mixed, like))
+            context = found.context(0, 24, 3)
+            assert torch.equal(found.blocks[layer](x, context), expected.blocks[layer](x, context))
+    for model in (mixed, one):
+        assert ModelConfig.model_validate_json(model.model_dump_json()) == model
+    assert one.model_dump(mode="json")["sigma_scale"] == "quarter_power", "as in the checkpoints there are"
+
+
+def test_the_feed_forward_width_follows_the_budget_at_two_rates() -> None:
+    elastic = config(d_ffn=72, ffn_elastic={"knee_k": 3, "below": 16, "above": 8})
+    widths = [elastic.ffn_width(k) for k in range(1, K_MAX + 1)]
+    assert widths == [16, 32, 48, 56, 64, 72]
+    for k in range(1, K_MAX + 1):
+        assert [elastic.cut(k).ffn_width(smaller) for smaller in range(1, k + 1)] == widths[:k], "whatever it is cut to"
+    assert ModelConfig.model_validate_json(elastic.cut(4).model_dump_json()) == elastic.cut(4)
+
+
+def test_hidden_units_beyond_the_width_are_not_read_and_get_zero_gradients() -> None:
+    plain = build_model(config(d_ffn=72), seed=0)
+    elastic = build_model(config(d_ffn=72, ffn_elastic={"knee_k": 3, "below": 16, "above": 8}), seed=0)
+    assert torch.equal(elastic(ids(), K_MAX), plain(ids(), K_MAX)), "the plain model at K_max"
+    assert not torch.allclose(elastic(ids(), 2), plain(ids(), 2), atol=1e-3)
+    with torch.no_grad():
+        for block in elastic.blocks:
+            block.ffn.gate.weight[32:], block.ffn.up.weight[32:], block.ffn.down.weight[:, 32:] = (torch.nan,) * 3
+    elastic(ids(), 2, ids()).sum().backward()
+    for block in elastic.blocks:
+        for weight in (block.ffn.gate.weight, block.ffn.up.weight, block.ffn.down.weight.t()):
+            assert weight.shape == (72, 16)
+        for gradient in (block.ffn.gate.weight.grad, block.ffn.up.weight.grad, block.ffn.down.weight.grad.t()):
+            assert torch.isfinite(gradient).all()
+            assert (gradient[:32] != 0).any(1).all()
+            assert (gradient[32:] == 0).all()
 
 
 @pytest.mark.parametrize("k", [0, K_MAX + 1])

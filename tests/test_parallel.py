@@ -19,6 +19,8 @@ BASE: dict[str, Any] = {
     "vocab_size": 51, "d_model": 24, "n_layers": 2, "pattern": "SA", "seq_len": 256, "num_channels": 8,
     "n_heads": 4, "n_kv_heads": 2, "d_ffn": 34,
 }  # fmt: skip
+ELASTIC: dict[str, Any] = {"d_ffn": 77, "ffn_elastic": {"knee_k": 3, "below": 16, "above": 8}}
+"""Widths that no number of ranks divides."""
 
 
 def gradients(config: ModelConfig, mesh: Mesh, budgets: list[int]) -> tuple[list[Any], dict[str, Any]]:
@@ -61,7 +63,9 @@ def tokens(config: ModelConfig) -> Tensor:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 1, "window": 20, "tie_embeddings": False}], ids=["gqa", "mqa"])
+@pytest.mark.parametrize(
+    "changes", [ELASTIC, {"n_kv_heads": 1, "window": 20, "tie_embeddings": False}], ids=["gqa", "mqa"]
+)
 @pytest.mark.parametrize("mesh", [Mesh(1, 1, 2), Mesh(1, 1, 4), Mesh(1, 2, 1), Mesh(1, 4, 1), Mesh(1, 2, 2)], ids=str)
 def test_gradients_equal_those_of_one_process(mesh: Mesh, changes: dict[str, Any]) -> None:
     config, budgets = ModelConfig(**(BASE | changes)), [8, 3]

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
+from megassm.budget import budget_at
 from megassm.config import CHUNK, Config
 from megassm.configfile import load_config
 from megassm.cost import (
@@ -184,8 +185,9 @@ def kept_buffers(config: Config, memory: dict[str, float]) -> float:
 
 @pytest.mark.parametrize("name", ["tiny", "1b_hybrid", "7b_hybrid"])
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_parameters_of_the_fullest_rank(name: str, ranks: int) -> None:
-    model = shipped(name).model
+@pytest.mark.parametrize("elastic", ["null", "{knee_k: 4, below: 16, above: 8}"])
+def test_parameters_of_the_fullest_rank(name: str, ranks: int, elastic: str) -> None:
+    model = shipped(name, f"model.ffn_elastic={elastic}").model
     shapes = parameter_shapes(model)
     held = []
     for rank in range(ranks):
@@ -193,11 +195,29 @@ def test_parameters_of_the_fullest_rank(name: str, ranks: int) -> None:
         for parameter, part in parts_of(model, ranks, rank).items():
             shape = list(shapes[parameter])
             if part.axis is not None:
-                shape[part.axis] = part.stop - part.start
+                shape[part.axis] = len(part.indices)
             sizes[parameter] = torch.Size(shape).numel()
         held.append(sum(sizes.values()))
         assert largest_parameter(shipped(name), ranks) >= max(sizes.values())
     assert rank_parameters(model, ranks) == max(held)
+
+
+def test_the_mean_time_is_that_of_the_budgets_drawn() -> None:
+    """FLOPs are not affine in K where the feed-forward width has a knee."""
+    overrides = ("model.ffn_elastic={knee_k: 4, below: 80, above: 0}", "budget.strategy=uniform", "eval.budgets=[1]")
+    config = shipped(
+        "tiny",
+        *overrides,
+        "budget.budgets=[1,2,3,4,5,6,7,8]",
+        "model.num_channels=8",
+        "train.micro_batch_sequences=1",
+        world_size=8,
+    )
+    plan = plan_run(config, H100, filters_of(config))
+    drawn = [plan.seconds[budget_at(config, config.full_budget_steps() + step, 0)] for step in range(1000)]
+    assert plan.mean_seconds == pytest.approx(sum(drawn) / 1000)
+    straight = (plan.seconds[8] - plan.seconds[1]) / 7
+    assert plan.seconds[4] - plan.seconds[1] > 1.2 * 3 * straight
 
 
 def test_the_bucket_is_no_larger_than_the_gradients() -> None:

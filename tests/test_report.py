@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from megassm.eval.curve import shape
-from megassm.eval.plots import panels, plot_over_steps, save_panels
+from megassm.eval.figures import plot_over_steps, save_panels
+from megassm.eval.plots import panels
 from megassm.eval.report import flat_rows, plot_steps, write_json_sweep, write_page, write_sweep
 from megassm.eval.sweep import BudgetRow, Curve, Sweep
 

@@ -39,15 +39,15 @@ def configured(make: Make, leg: Leg, *overrides: str) -> Config:
 
 
 class StopAfter:
-    """A signal that comes during a step."""
+    """A signal that comes before the end of a micro-step; each asks once."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, micro_steps: int) -> None:
+        self.left = micro_steps
 
     @property
     def received(self) -> bool:
-        self.steps -= 1
-        return self.steps <= 0
+        self.left -= 1
+        return self.left <= 0
 
 
 def train_legs(legs: list[tuple[Config, int]]) -> None:
@@ -57,7 +57,7 @@ def train_legs(legs: list[tuple[Config, int]]) -> None:
             world = join_world(config)
             Path(config.run.dir).mkdir(exist_ok=True, parents=True)
             run = set_up(config, open_dataset(config), world)
-            run.stop = StopAfter(step - run.done_steps)  # type: ignore[assignment]
+            run.stop = StopAfter((step - run.done_steps) * run.engine.micro_steps)  # type: ignore[assignment]
             train(run)
             if run.journal is not None:
                 run.journal.close()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megassm.config import SigmaScale
 from megassm.layers.context import Context
 from megassm.layers.filterbank import FilterBank
 from megassm.layers.spectral import SpectralMixer
@@ -18,7 +19,8 @@ LENGTH, WIDTH, K_MAX = 9, 6, 5
 def equations(mixer: SpectralMixer, bank: FilterBank, u_BLD: Tensor, k_budget: int) -> Tensor:
     """Section 1 of the model's definition, one position and one channel at a time; all K_max channels are computed
     and those beyond the budget are masked, as the definition has it."""
-    phi, scale = bank.filters_LK, bank.scale_K
+    phi = bank.filters_LK
+    scale = bank.scale_K if mixer.sigma_scale == "quarter_power" else torch.ones(K_MAX)
     outputs = []
     for u_LD in u_BLD:
         rows = []
@@ -49,12 +51,12 @@ def masked_weights(mixer: SpectralMixer, u_D: Tensor, k_budget: int) -> list[Ten
     return [e / total for e in exponentials] + [zero] * (K_MAX - k_budget)
 
 
-def make(gate: bool, rescale: bool, scale: str) -> tuple[SpectralMixer, FilterBank]:
+def make(gate: bool, rescale: bool, scale: SigmaScale) -> tuple[SpectralMixer, FilterBank]:
     torch.manual_seed(0)
-    mixer = SpectralMixer(WIDTH, K_MAX, gate, rescale).double()
+    mixer = SpectralMixer(WIDTH, K_MAX, gate, rescale, scale).double()
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    bank = FilterBank(LENGTH, K_MAX, scale, "auto")
+    bank = FilterBank(LENGTH, K_MAX, "auto")
     bank.reset()
     return mixer, bank
 
@@ -65,7 +67,7 @@ def make(gate: bool, rescale: bool, scale: str) -> tuple[SpectralMixer, FilterBa
     [(True, True, "quarter_power"), (True, True, "none"), (True, False, "quarter_power"), (False, True, "none")],
     ids=["paper", "no sigma", "no rescaling", "no gate"],
 )
-def test_layer_equals_its_equations(k: int, gate: bool, rescale: bool, scale: str) -> None:
+def test_layer_equals_its_equations(k: int, gate: bool, rescale: bool, scale: SigmaScale) -> None:
     mixer, bank = make(gate, rescale, scale)
     u_BLD = torch.randn(2, LENGTH, WIDTH, dtype=torch.float64, requires_grad=True)
     expected = equations(mixer, bank, u_BLD, k)

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from megassm.checkpoint import MANIFEST, find_checkpoint, newest_checkpoint
+from megassm.cli import STOPPED
 from megassm.config import Config
 from megassm.configfile import load_config
 from megassm.metrics import read_rows
@@ -74,7 +75,7 @@ def test_sigterm_saves_and_leaves_cleanly(tmp_path: Path, data_path: Path) -> No
     run_dir = tmp_path / "run"
     overrides = (*LONG, "checkpoint.every_steps=1000", "train.steps=200")
     code = kill_at(3, signal.SIGTERM, command(run_dir, data_path, 1, *overrides), run_dir)
-    assert code == 0
+    assert code == STOPPED
     checkpoint, skipped = newest_checkpoint(run_dir)
     assert checkpoint is not None
     assert not skipped

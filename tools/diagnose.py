@@ -28,8 +28,9 @@ def main() -> None:
     from megassm.diagnostics import channel_norms, gate_masses, loss_explained_by_budget, update_counts, warnings_of
     from megassm.eval.runs import run_directory
     from megassm.eval.session import open_session
-    from megassm.metrics import METRICS, read_rows
+    from megassm.metrics import read_rows
     from megassm.ops.documents import document_numbers
+    from megassm.rows import METRICS
 
     session = open_session(arguments.run, None, arguments.device)
     config, step = session.config, session.checkpoint.manifest.step

@@ -17,7 +17,9 @@ END_OF_DOCUMENT = "<|end of document|>"
 
 def parser() -> Parser:
     result = tool_parser(__doc__ or "", "python tools/inspect_data.py runs/demo --step 100")
-    result.add_argument("run", type=Path, metavar="RUN_DIR", help="run directory; only its config.yaml is read")
+    result.add_argument(
+        "run", type=Path, metavar="RUN_DIR", help="run directory; its config.yaml and left_out.json count"
+    )
     result.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of config.yaml")
     which = result.add_mutually_exclusive_group(required=True)
     which.add_argument("--step", type=positive, metavar="N", help="the batch of the N-th update, as in metrics.jsonl")
@@ -36,14 +38,16 @@ def main() -> None:
     arguments = parser().parse_intermixed_args()
     from megassm.configfile import load_config_or_exit
     from megassm.data.inspect import read_samples, samples_of_update
+    from megassm.data.leftout import read_left_out
 
     # how a run is spread over ranks decides no batch, and must not be refused in this one process
     one_process = ["parallel.tensor=1", "parallel.sequence=1", "parallel.data=null"]
     alone = [*arguments.overrides, *one_process]
     config = load_config_or_exit(arguments.run / "config.yaml", alone)
-    samples = arguments.samples or samples_of_update(config, arguments.step)
+    left_out = read_left_out(arguments.run)
+    samples = arguments.samples or samples_of_update(config, arguments.step, left_out)
     rows = []
-    for sample in read_samples(config, samples):
+    for sample in read_samples(config, samples, left_out):
         show(sample)
         rows.append(asdict(sample))
     write_json(rows, arguments.json)
@@ -51,8 +55,9 @@ def main() -> None:
 
 def show(sample: SampleText) -> None:
     """For people: where it is from, then the text as it is, with a line where a document ends."""
+    reader = f"update {sample.update}" if sample.update else "passed over"
     print(
-        f"=== sample {sample.sample} (update {sample.update}): {sample.source}, epoch {sample.epoch}, number "
+        f"=== sample {sample.sample} ({reader}): {sample.source}, epoch {sample.epoch}, number "
         f"{sample.number}; {sample.tokens} tokens; {', '.join(sample.blocks)}"
     )
     if not sample.tokens:

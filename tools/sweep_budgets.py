@@ -120,8 +120,9 @@ def show(sweep: Sweep) -> None:
     for curve in sweep.curves:
         shape = curve.shape
         print_table(f"{sweep.name}: {curve.data}, {curve.seq_len} tokens", [table_row(row) for row in curve.rows])
+        unit = "byte" if curve.rows[0].accuracy is None else "answer"
         print(
-            f"area under the curve {shape.area:.4f} bits per byte (of a task: per answer), {shape.area_gap_percent:.2f}% above full K; "
+            f"area under the curve {shape.area:.4f} bits per {unit}, {shape.area_gap_percent:.2f}% above full K; "
             f"near full from K={shape.near_full_k}; best unigram {curve.best_unigram_bits_per_byte:.3f}; "
             f"{curve.predicted_tokens:,} tokens in {curve.sequences:,} sequences"
         )
@@ -160,7 +161,8 @@ def finish(
     sweeps: Sequence[Sweep], plot: Path | None, report: Path | None, table: Path | None, as_json: Path | None
 ) -> None:
     """Writes what was asked for of all runs together."""
-    from megassm.eval.plots import panels, save_panels
+    from megassm.eval.figures import save_panels
+    from megassm.eval.plots import panels
     from megassm.eval.report import flat_rows, write_csv, write_page
 
     if plot:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from megassm.config import Config
 from megassm.data.dataset import open_dataset
+from megassm.data.leftout import LeftOut, batch_of, step_of
 from megassm.data.stream import StreamPlan, TokenStream
 from megassm.data.tokenizer import Tokenizer
 
@@ -19,8 +20,9 @@ class SampleText:
     """One sequence of a global batch."""
 
     sample: int
-    """Global sample number; update u has those from (u - 1) * batch on."""
-    update: int
+    """Global sample number; batch b of the order, from 0, has those from b * batch on."""
+    update: int | None
+    """Which update reads it, from 1; None where the run passes it over."""
     source: str
     epoch: int
     number: int
@@ -35,14 +37,14 @@ class SampleText:
     """Whether the last of `documents` ends here."""
 
 
-def samples_of_update(config: Config, update: int) -> range:
+def samples_of_update(config: Config, update: int, left_out: Sequence[LeftOut] = ()) -> range:
     """The global batch of an update, as metrics.jsonl counts them: the first is 1."""
-    size = config.train.batch_sequences
-    return range((update - 1) * size, update * size)
+    size, batch = config.train.batch_sequences, batch_of(left_out, update - 1)
+    return range(batch * size, (batch + 1) * size)
 
 
-def read_samples(config: Config, samples: Sequence[int]) -> Iterator[SampleText]:
-    """Each sample as this configuration reads it on any number of ranks.
+def read_samples(config: Config, samples: Sequence[int], left_out: Sequence[LeftOut] = ()) -> Iterator[SampleText]:
+    """Each sample as a run of this configuration reads it on any number of ranks, `left_out` being passed over.
 
     Raises:
         UserError: the data is missing or damaged.
@@ -60,7 +62,7 @@ def read_samples(config: Config, samples: Sequence[int]) -> Iterator[SampleText]
         names = [source.shards.shards[int(entry["shard"])].name for entry in entries]
         yield SampleText(
             sample=sample,
-            update=sample // size + 1,
+            update=None if (step := step_of(left_out, sample // size)) is None else step + 1,
             source=source.name,
             epoch=place.epoch,
             number=place.number,

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from megassm.data.blockmemory import BlockKey, FetchThreads
 from megassm.data.blocks import Fetch
+from megassm.data.leftout import LeftOut, batch_of
 from megassm.data.mixture import Mixture, OrderShape, one_source
 from megassm.data.order import Place, epoch_samples
 from megassm.data.samples import Piece, SampleReader, lane_bytes
@@ -54,6 +55,7 @@ class StreamPlan:
     world_size: int = 1
     lanes: int = 48
     window: int = 64
+    left_out: tuple[LeftOut, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch_sequences", "micro_batch_sequences", "world_size", "lanes", "window"):
@@ -127,7 +129,10 @@ class TokenStream:
     def samples(self, step: int, micro_step: int) -> list[int]:
         """This rank's global sample numbers: a pure function of its arguments."""
         plan = self.plan
-        first = step * plan.batch_sequences + micro_step * plan.micro_batch_sequences * plan.world_size
+        first = (
+            batch_of(plan.left_out, step) * plan.batch_sequences
+            + micro_step * plan.micro_batch_sequences * plan.world_size
+        )
         return [first + row * plan.world_size + plan.rank for row in range(plan.micro_batch_sequences)]
 
     def micro_batch(self, step: int, micro_step: int) -> MicroBatch:
@@ -140,7 +145,8 @@ class TokenStream:
 
     def epochs(self, steps: int) -> dict[str, float]:
         """How often each source has been read after so many steps."""
-        read = self.order.epochs(steps * self.plan.batch_sequences)
+        batches = batch_of(self.plan.left_out, steps - 1) + 1
+        read = self.order.epochs(batches * self.plan.batch_sequences)
         return {source.name: count for source, count in zip(self.mixture.sources, read, strict=True)}
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[MicroBatch]:

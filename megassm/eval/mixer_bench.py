@@ -81,7 +81,7 @@ def bench(plan: BenchPlan, say: Callable[[str], None] = lambda _: None) -> Itera
         raise UserError(f"methods {', '.join(unknown)}: must be among {', '.join(METHODS)}")
     timing = (matmul_rate(plan.device, plan.dtype), plan.repeats)
     for length in plan.lengths:
-        bank = FilterBank(length, max(plan.budgets), "quarter_power", "chunked").to(plan.device)
+        bank = FilterBank(length, max(plan.budgets), "chunked").to(plan.device)
         bank.reset()
         absent = {method: _why_not(method, bank, length) for method in plan.methods}
         for method, reason in absent.items():
@@ -127,7 +127,7 @@ def authors_core(filters_LK: Tensor, by_filter: bool = False) -> Core:
 def _core(method: str, bank: FilterBank) -> Core:
     if method in ("authors", "authors_by_filter"):
         return authors_core(bank.filters_LK, by_filter=method == "authors_by_filter")
-    other = FilterBank(bank.seq_len, bank.num_channels, bank.sigma_scale, method)  # type: ignore[arg-type]
+    other = FilterBank(bank.seq_len, bank.num_channels, method)  # type: ignore[arg-type]
     other.take(bank)
     return other.mix
 

@@ -1,38 +1,15 @@
-"""The curves of one or several sweeps as pictures: files for people, inline SVG for the report."""
+"""The curves of one or several sweeps, as panels."""
 
 from __future__ import annotations
 
-import io
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
-
-from megassm.durable import write_atomically
+from megassm.eval.figures import Panel, budget_axis, legend_below
 from megassm.eval.sweep import Curve, Sweep
 
-PANEL_INCHES = (5.6, 4.4)
-COLUMNS = 3
-TITLE_CHARS = 60
 MAX_LINES = 6
 """Budgets drawn over sequence lengths, spread evenly."""
-INK = "#010203"
-"""Stands for the page's own text colour in an SVG, so that it can be read on dark and on light."""
-
-
-class Panel(NamedTuple):
-    """One plot."""
-
-    title: str
-    draw: Callable[[Any], None]
-    """Draws on matplotlib axes."""
 
 
 def panels(sweeps: Sequence[Sweep]) -> list[Panel]:
@@ -56,50 +33,6 @@ def panels(sweeps: Sequence[Sweep]) -> list[Panel]:
     if any(row.decode_tokens_per_s for _, curve in curves for row in curve.rows):
         result.append(Panel("decode tokens/s", _speed(chosen, "decode_tokens_per_s")))
     return result
-
-
-def save_panels(chosen: Sequence[Panel], path: Path) -> None:
-    """All panels in one picture; the format is the file's suffix."""
-    columns = min(COLUMNS, len(chosen))
-    rows = -(-len(chosen) // columns)
-    size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows)
-    figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for axes, panel in zip(grid.flat, chosen, strict=False):
-        panel.draw(axes)
-        axes.set_title(textwrap.fill(panel.title, TITLE_CHARS), fontsize="medium")
-    for axes in list(grid.flat)[len(chosen) :]:
-        axes.remove()
-    _save(figure, path)
-
-
-def inline_svg(panel: Panel, number: int) -> str:
-    """A panel as an element of a page; `number` keeps the ids of several apart."""
-    colours = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    settings: Any = dict.fromkeys(colours, INK) | {"svg.fonttype": "none", "svg.hashsalt": f"panel {number}"}
-    with matplotlib.rc_context(settings):
-        figure, axes = pyplot.subplots(figsize=PANEL_INCHES, layout="constrained")
-        panel.draw(axes)
-        file = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-        pyplot.close(figure)
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace('id="', f'id="p{number}-')
-    return svg.replace("url(#", f"url(#p{number}-").replace('href="#', f'href="#p{number}-')
-
-
-def plot_over_steps(lines: Mapping[int, Sequence[tuple[int, float]]], label: str, path: Path) -> None:
-    """Draws (step, bits per byte) for each K."""
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    colours = matplotlib.colormaps["viridis"]
-    for place, (k, points) in enumerate(sorted(lines.items())):
-        colour = colours(0.9 * place / max(1, len(lines) - 1))
-        axes.plot([x for x, _ in points], [y for _, y in points], marker=".", color=colour, label=f"K={k}")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="step (updates)", ylabel=label)
-    axes.grid(alpha=0.3)
-    axes.legend(ncols=2)
-    _save(figure, path)
 
 
 def _labelled(curves: Sequence[tuple[Sweep, Curve]]) -> dict[str, Curve]:
@@ -154,41 +87,13 @@ def _over_lengths(curves: Sequence[Curve], trained: int) -> Callable[[Any], None
             axes.plot(lengths, bits, marker="o", label=f"K={budgets[place]}")
         axes.axvline(trained, linestyle=":", color="#808080", label="trained at")
         axes.set(xlabel="sequence length (tokens)", ylabel="bits per byte")
-        _log_axis(axes, sorted({*lengths, trained}))
-        _legend(axes)
+        budget_axis(axes, sorted({*lengths, trained}))
+        legend_below(axes)
 
     return draw
 
 
 def _finish(axes: Any, curves: Mapping[str, Curve]) -> None:
     axes.set_xlabel("budget K (spectral channels)")
-    _log_axis(axes, sorted({row.k for curve in curves.values() for row in curve.rows}))
-    _legend(axes)
-
-
-def _legend(axes: Any) -> None:
-    """Below the axes, where it hides no line."""
-    count = len(axes.get_lines())
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.14), frameon=False, fontsize="small", ncols=1 + count // 7)
-
-
-def _log_axis(axes: Any, values: Sequence[int]) -> None:
-    """Ticks at the values, but for those too near to the next."""
-    ticks = [values[-1]]
-    for value in reversed(values):
-        if value <= ticks[-1] / 1.3:
-            ticks.append(value)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [str(value) for value in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    if axes.get_yscale() == "linear":
-        axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
-    axes.grid(alpha=0.3)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    file = io.BytesIO()
-    figure.savefig(file, format=path.suffix[1:], dpi=120)
-    pyplot.close(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, file.getvalue())
+    budget_axis(axes, sorted({row.k for curve in curves.values() for row in curve.rows}))
+    legend_below(axes)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megassm.durable import write_atomically
+from megassm.eval.figures import plot_over_steps, save_panels
 from megassm.eval.page import render_page
-from megassm.eval.plots import panels, plot_over_steps, save_panels
+from megassm.eval.plots import panels
 from megassm.eval.sweep import Sweep
 
 STEPS_PLOT = "steps.png"

@@ -48,10 +48,6 @@ class BudgetRow:
     gap_percent_low: float | None
     gap_percent_high: float | None
     """Of the same resamples at both: what all budgets find hard does not widen it."""
-    accuracy: float | None
-    """Of a task: share of the answers that are the most likely of all tokens or classes; None for text."""
-    accuracy_low: float | None
-    accuracy_high: float | None
     forward_flops_per_token: float
     prefill_tokens_per_s: float
     """Of one rank alone, a micro-batch at a time."""
@@ -59,6 +55,10 @@ class BudgetRow:
     """... one token of each of its sequences at a time, after them; None where the filters have no steps."""
     peak_memory_mib: float
     """Weights, and all that the prefill keeps besides."""
+    accuracy: float | None = None
+    """Of a task: share of the answers that are the most likely of all tokens or classes; None for text."""
+    accuracy_low: float | None = None
+    accuracy_high: float | None = None
 
 
 @dataclass(frozen=True)

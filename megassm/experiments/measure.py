@@ -60,13 +60,13 @@ def length_points(run_dir: Path, factors: Sequence[int]) -> list[Point]:
     return points
 
 
-def cost_points(run_dir: Path, budgets: Sequence[int]) -> list[Point]:
-    """Speed of one process and memory of a freshly drawn model, cut to each budget."""
+def cost_points(run_dir: Path) -> list[Point]:
+    """Speed of one process and memory of a freshly drawn model, cut to each of eval.budgets."""
     config = load_config(run_dir / CONFIG)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config.model, config.run.seed)
     points = []
-    for k in budgets:
+    for k in config.eval.budgets:
         cost = measured_cost(truncate(model, k).to(device).eval(), k, _random_batch(config), device)
         points += [
             Point("prefill, tokens/s", "", k, cost.prefill_tokens_per_s),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megassm.config import CHUNK
+from megassm.config import CHUNK, SigmaScale
 from megassm.errors import UserError
 from megassm.ops.documents import Segments, cut_into_rows
 from megassm.ops.filterbank import (
@@ -74,10 +74,9 @@ class FilterBank(nn.Module):
     step_input_S: Tensor
     step_output_KS: Tensor
 
-    def __init__(self, seq_len: int, num_channels: int, sigma_scale: str, method: Method) -> None:
+    def __init__(self, seq_len: int, num_channels: int, method: Method) -> None:
         super().__init__()
         self.seq_len, self.num_channels = seq_len, num_channels
-        self.sigma_scale = sigma_scale
         self.method = method
         self.carry: Carry | None = None
         for name in FilterBank.__annotations__:  # sizes follow from the filters: see `reset`
@@ -88,7 +87,7 @@ class FilterBank(nn.Module):
         """Fills the buffers from `spectral_filters` and `realize`."""
         sigma, phi = spectral_filters(self.seq_len, self.num_channels)
         self._fill("filters_LK", phi)
-        self._fill("scale_K", sigma**0.25 if self.sigma_scale == "quarter_power" else sigma**0)
+        self._fill("scale_K", sigma**0.25)
         try:
             chunk = realize(self.seq_len, self.num_channels, CHUNK)
         except UserError:  # so many filters at this length have no short recurrence
@@ -136,9 +135,10 @@ class FilterBank(nn.Module):
                 "used, or channels beyond the first few are noise"
             )
 
-    def scale(self, k: int, like: Tensor) -> Tensor:
-        """sigma_k^(1/4), or ones, (k,), in `like`'s dtype."""
-        return self.scale_K[:k].to(like.dtype)
+    def scale(self, k: int, choice: SigmaScale, dtype: torch.dtype) -> Tensor:
+        """sigma_k^(1/4), or ones, (k,)."""
+        scale_K = self.scale_K[:k].to(dtype)
+        return scale_K if choice == "quarter_power" else torch.ones_like(scale_K)
 
     def way(self, length: int) -> Way:
         """How sequences of `length` are computed. `auto`: chunked, but direct where the state would be no shorter than

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megassm.config import SigmaScale
 from megassm.layers.context import Context
 from megassm.ops.mixing import gate_weights, mix_channels
 
@@ -49,10 +50,14 @@ class SpectralMixer(nn.Module):
         num_channels: K_max.
         gate: False gives every channel the weight 1/k (the ablation without input adaptivity).
         gate_rescale: False leaves out Eq. 8b (the ablation without RMS rescaling).
+        sigma_scale: "none" leaves out sigma_k^(1/4).
     """
 
-    def __init__(self, d_model: int, num_channels: int, gate: bool, gate_rescale: bool) -> None:
+    def __init__(
+        self, d_model: int, num_channels: int, gate: bool, gate_rescale: bool, sigma_scale: SigmaScale
+    ) -> None:
         super().__init__()
+        self.sigma_scale = sigma_scale
         self.gate = SpectralGate(d_model, num_channels, gate_rescale) if gate else None
         self.channels_KDD = nn.Parameter(torch.empty(num_channels, d_model, d_model))
         self.direct_DD = nn.Parameter(torch.empty(d_model, d_model))
@@ -84,12 +89,11 @@ class SpectralMixer(nn.Module):
         return y_B1D[:, 0], state_BSD
 
     def _weights(self, u_BLD: Tensor, context: Context) -> Tensor:
-        """alpha_k sigma_k^(1/4), (B, L, k), in at least float32."""
+        """alpha_k sigma_k^(1/4), or alpha_k, (B, L, k), in at least float32."""
         assert context.filterbank is not None
         k = context.k
+        scale_K = context.filterbank.scale(k, self.sigma_scale, torch.promote_types(u_BLD.dtype, torch.float32))
         if self.gate is not None:
             weights_BLK: Tensor = self.gate(u_BLD, k)
-            return weights_BLK * context.filterbank.scale(k, like=weights_BLK)
-        dtype = torch.promote_types(u_BLD.dtype, torch.float32)
-        weights_K = context.filterbank.scale_K[:k].to(dtype) / k
-        return weights_K.expand(*u_BLD.shape[:-1], k)
+            return weights_BLK * scale_K.to(weights_BLK.dtype)
+        return (scale_K / k).expand(*u_BLD.shape[:-1], k)

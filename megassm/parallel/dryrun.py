@@ -20,7 +20,7 @@ from megassm.model import LanguageModel, parameter_shapes
 from megassm.optim import parameter_groups
 from megassm.parallel.mesh import Mesh, mesh_of
 from megassm.parallel.sequence import split_sequence
-from megassm.parallel.tensor import build_split_model, parts_of
+from megassm.parallel.tensor import Part, build_split_model, parts_of
 
 FLAT_ALIGNMENT = 2
 """Numbers that DeepSpeed's stages 1 and 2 align a rank's flat share to."""
@@ -92,9 +92,13 @@ def check_tensor_parts(config: Config, ranks: int) -> None:
     for name, shape in parameter_shapes(config.model).items():
         axis = parts[0][name].axis
         if axis is not None:
-            _check_cover(name, [(part[name].start, part[name].stop) for part in parts], shape[axis])
+            _check_cover(name, [run for part in parts for run in _runs(part[name])], shape[axis])
         elif any(part[name].axis is not None for part in parts):
             raise UserError(f"{name}: whole on tensor rank 0, divided on another")
+
+
+def _runs(part: Part) -> list[Interval]:
+    return [(part.start, part.stop)] if part.step == 1 else [(index, index + 1) for index in part.indices]
 
 
 def check_rank(config: Config, mesh: Mesh, shapes: dict[str, torch.Size], rank: int) -> int:
@@ -104,7 +108,7 @@ def check_rank(config: Config, mesh: Mesh, shapes: dict[str, torch.Size], rank: 
         part = parts[name]
         expected = list(shape)
         if part.axis is not None:
-            expected[part.axis] = part.stop - part.start
+            expected[part.axis] = len(part.indices)
         if name not in shapes or list(shapes[name]) != expected:
             raise UserError(f"{name}: tensor rank {rank} holds {shapes.get(name)}, not its part {expected}")
     numbers = {name: shape.numel() for name, shape in shapes.items()}

@@ -221,6 +221,13 @@ class Engine:
         state.set_applied_updates(self._engine, updates)
         state.finish_writing(self._engine)
 
+    def squares(self, parameter: torch.nn.Parameter) -> list[float]:
+        """Along the first axis, sums of squares of this rank's share; summed over all ranks those of the whole.
+
+        The parameter must be one that tensor ranks divide along another axis.
+        """
+        return state.squares(self._engine, parameter, self.world.replicas.rank()).tolist()
+
     @property
     def shape(self) -> dict[str, int]:
         """What a checkpoint may change: ranks along each axis, and the ZeRO stage."""

@@ -74,6 +74,24 @@ def write(engine: Any, parameter: nn.Parameter, kind: Kind, value: Tensor) -> No
             raise AssertionError(f"stage {stage}")
 
 
+@torch.no_grad()
+def squares(engine: Any, parameter: nn.Parameter, replica: int) -> Tensor:
+    """Sums of squares over all axes but the first, of the numbers that this replica counts; no rank is asked.
+
+    Their sum over the replicas is that of the whole parameter: at stage 3 each counts the partition it holds, else the
+    first replica counts all.
+    """
+    if engine.zero_optimization_stage() < 3:
+        rows = parameter.flatten(1).double().square().sum(dim=1)
+        return rows if replica == 0 else torch.zeros_like(rows)
+    shape, held = parameter.ds_shape, parameter.ds_tensor.flatten()  # type: ignore[attr-defined]
+    first = held.numel() * engine.optimizer._get_param_partition_rank(parameter)
+    mine = held[: max(0, shape.numel() - first)]  # shorter on the last rank: partitions are padded
+    row_of = torch.arange(first, first + mine.numel(), device=mine.device) // (shape.numel() // shape[0])
+    total = torch.zeros(shape[0], dtype=torch.float64, device=mine.device)
+    return total.index_add_(0, row_of, mine.double().square())
+
+
 def finish_writing(engine: Any) -> None:
     """ZeRO-3 keeps small parameters whole on every rank: they are gathered again."""
     if engine.zero_optimization_stage() == 3:

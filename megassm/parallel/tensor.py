@@ -7,7 +7,8 @@ and feed-forward):
                        M_k[d_r, :], D[d_r, :]; its product is a part of the sum y. The spectral channels K are never
                        divided: a small budget would leave ranks idle. The gate is replicated
     attention          its heads. Keys and values are replicated where there are fewer key-value heads than ranks
-    feed-forward       its hidden width
+    feed-forward       its hidden units; of an elastic width rank r holds every `ranks`-th from the r-th on, so that the
+                       leading units of a budget are the same on every mesh, and equally many on each rank
     embedding, head    the vocabulary; the loss is computed from parts of the logits, which are never gathered
 
 Forward, each layer sums its outputs once over the group; backward, the gradient of its input once. All ranks then hold
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from megassm.config import ModelConfig
 from megassm.layers.attention import Attention
 from megassm.layers.context import Context
+from megassm.layers.ffn import FeedForward
 from megassm.layers.spectral import SpectralMixer
 from megassm.model import Block, LanguageModel, parameter_shapes
 from megassm.parallel.world import Group
@@ -49,19 +51,32 @@ SPLIT_AXIS = {
 
 
 class Part(NamedTuple):
-    """What one rank holds of a parameter: indices [start, stop) of `axis`, or all of it where `axis` is None."""
+    """What one rank holds of a parameter: every `step`-th of the indices [start, stop) of `axis`, or all of it where
+    `axis` is None."""
 
     axis: int | None
     start: int
     stop: int
+    step: int = 1
+
+    @property
+    def indices(self) -> range:
+        return range(self.start, self.stop, self.step)
 
     def of(self, whole: Tensor) -> Tensor:
-        return whole if self.axis is None else whole.narrow(self.axis, self.start, self.stop - self.start)
+        """A view."""
+        if self.axis is None:
+            return whole
+        return whole[(slice(None),) * self.axis + (slice(self.start, self.stop, self.step),)]
 
 
 def bounds(size: int, ranks: int, rank: int) -> tuple[int, int]:
     """The rank's share [start, stop) of `size` things; shares differ by one at most."""
     return size * rank // ranks, size * (rank + 1) // ranks
+
+
+def _part(axis: int, size: int, ranks: int, rank: int, dealt: bool) -> Part:
+    return Part(axis, rank, size, ranks) if dealt else Part(axis, *bounds(size, ranks, rank))
 
 
 def parts_of(config: ModelConfig, ranks: int, rank: int) -> dict[str, Part]:
@@ -72,7 +87,8 @@ def parts_of(config: ModelConfig, ranks: int, rank: int) -> dict[str, Part]:
         axis = SPLIT_AXIS.get(short)
         if short in ("mixer.key.weight", "mixer.value.weight") and config.kv_heads < ranks:
             axis = None
-        parts[name] = Part(None, 0, 0) if axis is None else Part(axis, *bounds(shape[axis], ranks, rank))
+        dealt = config.ffn_elastic is not None and short.startswith("ffn.")
+        parts[name] = Part(None, 0, 0) if axis is None else _part(axis, shape[axis], ranks, rank, dealt)
     return parts
 
 
@@ -106,23 +122,26 @@ def gather_whole(part: Tensor, of: Part, shape: torch.Size, group: Group) -> Ten
     """The whole parameter, from the parts of all ranks of the group; every rank of it must call."""
     if of.axis is None or group.size() == 1:
         return part
-    shares = [bounds(shape[of.axis], group.size(), rank) for rank in range(group.size())]
-    widest = max(stop - start for start, stop in shares)
+    parts = [_part(of.axis, shape[of.axis], group.size(), rank, of.step > 1) for rank in range(group.size())]
+    widest = max(len(other.indices) for other in parts)
     padded = part.new_zeros(*shape[: of.axis], widest, *shape[of.axis + 1 :])
-    padded.narrow(of.axis, 0, of.stop - of.start).copy_(part)
-    pieces = [torch.empty_like(padded) for _ in shares]
+    padded.narrow(of.axis, 0, len(of.indices)).copy_(part)
+    pieces = [torch.empty_like(padded) for _ in parts]
     dist.all_gather(pieces, padded, group=group)
-    return torch.cat(
-        [piece.narrow(of.axis, 0, stop - start) for piece, (start, stop) in zip(pieces, shares, strict=True)], of.axis
-    )
+    whole = part.new_empty(shape)
+    for piece, other in zip(pieces, parts, strict=True):
+        other.of(whole).copy_(piece.narrow(of.axis, 0, len(other.indices)))
+    return whole
 
 
 def _connect(model: LanguageModel, group: Group) -> None:
     """Puts the collectives around the parts of a model."""
+    first, _ = bounds(model.config.outputs, group.size(), group.rank())
     _replace(model, "embed", lambda ids: _sum(_embedded(model, ids, group), group))
-    _replace(model, "token_losses", lambda x, targets: _split_losses(model, x, targets, group))
-    _replace(model, "hits", lambda x, targets: _split_hits(model, x, targets, group))
-    _replace(model, "divergences", lambda x, teacher, t: _split_divergences(model, x, teacher, t, group))
+    _replace(model, "trained_logits", lambda x: model.logits(_spread(x, group)))
+    _replace(model, "token_losses", lambda logits, targets: _split_losses(logits, targets, first, group))
+    _replace(model, "hits", lambda logits, targets: _split_hits(logits, targets, first, group))
+    _replace(model, "divergences", lambda logits, teacher, t: _split_divergences(logits, teacher, t, group))
     for block in cast(list[Block], model.blocks):
         match block.mixer:
             case SpectralMixer():
@@ -131,8 +150,7 @@ def _connect(model: LanguageModel, group: Group) -> None:
                 _connect_attention(block.mixer, model.config, group)
             case other:
                 raise AssertionError(f"no split is known for {type(other)}")
-        block.ffn.register_forward_pre_hook(lambda _, inputs: (_spread(inputs[0], group),))
-        block.ffn.register_forward_hook(lambda _module, _inputs, output: _sum(output, group))
+        _connect_feed_forward(block.ffn, model.config, group)
 
 
 def _replace(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
@@ -148,6 +166,13 @@ def _connect_spectral(mixer: SpectralMixer, d_model: int, group: Group) -> None:
         return _sum(whole(mine_BLD, weights_BLK, context), group)
 
     _replace(mixer, "mix", mix)
+
+
+def _connect_feed_forward(ffn: FeedForward, config: ModelConfig, group: Group) -> None:
+    mine = _part(0, config.d_ffn, group.size(), group.rank(), config.ffn_elastic is not None).indices
+    _replace(ffn, "width", lambda k: len(range(mine.start, min(mine.stop, config.ffn_width(k)), mine.step)))
+    ffn.register_forward_pre_hook(lambda _, inputs: (_spread(inputs[0], group), *inputs[1:]))
+    ffn.register_forward_hook(lambda _module, _inputs, output: _sum(output, group))
 
 
 def _connect_attention(attention: Attention, config: ModelConfig, group: Group) -> None:
@@ -176,31 +201,24 @@ def _embedded(model: LanguageModel, ids: Tensor, group: Group) -> Tensor:
     return rows * mine[..., None].to(rows.dtype)
 
 
-def _split_losses(model: LanguageModel, x_BLD: Tensor, targets_BL: Tensor, group: Group) -> Tensor:
-    logits_NV = model.logits(_spread(x_BLD, group)).flatten(0, 1).float()
-    start, _ = bounds(model.config.outputs, group.size(), group.rank())
+def _split_losses(logits_BLV: Tensor, targets_BL: Tensor, start: int, group: Group) -> Tensor:
+    logits_NV = logits_BLV.flatten(0, 1).float()
     losses: Tensor = _SplitCrossEntropy.apply(logits_NV, targets_BL.flatten() - start, group)  # type: ignore[no-untyped-call]
     return losses.view_as(targets_BL)
 
 
 @torch.no_grad()
-def _split_hits(model: LanguageModel, x_BLD: Tensor, targets_BL: Tensor, group: Group) -> Tensor:
-    logits_BLV = model.logits(x_BLD)
+def _split_hits(logits_BLV: Tensor, targets_BL: Tensor, start: int, group: Group) -> Tensor:
     best_BLV = logits_BLV == _all_reduce(logits_BLV.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
-    start, stop = bounds(model.config.outputs, group.size(), group.rank())
-    mine_BL = (targets_BL >= start) & (targets_BL < stop)
+    mine_BL = (targets_BL >= start) & (targets_BL < start + logits_BLV.shape[-1])
     hit_BL1 = best_BLV.gather(-1, (targets_BL - start).where(mine_BL, 0)[..., None])
     hit_BL, count_BL = _all_reduce(torch.stack((hit_BL1[..., 0] & mine_BL, best_BLV.sum(-1))).float(), group)
     hits_BL: Tensor = hit_BL / count_BL
     return hits_BL
 
 
-def _split_divergences(
-    model: LanguageModel, x_BLD: Tensor, teacher_BLD: Tensor, temperature: float, group: Group
-) -> Tensor:
-    student_BLV = model.logits(_spread(x_BLD, group)).float() / temperature
-    with torch.no_grad():
-        teacher_BLV = model.logits(teacher_BLD).float() / temperature
+def _split_divergences(logits_BLV: Tensor, teacher_BLV: Tensor, temperature: float, group: Group) -> Tensor:
+    student_BLV, teacher_BLV = (part.float() / temperature for part in (logits_BLV, teacher_BLV))
     divergences: Tensor = _SplitDivergence.apply(student_BLV, teacher_BLV, group)  # type: ignore[no-untyped-call]
     return temperature**2 * divergences
 

@@ -34,6 +34,8 @@ from typing import NamedTuple, NoReturn, TypeVar, cast
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
+from megassm.fence import Fence
+from megassm.parallel.phases import PhaseClock
 from megassm.rundir import FAILURE
 
 BEAT_S = 1.0
@@ -64,12 +66,22 @@ class Progress:
     def __init__(self) -> None:
         self.mark = Mark(0, 0, "its set-up", time.monotonic())
         self.steps_begun = 0
+        self._clock = PhaseClock()
 
     def note(self, phase: str, step: int | None = None) -> None:
         """Costs nothing worth mentioning. All ranks must note the same phases in the same order."""
-        last = self.mark
+        last, now = self.mark, time.monotonic()
         self.steps_begun += step is not None
-        self.mark = Mark(last.number + 1, last.step if step is None else step, phase, time.monotonic())
+        if step is None:
+            self._clock.count(last.phase, now)
+        else:
+            self._clock.restart(now)
+        self.mark = Mark(last.number + 1, last.step if step is None else step, phase, now)
+
+    def phases(self) -> dict[str, float]:
+        """Seconds of this update so far, by phase."""
+        self._clock.count(self.mark.phase, time.monotonic())
+        return self._clock.spent()
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,8 @@ class Watchdog:
         self._beat = Beat()
         self._requests: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._store_failed, self._stopped, self._spoken = (threading.Event() for _ in range(3))
+        self.fence: Fence | None = None
+        """This start's, once it has one."""
         self._hang = False
         self._ending = threading.Lock()
         self._store: Store = _own_connection() if self._size > 1 else HashStore()
@@ -217,6 +231,8 @@ class Watchdog:
         return verdict(before, after)
 
     def _is_first(self, message: str) -> bool:
+        if self.fence is not None and not self.fence.holds():
+            return True  # the file is the newer start's
         try:
             with (self._run_dir / FAILURE).open("x", encoding="utf-8") as file:
                 file.write(f"{message}\n")

@@ -20,6 +20,7 @@ from megassm.cli import refusal_text
 from megassm.config import Config
 from megassm.errors import UserError
 from megassm.parallel.mesh import Mesh, Place, mesh_of
+from megassm.parallel.phases import count_waits
 from megassm.parallel.watchdog import Progress
 
 T = TypeVar("T")
@@ -85,6 +86,7 @@ def join_world(config: Config) -> World:
         UserError: CUDA is asked for and absent, there are more local ranks than devices, or a tensor group would
             span machines.
     """
+    count_waits()
     timeout = timedelta(seconds=config.parallel.timeout_s)
     rank, device = _join(config.train.device, timeout)
     mesh = mesh_of(config, dist.get_world_size())
@@ -169,6 +171,13 @@ def gather_rows(row: Sequence[float]) -> list[list[float]]:
     return [other.tolist() for other in rows]
 
 
+def sum_rows(row: Sequence[float]) -> list[float]:
+    """The sums over all ranks of float64 numbers, on every rank."""
+    total = torch.tensor(row, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
 def broadcast_array(array: npt.NDArray[np.int64], group: Group) -> npt.NDArray[np.int64]:
     """The array of the group's first rank, on all of its ranks."""
     tensor = torch.from_numpy(array)
@@ -201,6 +210,13 @@ def together(attempt: Callable[[], T]) -> T:
         if text:
             raise UserError(text)
     return results[0]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on any rank."""
+    highest = torch.tensor([int(flag)])
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return bool(highest.item())
 
 
 def barrier() -> None:

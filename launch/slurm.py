@@ -1,0 +1,323 @@
+"""Runs a configuration under SLURM: submit, status, logs, cancel, resume.
+
+    submit --config X.yaml --nodes N --gpus-per-node M [section.key=value ...]
+    status RUN_DIR           the job's state, and how far the run is
+    logs   RUN_DIR           what it has printed; --follow stays
+    cancel RUN_DIR           the ranks save, if they can within SLURM's KillWait
+    resume RUN_DIR           submits the run again: what it asked for last, but for what is given
+
+`submit` refuses what the run would refuse, before anything is queued. It writes RUN_DIR/jobs/NNNN: config.yaml
+(resolved), code/ (what the job runs, however long it waits in the queue), version.txt (commit and uncommitted changes),
+job.sh, job.json; the job writes log.txt there. On a preemption, at its time limit, and where a node dies, the job is
+requeued and continues from its newest complete checkpoint. `COMMAND --help` has an example.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from megassm import __version__
+from megassm.cli import Parser, path_argument, positive, print_table, run_tool
+from megassm.config import Config
+from megassm.configfile import dump_config, load_config_or_exit
+from megassm.durable import write_atomically
+from megassm.errors import UserError
+from megassm.fence import newest_number
+from megassm.rows import METRICS
+from megassm.rundir import CHECKPOINTS
+from megassm.slurm import Request, batch_script, seconds
+
+ROOT = Path(__file__).parents[1]
+JOBS = "jobs"
+ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "GONE")
+GONE = {"JobState": "GONE", "ExitCode": "?"}
+
+
+def node_range(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", text) or (
+        "-" in text and int(text.split("-")[0]) > int(text.split("-")[1])
+    ):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of nodes, or FIRST-LAST such as 2-4")
+    return text
+
+
+def count(text: str) -> int:
+    return 0 if text == "0" else positive(text)
+
+
+def time_limit(text: str) -> str:
+    try:
+        seconds(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must be a time of SLURM's, such as 90 (minutes), 12:00:00 or 2-00:00:00"
+        ) from None
+    return text
+
+
+def sbatch_option(text: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z-]*(=[^\n]+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be an option of sbatch without its dashes: partition=gpu")
+    return text
+
+
+def job_parser(name: str, description: str, example: str) -> Parser:
+    parser = Parser(description, f"python launch/slurm.py {name} {example}")
+    parser.prog = f"slurm.py {name}"
+    return parser
+
+
+def add_request(parser: Parser, required: bool) -> None:
+    parser.add_argument("--nodes", type=node_range, required=required, metavar="N",
+                        help="nodes; 2-4 takes what there is, and after the loss of a node what is left")  # fmt: skip
+    parser.add_argument("--gpus-per-node", type=count, required=required, metavar="M", help="0: CPUs only")
+    parser.add_argument("--tasks-per-node", type=positive, metavar="T", help="ranks a node; default: its GPUs, or 1")
+    parser.add_argument("--time", type=time_limit, help="limit, after which the job is requeued; default 24:00:00")
+    parser.add_argument("--save-before-s", type=positive, metavar="S",
+                        help="save at least so many seconds before the limit; default 180")  # fmt: skip
+    parser.add_argument("--sbatch", action="append", type=sbatch_option, metavar="OPTION=VALUE",
+                        help="further option of sbatch, such as partition=gpu; may be repeated")  # fmt: skip
+    parser.add_argument("--print", action="store_true", help="print the script; write and submit nothing")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
+
+
+def given_request(arguments: argparse.Namespace, before: Request | None) -> Request:
+    """What the command line asks for, on top of what the run asked for before."""
+    given: dict[str, Any] = {
+        name: getattr(arguments, name)
+        for name in ("nodes", "gpus_per_node", "tasks_per_node", "time", "save_before_s", "sbatch")
+        if getattr(arguments, name) is not None
+    }
+    if "sbatch" in given:
+        given["sbatch"] = tuple(given["sbatch"])
+    if "gpus_per_node" in given:
+        given.setdefault("tasks_per_node", given["gpus_per_node"] or 1)
+    return Request(**given) if before is None else replace(before, **given)
+
+
+def check_request(request: Request, config: Config, path: Path, overrides: Sequence[str]) -> None:
+    """Refuses what the job would be refused for once it runs.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for world_size in request.world_sizes():
+        load_config_or_exit(path, overrides, world_size)
+    if request.gpus_per_node and request.tasks_per_node > request.gpus_per_node and config.train.device != "cpu":
+        raise UserError(
+            f"--tasks-per-node {request.tasks_per_node}: more ranks than --gpus-per-node {request.gpus_per_node}; "
+            "leave it out, or set train.device=cpu"
+        )
+    if not request.gpus_per_node and config.train.device == "cuda":
+        raise UserError("--gpus-per-node 0: but train.device = cuda; ask for GPUs, or set train.device=cpu")
+    if request.tasks_per_node % config.parallel.tensor:
+        raise UserError(
+            f"parallel.tensor = {config.parallel.tensor}: must divide the {request.tasks_per_node} ranks of a node; "
+            "use a divisor, and parallel.sequence or ZeRO for the rest"
+        )
+    if (limit := seconds(request.time)) and limit < 2 * request.save_before_s:
+        raise UserError(
+            f"--time {request.time}: too short to train before --save-before-s {request.save_before_s}: the ranks "
+            "would be told to save as they start. Ask for at least twice that, or for a smaller --save-before-s"
+        )
+
+
+def submit(arguments: argparse.Namespace, path: Path, before: Request | None) -> None:
+    """Writes and queues a job of the configuration at `path`, on top of what was asked for `before`."""
+    request = given_request(arguments, before)
+    config = load_config_or_exit(path, arguments.overrides, request.world_sizes()[0])
+    check_request(request, config, path, arguments.overrides)
+    run_dir = Path(config.run.dir).absolute()
+    if (busy := newest_job(run_dir)) and (state := job_facts(busy)["JobState"]) not in ENDED:
+        raise UserError(
+            f"{run_dir}: job {busy['job_id']} is {state}; wait for it, end it with `slurm.py cancel {run_dir}`, or "
+            "choose another directory with run.dir=DIR"
+        )
+    folder = run_dir / JOBS / f"{len(job_folders(run_dir)) + 1:04d}"
+    script = batch_script(request, folder, Path(sys.executable), Path.cwd(), config.parallel.timeout_s)
+    if arguments.print:
+        print(script, end="")
+        return
+    if has_secrets(config):
+        raise UserError("data: a URL holds a password or signature, which is not written down: use MEGASSM_DATA_QUERY")
+    folder.mkdir(parents=True)
+    try:
+        snapshot(folder, config, script)
+        job_id = ask_slurm("sbatch", "--parsable", str(folder / "job.sh")).partition(";")[0].strip()
+    except UserError:
+        shutil.rmtree(folder)  # nothing was queued
+        raise
+    facts = {"job_id": job_id, "command": sys.argv[1:], "request": asdict(request), "folder": str(folder)}
+    write_atomically(folder / "job.json", (json.dumps(facts, indent=1) + "\n").encode())
+    print(f"job {job_id} trains in {run_dir}\nnext: python launch/slurm.py logs {run_dir} --follow")
+
+
+def has_secrets(config: Config) -> bool:
+    written = Config.model_validate_json(config.model_dump_json())
+    return (written.data.path, written.data.sources) != (config.data.path, config.data.sources)
+
+
+def snapshot(folder: Path, config: Config, script: str) -> None:
+    """Configuration, code and script as they are now: what the job runs, also when it is requeued."""
+    write_atomically(folder / "config.yaml", dump_config(config).encode())
+    for name in ("megassm", "launch"):
+        shutil.copytree(ROOT / name, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    write_atomically(folder / "version.txt", code_version().encode())
+    write_atomically(folder / "job.sh", script.encode())
+
+
+def code_version() -> str:
+    """megassm's version; from a git checkout the commit and all that differs from it."""
+    parts = [f"megassm {__version__}\n"]
+    for command in (("rev-parse", "HEAD"), ("status", "--short"), ("diff", "HEAD")):
+        done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=False)
+        parts.append(done.stdout if done.returncode == 0 else "")
+    return "".join(parts)
+
+
+def ask_slurm(*command: str) -> str:
+    """What one of SLURM's commands prints.
+
+    Raises:
+        UserError: it is not installed, or refuses.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise UserError(f"{command[0]}: not found; run this where SLURM's commands are, or use torchrun") from None
+    if done.returncode:
+        raise UserError(f"{command[0]}: {done.stderr.strip() or f'code {done.returncode}'}; nothing was changed")
+    return done.stdout
+
+
+def job_folders(run_dir: Path) -> list[Path]:
+    return sorted(path for path in (run_dir / JOBS).glob("*") if path.name.isdecimal())
+
+
+def newest_job(run_dir: Path) -> dict[str, Any] | None:
+    """job.json of the last submission; None before the first."""
+    folders = [folder for folder in job_folders(run_dir) if (folder / "job.json").exists()]
+    if not folders:
+        return None
+    facts: dict[str, Any] = json.loads((folders[-1] / "job.json").read_text(encoding="utf-8"))
+    return facts | {"folder": str(folders[-1])}  # the run directory may have been moved
+
+
+def known_job(run_dir: Path) -> dict[str, Any]:
+    job = newest_job(run_dir)
+    if job is None:
+        raise UserError(f"{run_dir}: no job of it was submitted with launch/slurm.py; give a run directory (run.dir)")
+    return job
+
+
+def job_facts(job: dict[str, Any]) -> dict[str, str]:
+    """SLURM's facts about a job; from its accounting, where there is one, once the controller has forgotten it."""
+    try:
+        text = ask_slurm("scontrol", "show", "job", "-o", job["job_id"])
+        return dict(part.split("=", 1) for part in text.split() if "=" in part)
+    except UserError as error:
+        if "Invalid job id" not in str(error):
+            raise
+    try:
+        rows = ask_slurm("sacct", "-j", job["job_id"], "-X", "-n", "-P", "-o", "State,ExitCode").splitlines()
+    except UserError:
+        rows = []
+    if not rows:
+        return GONE
+    state, code = rows[-1].split("|")
+    return GONE | {"JobState": state.split()[0], "ExitCode": code}  # "CANCELLED by 1000"
+
+
+def status(run_dir: Path, json_path: Path | None) -> None:
+    job = known_job(run_dir)
+    facts = job_facts(job)
+    metrics = run_dir / METRICS
+    rows = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    last = json.loads(rows[-1]) if rows else {}
+    checkpoints = sorted(path.name for path in (run_dir / CHECKPOINTS).glob("step-*"))
+    row = {
+        "job": job["job_id"],
+        "state": facts["JobState"],
+        "exit": facts["ExitCode"],
+        "nodes": facts.get("NodeList", "?"),
+        "restarts": facts.get("Restarts", "?"),
+        "time": f"{facts.get('RunTime', '?')} of {facts.get('TimeLimit', '?')}",
+        "starts": newest_number(run_dir),
+        "step": last.get("step", 0),
+        "loss": last.get("loss"),
+        "checkpoint": checkpoints[-1] if checkpoints else None,
+    }
+    print_table(str(run_dir), [row], json_path)
+
+
+def logs(run_dir: Path, lines: int, follow: bool) -> None:
+    log = Path(known_job(run_dir)["folder"]) / "log.txt"
+    if not log.exists() and not follow:
+        raise UserError(f"{log}: not there yet: the job has not started; `slurm.py status {run_dir}` says its state")
+    sys.stdout.flush()
+    os.execvp("tail", ["tail", "-n", str(lines), *(["-F"] if follow else []), str(log)])
+
+
+def cancel(run_dir: Path) -> None:
+    job = known_job(run_dir)
+    ask_slurm("scancel", job["job_id"])
+    print(f"job {job['job_id']} is told to end; `python launch/slurm.py resume {run_dir}` continues the run")
+
+
+def parse(name: str, words: list[str]) -> argparse.Namespace:
+    if name == "submit":
+        parser = job_parser(name, "Queue a run.", "--config configs/1b_hybrid.yaml --nodes 4 --gpus-per-node 8")
+        parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML, see configs/")
+        add_request(parser, required=True)
+        return parser.parse_intermixed_args(words)
+    descriptions = {
+        "status": "Say what a run's job does.",
+        "logs": "Print what a run's job has printed.",
+        "cancel": "End a run's job.",
+        "resume": "Queue a run again.",
+    }
+    parser = job_parser(name, descriptions[name], f"runs/1b{' --nodes 2 train.steps=20000' * (name == 'resume')}")
+    parser.add_argument("run_dir", type=path_argument, metavar="RUN_DIR", help="run.dir of the configuration")
+    if name == "status":
+        parser.add_argument("--json", type=path_argument, metavar="FILE", help="write the printed table there, as JSON")
+    elif name == "logs":
+        parser.add_argument("--follow", action="store_true", help="stay, and print what comes")
+        parser.add_argument("--lines", type=positive, default=50, help="of the end")
+    elif name == "resume":
+        add_request(parser, required=False)
+    return parser.parse_intermixed_args(words)
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    top = Parser(__doc__ or "", "python launch/slurm.py submit --config configs/125m.yaml --nodes 1 --gpus-per-node 8")
+    top.add_argument("command", choices=("submit", "status", "logs", "cancel", "resume"))
+    top.parse_args(sys.argv[1:2])
+    arguments = parse(name, sys.argv[2:])
+    match name:
+        case "submit":
+            submit(arguments, arguments.config, None)
+        case "status":
+            status(arguments.run_dir, arguments.json)
+        case "logs":
+            logs(arguments.run_dir, arguments.lines, arguments.follow)
+        case "cancel":
+            cancel(arguments.run_dir)
+        case "resume":
+            job = known_job(arguments.run_dir)
+            last = job["request"] | {"sbatch": tuple(job["request"]["sbatch"])}
+            submit(arguments, Path(job["folder"]) / "config.yaml", Request(**last))
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,91 @@
+"""A run that fails at the same step again and again stops and says so. Needs no torch.
+
+RUN_DIR/failures.jsonl has a line {"began": time} while a job trains; a job that ends in order removes the file. A job
+that finds such a line puts {"failed": step, "reason": text, "killed": no rank gave a reason} in its place: the step
+after the last one in the journal. So a job that ends while it sets up is not counted, and progress forgets.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megassm.durable import write_atomically
+from megassm.errors import UserError
+from megassm.events import append_event
+
+FAILURES = "failures.jsonl"
+KILLED = 0.5
+"""A job that was killed counts so much: machines are taken away, and most often nothing is wrong with the step."""
+LOST_RANK = "no longer answer"
+"""In the watchdog's message about a rank that was killed or cut off."""
+
+
+def job_begins(run_dir: Path) -> None:
+    """To be called when training begins; the line stays unless `job_ends` is called."""
+    _write(run_dir, [*_read(run_dir), {"began": time.time()}])
+
+
+def job_ends(run_dir: Path) -> None:
+    (run_dir / FAILURES).unlink(missing_ok=True)
+
+
+def check_failures(run_dir: Path, journal: Path, failure: Path, limit: int | None) -> None:
+    """To be called at the start of a job: notes how the one before has ended.
+
+    Raises:
+        UserError: `limit` jobs in a row have failed at the same step.
+    """
+    lines = _read(run_dir)
+    if lines and "began" in lines[-1]:
+        lines[-1] = _failed(_last_step(journal) + 1, failure)
+        lines = [line for line in lines if line.get("failed") == lines[-1]["failed"]]
+        _write(run_dir, lines)
+    count = sum(KILLED if line["killed"] else 1.0 for line in lines)
+    if limit is None or not lines or count < limit:
+        return
+    step, last = lines[-1]["failed"], lines[-1]["reason"]
+    text = f"{len(lines)} jobs in a row have ended at step {step}, the last because: {last}"
+    append_event(run_dir, "repeated failure", step - 1, text, {"failed_step": step, "jobs": len(lines)})
+    raise UserError(
+        f"{run_dir}: {text}. Look at that step's batch (python tools/inspect_data.py {run_dir} --step {step}), mend "
+        f"the cause, then remove {run_dir / FAILURES} and start again; or raise health.max_failures = {limit}"
+    )
+
+
+def _failed(step: int, failure: Path) -> dict[str, Any]:
+    reason = failure.read_text(encoding="utf-8", errors="replace").strip() if failure.exists() else ""
+    killed = not reason or LOST_RANK in reason
+    return {"failed": step, "reason": reason or "killed, without a word", "killed": killed, "time": time.time()}
+
+
+def _last_step(journal: Path) -> int:
+    """Of the newest whole row: the file is read from its end."""
+    if not journal.exists():
+        return 0
+    with journal.open("rb") as file:
+        file.seek(max(0, journal.stat().st_size - (1 << 20)))
+        lines = file.read().splitlines()
+    return next((row["step"] for row in _objects(reversed(lines)) if isinstance(row.get("step"), int)), 0)
+
+
+def _read(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / FAILURES
+    return list(_objects(path.read_bytes().splitlines())) if path.exists() else []
+
+
+def _objects(lines: Any) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            yield found
+
+
+def _write(run_dir: Path, lines: list[dict[str, Any]]) -> None:
+    write_atomically(run_dir / FAILURES, "".join(f"{json.dumps(line)}\n" for line in lines).encode())

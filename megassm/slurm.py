@@ -1,0 +1,161 @@
+"""SLURM: the ranks' coordinates as `srun` tells them, and the batch script of a run (see `launch/slurm.py`).
+
+srun starts every rank itself, so nothing else has to reach the nodes: no ssh, no hostfile, no MPI.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megassm.cli import STOPPED
+from megassm.errors import UserError
+
+FIRST_PORT, PORTS = 15_000, 17_000
+"""Below the ports that Linux gives to connections of its own."""
+LAST_RESORT_S = 600
+"""srun leaves the ranks this long, beyond parallel.timeout_s, after the first has left: the watchdog knows why."""
+
+
+def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would have set, for a process that srun started; nothing where another launcher did, or none.
+
+    Raises:
+        UserError: a variable of srun is missing or makes no sense.
+    """
+    if "RANK" in environ or "SLURM_STEP_ID" not in environ:
+        return {}
+    try:
+        node = int(environ["SLURM_NODEID"])
+        tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"]
+        local = [*per_node(environ.get("SLURM_STEP_TASKS_PER_NODE") or environ["SLURM_TASKS_PER_NODE"])][node]
+        # another port after every restart: a rank of the last one may live where SLURM cannot reach it
+        port = int(environ["SLURM_JOB_ID"]) + 7919 * int(environ.get("SLURM_RESTART_COUNT", "0"))
+        return {
+            "RANK": str(int(environ["SLURM_PROCID"])),
+            "LOCAL_RANK": str(int(environ["SLURM_LOCALID"])),
+            "WORLD_SIZE": str(int(tasks)),
+            "LOCAL_WORLD_SIZE": str(local),
+            "MASTER_ADDR": first_host(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]),
+            "MASTER_PORT": environ.get("MASTER_PORT") or str(FIRST_PORT + port % PORTS),
+        }
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"environment: srun's variables make no sense ({type(error).__name__}: {error}); start the ranks with srun "
+            "itself, or unset SLURM_STEP_ID to run one process"
+        ) from None
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a SLURM node list: "gpu[003-005,9],login1" is gpu003, gpu004, gpu005, gpu9, login1."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    if first is None:
+        raise ValueError(f"{nodes!r} is not a list of nodes")
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first.group())
+
+
+def per_node(counts: str) -> Iterator[int]:
+    """Tasks of every node: "4(x2),1" is 4, 4, 1."""
+    for part in counts.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if found is None:
+            raise ValueError(f"{counts!r} is not a list of counts")
+        yield from [int(found[1])] * int(found[2] or 1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a job asks SLURM for."""
+
+    nodes: str
+    """A number, or FIRST-LAST: as many as there are; a job that loses a node then goes on without."""
+    gpus_per_node: int
+    tasks_per_node: int
+    time: str = "24:00:00"
+    """SLURM's notation; after it the job is requeued, and goes on."""
+    save_before_s: int = 180
+    """The ranks are told to save at least this long before the time is over."""
+    sbatch: tuple[str, ...] = ()
+    """Further options, as in "partition=gpu"."""
+
+    def world_sizes(self) -> list[int]:
+        first, _, last = self.nodes.partition("-")
+        return [nodes * self.tasks_per_node for nodes in range(int(first), int(last or first) + 1)]
+
+
+def seconds(time: str) -> int:
+    """Of a limit in SLURM's notation: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not re.fullmatch(r"\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}", time):
+        raise ValueError(time)
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash or len(parts) == 3:
+        hours, minutes, secs = (*parts, 0, 0)[:3]
+    else:
+        hours, (minutes, secs) = 0, (*parts, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + secs
+
+
+def batch_script(request: Request, folder: Path, python: Path, cwd: Path, patience_s: int) -> str:
+    """The script of a job whose configuration and code are in `folder`; `patience_s` is parallel.timeout_s."""
+    # of a range, sbatch would fix the number of tasks at that of the first start: a smaller one would never come
+    share = "mincpus" if "-" in request.nodes else "ntasks-per-node"
+    options = {
+        "job-name": f"megassm-{folder.parents[1].name}",
+        "nodes": request.nodes,
+        share: request.tasks_per_node,
+        "gpus-per-node": request.gpus_per_node or None,
+        "time": request.time,
+        "signal": f"USR1@{request.save_before_s}",
+        "chdir": cwd,
+        "output": str(folder / "log.txt").replace("%", "%%"),
+        "open-mode": "append",
+    }
+    given = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+    head = "\n".join(f"#SBATCH {option}" for option in [*given, "--requeue", *(f"--{own}" for own in request.sbatch)])
+    return SCRIPT.format(
+        head=head,
+        folder=shlex.quote(str(folder)),
+        python=shlex.quote(str(python)),
+        tasks=request.tasks_per_node,
+        wait_s=patience_s + LAST_RESORT_S,
+        stopped=STOPPED,
+        save_before_s=request.save_before_s,
+    )
+
+
+SCRIPT = """\
+#!/usr/bin/env bash
+# Made by launch/slurm.py. SIGUSR1 comes to every rank {save_before_s} s before the time is over: all finish the
+# micro-batch, save, and exit with {stopped}; the job is then requeued, and continues from that checkpoint.
+{head}
+
+JOB={folder}
+export PYTHONPATH="$JOB/code"
+echo "--- job $SLURM_JOB_ID, restart ${{SLURM_RESTART_COUNT:-0}}, on $SLURM_JOB_NODELIST, $(date -u +%FT%TZ)"
+
+# in the background, because bash runs a trap only between commands
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node={tasks} --ntasks=$((SLURM_JOB_NUM_NODES * {tasks})) \\
+  --kill-on-bad-exit=0 --wait={wait_s} {python} "$JOB/code/launch/pretrain.py" --config "$JOB/config.yaml" &
+ranks=$!
+trap 'kill -USR1 $ranks' USR1   # scancel --batch --signal=USR1: srun hands it to the ranks
+trap : TERM                     # preemption, scancel: SLURM tells the ranks itself; wait for them
+while kill -0 $ranks 2>/dev/null; do wait $ranks; code=$?; done
+echo "--- job $SLURM_JOB_ID: the ranks ended with code $code, $(date -u +%FT%TZ)"
+
+# not where SLURM is ending the job anyway (scancel, preemption), nor where it has started it elsewhere since
+if [ "$code" = {stopped} ]; then
+  job=$(scontrol show job -o "$SLURM_JOB_ID")
+  if [[ $job == *" JobState=RUNNING "* && $job == *" Restarts=${{SLURM_RESTART_COUNT:-0}} "* ]]; then
+    scontrol requeue "$SLURM_JOB_ID" && exit 0
+  fi
+fi
+exit "$code"
+"""

@@ -1,0 +1,97 @@
+"""Every command of docs/*.md is run: here, on small sizes, one page after another, or by the test that is named."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, SMALL
+
+PAGES = ("quickstart", "elasticity", "checkpoints", "data", "troubleshooting", "cluster", "scaling")
+SMALLER = {
+    "configs/tiny.yaml": [text for text in SMALL if "vocab_size" not in text],
+    "configs/tasks/high_frequency.yaml": ["train.steps=4", "optim.warmup_steps=2", "eval.sequences=8"],
+}
+"""What a training is given beyond what the page says: fewer steps, a narrower model."""
+ELSEWHERE = {
+    "make demo": ("test_demo.py", "demo.py"),
+    "python launch/slurm.py submit": ("test_slurm.py", "submit"),
+    "python launch/slurm.py status": ("test_slurm.py", "status"),
+    "python launch/slurm.py logs": ("test_slurm.py", "logs"),
+    "python launch/slurm.py cancel": ("test_slurm.py", "cancel"),
+    "python launch/slurm.py resume": ("test_slurm.py", "resume"),
+    "torchrun --nnodes 2": ("test_multinode.py", "--nnodes"),
+    "deepspeed --hostfile": ("test_multinode.py", "--hostfile"),
+    "python tools/plan.py": ("test_plan.py", "plan"),
+    "python tools/evaluate_tasks.py": ("test_harness.py", "evaluate_tasks.py"),
+    "python tools/experiments/run.py": ("test_experiments.py", "run_experiment"),
+    "python tools/sweep_lr.py": ("test_sweep_lr.py", "sweep_lr.py"),
+}
+
+
+def commands(page: str) -> Iterator[str]:
+    """The commands of a page's bash blocks, continued lines joined, without comments."""
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    for block in re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                yield shlex.join(words)
+
+
+def runs_elsewhere(command: str) -> bool:
+    return any(command.startswith(prefix) for prefix in ELSEWHERE)
+
+
+def test_what_is_not_run_here_is_run_by_the_test_that_is_named() -> None:
+    seen = {
+        prefix for page in PAGES for command in commands(page) for prefix in ELSEWHERE if command.startswith(prefix)
+    }
+    assert {"make demo", "python launch/slurm.py submit", "torchrun --nnodes 2"} <= seen
+    for prefix in seen:
+        name, word = ELSEWHERE[prefix]
+        assert word in (ROOT / "tests" / name).read_text(encoding="utf-8"), f"{prefix}: not in {name}"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/results").glob("*.md"), ROOT / "README.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.ranks
+def test_the_commands_of_the_pages_run(tmp_path: Path) -> None:
+    """As a new user types them, in a folder that holds the project and a corpus."""
+    for part in ("configs", "launch", "tools", "megassm", "pyproject.toml"):
+        (tmp_path / part).symlink_to(ROOT / part)
+    (tmp_path / "corpus").mkdir()
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for name in ("argparse", "ast", "bdb", "calendar", "csv", "dis", "enum", "glob", "inspect", "pdb", "typing"):
+        shutil.copy(library / f"{name}.py", tmp_path / "corpus" / f"{name}.txt")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for page in PAGES:
+        for command in commands(page):
+            if not runs_elsewhere(command):
+                run(page, small(command), tmp_path, os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)})
+
+
+def small(command: str) -> list[str]:
+    """The command, with what makes a training small put behind its configuration, so that the page's own values win."""
+    words = shlex.split(command)
+    for place, word in enumerate(words):
+        if word in SMALLER and any(part.endswith("pretrain.py") for part in words):
+            return [*words[: place + 1], *SMALLER[word], *words[place + 1 :]]
+    return words
+
+
+def run(page: str, words: list[str], cwd: Path, environment: dict[str, str]) -> None:
+    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"docs/{page}.md: {shlex.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -1,0 +1,142 @@
+"""Only the newest start of a run may write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from megassm import checkpoint
+from megassm.checkpoint import save_checkpoint
+from megassm.config import Config
+from megassm.data.dataset import open_dataset
+from megassm.errors import UserError
+from megassm.fence import INCARNATIONS, SupersededError, newest_number, restarts_the_newest, take
+from megassm.metrics import Journal
+from megassm.parallel.watchdog import Progress, Watchdog
+from megassm.parallel.world import join_world, leave_world
+from megassm.run import enter, set_up
+from megassm.rundir import FAILURE, open_run_directory
+from tests.conftest import run_python
+from tests.ranks import run_on_ranks
+
+Make = Callable[..., Config]
+
+
+def files(run_dir: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run_dir)): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+def test_every_start_takes_a_higher_number(tmp_path: Path) -> None:
+    first = take(tmp_path)
+    first.check()
+    second = take(tmp_path)
+    assert (first.number, second.number, newest_number(tmp_path)) == (1, 2, 2)
+    assert second.holds()
+    with pytest.raises(SupersededError, match=r"start 2 of this run \(host .*\) has taken over from start 1, which is"):
+        first.check()
+    assert set(json.loads((tmp_path / INCARNATIONS / "0002").read_text())) == {
+        "host",
+        "pid",
+        "job_id",
+        "restart",
+        "time",
+    }
+    (tmp_path / INCARNATIONS / "0002").unlink()
+    with pytest.raises(SupersededError, match="the file of this start, 0002, is gone"):
+        second.check()
+
+
+def test_starts_at_the_same_time_take_different_numbers(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        taken = threads.map(lambda _: take(tmp_path).number, range(32))
+    assert sorted(taken) == list(range(1, 33))
+
+
+def test_a_superseded_start_writes_no_row_and_no_failure(small_config: Make, tmp_path: Path) -> None:
+    config = small_config()
+    open_run_directory(config)
+    run_dir = Path(config.run.dir)
+    old = take(run_dir)
+    journal = Journal(config, 0, old)
+    watchdog = Watchdog((0, 1), Progress(), 60, run_dir)
+    watchdog.fence = old
+    take(run_dir)
+    before = files(run_dir)
+    with pytest.raises(SupersededError):
+        journal.write({"step": 1})
+    watchdog.refuse("why")
+    assert files(run_dir) == before
+    assert not (run_dir / FAILURE).exists()
+
+
+def superseded_while_saving(config: Config) -> None:
+    """A newer start comes between the last look at the fence and the rename; the old one then tries once more."""
+    world = join_world(config)
+    try:
+        run = set_up(config, open_dataset(config), world)
+        publish = checkpoint._publish
+
+        def late(partial: Path, final: Path, manifest: checkpoint.Manifest) -> None:
+            enter(run.fence.run_dir, world)
+            publish(partial, final, manifest)
+
+        checkpoint._publish = late
+        assert save_checkpoint(run.engine, config, 1, "", run.fence) is not None
+        before = files(run.fence.run_dir)
+        with pytest.raises(SupersededError):
+            save_checkpoint(run.engine, config, 2, "", run.fence)
+        assert files(run.fence.run_dir) == before
+        assert checkpoint.newest_checkpoint(run.fence.run_dir) == (None, [])
+    finally:
+        leave_world()
+
+
+def test_a_superseded_start_publishes_no_checkpoint(small_config: Make) -> None:
+    config = small_config()
+    open_run_directory(config)
+    run_on_ranks(1, superseded_while_saving, config)
+
+
+def test_a_lock_that_an_older_life_of_the_same_job_holds_is_taken_over(
+    small_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    orphan = open_run_directory(config)
+    assert orphan is not None
+    take(Path(config.run.dir))
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert not restarts_the_newest(Path(config.run.dir)), "another job"
+    with pytest.raises(UserError, match="another job is training there"):
+        open_run_directory(config)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    lock = open_run_directory(config)
+    assert lock is not None
+    with lock:
+        monkeypatch.delenv("SLURM_RESTART_COUNT")
+        with pytest.raises(UserError, match="another job is training there"):
+            open_run_directory(config)
+    orphan.close()
+
+
+def test_signals_before_there_is_anything_to_save_end_the_process(tmp_path: Path) -> None:
+    code = "import os; from megassm.stop import leave_when_told as f; f(); os.kill(os.getpid(), {}); print('lives')"
+    for number in ("10", "15"):
+        done = run_python("-c", code.format(number), check=False)
+        assert (done.returncode, done.stdout) == (75, "")
+
+
+def test_signals_may_come_twice(tmp_path: Path) -> None:
+    code = (
+        "import os, signal; from megassm.stop import StopRequest; s = StopRequest(); assert not s.received\n"
+        "for n in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):\n"
+        "    os.kill(os.getpid(), n); assert s.received\n"
+        "os.kill(os.getpid(), signal.SIGINT); print('lives')"
+    )
+    done = run_python("-c", code, check=False)
+    assert (done.returncode, done.stdout) == (-2, "")

@@ -1,0 +1,120 @@
+"""A slow rank and a loss spike in a run of two ranks; what a validation says of the channels, on any mesh."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megassm.config import Config
+from megassm.data.dataset import open_dataset
+from megassm.data.stream import MicroBatch
+from megassm.events import read_events
+from megassm.metrics import read_rows
+from megassm.parallel.world import join_world, leave_world
+from megassm.room import PIN
+from megassm.run import Run, set_up
+from megassm.train import train
+from tests.ranks import run_on_ranks
+
+SPIKE_STEP = 45
+SLOW_S = 0.03
+Make = Callable[..., Config]
+
+
+def train_all(configs: list[Config]) -> list[dict[str, Any]]:
+    """Trains each; where there are many steps, rank 1 is slow in its forward passes and a batch is noise."""
+    seen = []
+    try:
+        for config in configs:
+            Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+            run = set_up(config, open_dataset(config), join_world(config))
+            if config.train.steps > SPIKE_STEP:
+                plant(run)
+            train(run)
+            whole = run.engine.read_state(["weight"], lambda name: name.endswith("channels_KDD"))
+            norms = [state["weight"].double().flatten(1).norm(dim=1).tolist() for _, state in sorted(whole.items())]
+            seen.append({"updates": run.engine.applied_updates, "norms": norms})
+            if run.journal is not None:
+                run.journal.close()
+    finally:
+        leave_world()
+    return seen
+
+
+def plant(run: Run) -> None:
+    losses, batches = run.engine.training_losses, run.batches
+
+    def slow_losses(ids_BT: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        time.sleep(SLOW_S * (run.world.rank == 1))
+        return losses(ids_BT, k)
+
+    def noisy_batches() -> Iterator[MicroBatch]:
+        for number, batch in enumerate(batches):
+            if number // run.engine.micro_steps + 1 == SPIKE_STEP:
+                noise = torch.randint(0, 256, batch.ids_BT.shape, generator=torch.Generator().manual_seed(0)).numpy()
+                batch = MicroBatch(noise, batch.mask_BL, batch.sample_ids_B)
+            yield batch
+
+    run.engine.training_losses, run.batches = slow_losses, noisy_batches()  # type: ignore[method-assign]
+
+
+@pytest.mark.ranks
+def test_a_slow_rank_a_spike_and_the_channels_of_two_ranks(small_config: Make, tmp_path: Path) -> None:
+    meshes = {"data": (3, "fp32"), "tensor": (1, "fp32"), "sequence": (1, "bf16")}
+    longest = small_config(
+        "train.steps=52", "checkpoint.every_steps=10", "checkpoint.keep=1", "health.spike_action=skip",
+        "optim.lr=1e-2", "train.batch_sequences=8", f"run.dir={tmp_path / 'long'}", "eval.every_steps=26", world_size=2,
+    )  # fmt: skip
+    short = [
+        small_config(
+            f"parallel.{axis}=2", f"parallel.zero_stage={stage}", f"train.precision={precision}", "train.steps=3",
+            "model.seq_len=128", f"run.dir={tmp_path / axis}", "model.pattern=SA", world_size=2,
+        )
+        for axis, (stage, precision) in meshes.items()
+    ]  # fmt: skip
+    found = run_on_ranks(2, train_all, [longest, *short])[0]
+    check_slow_rank_and_spike(tmp_path / "long", found[0]["updates"])
+    for config, seen in zip([longest, *short], found, strict=True):
+        row = read_rows(Path(config.run.dir))[-1]
+        channels = row["channels"]
+        rounded = 2e-2 if config.train.precision == "bf16" else 2e-5
+        assert np.array(channels["norm"]) == pytest.approx(np.array(seen["norms"]), rel=rounded)
+        assert np.array(channels["gate_mass"]).sum(axis=1) == pytest.approx(1.0, abs=1e-3)
+        counts = [
+            sum(max(r["k_micro"]) >= k and not r["skipped"] for r in read_rows(Path(config.run.dir)))
+            for k in range(1, 9)
+        ]
+        assert channels["updates"] == counts
+
+
+def check_slow_rank_and_spike(run_dir: Path, updates: int) -> None:
+    rows, events = read_rows(run_dir), read_events(run_dir)
+    assert [row["step"] for row in rows if row["skipped"]] == [SPIKE_STEP]
+    assert [row["step"] for row in rows if row.get("spike")] == [SPIKE_STEP]
+    assert updates == len(rows) - 1
+    spike = next(event for event in events if event["kind"] == "loss spike")
+    first = (SPIKE_STEP - 1) * 8
+    assert spike["figures"]["samples"] == [first, first + 7]
+    assert spike["figures"]["dropped"]
+    assert rows[SPIKE_STEP - 1]["loss"] == spike["figures"]["loss"] > spike["figures"]["expected"] + 1
+    assert f"samples {first}..{first + 7} changed no weight" in spike["text"]
+    assert spike["figures"]["checkpoint"].endswith("step-00000040")
+    assert (run_dir / "checkpoints" / "step-00000040" / PIN).exists()
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-00000040", "step-00000052"]
+
+    told = [event for event in events if event["kind"] == "straggler"]
+    named = [(event["figures"]["rank"], event["figures"]["phase"]) for event in told]
+    assert named.count((1, "forward")) == 1, "told once, though it lasts"
+    assert (0, "forward") not in named, "it waits for the other"
+    slow = rows[-1]["slowest"]["forward"]
+    assert slow["rank"] == 1
+    assert slow["s"] > 2 * SLOW_S > slow["median_s"] * 0.9
+    assert rows[-1]["phases_s"]["communication"] > SLOW_S, "rank 0 waits for rank 1"
+    assert [event["step"] for event in events if event["kind"] == "checkpoint"] == [10, 20, 30, 40, 50, 52]

@@ -1,0 +1,199 @@
+"""What launch/slurm.py hands to SLURM, what it refuses, and what srun tells a rank; no SLURM is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megassm.configfile import load_config
+from megassm.errors import UserError
+from megassm.slurm import Request, batch_script, first_host, per_node, rank_environment, seconds
+from tests.conftest import SMALL, run_python
+
+STEP = {
+    "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+    "SLURM_NTASKS": "9", "SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_TASKS_PER_NODE": "4,3", "SLURM_STEP_NODELIST":
+    "gpu[07,12-14]", "SLURM_JOB_NODELIST": "gpu[03-14]",
+}  # fmt: skip
+
+
+def test_ranks_that_srun_starts_know_their_place() -> None:
+    assert rank_environment(STEP) == {
+        "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "7", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": "16234",
+    }  # fmt: skip
+    assert rank_environment(STEP | {"MASTER_PORT": "29500"})["MASTER_PORT"] == "29500"
+
+
+def test_a_restart_has_another_port() -> None:
+    ports = {rank_environment(STEP | {"SLURM_RESTART_COUNT": str(n)})["MASTER_PORT"] for n in range(100)}
+    assert len(ports) == 100
+    assert all(15_000 <= int(port) < 32_000 for port in ports)
+
+
+def test_other_launchers_are_left_alone() -> None:
+    assert rank_environment(STEP | {"RANK": "0"}) == {}, "torchrun or deepspeed under srun"
+    batch = {name: value for name, value in STEP.items() if name != "SLURM_STEP_ID"}
+    assert rank_environment(batch) == {}, "plain python in a batch script"
+    for name, value in (("SLURM_PROCID", "x"), ("SLURM_NODEID", "2"), ("SLURM_STEP_TASKS_PER_NODE", "4(y2)")):
+        with pytest.raises(UserError, match="srun's variables make no sense"):
+            rank_environment(STEP | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("a,b", "a"), ("gpu[003-005,9],login1", "gpu003"), ("n[2,4-8]", "n2"), ("r[1-2]c[05-06]x", "r1c05x"),
+     ("a-b-[10-12]", "a-b-10"), ("n-1,n-2", "n-1")],
+)  # fmt: skip
+def test_first_host(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_tasks_of_every_node() -> None:
+    assert list(per_node("4(x2),1,2(x3)")) == [4, 4, 1, 2, 2, 2]
+
+
+def test_time_limits() -> None:
+    assert [seconds(text) for text in ("90", "1:30", "2:00:05", "1-0", "1-2:30", "2-00:00:01")] == [
+        5400, 90, 7205, 86400, 95400, 172801,
+    ]  # fmt: skip
+    for wrong in (" ", "1h", "1:2:3:4", "-1", "1-"):
+        with pytest.raises(ValueError, match=wrong):
+            seconds(wrong)
+
+
+def test_the_script_is_bash_and_says_what_was_asked_for(tmp_path: Path) -> None:
+    request = Request("2-4", 8, 8, "1-00:00:00", 300, ("partition=gpu", "exclusive"))
+    folder = tmp_path / "a run%" / "jobs/0001"
+    script = batch_script(request, folder, Path("/env/bin/python"), tmp_path, patience_s=600)
+    for line in (
+        "#SBATCH --job-name='megassm-a run%'", "#SBATCH --nodes=2-4", "#SBATCH --mincpus=8",
+        "#SBATCH --gpus-per-node=8", "#SBATCH --time=1-00:00:00", "#SBATCH --signal=USR1@300", "#SBATCH --requeue",
+        "#SBATCH --open-mode=append", "#SBATCH --partition=gpu", "#SBATCH --exclusive",
+        f"#SBATCH --output='{tmp_path}/a run%%/jobs/0001/log.txt'", f"JOB='{folder}'",
+    ):  # fmt: skip
+        assert f"{line}\n" in script, line
+    assert script.count("srun --nodes=") == 1
+    assert "--wait=1200 /env/bin/python" in script
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert "gpus-per-node" not in batch_script(Request("1", 0, 2), folder, Path("p"), tmp_path, 60)
+
+
+def slurm(*arguments: str, check: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run_python("launch/slurm.py", *arguments, check=check, **environment)
+
+
+def submit(run_dir: Path, data: Path, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    options = ("--config", "configs/tiny.yaml", "--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "2")
+    own = (f"run.dir={run_dir}", f"data.path={data}", "train.micro_batch_sequences=1")
+    return slurm("submit", *options, *SMALL, *own, *more, **environment)
+
+
+@pytest.fixture
+def fake_slurm(tmp_path: Path) -> dict[str, str]:
+    """Commands that answer as a cluster whose job 41 is in the state that the file `state` names."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    scripts = {
+        "sbatch": f'test -e {tmp_path}/full && {{ echo "invalid partition" >&2; exit 1; }}; echo "41;cluster"',
+        "scontrol": f'state=$(cat {tmp_path}/state); test "$state" = gone && {{ echo "slurm_load_jobs error: Invalid '
+        'job id specified" >&2; exit 1; }; echo "JobId=$4 JobState=$state ExitCode=0:0 Restarts=2 NodeList=n[1-2]"',
+        "sacct": 'echo "CANCELLED by 0|0:15"',
+        "scancel": f"echo $1 > {tmp_path}/cancelled",
+    }
+    for name, text in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_print_writes_and_submits_nothing(tmp_path: Path, data_path: Path) -> None:
+    done = submit(tmp_path / "run", data_path, "--print")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("#!/usr/bin/env bash\n")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (("--nodes", "3"), 2, "batch"),
+        (("--nodes", "4-2"), 2, "must be a number of nodes, or FIRST-LAST"),
+        (("train.step=3",), 2, "did you mean 'train.steps'?"),
+        (("--time", "1h"), 2, "must be a time of SLURM's"),
+        (("--time", "5"), 1, "too short to train before --save-before-s 180"),
+        (("train.device=cuda",), 1, "--gpus-per-node 0: but train.device = cuda"),
+        (("parallel.tensor=4",), 1, "parallel.tensor = 4: must divide the 2 ranks of a node"),
+        (("--gpus-per-node", "1"), 1, "--tasks-per-node 2: more ranks than --gpus-per-node 1"),
+        (("--sbatch", "--partition=x"), 2, "expected one argument"),
+        (("data.path=https://user:secret@host/set",), 1, "which is not written down: use MEGASSM_DATA_QUERY"),
+    ],
+)
+def test_what_the_job_would_refuse_is_refused_before_the_queue(
+    tmp_path: Path, data_path: Path, more: tuple[str, ...], code: int, message: str
+) -> None:
+    done = submit(tmp_path / "run", data_path, *more)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "secret" not in done.stderr + done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_from_submission_to_resumption(tmp_path: Path, data_path: Path, fake_slurm: dict[str, str]) -> None:
+    run_dir = tmp_path / "run"
+    done = submit(run_dir, data_path, "train.steps=33", **fake_slurm)
+    assert done.returncode == 0, done.stderr
+    assert "job 41 trains in" in done.stdout
+    job = run_dir / "jobs/0001"
+    assert load_config(job / "config.yaml", world_size=4).train.steps == 33
+    assert {path.name for path in (job / "code").iterdir()} == {"megassm", "launch"}
+    assert (job / "version.txt").read_text(encoding="utf-8").startswith("megassm 0.")
+    assert json.loads((job / "job.json").read_text(encoding="utf-8"))["job_id"] == "41"
+    inside = subprocess.run(
+        [sys.executable, "-c", "import megassm; print(megassm.__file__)"], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(job / "code")}, check=True,
+    )  # fmt: skip
+    assert inside.stdout.startswith(str(job)), "the job runs the code as it was when submitted"
+
+    state = tmp_path / "state"
+    state.write_text("RUNNING", encoding="utf-8")
+    for command in (("resume", str(run_dir)), ("submit", "--config", str(job / "config.yaml"), "--nodes", "1",
+                                                "--gpus-per-node", "0")):  # fmt: skip
+        done = slurm(*command, **fake_slurm)
+        assert done.returncode == 1
+        assert "job 41 is RUNNING; wait for it" in done.stderr
+    assert slurm("logs", str(run_dir), **fake_slurm).returncode == 1, "it has not started"
+    (job / "log.txt").write_text("a\nb\n", encoding="utf-8")
+    assert slurm("logs", str(run_dir), "--lines", "1", **fake_slurm).stdout == "b\n"
+    slurm("cancel", str(run_dir), check=True, **fake_slurm)
+    assert (tmp_path / "cancelled").read_text(encoding="utf-8") == "41\n"
+
+    state.write_text("gone", encoding="utf-8")
+    table = tmp_path / "status.json"
+    slurm("status", str(run_dir), "--json", str(table), check=True, **fake_slurm)
+    (row,) = json.loads(table.read_text(encoding="utf-8"))
+    assert (row["job"], row["state"], row["exit"], row["step"]) == ("41", "CANCELLED", "0:15", 0)
+    done = slurm("resume", str(run_dir), "--nodes", "1", "train.steps=50", **fake_slurm)
+    assert done.returncode == 0, done.stderr
+    again = run_dir / "jobs/0002"
+    assert load_config(again / "config.yaml", world_size=2).train.steps == 50
+    script = (again / "job.sh").read_text(encoding="utf-8")
+    assert "--nodes=1\n" in script
+    assert "--ntasks-per-node=2\n" in script
+
+
+def test_a_refused_submission_leaves_nothing(tmp_path: Path, data_path: Path, fake_slurm: dict[str, str]) -> None:
+    (tmp_path / "full").touch()
+    done = submit(tmp_path / "run", data_path, **fake_slurm)
+    assert done.returncode == 1
+    assert "sbatch: invalid partition; nothing was changed" in done.stderr
+    assert not list((tmp_path / "run/jobs").iterdir())
+    for name in ("status", "resume"):
+        done = slurm(name, str(tmp_path / "run"), **fake_slurm)
+        assert done.returncode == 1
+        assert "no job of it was submitted" in done.stderr

@@ -1,0 +1,80 @@
+"""Which rank is named slow, from its own time in each phase."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from megassm.parallel.phases import COMPUTE, Waits
+from megassm.parallel.watchdog import Progress
+from megassm.stragglers import WINDOW, Straggler, Stragglers
+
+USUAL = (0.01, 0.20, 0.40, 0.05)
+
+
+def watch(
+    ranks: int, slow: dict[tuple[int, str], float], updates: int = WINDOW, readers: int = 1
+) -> dict[str, Straggler]:
+    """What is found where ranks take their usual times and 5% of chance, but for factors of `slow`."""
+    rng, stragglers = np.random.default_rng(0), Stragglers(readers)
+    found: dict[str, Straggler] = {}
+    for _ in range(updates):
+        seconds_RP = np.array(USUAL) * rng.normal(1, 0.05, (ranks, len(COMPUTE)))
+        for (rank, phase), factor in slow.items():
+            seconds_RP[rank, COMPUTE.index(phase)] *= factor
+        found = stragglers.add(seconds_RP.tolist())
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_a_slow_rank_is_named_with_its_phase(ranks: int) -> None:
+    found = watch(ranks, {(1, "backward"): 3.0})
+    assert list(found) == ["backward"]
+    assert found["backward"].rank == 1
+    assert found["backward"].s / found["backward"].median_s == pytest.approx(3, rel=0.1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8, 64])
+def test_equal_ranks_are_not_named(ranks: int) -> None:
+    assert watch(ranks, {}) == {}
+
+
+def test_what_is_short_or_fast_is_not_named() -> None:
+    assert watch(4, {(2, "data"): 4.0}) == {}, "30 ms of an update of 660 ms"
+    assert watch(4, {(2, "forward"): 0.1}) == {}
+    assert watch(4, {(2, "forward"): 3.0}, updates=WINDOW - 1) == {}, "too few to tell from chance"
+
+
+def test_one_slow_update_is_no_straggler() -> None:
+    stragglers = Stragglers(1)
+    for update in range(2 * WINDOW):
+        assert stragglers.add([[0, 50.0 if update == 25 else 1.0, 1, 1], [0, 1, 1, 1]]) == {}
+
+
+def test_data_is_compared_among_the_ranks_that_read() -> None:
+    stragglers = Stragglers(readers=2)
+    for _ in range(WINDOW):
+        equal = stragglers.add([[0.5, 1, 1, 1], [0, 1, 1, 1]] * 3)
+    assert equal == {}
+    for _ in range(WINDOW):
+        found = stragglers.add([[0.5, 1, 1, 1], [0, 1, 1, 1], [0.5, 1, 1, 1], [0, 1, 1, 1], [2, 1, 1, 1], [0, 1, 1, 1]])
+    assert found == {"data": Straggler(4, 2.0, 0.5)}
+
+
+def test_waiting_for_others_is_communication(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Progress()
+    progress.note("checkpoint", 3)
+    for phase, own_s, waited_s in (("reading data", 1, 0), ("sharing data", 0, 2), ("forward pass", 4, 0),
+                                   ("reading data", 1, 0), ("backward pass", 5, 7), ("update", 1, 1)):  # fmt: skip
+        progress.note(phase)
+        now[0] += own_s + waited_s
+        monkeypatch.setattr(Waits, "seconds", Waits.seconds + waited_s)
+    assert progress.phases() == {"data": 2, "forward": 4, "backward": 5, "update": 1, "communication": 10}
+    progress.note("journal")
+    now[0] += 50
+    progress.note("beginning", 4)
+    assert set(progress.phases().values()) == {0}

@@ -12,13 +12,14 @@ weights of W bytes (4 in fp32, 2 in bf16); master weights and moments are float3
     3                 WP/R         4P/R + one layer's     12P/R              Wb + gathered weights
 
 The peak is in the backward pass, or in the reduction or update after it, when activations are gone.
-Times are compute and messages one after another, as DeepSpeed runs them; stage 3 alone overlaps its own.
+Times are compute and messages one after another, as DeepSpeed runs them; stage 3 alone overlaps its own. A message
+costs its bytes and its hops: without the latter, a small model would be as fast on a thousand GPUs as on eight.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from math import gcd
+from math import ceil, gcd, log2
 from typing import NamedTuple
 
 from megassm.budget import budget_at
@@ -40,6 +41,10 @@ KEPT_GATHERED = 550_000_000
 each is passed twice, and its prefetch bucket. Read, not measured."""
 DRAWS = 1000
 """Updates over which budgets are counted."""
+MESSAGE_S, NODE_HOP_S, NETWORK_HOP_S = 8.4e-6, 3.4e-6, 9.6e-6
+"""To start a ring of NCCL's, and of each hop by NVLink and between nodes: its src/graph/tuning.cc, protocol Simple."""
+TREE_NODE_HOP_S, TREE_NETWORK_HOP_S = 28e-6, 50e-6
+"""The same of its trees, which large groups sum by."""
 
 
 class Cluster(NamedTuple):
@@ -70,6 +75,18 @@ class Cluster(NamedTuple):
         members = max(1, self.gpus_per_node // apart)
         return min(self.node_rate, members * self.network_rate) * self.link_share
 
+    def hops_seconds(self, ranks: int, apart: int, sums: bool) -> float:
+        """Of an empty message in such a group: a ring passes every rank, twice for a sum, which takes the tree where
+        that is shorter."""
+        if ranks == 1:
+            return 0.0
+        nodes = max(1, ranks * apart // self.gpus_per_node)
+        ring = (ranks - nodes) * NODE_HOP_S + (nodes - 1) * NETWORK_HOP_S
+        if not sums:
+            return MESSAGE_S + ring
+        tree = (ranks / nodes - 1) * TREE_NODE_HOP_S + log2(nodes) * TREE_NETWORK_HOP_S
+        return min(MESSAGE_S + 2 * ring, 2 * tree)
+
 
 class Filters(NamedTuple):
     """How a model's filter bank is computed (`megassm.layers.filterbank`)."""
@@ -88,6 +105,8 @@ class Plan(NamedTuple):
     """Bytes a rank by kind; their sum is the peak."""
     sent: dict[str, float]
     """Bytes a rank sends in an update, by kind."""
+    messages: dict[str, int]
+    """How many, by kind."""
     seconds: dict[int, float]
     """Of an update, by budget."""
     mean_seconds: float
@@ -123,19 +142,20 @@ def filters_of(config: Config) -> Filters:
 def plan_run(config: Config, cluster: Cluster, filters: Filters, shares: dict[int, float] | None = None) -> Plan:
     """The plan of a configuration without violations; `shares` is `budget_shares(config)` where it is known already."""
     mesh = mesh_of(config, cluster.size)
-    sent = bytes_sent(config, mesh, filters)
+    sent, messages = bytes_sent(config, mesh, filters), messages_sent(config, mesh)
     budgets = planned_budgets(config)
     shares = shares or budget_shares(config)
     mean = sum(share * rank_flops_per_token(config, mesh, k, filters) for k, share in shares.items())
 
     def seconds(flops_per_token: float) -> float:
-        return step_seconds(config, mesh, cluster, flops_per_token, sent)
+        return step_seconds(config, mesh, cluster, flops_per_token, sent, messages)
 
     return Plan(
         config,
         mesh,
         rank_memory(config, mesh, filters, cluster.group_bytes),
         sent,
+        messages,
         {k: seconds(rank_flops_per_token(config, mesh, k, filters)) for k in budgets},
         seconds(mean),
     )
@@ -301,14 +321,47 @@ def _data_bytes(config: Config, mesh: Mesh, steps: int) -> float:
             return 3 * gather * steps
 
 
-def step_seconds(config: Config, mesh: Mesh, cluster: Cluster, flops_per_token: float, sent: dict[str, float]) -> float:
+def messages_sent(config: Config, mesh: Mesh) -> dict[str, int]:
+    """How many collectives a rank takes part in, in an update, by the group."""
+    model, steps = config.model, config.micro_steps(mesh.data)
+    layers, spectral, attention = model.n_layers, model.mixers.count("S"), model.mixers.count("A")
+    again = layers if config.train.recompute else 0  # as in `_tensor_message_bytes`
+    tensor = (1 + 2 * layers + again) + (1 + 2 * layers) + 3
+    sequence = (3 if config.train.recompute else 2) * (spectral + 4 * attention)
+    numbers = rank_parameters(model, mesh.tensor)
+    buckets = ceil(numbers / reduce_bucket_numbers(config))
+    match config.parallel.zero_stage:
+        case 0:
+            data = buckets
+        case 1:
+            data = 2 * buckets
+        case 2:
+            data = (steps + 1) * buckets
+        case _:  # a mixer's and a feed-forward layer's weights in one message each: prefetching joins them
+            data = 3 * 2 * layers * steps
+    return {"tensor": tensor * steps, "sequence": sequence * steps, "data": data}
+
+
+def step_seconds(
+    config: Config,
+    mesh: Mesh,
+    cluster: Cluster,
+    flops_per_token: float,
+    sent: dict[str, float],
+    messages: dict[str, int],
+) -> float:
     """Of one update; optimizer, data and launching are not counted."""
+    stage = config.parallel.zero_stage
+
+    def seconds(kind: str, ranks: int, apart: int, sums: bool) -> float:
+        return sent[kind] / cluster.rate(ranks, apart) + messages[kind] * cluster.hops_seconds(ranks, apart, sums)
+
     tokens = config.tokens_per_step() / mesh.replicas
     compute = flops_per_token * tokens / (cluster.peak_flops * cluster.compute_share)
-    compute += sent["tensor"] / cluster.rate(mesh.tensor, 1)
-    compute += sent["sequence"] / cluster.rate(mesh.sequence, mesh.tensor)
-    data = sent["data"] / cluster.rate(mesh.replicas, mesh.tensor)
-    return max(compute, data) if config.parallel.zero_stage == 3 else compute + data
+    compute += seconds("tensor", mesh.tensor, 1, sums=True)
+    compute += seconds("sequence", mesh.sequence, mesh.tensor, sums=False)
+    data = seconds("data", mesh.replicas, mesh.tensor, sums=stage != 3)
+    return max(compute, data) if stage == 3 else compute + data
 
 
 def model_flops_share(plan: Plan, cluster: Cluster) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import json
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,16 @@ from megassm.parallel.engine import Engine
 from megassm.parallel.mesh import mesh_of
 from megassm.parallel.tensor import parts_of
 from megassm.parallel.world import join_world, leave_world
-from megassm.plan import Cluster, Filters, bytes_sent, filters_of, largest_parameter, plan_run, rank_memory
+from megassm.plan import (
+    Cluster,
+    Filters,
+    bytes_sent,
+    filters_of,
+    largest_parameter,
+    messages_sent,
+    plan_run,
+    rank_memory,
+)
 from megassm.rules import violations
 from tests.conftest import ROOT, run_python
 from tests.ranks import run_on_ranks
@@ -70,10 +80,10 @@ def measured(configs: list[Config]) -> list[dict[str, float]]:
             own = [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in kept.values()]
             with Messages() as messages:
                 peak = peak_tensor_bytes(own, partial(update, engine), torch.device("cpu"))
-            sent = {
-                name: messages.sent.get(group.group_name, 0.0)
-                for name, group in (("tensor", world.tensor), ("sequence", world.sequence), ("data", world.replicas))
-            }
+            sent: dict[str, float] = {}
+            for name, group in (("tensor", world.tensor), ("sequence", world.sequence), ("data", world.replicas)):
+                sent[name] = messages.sent.get(group.group_name, 0.0)
+                sent[f"{name} messages"] = messages.number[group.group_name]
             found.append({"kept": sum(s.nbytes() for s in kept.values()), "peak": peak} | sent)
             del engine, kept, own
     finally:
@@ -110,6 +120,7 @@ class Messages:
 
     def __init__(self) -> None:
         self.sent: dict[str, float] = {}
+        self.number: Counter[str] = Counter()
         self._originals = {name: getattr(dist, name) for name in self.NAMES}
 
     def __enter__(self) -> Messages:
@@ -127,6 +138,7 @@ class Messages:
             group = bound.get("group")
             if group is not None:
                 sent = _sent(name, group.size(), list(bound.values()))
+                self.number[group.group_name] += 1
                 self.sent[group.group_name] = self.sent.get(group.group_name, 0.0) + sent
             return original(*args, **kwargs)
 
@@ -166,9 +178,11 @@ def test_planned_memory_and_messages_are_the_measured_ones(name: str) -> None:
         kept = sum(memory[kind] for kind in ("weights", "master weights", "moments", "filters"))
         kept += kept_buffers(config, memory)
         assert kept == pytest.approx(found["kept"], rel=0.1), case
-        sent = bytes_sent(config, mesh, filters)
-        for group in ("tensor", "sequence"):
+        sent, messages = bytes_sent(config, mesh, filters), messages_sent(config, mesh)
+        for group, size in (("tensor", mesh.tensor), ("sequence", mesh.sequence)):
             assert sent[group] == pytest.approx(found[group], rel=1e-3, abs=64), (case, group)
+            if size > 1:
+                assert found[f"{group} messages"] == pytest.approx(messages[group], rel=0.2), (case, group)
 
 
 def kept_buffers(config: Config, memory: dict[str, float]) -> float:
@@ -231,6 +245,15 @@ def test_links_are_those_of_the_group() -> None:
     assert cluster.rate(8, 8) == 50e9  # one rank a node, one card
     assert cluster.rate(64, 1) == 400e9  # eight cards of a node share a ring's way out
     assert cluster.rate(16, 4) == 100e9
+
+
+def test_hops_are_those_of_rings_and_trees() -> None:
+    cluster = H100._replace(nodes=128)
+    assert cluster.hops_seconds(1, 1, sums=True) == 0
+    assert cluster.hops_seconds(8, 1, sums=False) == pytest.approx(8.4e-6 + 7 * 3.4e-6)
+    assert cluster.hops_seconds(8, 1, sums=True) == pytest.approx(8.4e-6 + 14 * 3.4e-6)
+    assert cluster.hops_seconds(128, 8, sums=False) == pytest.approx(8.4e-6 + 127 * 9.6e-6)
+    assert cluster.hops_seconds(1024, 1, sums=True) == pytest.approx(2 * (7 * 28e-6 + 7 * 50e-6))  # by the tree
 
 
 def test_candidates_break_no_rule_and_all_fit() -> None:
@@ -299,19 +322,22 @@ def test_tool_plans_and_suggests(tmp_path: Path) -> None:
     assert bad.returncode == 2
 
 
-def test_readme_has_what_the_tool_finds() -> None:
+def test_the_page_has_what_the_tool_finds() -> None:
     from tools.plan import cluster_of, parser, row
 
     lines = []
-    for name in ("1b_hybrid", "3b_hybrid", "7b_hybrid"):
+    for name in ("125m", "350m_hybrid", "1b_hybrid", "3b_hybrid", "7b_hybrid", "30b_hybrid"):
         config = shipped(name)
         filters = filters_of(config)
-        for nodes in (1, 8, 64):
+        for nodes in (1, 8, 64, 128):
             arguments = parser().parse_args(["--config", f"configs/{name}.yaml", "--nodes", str(nodes)])
             cluster = cluster_of(arguments, config)
-            facts = row(fitting_plans(config, cluster, filters)[0], cluster)
-            numbers = (facts["zero_stage"], facts["micro_batch"], f"{facts['memory_GB']} GB", f"{facts['step_s']} s")
-            cells = (f"`{name}`", 8 * nodes, facts["data_x_sequence_x_tensor"], *numbers, f"{facts['tokens_per_s']:,}")
+            cells = [f"`{name}`", f"{8 * nodes:,}", *["-"] * 7]
+            if plans := fitting_plans(config, cluster, filters):
+                facts = row(plans[0], cluster)
+                cells[2:5] = facts["data_x_sequence_x_tensor"], facts["zero_stage"], facts["micro_batch"]
+                cells[5:7] = f"{facts['memory_GB']} GB", f"{facts['step_s']} s"
+                cells[7:] = f"{facts['tokens_per_s']:,}", f"{facts['run_GPU_hours']:,}"
             lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [line for line in lines if line not in readme] == [], "\n".join(lines)
+    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    assert [line for line in lines if line not in page] == [], "\n".join(lines)

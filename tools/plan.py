@@ -132,6 +132,7 @@ def row(plan: Plan, cluster: Cluster) -> Row:
         "step_s": round(plan.mean_seconds, 3),
         "step_s_at_full_K": round(max(plan.seconds.values()), 3),
         "tokens_per_s": round(plan.tokens_per_second),
+        "run_GPU_hours": round(plan.mean_seconds * train.steps / 3600 * plan.mesh.size),
         "mfu_at_full_K": round(model_flops_share(plan, cluster), 3),
     }
 
@@ -144,7 +145,10 @@ def describe(plan: Plan, cluster: Cluster, filters: Filters) -> dict[str, list[R
     return {
         "plan": [{**row(plan, cluster), "fits": plan.fits(cluster)}],
         "memory": memory,
-        "sent": [{"group": kind, "GB_an_update": size / 1e9} for kind, size in plan.sent.items()],
+        "sent": [
+            {"group": kind, "GB_an_update": size / 1e9, "messages": plan.messages[kind]}
+            for kind, size in plan.sent.items()
+        ],
         "budgets": [
             {
                 "K": k,

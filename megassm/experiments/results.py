@@ -30,6 +30,8 @@ from megassm.experiments.measure import Point
 
 CONFIDENCE = 0.95
 CONCLUSION = "## Conclusion\n"
+MAX_TICKS = 10
+"""Of a plot whose x values are its ticks."""
 
 
 @dataclass(frozen=True)
@@ -208,13 +210,17 @@ def draw(results: Results) -> bytes:
     names = metrics(results)
     figure, grid = pyplot.subplots(1, len(names), figsize=(6.2 * len(names), 4.6), layout="constrained", squeeze=False)
     for axes, metric in zip(grid.flat, names, strict=True):
-        for curve in curves(results, metric):
+        drawn = curves(results, metric)
+        for curve in drawn:
             (line,) = axes.plot(curve.x, curve.mean, marker="o", markersize=4, label=curve.label)
             if curve.half is not None:
                 low, high = np.array(curve.mean) - curve.half, np.array(curve.mean) + curve.half
                 axes.fill_between(curve.x, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
         axes.set_xscale("log", base=2)
+        if len(ticks := sorted({x for curve in drawn for x in curve.x})) <= MAX_TICKS:
+            axes.set_xticks(ticks)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+        axes.minorticks_off()
         axes.set(xlabel=results.x_label, ylabel=metric)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")

@@ -66,7 +66,7 @@ def run_sweep(sweep: Sweep, command: str) -> Results:
     return Results(
         name="lr_transfer",
         question="Does the best learning rate move with the width, and does muP keep it where it was?",
-        claim="Nothing. muP: arXiv 2203.03466.",
+        claim="Not asked. muP: arXiv 2203.03466.",
         command=command,
         x_label="peak learning rate",
         arms={arm.name: list(arm.overrides) for arm in arms},

@@ -6,6 +6,7 @@ clip, update; tell the other ranks loss, K and batch; write the journal; validat
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from dataclasses import asdict
@@ -78,22 +79,27 @@ def pretrain(config: Config, data: Dataset) -> None:
 def set_up_and_train(config: Config, data: Dataset, world: World, watchdog: Watchdog) -> bool:
     """Returns whether all updates are done."""
     watchdog.start()
-    end: End = "rewound"
-    while end == "rewound":
-        run = set_up(config, data, world)
-        watchdog.fence = run.fence
-        try:
-            if world.is_main:
-                job_begins(Path(config.run.dir))
-            end = train(run)
-            if world.is_main:
-                job_ends(Path(config.run.dir))
-            world.progress.note("end of the run")
-        finally:
-            if run.journal is not None:
-                run.journal.close()
+    while (end := continue_run(config, data, world, watchdog)) == "rewound":
+        gc.collect()  # the engine that is left holds itself, and the device's memory
     barrier()  # some launchers end all ranks with the first that leaves: rank 0 has told wandb all by now
     return end == "done"
+
+
+def continue_run(config: Config, data: Dataset, world: World, watchdog: Watchdog) -> End:
+    """From the newest checkpoint, or the beginning, on."""
+    run = set_up(config, data, world)
+    watchdog.fence = run.fence
+    try:
+        if world.is_main:
+            job_begins(Path(config.run.dir))
+        end = train(run)
+        if world.is_main:
+            job_ends(Path(config.run.dir))
+        world.progress.note("end of the run")
+    finally:
+        if run.journal is not None:
+            run.journal.close()
+    return end
 
 
 def train(run: Run) -> End:
@@ -125,6 +131,7 @@ def train(run: Run) -> End:
         norm = engine.update(rate)
         note("agreement of all ranks")
         totals = agree(run, step, budgets, tally, norm)
+        note("looking at the update")
         skipped = 0 if totals.finite else skipped + 1
         row = journal_row(run, step, budgets, totals, time.perf_counter() - started) | {"lr": rate}
         if run.world.is_main:

@@ -24,7 +24,7 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not ranks' --numprocesses 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ranks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ranks --numprocesses 2 --dist loadgroup
 
 lint: setup
 	$(BIN)/ruff check .

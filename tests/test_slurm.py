@@ -17,7 +17,7 @@ from megassm.metrics import Row, read_rows
 from tests.conftest import ROOT, SMALL, run_python
 from tests.slurm_cluster import Cluster, cluster
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.xdist_group("slurm")]  # one cluster
 
 CONSTANT_RATE = ("optim.min_lr_ratio=1.0", "optim.lr=1e-4")
 """The curve of a run is then the beginning of a longer run's, and rounding does not grow over hundreds of updates."""

@@ -78,7 +78,7 @@ def run_python(*arguments: str, check: bool = True, **environment: str) -> subpr
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
         check=False,
     )
     assert not check or done.returncode == 0, f"{arguments} -> {done.returncode}\n{done.stdout}\n{done.stderr}"

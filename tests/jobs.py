@@ -16,7 +16,7 @@ import psutil
 from megassm.metrics import read_rows
 from tests.conftest import ROOT
 
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 
 
 class Job:
@@ -77,7 +77,7 @@ class Job:
 
     def finish(self) -> str:
         """What a job that must succeed has said."""
-        assert self.process.wait(timeout=240) == 0, self.said
+        assert self.process.wait(timeout=PATIENCE_S) == 0, self.said
         return self.said
 
     def _family(self) -> list[psutil.Process]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 180) -> list[Any]:
+def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 400) -> list[Any]:
     """`function(*arguments)` on every rank, in the environment a launcher makes; results in the order of ranks.
 
     `function` must be importable by name. A failing rank fails the test with its traceback.

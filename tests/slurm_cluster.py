@@ -135,7 +135,7 @@ class Cluster:
         return psutil.Process(self._init(node)).children(recursive=True)
 
     @staticmethod
-    def wait_until(condition: Callable[[], bool], explain: Callable[[], str] = str, within_s: float = 240) -> None:
+    def wait_until(condition: Callable[[], bool], explain: Callable[[], str] = str, within_s: float = 400) -> None:
         deadline = time.monotonic() + within_s
         while not condition():
             assert time.monotonic() < deadline, f"the moment never came: {explain()}"

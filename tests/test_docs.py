@@ -101,5 +101,5 @@ def small(command: str) -> list[str]:
 
 
 def run(page: str, words: list[str], cwd: Path, environment: dict[str, str]) -> None:
-    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, f"docs/{page}.md: {shlex.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -50,7 +50,7 @@ def test_two_nodes_are_one_run(tmp_path: Path, data_path: Path) -> None:
 
     nodes = start("torchrun", torchrun) + start("deepspeed", deepspeed)
     try:
-        said = [node.communicate(timeout=240)[0] for node in nodes]
+        said = [node.communicate(timeout=480)[0] for node in nodes]
     finally:
         for node in nodes:
             node.kill()

@@ -118,6 +118,23 @@ def test_panels_draw_each_run_and_survive_missing_figures(tmp_path: Path) -> Non
     assert (tmp_path / "steps.png").stat().st_size > 1000
 
 
+def test_a_task_shows_its_accuracy_and_its_bits_are_of_answers(tmp_path: Path) -> None:
+    of_text = curve("notes")
+    rows = [replace(row, accuracy=0.9, accuracy_low=0.8, accuracy_high=0.95) for row in of_text.rows]
+    task = a_sweep("runs/task", 1, replace(of_text, data="task", rows=rows))
+    assert [panel.title for panel in panels([task])][:2] == [
+        "bits per answer of task (lower is better)",
+        "accuracy on task",
+    ]
+    for sweeps, heading in (([task], "bits/answer"), ([task, a_sweep("x", 1, of_text)], "bits/byte/answer")):
+        write_page(sweeps, tmp_path / "page.html")
+        text = (tmp_path / "page.html").read_text(encoding="utf-8")
+        assert f"<button>{heading}</button>" in text
+        assert "0.9000" in text
+        assert "0.8000 \u2026 0.9500" in text
+        assert "share of right answers" in text
+
+
 def test_steps_are_drawn_from_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = {}
     monkeypatch.setattr("megassm.eval.report.plot_over_steps", lambda lines, label, path: drawn.update(lines))

@@ -12,6 +12,7 @@ from megassm.eval.sweep import BudgetRow, Curve, Sweep
 MEANINGS = {
     "bits per byte": "Negative log-likelihood in bits over the UTF-8 bytes of the text; comparable between tokenizers.",
     "95%": f"The middle {CONFIDENCE:.0%} of {RESAMPLES:,} bootstrap resamples of whole sequences (seed 0).",
+    "accuracy": "Of a task: the share of answers that are the likeliest of all. Its bits are of answers.",
     "gap": "Bits per byte above those of the same model at full K, in percent of them; its interval, and the plots' "
     "band, is of the difference on the same resamples, so a text that is hard at every K does not widen it.",
     "area": "Bits per byte averaged over log2 K from the smallest to the largest measured budget (trapezia): every "
@@ -33,7 +34,8 @@ def render_page(sweeps: Sequence[Sweep]) -> str:
     subtitle = "; ".join(f"{sweep.name} (trained at {sweep.trained_seq_len} tokens)" for sweep in sweeps)
     curves = [(sweep, curve) for sweep in sweeps for curve in sweep.curves]
     summary = [_summary_cells(sweep, curve) for sweep, curve in curves]
-    every = [_labels(sweep, curve) | _cells(row) for sweep, curve in curves for row in curve.rows]
+    bits = "/".join(sorted({curve.bits.rpartition(" ")[2] for _, curve in curves}, reverse=True))  # byte, or answer
+    every = [_labels(sweep, curve) | _cells(row, f"bits/{bits}") for sweep, curve in curves for row in curve.rows]
     sections = {
         "Curves": table(summary, alarms=("cliff", "rise")),
         "Plots": plots(panels(sweeps)),
@@ -68,11 +70,16 @@ def _summary_cells(sweep: Sweep, curve: Curve) -> dict[str, Cell]:
     }
 
 
-def _cells(row: BudgetRow) -> dict[str, Cell]:
+def _cells(row: BudgetRow, bits: str) -> dict[str, Cell]:
+    answers = {
+        "accuracy": number(row.accuracy, ".4f"),
+        "95%   ": _interval(row.accuracy_low, row.accuracy_high, ".4f"),
+    }
     return {
         "K": number(row.k, "d"),
         "parameters": number(row.parameters, ",d"),
-        "bits/byte": number(row.bits_per_byte, ".4f"),
+        **(answers if "answer" in bits else {}),
+        bits: number(row.bits_per_byte, ".4f"),
         "95%": _interval(row.bits_per_byte_low, row.bits_per_byte_high, ".4f"),
         "bits/token": number(row.bits_per_token, ".4f"),
         "perplexity": number(row.perplexity, ".3f"),

@@ -19,7 +19,10 @@ def panels(sweeps: Sequence[Sweep]) -> list[Panel]:
     result = []
     for text in texts:
         chosen = _labelled([(sweep, curve) for sweep, curve in curves if curve.data == text])
-        result.append(Panel(f"bits per byte of {text} (lower is better)", _quality(chosen)))
+        bits = next(iter(chosen.values())).bits
+        result.append(Panel(f"{bits} of {text} (lower is better)", _quality(chosen, bits)))
+        if tasks := {label: curve for label, curve in chosen.items() if curve.is_task}:
+            result.append(Panel(f"accuracy on {text}", _accuracy(tasks)))
     for sweep in sweeps:
         for text in texts:
             chosen_curves = [curve for curve in sweep.curves if curve.data == text]
@@ -46,7 +49,7 @@ def _labelled(curves: Sequence[tuple[Sweep, Curve]]) -> dict[str, Curve]:
     return labelled
 
 
-def _quality(curves: Mapping[str, Curve]) -> Callable[[Any], None]:
+def _quality(curves: Mapping[str, Curve], bits: str) -> Callable[[Any], None]:
     def draw(axes: Any) -> None:
         for label, curve in curves.items():
             budgets = [row.k for row in curve.rows]
@@ -58,7 +61,21 @@ def _quality(curves: Mapping[str, Curve]) -> Callable[[Any], None]:
                     for end in ("low", "high")
                 )
                 axes.fill_between(budgets, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.set_ylabel("bits per byte (band: 95% of the gap)")
+        axes.set_ylabel(f"{bits} (band: 95% of the gap)")
+        _finish(axes, curves)
+
+    return draw
+
+
+def _accuracy(curves: Mapping[str, Curve]) -> Callable[[Any], None]:
+    def draw(axes: Any) -> None:
+        for label, curve in curves.items():
+            budgets = [row.k for row in curve.rows]
+            (line,) = axes.plot(budgets, [row.accuracy for row in curve.rows], marker="o", label=label)
+            if curve.rows[0].accuracy_low is not None:
+                ends = ([row.accuracy_low for row in curve.rows], [row.accuracy_high for row in curve.rows])
+                axes.fill_between(budgets, *ends, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.set_ylabel("share of right answers (band: 95%)")
         _finish(axes, curves)
 
     return draw

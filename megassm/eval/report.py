@@ -66,8 +66,9 @@ def plot_steps(folder: Path) -> Path:
     for sweep in found:
         for row in _first_curve(sweep)["rows"]:
             lines.setdefault(row["k"], []).append((sweep["step"], row["bits_per_byte"]))
-    text = _first_curve(found[-1])["data"]
-    plot_over_steps(lines, f"bits per byte of {text}", folder / STEPS_PLOT)
+    last = _first_curve(found[-1])
+    unit = "byte" if last["rows"][0].get("accuracy") is None else "answer"
+    plot_over_steps(lines, f"bits per {unit} of {last['data']}", folder / STEPS_PLOT)
     return folder / STEPS_PLOT
 
 

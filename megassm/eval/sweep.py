@@ -75,6 +75,16 @@ class Curve:
     shape: Shape
     rows: list[BudgetRow]
 
+    @property
+    def is_task(self) -> bool:
+        """What was scored are answers: bits per byte are then bits per answer."""
+        return self.rows[0].accuracy is not None
+
+    @property
+    def bits(self) -> str:
+        """The unit of its bits, in words."""
+        return "bits per answer" if self.is_task else "bits per byte"
+
 
 @dataclass(frozen=True)
 class Sweep:

@@ -52,7 +52,7 @@ def test_the_page_compares_runs_and_asks_nothing_of_a_network(run_dir: Path, oth
     }
     assert page.tags.count("svg") == 12
     assert [(one["run"], one["steps"], one["skipped"]) for one in figures] == [("run", 40, 1), ("other", 6, 0)]
-    assert (figures[0]["bits/byte at full K"], figures[0]["bits/byte at smallest K"]) == (2.3, 2.4)
+    assert (figures[0]["valid at full K"], figures[0]["valid at smallest K"]) == (2.3, 2.4)
     assert table_after(text, "Configuration") == [["knob", "run", "other"], ["optim.lr", "0.001", "0.002"]]
     assert ["peak_flops_per_rank", "2e+11", "\u2013"] in table_after(text, "Environment")
     assert 'class="text alarm"' in text, "the failure stands out"

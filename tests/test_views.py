@@ -16,6 +16,7 @@ from megassm.rows import cut_after
 from megassm.views import history, tail
 from megassm.views.history import History
 from megassm.views.live import LiveRun
+from megassm.views.runpage import load_run, summary
 from megassm.views.strokes import bar, curve, sparkline
 from megassm.views.tail import Tail
 from megassm.views.terminal import frame
@@ -99,6 +100,18 @@ def test_a_long_file_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.Monkey
         assert not restarted
         seen += steps(rows)
     assert seen == list(range(1, 31))
+
+
+def test_a_tasks_validation_is_shown_in_its_own_unit(run_dir: Path) -> None:
+    tasks = [row(step, bits_per_byte=None, valid_loss={"2": 1.5, "8": 1.25}, valid_accuracy={"2": 0.4, "8": 0.6})
+             for step in (1, 2)]  # fmt: skip
+    write(run_dir / "metrics.jsonl", tasks)
+    text = drawn(LiveRun(run_dir).look())
+    assert "validation, nats an answer over K, step 2" in text
+    assert "1.250" in text
+    assert "bits/byte" not in text
+    figures = summary(load_run(run_dir, "a"))
+    assert (figures["valid at full K"], figures["in"]) == (1.25, "nats an answer")
 
 
 def test_a_history_is_bounded_and_keeps_the_means(monkeypatch: pytest.MonkeyPatch) -> None:

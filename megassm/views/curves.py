@@ -136,7 +136,8 @@ def _over_budgets(runs: Histories) -> Callable[[Any], None]:
             shown = sorted(bits.items())
             budgets |= bits.keys()
             axes.plot([k for k, _ in shown], [y for _, y in shown], marker="o", label=f"{name}, step {step:,}")
-        axes.set(xlabel="budget K (spectral channels)", ylabel="bits per byte")
+        units = sorted({history.validated for history in runs.values()})
+        axes.set(xlabel="budget K (spectral channels)", ylabel=", ".join(units))
         budget_axis(axes, sorted(budgets))
         legend_below(axes)
 
@@ -151,7 +152,7 @@ def _over_steps(history: History) -> Callable[[Any], None]:
             shown = [(step, bits[k]) for step, _, bits in history.validations if k in bits]
             colour = colours(0.9 * place / max(1, len(budgets) - 1))
             axes.plot([x for x, _ in shown], [y for _, y in shown], marker=".", color=colour, label=f"K={k}")
-        _finish(axes, "step (updates)", "bits per byte")
+        _finish(axes, "step (updates)", history.validated)
 
     return draw
 

@@ -55,6 +55,10 @@ class Span:
         return self.sums[name] / self.counts[name] if name in self.sums else None
 
 
+BITS, ANSWERS = "bits per byte", "nats an answer"
+"""What is validated: a text, or a task. Of both, less is better."""
+
+
 class History:
     """What was added, row by row in order."""
 
@@ -62,7 +66,8 @@ class History:
         self.spans: list[Span] = []
         self.recent: deque[Row] = deque(maxlen=RECENT)
         self.validations: list[tuple[int, int, dict[int, float]]] = []
-        """(step, tokens, bits per byte by K)."""
+        """(step, tokens, what is `validated` by K)."""
+        self.validated = BITS
         self.rows = self.skipped = 0
         self.seconds = 0.0
         self.phases: list[str] = []
@@ -81,7 +86,10 @@ class History:
         self.seconds += row.get("step_s") or 0.0
         self.recent.append(row)
         self._add_to_span(row)
-        if valid := {int(k): bits for k, bits in (row.get("valid") or {}).items() if bits is not None}:
+        if row.get("valid_loss"):
+            self.validated = ANSWERS
+        by_k = row.get("valid") or row.get("valid_loss") or {}
+        if valid := {int(k): value for k, value in by_k.items() if value is not None}:
             self.validations.append((row["step"], row.get("tokens", 0), valid))
             if len(self.validations) > VALIDATIONS:
                 self.validations = self.validations[:-1:2] + self.validations[-1:]

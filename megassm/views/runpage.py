@@ -33,7 +33,8 @@ MEANINGS = {
     "loss": "Nats a token, mean over the global batch, at the K drawn for the update; so it moves with K.",
     "points of a curve": "Means over neighbouring updates where a run has more than 1,000; the loss then has a band "
     "from the smallest to the largest. Noisy curves are drawn faintly behind their running mean.",
-    "validation": "Bits per byte of the validation text (negative log-likelihood in bits over UTF-8 bytes).",
+    "validation": "Bits per byte of the validation text (negative log-likelihood in bits over UTF-8 bytes); of a task, "
+    "nats an answer.",
     "MFU": "Model FLOPs of the K in use over the peak rate of the environment table, all ranks.",
     "tokens/s, MFU of the summary": "Medians over the curve's points.",
     "hours": "Time inside updates: without start-up, validation and saving.",
@@ -99,7 +100,7 @@ def summary(run: LoadedRun) -> dict[str, Any]:
     """A run's newest and typical figures; None for what it has not."""
     history = run.history
     newest = history.newest or {}
-    step, _, bits = history.validations[-1] if history.validations else (None, None, {})
+    step, _, valid = history.validations[-1] if history.validations else (None, None, {})
     return {
         "run": run.name,
         "state": _state(run),
@@ -108,8 +109,9 @@ def summary(run: LoadedRun) -> dict[str, Any]:
         "tokens": newest.get("tokens"),
         "loss": history.now("loss"),
         "validated at step": step,
-        "bits/byte at full K": bits[max(bits)] if bits else None,
-        "bits/byte at smallest K": bits[min(bits)] if bits else None,
+        "valid at full K": valid[max(valid)] if valid else None,
+        "valid at smallest K": valid[min(valid)] if valid else None,
+        "in": history.validated if valid else "",
         "tokens/s": _typical(history, "tokens_per_s"),
         "MFU": _typical(history, "mfu"),
         "hours": history.seconds / 3600,
@@ -119,10 +121,10 @@ def summary(run: LoadedRun) -> dict[str, Any]:
 
 
 def _summary_cells(run: LoadedRun) -> dict[str, Cell]:
-    styles = {"loss": ".4f", "bits/byte at full K": ".4f", "bits/byte at smallest K": ".4f", "tokens/s": ",.0f",
+    styles = {"loss": ".4f", "valid at full K": ".4f", "valid at smallest K": ".4f", "tokens/s": ",.0f",
               "MFU": ".1%", "hours": ",.2f", "GiB": ",.2f"}  # fmt: skip
     figures = summary(run)
-    texts = {name: words(figures.pop(name)) for name in ("run", "state")}
+    texts = {name: words(figures.pop(name)) for name in ("run", "state", "in")}
     return texts | {name: number(value, styles.get(name, ",d")) for name, value in figures.items()}
 
 

@@ -89,14 +89,18 @@ def _loss(run: LiveRun, width: int) -> Panel:
     body.append(" " * 9 + ends[0] + ends[1].rjust(plot_width - len(ends[0])), "dim")
     newest = run.history.newest or {}
     return _panel(
-        f"loss {_figure(run.history.now('loss'), '.4f')}  "
-        f"{_figure(run.history.now('bits_per_byte'), '.3f')} bits/byte  (update: K {newest.get('k', '?')})",
+        f"loss {_figure(run.history.now('loss'), '.4f')}  {_bits(run)}(update: K {newest.get('k', '?')})",
         body,
     )
 
 
+def _bits(run: LiveRun) -> str:
+    bits = run.history.now("bits_per_byte")  # a task has none
+    return "" if bits is None else f"{bits:.3f} bits/byte  "
+
+
 def _budgets(run: LiveRun, width: int) -> Panel:
-    """Bits per byte over K of the newest validation; bars are the distance from the best, and the change since last."""
+    """What was validated last, over K; bars are the distance from the best, and the change since last."""
     if not run.history.validations:
         return _panel("validation over K", Text("none yet", style="dim"), PLOT_ROWS + 3)
     step, _, bits = run.history.validations[-1]
@@ -110,7 +114,7 @@ def _budgets(run: LiveRun, width: int) -> Panel:
         change = f"{value - before[k]:+.3f}" if k in before else ""
         style = "green" if change.startswith("-") else "red"
         table.add_row(f"K={k}", f"{value:.3f}", Text(bar(share, max(5, width - 27)), "cyan"), Text(change, style))
-    return _panel(f"validation bits/byte over K, step {step:,}", table, PLOT_ROWS + 3)
+    return _panel(f"validation, {run.history.validated} over K, step {step:,}", table, PLOT_ROWS + 3)
 
 
 def _speed(run: LiveRun, width: int) -> Panel:

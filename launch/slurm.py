@@ -21,7 +21,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from megassm.configfile import dump_config, load_config_or_exit
 from megassm.durable import write_atomically
 from megassm.errors import UserError
 from megassm.fence import newest_number
-from megassm.rows import METRICS, iterate_rows
+from megassm.rows import METRICS, newest_row
 from megassm.rundir import CHECKPOINTS
 from megassm.slurm import Request, batch_script, seconds
 
@@ -242,9 +241,7 @@ def job_facts(job: dict[str, Any]) -> dict[str, str]:
 def status(run_dir: Path, json_path: Path | None) -> None:
     job = known_job(run_dir)
     facts = job_facts(job)
-    metrics = run_dir / METRICS
-    rows = deque(iterate_rows(metrics) if metrics.exists() else (), maxlen=1)  # of a file that grows: its whole rows
-    last = rows[0] if rows else {}
+    last = newest_row(run_dir / METRICS) or {}
     checkpoints = sorted(path.name for path in (run_dir / CHECKPOINTS).glob("step-*"))
     row = {
         "job": job["job_id"],

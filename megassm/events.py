@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from megassm.cli import print_line
 from megassm.fence import Fence
-from megassm.rows import EVENTS
+from megassm.rows import EVENTS, Row, parse_object
 
 Kind = Literal[
     "resume", "checkpoint", "passed over", "disk", "stop", "end", "straggler", "loss spike", "non-finite",
@@ -29,21 +30,14 @@ def append_event(run_dir: Path, kind: Kind, step: int, text: str, figures: Mappi
         with (run_dir / EVENTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
     except OSError as error:
-        print(f"warning: {run_dir / EVENTS}: cannot be written ({error.strerror})", flush=True)
+        print_line(f"warning: {run_dir / EVENTS}: cannot be written ({error.strerror})")
 
 
-def read_events(run_dir: Path) -> list[dict[str, Any]]:
+def read_events(run_dir: Path) -> list[Row]:
     """A run's events, oldest first; without lines that a kill cut in half."""
-    found = []
     path = run_dir / EVENTS
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "kind" in event:
-            found.append(event)
-    return found
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [event for event in map(parse_object, lines) if event is not None and "kind" in event]
 
 
 class Events:
@@ -54,6 +48,6 @@ class Events:
 
     def add(self, kind: Kind, step: int, text: str, **figures: Any) -> None:
         if self._writes:
-            print(f"warning: {text}" if kind in WARNINGS else text, flush=True)
+            print_line(f"warning: {text}" if kind in WARNINGS else text)
             if self._fence.holds():
                 append_event(self._run_dir, kind, step, text, figures)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from megassm.durable import write_atomically
 from megassm.errors import UserError
 from megassm.events import append_event
+from megassm.rows import Row, newest_row, parse_object
 
 FAILURES = "failures.jsonl"
 KILLED = 0.5
@@ -41,7 +40,8 @@ def check_failures(run_dir: Path, journal: Path, failure: Path, limit: int | Non
     """
     lines = _read(run_dir)
     if lines and "began" in lines[-1]:
-        lines[-1] = _failed(_last_step(journal) + 1, failure)
+        newest = newest_row(journal)
+        lines[-1] = _failed(newest["step"] + 1 if newest else 1, failure)
         lines = [line for line in lines if line.get("failed") == lines[-1]["failed"]]
         _write(run_dir, lines)
     count = sum(KILLED if line["killed"] else 1.0 for line in lines)
@@ -56,36 +56,17 @@ def check_failures(run_dir: Path, journal: Path, failure: Path, limit: int | Non
     )
 
 
-def _failed(step: int, failure: Path) -> dict[str, Any]:
+def _failed(step: int, failure: Path) -> Row:
     reason = failure.read_text(encoding="utf-8", errors="replace").strip() if failure.exists() else ""
     killed = not reason or LOST_RANK in reason
     return {"failed": step, "reason": reason or "killed, without a word", "killed": killed, "time": time.time()}
 
 
-def _last_step(journal: Path) -> int:
-    """Of the newest whole row: the file is read from its end."""
-    if not journal.exists():
-        return 0
-    with journal.open("rb") as file:
-        file.seek(max(0, journal.stat().st_size - (1 << 20)))
-        lines = file.read().splitlines()
-    return next((row["step"] for row in _objects(reversed(lines)) if isinstance(row.get("step"), int)), 0)
-
-
-def _read(run_dir: Path) -> list[dict[str, Any]]:
+def _read(run_dir: Path) -> list[Row]:
     path = run_dir / FAILURES
-    return list(_objects(path.read_bytes().splitlines())) if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [line for line in map(parse_object, lines) if line is not None]
 
 
-def _objects(lines: Any) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict):
-            yield found
-
-
-def _write(run_dir: Path, lines: list[dict[str, Any]]) -> None:
+def _write(run_dir: Path, lines: list[Row]) -> None:
     write_atomically(run_dir / FAILURES, "".join(f"{json.dumps(line)}\n" for line in lines).encode())

@@ -21,6 +21,8 @@ WAITING_BYTES = 64 * 2**20
 """Rows kept in memory at most while they cannot be written; about 100,000."""
 
 COPIED_BYTES = 2**24
+END_BYTES = 2**20
+"""Of a file's end, where its newest row is looked for."""
 
 Row = dict[str, Any]
 
@@ -125,6 +127,16 @@ def parse_object(line: bytes) -> Row | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def newest_row(path: Path) -> Row | None:
+    """The newest whole row, from the file's end; None where there is none."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - END_BYTES))
+        lines = file.read().splitlines()
+    return next((row for line in reversed(lines) if (row := parse_row(line)) is not None), None)
 
 
 def read_rows(run_dir: Path) -> list[Row]:

@@ -26,6 +26,8 @@ SMALL = (
 
 HYBRID = ("model.pattern=SA", "model.d_ffn=96", "model.ffn_elastic={knee_k: 3, below: 16, above: 8}")
 """What the finished run's model is besides."""
+FINISHED = (*HYBRID, "train.steps=12", "data.isolate_documents=true")
+"""What the finished run is, `SMALL` apart."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,7 +56,7 @@ def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory, data_path: Path) -> Path:
     """A finished run of 12 steps of a hybrid model, by one process, through the entry point."""
     run_dir = tmp_path_factory.mktemp("runs") / "trained"
-    own = (f"run.dir={run_dir}", f"data.path={data_path}", *HYBRID, "train.steps=12", "data.isolate_documents=true")
+    own = (f"run.dir={run_dir}", f"data.path={data_path}", *FINISHED)
     run_python("launch/pretrain.py", "--config", "configs/tiny.yaml", *SMALL, *own)
     return run_dir
 

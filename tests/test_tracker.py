@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megassm.rows import read_rows
-from tests.conftest import HYBRID, SMALL, run_python
+from tests.conftest import FINISHED, SMALL, run_python
 
 LAUNCH = """
 import sys
@@ -36,8 +36,7 @@ def losses(run_dir: Path) -> list[float]:
 
 def train(run_dir: Path, data_path: Path, mode: str, first: str = "", **environment: str) -> str:
     """Trains what the fixture `trained` did, after the code `first`; returns what was said on stderr."""
-    own = (f"run.dir={run_dir}", f"data.path={data_path}", *HYBRID, "train.steps=12",
-           "data.isolate_documents=true", f"log.wandb={mode}")  # fmt: skip
+    own = (f"run.dir={run_dir}", f"data.path={data_path}", *FINISHED, f"log.wandb={mode}")
     home = str(run_dir.parent)  # no key there
     arguments = ("-c", first + LAUNCH, "--config", "configs/tiny.yaml", *SMALL, *own)
     return run_python(*arguments, **{"HOME": home, "NETRC": f"{home}/none"} | environment).stderr

@@ -120,9 +120,8 @@ def show(sweep: Sweep) -> None:
     for curve in sweep.curves:
         shape = curve.shape
         print_table(f"{sweep.name}: {curve.data}, {curve.seq_len} tokens", [table_row(row) for row in curve.rows])
-        unit = "byte" if curve.rows[0].accuracy is None else "answer"
         print(
-            f"area under the curve {shape.area:.4f} bits per {unit}, {shape.area_gap_percent:.2f}% above full K; "
+            f"area under the curve {shape.area:.4f} {curve.bits}, {shape.area_gap_percent:.2f}% above full K; "
             f"near full from K={shape.near_full_k}; best unigram {curve.best_unigram_bits_per_byte:.3f}; "
             f"{curve.predicted_tokens:,} tokens in {curve.sequences:,} sequences"
         )

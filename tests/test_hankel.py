@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megassm.durable import CACHE_VARIABLE
 from megassm.errors import UserError
 from megassm.ops import hankel
-from megassm.ops.hankel import cache_path, compute_filters, extended_filters, spectral_filters
+from megassm.ops.hankel import MAX_CHANNELS, cache_path, compute_filters, extended_filters, spectral_filters
 
 REFERENCE = Path(__file__).parents[2] / "shared/reference/hankel_L96.json"
 
@@ -82,11 +82,34 @@ def test_form(length: int, channels: int) -> None:
     assert np.abs(phi.T @ phi - np.eye(channels)).max() < 1e-13
 
 
-def test_fewer_channels_are_the_leading_ones() -> None:
-    sigma, phi = spectral_filters(128, 16)
-    few_sigma, few_phi = spectral_filters(128, 5)
-    assert np.array_equal(sigma[:5], few_sigma)
-    assert np.array_equal(phi[:, :5], few_phi)
+@settings(max_examples=25, deadline=None)
+@given(length=st.one_of(st.integers(1, 140), st.integers(1000, 1100)), data=st.data())
+def test_fewer_channels_are_the_leading_ones(length: int, data: st.DataObject) -> None:
+    """Bit for bit, on any processor: truncating a model is building the smaller one."""
+    channels = data.draw(st.integers(1, min(length, MAX_CHANNELS)), label="channels")
+    fewer = data.draw(st.integers(1, channels), label="fewer")
+    sigma, phi = compute_filters(length, channels)
+    few_sigma, few_phi = compute_filters(length, fewer)
+    assert np.array_equal(sigma[:fewer], few_sigma)
+    assert np.array_equal(phi[:, :fewer], few_phi)
+    extended, few_extended = (extended_filters(length, count, length + 70) for count in (channels, fewer))
+    assert np.array_equal(extended[:, :fewer], few_extended)
+
+
+def test_fewer_channels_come_from_the_same_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    sigma, phi = spectral_filters(80, 40)
+    assert len(list(tmp_path.iterdir())) == 2
+
+    def no_computing(*_: object) -> None:
+        raise AssertionError("not served from the cache")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hankel, "_compute_group", no_computing)
+        few_sigma, few_phi = spectral_filters(80, 35)
+    assert np.array_equal(sigma[:35], few_sigma)
+    assert np.array_equal(phi[:, :35], few_phi)
+    assert few_phi.flags.c_contiguous
 
 
 @pytest.mark.parametrize("length", [60, 1030])
@@ -111,6 +134,11 @@ def test_short_continuation_is_a_slice() -> None:
     assert np.array_equal(extended_filters(64, 8, 10), spectral_filters(64, 8)[1][:10])
 
 
+def test_more_channels_than_float64_knows_are_refused() -> None:
+    with pytest.raises(UserError, match="num_channels = 129: must be at most 128"):
+        spectral_filters(1000, 129)
+
+
 @pytest.mark.parametrize(("length", "channels"), [(4, 5), (4, 0), (0, 0), (-1, 1)])
 def test_impossible_sizes_are_refused(length: int, channels: int) -> None:
     with pytest.raises(UserError, match="between 1 and seq_len"):
@@ -120,7 +148,7 @@ def test_impossible_sizes_are_refused(length: int, channels: int) -> None:
 def test_cache_serves_and_survives_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     first = spectral_filters(64, 8)
-    path = cache_path(64, 8)
+    path = cache_path(64, hankel.GROUP)
     assert path.parent == tmp_path
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
@@ -128,7 +156,7 @@ def test_cache_serves_and_survives_damage(tmp_path: Path, monkeypatch: pytest.Mo
         raise AssertionError("not served from the cache")
 
     with monkeypatch.context() as patch:
-        patch.setattr(hankel, "compute_filters", no_computing)
+        patch.setattr(hankel, "_compute_group", no_computing)
         assert np.array_equal(spectral_filters(64, 8)[1], first[1])
 
     raw = bytearray(path.read_bytes())
@@ -147,8 +175,8 @@ def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path, monkeypa
 
 def test_filters_beyond_the_limit_are_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(hankel, "CACHE_LIMIT_BYTES", 8 * 64 * 8)
-    spectral_filters(64, 9)
+    monkeypatch.setattr(hankel, "CACHE_LIMIT_BYTES", 8 * 64 * hankel.GROUP)
+    spectral_filters(65, 9)
     assert not list(tmp_path.iterdir())
-    spectral_filters(64, 8)
+    spectral_filters(64, 9)
     assert len(list(tmp_path.iterdir())) == 1

@@ -29,7 +29,12 @@ digits at L=96 and between two quadratures elsewhere:
 
 Filters past that point ("none") are orthonormal, but they are rounding noise and differ between machines.
 
-Shapes: L sequence length, K channels, N quadrature nodes, R rank of a block of V, C rows of a leaf.
+What is equal bit for bit: on one machine a filter never depends on how many others were asked for, because every
+product has a shape that only L decides: the tree keeps the same rank whatever K, and filters are spread GROUP columns
+at a time. So truncating a model and building the smaller one give the same filters. BLAS rounds by the processor's
+instructions: two kinds of machine agree as far as the table says, and not bit for bit.
+
+Shapes: L sequence length, K channels, N quadrature nodes, R rank of a block of V, C rows of a leaf, G a group.
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ import hashlib
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,11 +57,12 @@ from megassm.errors import UserError
 
 Array = npt.NDArray[np.float64]
 
-ALGORITHM = "gauss-legendre on dyadic panels, doubling by pivoted QR, one-sided Jacobi; version 2"
+ALGORITHM = "gauss-legendre on dyadic panels, doubling by pivoted QR, one-sided Jacobi; version 3"
 NODES_PER_PANEL = 20
 LEAF_ROWS = 1024  # a sequence below this is one leaf; a leaf of a longer one has half to all of it
 RANK_TOLERANCE = 1e-18  # of the largest row of R: below lies only what rounding left there
-CERTAIN_RANK = 64  # rows of R kept whatever the tolerance says, so that a smaller K gives the same leading filters
+MAX_CHANNELS = 128  # float64 knows fewer filters at any length below 2^24; also the rows of R that are always kept
+GROUP = 32  # filters computed and cached together
 DIGEST = "sha256"
 CACHE_LIMIT_BYTES = 2**27  # reading and checking more than this takes as long as computing it
 
@@ -70,33 +76,58 @@ def spectral_filters(seq_len: int, num_channels: int) -> tuple[Array, Array]:
 
     Returns:
         `(sigma, phi)`: eigenvalues (K,), descending, and unit-norm eigenvectors (L, K) with phi[0, k] > 0, float64.
+        The same numbers, bit for bit, as the leading ones of any larger K on this machine.
 
     Raises:
-        UserError: K > L, or either not positive.
+        UserError: K > L, K > MAX_CHANNELS, or either not positive.
     """
     if not 1 <= num_channels <= seq_len:
         raise UserError(
             f"num_channels = {num_channels} for seq_len = {seq_len}: must be between 1 and seq_len, "
             "for an L x L matrix has L eigenvectors; lower num_channels or raise seq_len"
         )
-    if 8 * seq_len * num_channels > CACHE_LIMIT_BYTES:
-        return compute_filters(seq_len, num_channels)
-    path = cache_path(seq_len, num_channels)
-    cached = read_arrays(path)
-    if cached is not None:
-        return cached["sigma"], cached["phi"]
-    sigma, phi = compute_filters(seq_len, num_channels)
-    write_arrays(path, {"sigma": sigma, "phi": phi})
-    return sigma, phi
+    if num_channels > MAX_CHANNELS:
+        raise UserError(
+            f"num_channels = {num_channels}: must be at most {MAX_CHANNELS}, for float64 knows no more filters "
+            "at any length; lower num_channels"
+        )
+    return _join((_cached_group(seq_len, group) for group in _groups(seq_len, num_channels)), num_channels)
 
 
 def compute_filters(seq_len: int, num_channels: int, nodes_per_panel: int = NODES_PER_PANEL) -> tuple[Array, Array]:
     """`spectral_filters` without the cache, on a quadrature with `nodes_per_panel` nodes a dyadic panel."""
-    tree = _block_tree(seq_len, num_channels, nodes_per_panel)
-    singular, _, right_RK = _signed_svd(tree, num_channels)
-    phi_LK = np.empty((seq_len, num_channels))
-    _spread(tree, right_RK, phi_LK)
-    return singular**2, phi_LK
+    groups = _groups(seq_len, num_channels)
+    return _join((_compute_group(seq_len, group, nodes_per_panel) for group in groups), num_channels)
+
+
+def _groups(seq_len: int, num_channels: int) -> list[slice]:
+    """The groups that hold the leading channels. How wide each is depends on L alone."""
+    return [slice(first, min(first + GROUP, MAX_CHANNELS, seq_len)) for first in range(0, num_channels, GROUP)]
+
+
+def _join(groups: Iterable[tuple[Array, Array]], num_channels: int) -> tuple[Array, Array]:
+    sigma_G, phi_LG = zip(*groups, strict=True)
+    return np.concatenate(sigma_G)[:num_channels], np.ascontiguousarray(np.hstack(phi_LG)[:, :num_channels])
+
+
+def _cached_group(seq_len: int, group: slice) -> tuple[Array, Array]:
+    if 8 * seq_len * (group.stop - group.start) > CACHE_LIMIT_BYTES:
+        return _compute_group(seq_len, group, NODES_PER_PANEL)
+    path = cache_path(seq_len, group.stop)
+    cached = read_arrays(path)
+    if cached is not None:
+        return cached["sigma"], cached["phi"]
+    sigma_G, phi_LG = _compute_group(seq_len, group, NODES_PER_PANEL)
+    write_arrays(path, {"sigma": sigma_G, "phi": phi_LG})
+    return sigma_G, phi_LG
+
+
+def _compute_group(seq_len: int, group: slice, nodes_per_panel: int) -> tuple[Array, Array]:
+    tree = _block_tree(seq_len, nodes_per_panel)
+    singular, _, right_RG = _signed_svd(tree, group)
+    phi_LG = np.empty((seq_len, group.stop - group.start))
+    _spread(tree, right_RG, phi_LG)
+    return singular**2, phi_LG
 
 
 def extended_filters(seq_len: int, num_channels: int, length: int) -> Array:
@@ -120,16 +151,21 @@ def extended_filters(seq_len: int, num_channels: int, length: int) -> Array:
     _, phi_LK = spectral_filters(seq_len, num_channels)
     if length <= seq_len:
         return phi_LK[:length]
-    tree = _block_tree(seq_len, num_channels, NODES_PER_PANEL)
-    singular, left_NK, _ = _signed_svd(tree, num_channels)
-    extended = np.empty((length, num_channels))
-    extended[:seq_len] = phi_LK
-    block_LK = np.empty_like(phi_LK)
+    beyond = [_continue_group(seq_len, group, length) for group in _groups(seq_len, num_channels)]
+    return np.concatenate((phi_LK, np.hstack(beyond)[:, :num_channels]))
+
+
+def _continue_group(seq_len: int, group: slice, length: int) -> Array:
+    """Rows L.. to `length` of a group of filters."""
+    tree = _block_tree(seq_len, NODES_PER_PANEL)
+    singular, left_NG, _ = _signed_svd(tree, group)
+    beyond = np.empty((length - seq_len, len(singular)))
+    block_LG = np.empty((seq_len, len(singular)))
     for begin in range(seq_len, length, seq_len):
         # V's rows from `begin` on are Q R D^begin: the tree serves every block of L rows
-        _spread(tree, (tree.factor_RN * np.exp(begin * tree.rate_N)) @ (left_NK / singular), block_LK)
-        extended[begin : begin + seq_len] = block_LK[: length - begin]
-    return extended
+        _spread(tree, (tree.factor_RN * np.exp(begin * tree.rate_N)) @ (left_NG / singular), block_LG)
+        beyond[begin - seq_len : begin] = block_LG[: length - begin]
+    return beyond
 
 
 class _BlockTree(NamedTuple):
@@ -141,14 +177,13 @@ class _BlockTree(NamedTuple):
     rate_N: Array  # log(1 - b_n)
 
 
-def _block_tree(seq_len: int, num_channels: int, nodes_per_panel: int) -> _BlockTree:
-    rank = max(num_channels, CERTAIN_RANK)
+def _block_tree(seq_len: int, nodes_per_panel: int) -> _BlockTree:
     lengths = [seq_len]
     while lengths[-1] >= LEAF_ROWS:
         lengths.append(lengths[-1] // 2)
     rate_N, start_N = _quadrature(seq_len, nodes_per_panel)
     leaf_CN = np.exp(np.arange(lengths[-1])[:, None] * rate_N) * start_N
-    leaf_CR, factor_RN, pivots = _truncated_qr(leaf_CN, rank)
+    leaf_CR, factor_RN, pivots = _truncated_qr(leaf_CN)
     rate_N, start_N = rate_N[pivots], start_N[pivots]
     doublings: list[tuple[int, Array]] = []
     for length in reversed(lengths[:-1]):
@@ -156,7 +191,7 @@ def _block_tree(seq_len: int, num_channels: int, nodes_per_panel: int) -> _Block
         rows = [factor_RN, factor_RN * np.exp(half * rate_N)]
         if length % 2:
             rows.append((start_N * np.exp(2 * half * rate_N))[None])
-        factor, factor_RN, pivots = _truncated_qr(np.concatenate(rows), rank)
+        factor, factor_RN, pivots = _truncated_qr(np.concatenate(rows))
         rate_N, start_N = rate_N[pivots], start_N[pivots]
         doublings.insert(0, (half, factor))
     return _BlockTree(leaf_CR, doublings, factor_RN, rate_N)
@@ -173,23 +208,22 @@ def _quadrature(seq_len: int, nodes_per_panel: int) -> tuple[Array, Array]:
     return np.log1p(-b_N), b_N * np.sqrt(w_N)
 
 
-def _truncated_qr(matrix: Array, rank: int) -> tuple[Array, Array, npt.NDArray[np.int32]]:
-    """Column-pivoted QR less the rows of R that are rounding noise, of which at least `rank` rows are kept."""
+def _truncated_qr(matrix: Array) -> tuple[Array, Array, npt.NDArray[np.int32]]:
+    """Column-pivoted QR less the rows of R that are rounding noise; at least MAX_CHANNELS are kept."""
     q, r, pivots = qr(matrix, mode="economic", pivoting=True, overwrite_a=True, check_finite=False)
     diagonal = np.abs(np.diag(r))
-    kept = max(rank, int((diagonal > RANK_TOLERANCE * diagonal[0]).sum()))
+    kept = max(MAX_CHANNELS, int((diagonal > RANK_TOLERANCE * diagonal[0]).sum()))
     return np.ascontiguousarray(q[:, :kept]), r[:kept], pivots
 
 
-def _signed_svd(tree: _BlockTree, num_channels: int) -> tuple[Array, Array, Array]:
-    """Leading singular values of R, right singular vectors (N, K), left ones (R, K) signed so that phi[0] > 0."""
+def _signed_svd(tree: _BlockTree, group: slice) -> tuple[Array, Array, Array]:
+    """Singular values of R (G,), left vectors (N, G) and right ones (R, G), signed so that phi[0] > 0."""
     singular, left_NR, right_RR = _jacobi_svd(tree.factor_RN.T)
     first_row = tree.leaf_CR[0]
     for _, factor in reversed(tree.doublings):
         first_row = first_row @ factor[: len(first_row)]
-    right_RK = right_RR[:, :num_channels]
-    sign_K = np.where(first_row @ right_RK < 0, -1.0, 1.0)
-    return singular[:num_channels], left_NR[:, :num_channels] * sign_K, right_RK * sign_K
+    sign_R = np.where(first_row @ right_RR < 0, -1.0, 1.0)
+    return singular[group], (left_NR * sign_R)[:, group], (right_RR * sign_R)[:, group]
 
 
 def _spread(tree: _BlockTree, weights_RK: Array, out_LK: Array, depth: int = 0) -> None:
@@ -215,7 +249,7 @@ def _jacobi_svd(matrix: Array) -> tuple[Array, Array, Array]:
 
 
 def cache_path(seq_len: int, num_channels: int, what: str = "hankel") -> Path:
-    """Where something made from these filters is cached: below $MEGASSM_CACHE, or the user's cache folder."""
+    """Where something made from filters up to channel K is cached: below $MEGASSM_CACHE, or the user's cache folder."""
     key = f"{what}; {ALGORITHM}; nodes={NODES_PER_PANEL}; L={seq_len}; K={num_channels}"
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     name = f"{what.partition(';')[0]}-L{seq_len}-K{num_channels}-{digest}.npz"

@@ -18,10 +18,10 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from megassm.cli import Parser, positive, run_tool
-from megassm.configfile import load_config_or_exit, world_size_from_environment
+from megassm.cli.arguments import Parser, positive, run_tool
+from megassm.config.load import load_config_or_exit, world_size_from_environment
+from megassm.run.stop import leave_when_told
 from megassm.slurm import rank_environment
-from megassm.stop import leave_when_told
 
 
 def parse() -> argparse.Namespace:
@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
 def dry_run(arguments: argparse.Namespace) -> None:
     world_size = arguments.world_size or world_size_from_environment()
     config = load_config_or_exit(arguments.config, arguments.overrides, world_size)
-    from megassm.parallel.dryrun import dry_run
+    from megassm.plan.dryrun import dry_run
 
     for name, value in dry_run(config, world_size).items():
         print(f"{name:<32} {value:,}" if isinstance(value, int) else f"{name:<32} {value}")
@@ -61,11 +61,11 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one message of ours, not pages of frames
     # imported one after another, so that what is wrong early is refused early
     from megassm.data.dataset import open_dataset
-    from megassm.rundir import open_run_directory
+    from megassm.run.directory import open_run_directory
 
     data = open_dataset(config)
     lock = open_run_directory(config)
-    from megassm.train import pretrain
+    from megassm.train.loop import pretrain
 
     pretrain(config, data)
     if lock is not None:

@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from megassm import __version__
-from megassm.cli import Parser, path_argument, positive, print_table, run_tool
-from megassm.config import Config
-from megassm.configfile import dump_config, load_config_or_exit
-from megassm.durable import write_atomically
+from megassm.cli.arguments import Parser, path_argument, positive, print_table, run_tool
+from megassm.config.load import dump_config, load_config_or_exit
+from megassm.config.schema import Config
 from megassm.errors import UserError
-from megassm.fence import newest_number
-from megassm.rows import METRICS, newest_row
-from megassm.rundir import CHECKPOINTS
+from megassm.files import write_atomically
+from megassm.run.directory import CHECKPOINTS
+from megassm.run.fence import newest_number
+from megassm.run.records import METRICS, newest_row
 from megassm.slurm import Request, batch_script, seconds
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ import itertools
 import math
 from typing import assert_never
 
-from megassm.config import BudgetConfig, Config
+from megassm.config.schema import BudgetConfig, Config
 
 
 def budget_at(config: Config, step: int, micro_step: int) -> int:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from megassm.config import Config, ModelConfig
+from megassm.config.model import ModelConfig
+from megassm.config.schema import Config
 
 FLOAT32 = 4
 TOKEN_ID = 8

@@ -1,6 +1,15 @@
-"""The one exception a user is meant to see."""
+"""The one exception a user is meant to see, and URLs without what is secret in them.
 
-from megassm.urls import redacted
+A query string may be a signature, a user part a password.
+"""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import urlsplit, urlunsplit
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*[^\s'\"<>:;,.)]")
+HIDDEN = "..."
 
 
 class UserError(ValueError):
@@ -8,8 +17,32 @@ class UserError(ValueError):
 
     The message names the place, the value, the rule and the way out; what may be secret in a URL is taken
     out of it here, whoever wrote it. Entry points print it without a traceback and exit with code 1 (see
-    `megassm.cli.run_tool`); anything else that escapes is a bug of ours.
+    `megassm.cli.arguments.run_tool`); anything else that escapes is a bug of ours.
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(redacted(message))
+
+
+def scheme_of(place: str) -> str:
+    """ "https" of "https://host/path", "" of a path."""
+    return place.partition("://")[0].lower() if _URL.match(place) else ""
+
+
+def without_secrets(place: str) -> str:
+    """A URL without user, password, query and fragment; a path as it is."""
+    if not scheme_of(place):
+        return place
+    parts = urlsplit(place)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def redacted(text: str) -> str:
+    """A message in which every URL that held a secret says so and no more."""
+    return _URL.sub(lambda found: _redacted_url(found[0]), text)
+
+
+def _redacted_url(url: str) -> str:
+    parts = urlsplit(url)
+    shown = without_secrets(url)
+    return f"{shown}?{HIDDEN}" if parts.query or parts.fragment else shown

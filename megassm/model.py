@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from megassm.config import ModelConfig, SigmaScale
+from megassm.config.model import ModelConfig, SigmaScale
 from megassm.errors import UserError
 from megassm.layers.attention import Attention, KeyValueCache, attention_mask, rope_tables
 from megassm.layers.context import Context

@@ -29,7 +29,7 @@ from typing import NamedTuple, assert_never
 import torch
 from torch import nn
 
-from megassm.config import OptimConfig, TrainConfig
+from megassm.config.schema import OptimConfig, TrainConfig
 
 LR_FACTOR = "lr_factor"
 """Key of a torch parameter group: what multiplies the learning rate of an update there."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megassm.cli import STOPPED
+from megassm.cli.arguments import STOPPED
 from megassm.errors import UserError
 
 FIRST_PORT, PORTS = 15_000, 17_000

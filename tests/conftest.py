@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megassm.config import Config
-from megassm.configfile import load_config
+from megassm.config.load import load_config
+from megassm.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from launch import pretrain
-from megassm.cli import run_tool
+from megassm.cli.arguments import run_tool
 from megassm.data.stream import MicroBatch, TokenStream
 
 

@@ -13,7 +13,7 @@ from types import TracebackType
 
 import psutil
 
-from megassm.metrics import read_rows
+from megassm.run.journal import read_rows
 from tests.conftest import ROOT
 
 PATIENCE_S = 300.0

@@ -16,7 +16,7 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any,
     `function` must be importable by name. A failing rank fails the test with its traceback.
     """
     context = multiprocessing.get_context("forkserver")  # a rank starts as fast as a fork, yet from a clean process
-    context.set_forkserver_preload(["megassm.train", "torch._dynamo"])
+    context.set_forkserver_preload(["megassm.train.loop", "torch._dynamo"])
     queue = context.Queue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""The servers of `megassm.eval.local_servers` for tests, which skip where one is not installed."""
+"""The servers of `tools.bench.servers` for tests, which skip where one is not installed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import psutil
 import pytest
 
 from megassm.errors import UserError
-from megassm.eval import local_servers
-from megassm.eval.local_servers import Server
+from tools.bench import servers
+from tools.bench.servers import Server
 
 
 @contextmanager
 def nginx(folder: Path, work: Path, options: str = "") -> Iterator[Server]:
     with contextlib.ExitStack() as stack:
         try:
-            server = stack.enter_context(local_servers.nginx(folder, work, options))
+            server = stack.enter_context(servers.nginx(folder, work, options))
         except UserError as error:
             pytest.skip(str(error))
         yield server
@@ -39,7 +39,7 @@ def juicefs_s3(work: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     pytest.importorskip("boto3", reason="needs boto3: pip install 'megassm[s3]'")
     with contextlib.ExitStack() as stack:
         try:
-            server = stack.enter_context(local_servers.juicefs_s3(work))
+            server = stack.enter_context(servers.juicefs_s3(work))
         except UserError as error:
             pytest.skip(str(error))
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
@@ -57,5 +57,5 @@ def s3_client() -> Any:
 
 
 def upload(folder: Path, prefix: str) -> str:
-    """See `local_servers.upload`."""
-    return local_servers.upload(s3_client(), folder, prefix)
+    """See `servers.upload`."""
+    return servers.upload(s3_client(), folder, prefix)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megassm.data.shard_writer import ShardWriter
-from megassm.data.shards import ShardSet, ShardSizes
-from megassm.data.tokenizer import BytesTokenizer, Ids
+from megassm.data.index import ShardSet, ShardSizes
+from megassm.data.prepare.shard_writer import ShardWriter
+from megassm.data.tokenizer.base import BytesTokenizer, Ids
 
 SMALL = ShardSizes(shard_tokens=1200, block_tokens=400, member_tokens=150)
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from megassm.config import ModelConfig
+from megassm.config.model import ModelConfig
 from megassm.cost import Workload, activation_bytes, layer_activation_bytes, peak_activation_bytes
-from megassm.eval.memory import peak_tensor_bytes
+from megassm.eval.measure import peak_tensor_bytes
 from megassm.layers.filterbank import CHUNK
 from megassm.model import LanguageModel, build_model
 from megassm.ops.mixing import GROUP_BYTES

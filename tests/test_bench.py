@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import megassm.eval.model_bench
+import tools.bench.model
 from megassm.cost import parameters
 from megassm.errors import UserError
-from megassm.eval.mixer_bench import BenchPlan, bench
-from megassm.eval.model_bench import MODELS, SIZES, ModelBenchPlan, bench_models, transformer_of_equal_size
-from megassm.eval.peers import peer_layer
 from tests.conftest import run_python
+from tools.bench.mixer import BenchPlan, bench
+from tools.bench.model import MODELS, SIZES, ModelBenchPlan, bench_models, transformer_of_equal_size
+from tools.bench.peers import peer_layer
 
 
 def test_every_method_computes_the_same() -> None:
@@ -71,7 +71,7 @@ class FakeMamba2(torch.nn.Module):
 def test_models_of_equal_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fla", types.ModuleType("fla"))
     monkeypatch.setitem(sys.modules, "fla.layers", types.SimpleNamespace(Mamba2=FakeMamba2))
-    monkeypatch.setattr(megassm.eval.model_bench, "why_no_peer", lambda *_: None)
+    monkeypatch.setattr(tools.bench.model, "why_no_peer", lambda *_: None)
     config = SIZES["tiny"].model_copy(update={"num_channels": 24})
     plan = ModelBenchPlan(config, [64, 128], torch.device("cpu"), torch.float32, repeats=1, peak_tflops=0.1)
     rows = list(bench_models(plan))

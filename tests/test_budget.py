@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from megassm.budget import budget_at
-from megassm.config import Config
+from megassm.config.schema import Config
 
 Make = Callable[..., Config]
 DRAWS = 20_000

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megassm.checkpoint import MANIFEST, newest_checkpoint, read_checkpoint
+from megassm.checkpoint.format import MANIFEST, newest_checkpoint, read_checkpoint
 from megassm.errors import UserError
-from megassm.metrics import read_rows
+from megassm.run.journal import read_rows
 from tests.conftest import run_python
 from tests.jobs import Job
 from tests.test_train import LONG, command, exact, flip, run_to_end

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megassm.config import ModelConfig
+from megassm.config.model import ModelConfig
 from megassm.model import LanguageModel, initial_weights
 from megassm.parallel.mesh import Mesh
 from megassm.parallel.sequence import split_sequence

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megassm.config import Config
+from megassm.config.schema import Config
 from megassm.cost import (
     decoding_bytes_per_token,
     decoding_flops_per_token,
@@ -20,7 +20,7 @@ from megassm.cost import (
     training_flops_per_token,
 )
 from megassm.model import Distillation, build_model, truncate
-from megassm.train import update_flops_per_token
+from megassm.train.loop import update_flops_per_token
 from tests.test_model import K_MAX, config
 
 LENGTH, BATCH = 24, 2

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megassm.data.shards import load_index
-from megassm.eval.data_bench import BenchPlan, _write, memmap_batches, stream_batches, webdataset_batches
+from megassm.data.index import load_index
 from tests.conftest import run_python
+from tools.bench.data import BenchPlan, _write, memmap_batches, stream_batches, webdataset_batches
 
 
 def test_all_readers_hand_over_the_same_tokens(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megassm.metrics import read_rows
+from megassm.run.journal import read_rows
 from tests.conftest import SMALL, run_python
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megassm.data.documents import ReadCounts, TextSource, list_files, read_documents, sample_documents
+from megassm.data.prepare.documents import ReadCounts, TextSource, list_files, read_documents, sample_documents
 from megassm.errors import UserError
 
 TEXTS = [f"{n} " + "d\u00e9j\u00e0 vu " * (n % 17) for n in range(300)]

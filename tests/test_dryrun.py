@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megassm.config import Config
-from megassm.configfile import load_config
+from megassm.config.load import load_config
+from megassm.config.schema import Config
 from megassm.errors import UserError
-from megassm.parallel import dryrun
-from megassm.parallel.dryrun import check_groups, dry_run, zero_shares
 from megassm.parallel.mesh import Mesh
 from megassm.parallel.tensor import Part, parts_of
+from megassm.plan import dryrun
+from megassm.plan.dryrun import check_groups, dry_run, zero_shares
 from tests.conftest import ROOT, run_python
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megassm.config import Config
+from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
 from megassm.data.stream import TokenStream
 from megassm.eval.score import Score
@@ -17,8 +17,8 @@ from megassm.optim import learning_rate
 from megassm.parallel.engine import Engine, deepspeed_config
 from megassm.parallel.mesh import Mesh
 from megassm.parallel.world import gather_rows, join_world, leave_world
-from megassm.run import Run, set_up, stream_plan
-from megassm.train import share_batch, step_budgets, train
+from megassm.train.loop import share_batch, step_budgets, train
+from megassm.train.setup import Run, set_up, stream_plan
 from tests.ranks import run_on_ranks
 
 Make = Callable[..., Config]

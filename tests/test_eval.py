@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from megassm.data.stream import MicroBatch
-from megassm.data.tokenizer import load_tokenizer
+from megassm.data.tokenizer.base import load_tokenizer
 from megassm.errors import UserError
 from megassm.eval.generate import Sampling, generate, sample_text
-from megassm.eval.memory import peak_tensor_bytes
+from megassm.eval.measure import peak_tensor_bytes
 from megassm.eval.score import Score, best_unigram, score, sequence_scores, token_counts
 from megassm.model import build_model
 from tests.test_model import config

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from megassm.config import Config
-from megassm.configfile import load_config
+from megassm.config.load import load_config
+from megassm.config.schema import Config
 from megassm.cost import parameters
 from megassm.eval.session import open_session
-from megassm.experiments.definitions import EXPERIMENTS, TEXT, Arm, Experiment, equal_width
-from megassm.experiments.measure import Point
-from megassm.experiments.online import HIGH, LOW, POLICIES, Reading, read
-from megassm.experiments.results import CONCLUSION, Results, curves, half_width, table, write
-from megassm.experiments.runner import Options, run_experiment, workers
 from tests.conftest import ROOT, SMALL, run_python
+from tools.experiments.definitions import EXPERIMENTS, TEXT, Arm, Experiment, equal_width
+from tools.experiments.measure import Point
+from tools.experiments.online import HIGH, LOW, POLICIES, Reading, read
+from tools.experiments.results import CONCLUSION, Results, curves, half_width, table, write
+from tools.experiments.runner import Options, run_experiment, workers
 
 SMALL_TASK = (
     "model.d_model=16", "model.num_channels=8", "model.d_ffn=32", "budget.budgets=[2,8]", "eval.budgets=[2,8]",

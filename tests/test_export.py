@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from megassm.checkpoint import find_checkpoint
-from megassm.cli import Row
+from megassm.checkpoint.exported import WEIGHTS, open_model_folder, write_model_folder
+from megassm.checkpoint.format import find_checkpoint
+from megassm.cli.arguments import Row
 from megassm.cost import parameters
-from megassm.data.tokenizer import load_tokenizer
+from megassm.data.tokenizer.base import load_tokenizer
 from megassm.errors import UserError
-from megassm.eval.runs import Request, sweep_path
 from megassm.eval.score import score
 from megassm.eval.session import Session, open_model, open_session
-from megassm.export import ExportPlan, export_models
+from megassm.eval.watch import Request, sweep_path
+from megassm.export.write import ExportPlan, export_models
 from megassm.model import build_model
-from megassm.modelfolder import WEIGHTS, open_model_folder, write_model_folder
 from megassm.ops.documents import document_numbers
 from megassm.parallel.world import join_peers, leave_world
 from tests.conftest import HYBRID, ROOT, SMALL, run_python
@@ -97,7 +97,7 @@ def test_a_wrong_file_is_not_published(session: Session, tmp_path: Path, monkeyp
             next(model.parameters()).add_(1e-3)
         write_model_folder(folder, model, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("megassm.export.write_model_folder", wrong)
+    monkeypatch.setattr("megassm.export.write.write_model_folder", wrong)
     with pytest.raises(UserError, match=r"logits of the written file differ from the model's by .*nothing was"):
         export_models(session, {2: tmp_path / "k-2"}, ExportPlan(sequences=2))
     assert list(tmp_path.iterdir()) == []

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from megassm import checkpoint
-from megassm.checkpoint import save_checkpoint
-from megassm.config import Config
+from megassm.checkpoint import format, save
+from megassm.checkpoint.save import save_checkpoint
+from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
 from megassm.errors import UserError
-from megassm.fence import INCARNATIONS, SupersededError, newest_number, restarts_the_newest, take
-from megassm.metrics import Journal
 from megassm.parallel.watchdog import Progress, Watchdog
 from megassm.parallel.world import join_world, leave_world
-from megassm.run import enter, set_up
-from megassm.rundir import FAILURE, open_run_directory
+from megassm.run.directory import FAILURE, open_run_directory
+from megassm.run.fence import INCARNATIONS, SupersededError, newest_number, restarts_the_newest, take
+from megassm.run.journal import Journal
+from megassm.train.setup import enter, set_up
 from tests.conftest import run_python
 from tests.ranks import run_on_ranks
 
@@ -78,19 +78,19 @@ def superseded_while_saving(config: Config) -> None:
     world = join_world(config)
     try:
         run = set_up(config, open_dataset(config), world)
-        publish = checkpoint._publish
+        publish = save._publish
 
-        def late(partial: Path, final: Path, manifest: checkpoint.Manifest) -> None:
+        def late(partial: Path, final: Path, manifest: format.Manifest) -> None:
             enter(run.fence.run_dir, world)
             publish(partial, final, manifest)
 
-        checkpoint._publish = late
+        save._publish = late
         assert save_checkpoint(run.engine, config, 1, "", run.fence) is not None
         before = files(run.fence.run_dir)
         with pytest.raises(SupersededError):
             save_checkpoint(run.engine, config, 2, "", run.fence)
         assert files(run.fence.run_dir) == before
-        assert checkpoint.newest_checkpoint(run.fence.run_dir) == (None, [])
+        assert format.newest_checkpoint(run.fence.run_dir) == (None, [])
     finally:
         leave_world()
 
@@ -125,7 +125,7 @@ def test_a_lock_that_an_older_life_of_the_same_job_holds_is_taken_over(
 
 
 def test_signals_before_there_is_anything_to_save_end_the_process(tmp_path: Path) -> None:
-    code = "import os; from megassm.stop import leave_when_told as f; f(); os.kill(os.getpid(), {}); print('lives')"
+    code = "import os; from megassm.run.stop import leave_when_told as f; f(); os.kill(os.getpid(), {}); print('lives')"
     for number in ("10", "15"):
         done = run_python("-c", code.format(number), check=False)
         assert (done.returncode, done.stdout) == (75, "")
@@ -133,7 +133,7 @@ def test_signals_before_there_is_anything_to_save_end_the_process(tmp_path: Path
 
 def test_signals_may_come_twice(tmp_path: Path) -> None:
     code = (
-        "import os, signal; from megassm.stop import StopRequest; s = StopRequest(); assert not s.received\n"
+        "import os, signal; from megassm.run.stop import StopRequest; s = StopRequest(); assert not s.received\n"
         "for n in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):\n"
         "    os.kill(os.getpid(), n); assert s.received\n"
         "os.kill(os.getpid(), signal.SIGINT); print('lives')"

@@ -13,21 +13,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megassm.config import Config
-from megassm.data import workers as workers_module
+from megassm.cli.progress import Lines
+from megassm.config.schema import Config
 from megassm.data.blocks import local_fetch, read_block
 from megassm.data.dataset import open_dataset
-from megassm.data.foreign import IndexJob, index_shards
-from megassm.data.shards import ShardSet, load_index
+from megassm.data.index import ShardSet, load_index
+from megassm.data.prepare import workers as workers_module
+from megassm.data.prepare.foreign import IndexJob, index_shards
+from megassm.data.prepare.verify import verify
 from megassm.data.stream import StreamPlan, validation_batches
-from megassm.data.tokenizer import BytesTokenizer, TokenizerSpec
-from megassm.data.verify import verify
+from megassm.data.tokenizer.base import BytesTokenizer, TokenizerSpec
 from megassm.errors import UserError
-from megassm.progress import Lines
 from tests.conftest import run_python
 from tests.shard_sets import random_documents, write_documents
 from tests.test_formats import write_tar
-from tests.test_tokenizer_json import gpt2_like
+from tests.test_hugging_face_tokenizer import gpt2_like
 
 Ids = npt.NDArray[np.int64]
 EOD = BytesTokenizer.eod

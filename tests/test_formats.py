@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from megassm.data.documents import ReadCounts, TextSource, list_files, read_documents
-from megassm.data.tarfiles import split_name, tar_members
+from megassm.data.prepare.documents import ReadCounts, TextSource, list_files, read_documents
+from megassm.data.prepare.tar import split_name, tar_members
 from megassm.errors import UserError
 
 TEXTS = [f"{n} d\u00e9j\u00e0 vu\r\n " * (1 + n % 23) for n in range(500)]

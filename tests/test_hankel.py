@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megassm.durable import CACHE_VARIABLE
 from megassm.errors import UserError
+from megassm.files import CACHE_VARIABLE
 from megassm.ops import hankel
 from megassm.ops.hankel import MAX_CHANNELS, cache_path, compute_filters, extended_filters, spectral_filters
 

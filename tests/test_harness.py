@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megassm.data.tokenizer import PROBE, Tokenizer, load_tokenizer, train_sentencepiece
+from megassm.data.tokenizer.base import PROBE, Tokenizer, load_tokenizer, train_sentencepiece
 from megassm.errors import UserError
 from megassm.eval.generate import Sampling, generate
 from megassm.eval.session import OpenModel

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megassm.config import Config
+from megassm.checkpoint.space import PIN
+from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
 from megassm.data.stream import MicroBatch
-from megassm.events import read_events
-from megassm.metrics import read_rows
 from megassm.parallel.world import join_world, leave_world
-from megassm.room import PIN
-from megassm.run import Run, set_up
-from megassm.train import train
+from megassm.run.events import read_events
+from megassm.run.journal import read_rows
+from megassm.train.loop import train
+from megassm.train.setup import Run, set_up
 from tests.ranks import run_on_ranks
 
 SPIKE_STEP = 45

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from megassm.data.tokenizer import EOD_PIECE, PROBE, load_tokenizer, train_sentencepiece
+from megassm.checkpoint.exported import open_model_folder, write_model_folder
+from megassm.data.tokenizer.base import EOD_PIECE, PROBE, load_tokenizer, train_sentencepiece
 from megassm.errors import UserError
 from megassm.eval.generate import Sampling, generate
 from megassm.eval.session import open_session
-from megassm.export import ExportPlan, export_models
+from megassm.export.write import ExportPlan, export_models
 from megassm.model import LanguageModel, build_model
-from megassm.modelfolder import open_model_folder, write_model_folder
 from tests.test_model import config
 
 pytest.importorskip("transformers", reason="needs the extra 'hf'")

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megassm.config import Config
-from megassm.configfile import dump_config
+from megassm.config.load import dump_config
+from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
 from megassm.data.inspect import read_samples, samples_of_update
 from megassm.data.stream import StreamPlan, TokenStream

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megassm.config import Config
+from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
 from megassm.data.stream import MicroBatch
 from megassm.errors import UserError

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megassm.data.listops import ListOps
-from megassm.data.synthetic import drawn
 from megassm.data.task import TaskTokenizer
+from megassm.data.tasks.listops import ListOps
+from megassm.data.tasks.synthetic import drawn
 from megassm.errors import UserError
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megassm.config import ElasticFfnConfig, ModelConfig
+from megassm.config.model import ElasticFfnConfig, ModelConfig
 from megassm.model import parameter_shapes
 from megassm.parallel.mesh import Mesh
 from megassm.parallel.tensor import bounds, parts_of

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megassm.config import Config
-from megassm.configfile import ConfigError
+from megassm.config.load import ConfigError
+from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
+from megassm.data.index import ShardSet, ShardSizes
 from megassm.data.mixture import Mixture, MixturePhase, Reading, Source, one_source
 from megassm.data.order import PATTERN, MixtureOrder, Phase, SampleOrder, epoch_samples
-from megassm.data.shard_writer import ShardWriter
-from megassm.data.shards import ShardSet, ShardSizes
+from megassm.data.prepare.shard_writer import ShardWriter
 from megassm.data.stream import StreamPlan, TokenStream, validation_batches
 from megassm.errors import UserError
 from tests.conftest import run_python
@@ -268,7 +268,7 @@ def test_sources_of_two_tokenizers_are_refused(
 
 def damaged_copy(shards: ShardSet, folder: Path) -> tuple[ShardSet, int]:
     """A copy with a flipped bit in the middle block of the first shard, and that block's tokens."""
-    from megassm.data.shards import load_index
+    from megassm.data.index import load_index
 
     copy = Path(shutil.copytree(shards.directory, folder / "damaged"))
     entry = shards.blocks[1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megassm.config import ModelConfig
+from megassm.config.model import ModelConfig
 from megassm.errors import UserError
 from megassm.layers.attention import Attention, attention_mask, rope_tables
 from megassm.layers.context import Context

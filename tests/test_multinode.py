@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megassm.metrics import read_rows
+from megassm.run.journal import read_rows
 from tests.conftest import ROOT, SMALL, run_python
 
 JOB = (*SMALL, "train.steps=4", "budget.draws=1", "eval.every_steps=null", "eval.budgets=[8]")

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megassm.data.index import ShardSet, ShardSizes, load_index
 from megassm.data.mixture import Mixture, Reading, one_source
-from megassm.data.shards import ShardSet, ShardSizes, load_index
 from megassm.data.stores import open_store
 from megassm.data.stream import StreamPlan, TokenStream
 from megassm.data.transport import Patience

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megassm.config import Config
+from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
-from megassm.metrics import read_rows
 from megassm.parallel.engine import Engine
 from megassm.parallel.state import KINDS
 from megassm.parallel.world import join_world, leave_world
-from megassm.run import Run, set_up
-from megassm.train import train
+from megassm.run.journal import read_rows
+from megassm.train.loop import train
+from megassm.train.setup import Run, set_up
 from tests.ranks import run_on_ranks
 
 SICK_STEP = 3

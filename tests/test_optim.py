@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from megassm.config import Config, ModelConfig, OptimConfig
+from megassm.config.model import ModelConfig
+from megassm.config.schema import Config, OptimConfig
 from megassm.model import build_model, parameter_shapes
 from megassm.optim import build_optimizer, learning_rate, parameter_groups
 from megassm.parallel.engine import Engine

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megassm.config import ModelConfig
+from megassm.config.model import ModelConfig
 from megassm.model import build_model, initial_weights, parameter_shapes
 from megassm.parallel.mesh import Mesh
 from megassm.parallel.sequence import split_sequence

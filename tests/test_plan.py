@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from megassm.budget import budget_at
-from megassm.config import CHUNK, Config
-from megassm.configfile import load_config
+from megassm.config.load import load_config
+from megassm.config.model import CHUNK
+from megassm.config.rules import violations
+from megassm.config.schema import Config
 from megassm.cost import (
     Workload,
     filterbank_flops_per_token,
@@ -28,25 +30,18 @@ from megassm.cost import (
     reduce_bucket_numbers,
     training_flops_per_token,
 )
-from megassm.eval.memory import peak_tensor_bytes
-from megassm.fit import candidates, divisors, fitting_plans
+from megassm.eval.measure import peak_tensor_bytes
 from megassm.model import build_model, parameter_shapes
 from megassm.ops.mixing import GROUP_BYTES
 from megassm.parallel.engine import Engine
 from megassm.parallel.mesh import mesh_of
 from megassm.parallel.tensor import parts_of
 from megassm.parallel.world import join_world, leave_world
-from megassm.plan import (
-    Cluster,
-    Filters,
-    bytes_sent,
-    filters_of,
-    largest_parameter,
-    messages_sent,
-    plan_run,
-    rank_memory,
-)
-from megassm.rules import violations
+from megassm.plan.cluster import Cluster, Filters, filters_of
+from megassm.plan.estimate import plan_run
+from megassm.plan.memory import largest_parameter, rank_memory
+from megassm.plan.search import candidates, divisors, fitting_plans
+from megassm.plan.traffic import bytes_sent, messages_sent
 from tests.conftest import ROOT, run_python
 from tests.ranks import run_on_ranks
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megassm.config import ModelConfig
+from megassm.config.model import ModelConfig
 from megassm.cost import forward_flops_per_token, parameters
 from megassm.model import Distillation, LanguageModel, build_model, truncate
 from megassm.ops.pooling import pooled

@@ -20,17 +20,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megassm.data import prepare as prepare_module
 from megassm.data.blocks import local_fetch, read_block
 from megassm.data.dataset import own_tokenizer
-from megassm.data.documents import TextSource
-from megassm.data.prepare import Prepared, PrepareJob, prepare
-from megassm.data.shards import ShardSet, ShardSizes
-from megassm.data.tokenizer import TokenizerSpec, load_tokenizer, train_sentencepiece
-from megassm.data.verify import verify
+from megassm.data.index import ShardSet, ShardSizes
+from megassm.data.prepare import pipeline as prepare_module
+from megassm.data.prepare.documents import TextSource
+from megassm.data.prepare.pipeline import Prepared, PrepareJob, prepare
+from megassm.data.prepare.verify import verify
+from megassm.data.tokenizer.base import TokenizerSpec, load_tokenizer, train_sentencepiece
 from megassm.errors import UserError
 from tests.conftest import run_python
-from tests.test_tokenizer_json import gpt2_like
+from tests.test_hugging_face_tokenizer import gpt2_like
 
 SIZES = ShardSizes(shard_tokens=20_000, block_tokens=4000, member_tokens=1000)
 
@@ -222,10 +222,10 @@ def test_filters_are_counted_and_the_card_says_so(corpus: Path, tmp_path: Path) 
 KILLED_RUN = """
 import sys
 from pathlib import Path
-from megassm.data.documents import TextSource
-from megassm.data.prepare import PrepareJob, prepare
-from megassm.data.shards import ShardSizes
-from megassm.data import shard_writer
+from megassm.data.prepare.documents import TextSource
+from megassm.data.prepare.pipeline import PrepareJob, prepare
+from megassm.data.index import ShardSizes
+from megassm.data.prepare import shard_writer
 import time
 
 class Slow:

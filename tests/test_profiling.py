@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megassm.config import ModelConfig
+from megassm.config.model import ModelConfig
 from megassm.cost import forward_flops_by_kind, forward_flops_per_token
 from megassm.model import build_model
-from megassm.profiling import GRADIENT_SUMS, OTHER, marked_layers, seconds_by_kind
+from megassm.train.profiling import GRADIENT_SUMS, OTHER, marked_layers, seconds_by_kind
 from tests.conftest import SMALL, run_python
 
 MODEL = ModelConfig(vocab_size=97, d_model=16, n_layers=2, seq_len=32, num_channels=4, d_ffn=32, n_heads=2)
@@ -53,8 +53,8 @@ def test_marks_change_nothing_and_go() -> None:
 
 
 def test_the_tool_profiles_without_a_data_set(tmp_path: Path) -> None:
-    done = run_python("tools/profile.py", "--config", "configs/tiny.yaml", "--steps", "1", "--k", "4", "--output",
-                      str(tmp_path), "--json", str(tmp_path / "p.json"), *SMALL, "model.pattern=SA",
+    done = run_python("tools/profile_training.py", "--config", "configs/tiny.yaml", "--steps", "1", "--k", "4",
+                      "--output", str(tmp_path), "--json", str(tmp_path / "p.json"), *SMALL, "model.pattern=SA",
                       "data.path=not/there")  # fmt: skip
     (result,) = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
     assert list(result["phases"]) == ["data", "forward", "backward", "update"]
@@ -74,7 +74,7 @@ def test_the_tool_profiles_without_a_data_set(tmp_path: Path) -> None:
 
 def test_the_tool_reads_the_data_set_where_asked(tmp_path: Path, data_path: Path) -> None:
     arguments = (
-        "tools/profile.py",
+        "tools/profile_training.py",
         "--config",
         "configs/tiny.yaml",
         "--steps",
@@ -97,6 +97,6 @@ def test_the_tool_does_not_stand_in_for_pythons_own_profile() -> None:
 
 
 def test_a_budget_out_of_range_is_refused() -> None:
-    refused = run_python("tools/profile.py", "--config", "configs/tiny.yaml", "--k", "33", check=False)
+    refused = run_python("tools/profile_training.py", "--config", "configs/tiny.yaml", "--k", "33", check=False)
     assert refused.returncode == 2
     assert "the model has 32 channels" in refused.stderr

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from megassm.progress import Lines, shown_progress
+from megassm.cli.progress import Lines, shown_progress
 from tests.conftest import ROOT
 
 
@@ -40,7 +40,7 @@ def test_without_a_terminal_short_work_says_nothing(capsys: pytest.CaptureFixtur
 
 
 BAR = """
-from megassm.progress import shown_progress
+from megassm.cli.progress import shown_progress
 with shown_progress() as shown:
     shown.start("tokenize", 2_000_000)
     shown.note("going [on]")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy.signal import fftconvolve
 
 import megassm.ops.realize
-from megassm.durable import CACHE_VARIABLE
 from megassm.errors import UserError
+from megassm.files import CACHE_VARIABLE
 from megassm.ops.hankel import extended_filters, spectral_filters
 from megassm.ops.realize import Realization, realize
 

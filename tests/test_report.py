@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from megassm.eval.curve import shape
-from megassm.eval.figures import plot_over_steps, save_panels
-from megassm.eval.plots import panels
-from megassm.eval.report import flat_rows, plot_steps, write_json_sweep, write_page, write_sweep
 from megassm.eval.sweep import BudgetRow, Curve, Sweep
+from megassm.report.figures import plot_over_steps, save_panels
+from megassm.report.sweep_files import flat_rows, plot_steps, write_json_sweep, write_page, write_sweep
+from megassm.report.sweep_plots import panels
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -137,7 +137,7 @@ def test_a_task_shows_its_accuracy_and_its_bits_are_of_answers(tmp_path: Path) -
 
 def test_steps_are_drawn_from_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = {}
-    monkeypatch.setattr("megassm.eval.report.plot_over_steps", lambda lines, label, path: drawn.update(lines))
+    monkeypatch.setattr("megassm.report.sweep_files.plot_over_steps", lambda lines, label, path: drawn.update(lines))
     for step in (10, 20):
         longer = curve("own", 128, collapse=9.0)
         write_json_sweep(a_sweep("x", step, longer, curve()), tmp_path / f"step-{step:08d}.json")

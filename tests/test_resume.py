@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megassm.checkpoint import find_checkpoint
-from megassm.config import Config
+from megassm.checkpoint.format import find_checkpoint
+from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
-from megassm.metrics import read_rows
 from megassm.parallel.mesh import Mesh
 from megassm.parallel.world import join_world, leave_world
-from megassm.run import set_up
-from megassm.train import train
+from megassm.run.journal import read_rows
+from megassm.train.loop import train
+from megassm.train.setup import set_up
 from tests.ranks import run_on_ranks
 
 Make = Callable[..., Config]

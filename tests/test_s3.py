@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megassm.config import Config
+from megassm.config.schema import Config
 from megassm.data.blocks import BlockReader
 from megassm.data.dataset import open_dataset
+from megassm.data.index import ShardSet, load_index
 from megassm.data.s3 import S3Store
-from megassm.data.shards import ShardSet, load_index
 from megassm.data.stores import open_store
 from megassm.data.transport import Meter, Patience, Transport
 from megassm.errors import UserError
-from megassm.eval.local_servers import BUCKET, KEY, SECRET_KEY, Server
 from tests.services import juicefs_s3, s3_client, upload
 from tests.shard_sets import random_documents, write_documents
+from tools.bench.servers import BUCKET, KEY, SECRET_KEY, Server
 
 QUICK = Patience(deadline_s=20.0, first_wait_s=0.01, longest_wait_s=0.05)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from megassm.checkpoint import newest_checkpoint
-from megassm.fence import newest_number
-from megassm.metrics import Row, read_rows
+from megassm.checkpoint.format import newest_checkpoint
+from megassm.run.fence import newest_number
+from megassm.run.journal import Row, read_rows
 from tests.conftest import ROOT, SMALL, run_python
 from tests.slurm_cluster import Cluster, cluster
 

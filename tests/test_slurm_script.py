@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megassm.configfile import load_config
+from megassm.config.load import load_config
 from megassm.errors import UserError
 from megassm.slurm import Request, batch_script, first_host, per_node, rank_environment, seconds
 from tests.conftest import SMALL, run_python

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megassm.config import SigmaScale
+from megassm.config.model import SigmaScale
 from megassm.layers.context import Context
 from megassm.layers.filterbank import FilterBank
 from megassm.layers.spectral import SpectralMixer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megassm.spikes import LEVEL, MIN_ROWS, WINDOW, Spikes
+from megassm.train.spikes import LEVEL, MIN_ROWS, WINDOW, Spikes
 
 BUDGETS = (1, 2, 3, 4, 6, 8, 16, 32)
 

@@ -9,7 +9,7 @@ import pytest
 
 from megassm.parallel.phases import COMPUTE, Waits
 from megassm.parallel.watchdog import Progress
-from megassm.stragglers import WINDOW, Straggler, Stragglers
+from megassm.train.stragglers import WINDOW, Straggler, Stragglers
 
 USUAL = (0.01, 0.20, 0.40, 0.05)
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megassm.data.blocks import FETCHES, local_fetch
+from megassm.data.index import ShardSet, ShardSizes
 from megassm.data.order import epoch_samples
-from megassm.data.shards import ShardSet, ShardSizes
 from megassm.data.stream import MicroBatch, StreamPlan, TokenStream, validation_batches
 from megassm.errors import UserError
 from tests.shard_sets import random_documents, write_documents, write_unique_ids

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from megassm.configfile import load_config
-from megassm.experiments.measure import Point
-from megassm.experiments.results import Results
-from megassm.experiments.transfer import SMALL, best_rates, sweep_arms
+from megassm.config.load import load_config
 from tests.conftest import ROOT, run_python
+from tools.experiments.measure import Point
+from tools.experiments.results import Results
 from tools.experiments.sweep_lr import rate_list, width_list
+from tools.experiments.transfer import SMALL, best_rates, sweep_arms
 
 
 def test_arms_widen_by_heads_and_mup_starts_from_the_smallest() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megassm.data.synthetic import HighFrequency, Recall, drawn
+from megassm.data.tasks.synthetic import HighFrequency, Recall, drawn
 from megassm.errors import UserError
 
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megassm.config import Config
-from megassm.data import taskset
+from megassm.config.schema import Config
 from megassm.data.dataset import Dataset, open_dataset
-from megassm.data.shards import ShardSizes
+from megassm.data.index import ShardSizes
 from megassm.data.stream import MicroBatch, StreamPlan, TokenStream, validation_batches
-from megassm.data.synthetic import Recall, drawn
 from megassm.data.task import Example, Task, TaskTokenizer, load_task
-from megassm.data.taskset import write_task
-from megassm.data.tokenizer import load_tokenizer
+from megassm.data.tasks import write
+from megassm.data.tasks.synthetic import Recall, drawn
+from megassm.data.tasks.write import write_task
+from megassm.data.tokenizer.base import load_tokenizer
 from megassm.errors import UserError
 
 RECALL = Recall(pairs=5, queries=3, keys=9, values=4)
@@ -30,7 +30,7 @@ def recall(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A set of many small blocks."""
     folder = tmp_path_factory.mktemp("tasks") / "recall"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(taskset, "SIZES", ShardSizes(shard_tokens=1000, block_tokens=200, member_tokens=100))
+        patch.setattr(write, "SIZES", ShardSizes(shard_tokens=1000, block_tokens=200, member_tokens=100))
         write_task(folder, TASK, {split: examples(split) for split in COUNTS})
     return folder
 

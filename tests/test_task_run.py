@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
-from megassm.config import Config
-from megassm.configfile import ConfigError
+from megassm.config.load import ConfigError
+from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
-from megassm.data.synthetic import HighFrequency, drawn
-from megassm.data.taskset import write_task
+from megassm.data.tasks.synthetic import HighFrequency, drawn
+from megassm.data.tasks.write import write_task
 from megassm.errors import UserError
-from megassm.eval.runs import Request, sweep_path
 from megassm.eval.session import open_session
-from megassm.export import ExportPlan, export_models
-from megassm.metrics import read_rows
+from megassm.eval.watch import Request, sweep_path
+from megassm.export.write import ExportPlan, export_models
 from megassm.parallel.world import join_peers, join_world, leave_world
-from megassm.run import set_up
-from megassm.train import train
+from megassm.run.journal import read_rows
+from megassm.train.loop import train
+from megassm.train.setup import set_up
 from tests.ranks import run_on_ranks
 
 Make = Callable[..., Config]

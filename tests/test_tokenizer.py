@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megassm.data import tokenizer as tokenizer_module
-from megassm.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
+from megassm.data.tokenizer import base as tokenizer_module
+from megassm.data.tokenizer.base import BytesTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 from megassm.errors import UserError
 from tests.conftest import run_python
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megassm.checkpoint import MANIFEST, find_checkpoint, newest_checkpoint
-from megassm.cli import STOPPED
-from megassm.config import Config
-from megassm.configfile import load_config
-from megassm.metrics import read_rows
-from megassm.rundir import open_run_directory
+from megassm.checkpoint.format import MANIFEST, find_checkpoint, newest_checkpoint
+from megassm.cli.arguments import STOPPED
+from megassm.config.load import load_config
+from megassm.config.schema import Config
+from megassm.run.directory import open_run_directory
+from megassm.run.journal import read_rows
 from tests.conftest import ROOT, SMALL, run_python
 
 LONG = (*SMALL, "model.pattern=SA", "train.steps=40", "checkpoint.every_steps=5", "checkpoint.keep=2")

@@ -14,8 +14,8 @@ import pytest
 
 from megassm.data import stores
 from megassm.data.blocks import FETCHES, BlockReader, DamagedBlockError
+from megassm.data.index import ShardSet, load_index
 from megassm.data.mixture import Mixture, MixturePhase, Reading, Source
-from megassm.data.shards import ShardSet, load_index
 from megassm.data.stores import FsspecStore, HttpStore, LinkedStore, LocalStore, Store, open_store
 from megassm.data.stream import StreamPlan, TokenStream
 from megassm.data.transport import DataCounters, Meter, Patience, Transport, read_file, total_counters

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megassm.data import workers as workers_module
-from megassm.data.shards import ShardSet, load_index, read_index
-from megassm.data.tokenizer import BytesTokenizer
-from megassm.data.verify import sample_texts, verify
+from megassm.data.index import ShardSet, load_index, read_index
+from megassm.data.prepare import workers as workers_module
+from megassm.data.prepare.verify import sample_texts, verify
+from megassm.data.tokenizer.base import BytesTokenizer
 from tests.conftest import run_python
 from tests.shard_sets import random_documents, write_documents
 

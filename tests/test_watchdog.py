@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from megassm.metrics import read_rows
 from megassm.parallel.watchdog import Beat, Progress, verdict
-from megassm.rundir import FAILURE
+from megassm.run.directory import FAILURE
+from megassm.run.journal import read_rows
 from tests.conftest import ROOT, SMALL
 from tests.jobs import Job
 
@@ -93,7 +93,7 @@ def test_a_rank_that_waits_for_its_data_is_named(tmp_path: Path, data_path: Path
     with Job(tmp_path / "run", 3, (*JOB, f"data.path={data_path}"), "tests/faulty.py", FAULT="sleep:1:5") as job:
         job.wait_until(lambda: job.rows == 4)
         assert job.wait_for_ranks(but=None, within_s=TIMEOUT_S + MARGIN_S) == 1
-        check(job, 1, {0, 1, 2}, "hangs: in step 5, reading data", "megassm/train.py", "the others wait in step 5")
+        check(job, 1, {0, 1, 2}, "hangs: in step 5, reading data", "megassm/train/loop.py", "the others wait in step 5")
         assert "in batches" in job.said, "where it hangs is in the stacks"
 
 

@@ -5,7 +5,7 @@
 A job of 4 ranks loses a random rank to `kill -9` at a random moment, is started again by the same command, and so on;
 in the first half always on the same ranks, then each time on another mesh and ZeRO stage. The journal must be one curve
 without a seam. It must equal the undisturbed run's bit for bit as long as the mesh stayed what it was, and within
-1e-5 after that. That every sample was read once is what `megassm.guards` checks in every update.
+1e-5 after that. That every sample was read once is what `megassm.train.agreement` checks in every update.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megassm.cli import print_table, run_tool, tool_parser
+from megassm.cli.arguments import print_table, run_tool, tool_parser
 from megassm.errors import UserError
-from megassm.metrics import Row, read_rows
+from megassm.run.journal import Row, read_rows
 from tests.conftest import SMALL
 from tests.jobs import Job
 

@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from megassm.cli import Parser, positive, print_table, run_tool, tool_parser
+from megassm.cli.arguments import Parser, positive, print_table, run_tool, tool_parser
 
 
 def parser() -> Parser:
@@ -22,7 +22,7 @@ def parser() -> Parser:
 
 def main() -> None:
     arguments = parser().parse_args()
-    from megassm.eval.data_bench import BenchPlan, bench
+    from tools.bench.data import BenchPlan, bench
 
     plan = BenchPlan(arguments.tokens, arguments.block_tokens, arguments.seq_len, arguments.batch, arguments.repeats)
     with tempfile.TemporaryDirectory() as work:

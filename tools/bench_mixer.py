@@ -6,10 +6,10 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from megassm.cli import Parser, Row, budget_list, print_table, run_tool, tool_parser
+from megassm.cli.arguments import Parser, Row, budget_list, print_table, run_tool, tool_parser
 
 if TYPE_CHECKING:
-    from megassm.eval.mixer_bench import BenchRow
+    from tools.bench.mixer import BenchRow
 
 
 def parser() -> Parser:
@@ -33,7 +33,7 @@ def main() -> None:
     arguments = parser().parse_args()
     import torch
 
-    from megassm.eval.mixer_bench import METHODS, BenchPlan, bench
+    from tools.bench.mixer import METHODS, BenchPlan, bench
 
     plan = BenchPlan(
         lengths=arguments.lengths,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 
-from megassm.cli import Parser, budget_list, positive, print_table, run_tool, tool_parser
+from megassm.cli.arguments import Parser, budget_list, positive, print_table, run_tool, tool_parser
 
 
 def parser() -> Parser:
@@ -29,7 +29,7 @@ def main() -> None:
     import torch
 
     from megassm.errors import UserError
-    from megassm.eval.model_bench import SIZES, ModelBenchPlan, bench_models
+    from tools.bench.model import SIZES, ModelBenchPlan, bench_models
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")

@@ -13,7 +13,7 @@ import sysconfig
 import time
 from pathlib import Path
 
-from megassm.cli import Parser, run_tool
+from megassm.cli.arguments import Parser, run_tool
 from megassm.errors import UserError
 
 NOT_TEXT = {"site-packages", "dist-packages", "test", "lib-dynload", "__pycache__", "encodings", "lib2to3", "idlelib"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megassm.cli import Parser, Row, positive, print_table, run_tool, tool_parser
+from megassm.cli.arguments import Parser, Row, positive, print_table, run_tool, tool_parser
 from megassm.errors import UserError
 
 
@@ -25,12 +25,12 @@ def main() -> None:
     import torch
 
     from megassm.data.stream import StreamPlan, validation_batches
-    from megassm.diagnostics import channel_norms, gate_masses, loss_explained_by_budget, update_counts, warnings_of
-    from megassm.eval.runs import run_directory
     from megassm.eval.session import open_session
-    from megassm.metrics import read_rows
+    from megassm.eval.watch import run_directory
     from megassm.ops.documents import document_numbers
-    from megassm.rows import METRICS
+    from megassm.run.journal import read_rows
+    from megassm.run.records import METRICS
+    from megassm.train.channels import channel_norms, gate_masses, loss_explained_by_budget, update_counts, warnings_of
 
     session = open_session(arguments.run, None, arguments.device)
     config, step = session.config, session.checkpoint.manifest.step

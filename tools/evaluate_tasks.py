@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from megassm.cli import Parser, budget_list, positive, print_table, run_tool, tool_parser
+from megassm.cli.arguments import Parser, budget_list, positive, print_table, run_tool, tool_parser
 
 
 def parser() -> Parser:

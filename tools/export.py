@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megassm.cli import Parser, budget_list, positive, print_table, run_tool, tool_parser
+from megassm.cli.arguments import Parser, budget_list, positive, print_table, run_tool, tool_parser
 
 DTYPES = ("float32", "bfloat16")
 
@@ -43,10 +43,10 @@ def main() -> None:
         options.error("--budgets is for --all; for one size give --k")
     import torch
 
-    from megassm.durable import write_atomically
     from megassm.eval.session import open_session
-    from megassm.export import ExportPlan, export_models
-    from megassm.modelcard import family_table
+    from megassm.export.card import family_table
+    from megassm.export.write import ExportPlan, export_models
+    from megassm.files import write_atomically
 
     session = open_session(arguments.run, arguments.data, arguments.device)
     sequences = arguments.sequences or session.config.eval.sequences

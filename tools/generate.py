@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megassm.cli import Parser, budget_list, print_table, run_tool, tool_parser
+from megassm.cli.arguments import Parser, budget_list, print_table, run_tool, tool_parser
 
 
 def parser() -> Parser:

@@ -1,4 +1,7 @@
-"""Indexes shards of token ids made elsewhere, so that training reads them as they are; see `megassm.data.foreign`."""
+"""Indexes shards of token ids made elsewhere, so that training reads them as they are.
+
+The logic is in `megassm.data.prepare.foreign`.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import argparse
 import os
 from typing import get_args
 
-from megassm.cli import Row, path_argument, print_table, run_tool, tool_parser
-from megassm.progress import shown_progress
+from megassm.cli.arguments import Row, path_argument, print_table, run_tool, tool_parser
+from megassm.cli.progress import shown_progress
 
 EXAMPLE = "python tools/index_shards.py data/theirs --tokenizer data/theirs/tokenizer.json"
 
@@ -16,10 +19,10 @@ def main() -> None:
     """Indexes DIR, or its train/ and valid/, and keeps the tokenizer beside them."""
     arguments = _parser().parse_args()
     from megassm.data.dataset import TRAIN, VALID, keep_tokenizer
-    from megassm.data.foreign import IndexJob, index_shards
-    from megassm.data.shards import INDEX_NAME
-    from megassm.data.tokenizer import TokenizerSpec, load_tokenizer
-    from megassm.data.verify import set_directories
+    from megassm.data.index import INDEX_NAME
+    from megassm.data.prepare.foreign import IndexJob, index_shards
+    from megassm.data.prepare.verify import set_directories
+    from megassm.data.tokenizer.base import TokenizerSpec, load_tokenizer
 
     spec = TokenizerSpec(arguments.tokenizer, arguments.eod_token)
     tokenizer = load_tokenizer(spec)
@@ -46,7 +49,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from megassm.data.shards import MemberKind
+    from megassm.data.index import MemberKind
 
     description = "Writes index.json and index.npz for tar shards of token ids; the shards stay as they are."
     parser = tool_parser(description, EXAMPLE)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megassm.cli import Parser, positive, run_tool, tool_parser, write_json
+from megassm.cli.arguments import Parser, positive, run_tool, tool_parser, write_json
 
 if TYPE_CHECKING:
     from megassm.data.inspect import SampleText
@@ -36,9 +36,9 @@ def sample_list(text: str) -> list[int]:
 
 def main() -> None:
     arguments = parser().parse_intermixed_args()
-    from megassm.configfile import load_config_or_exit
+    from megassm.config.load import load_config_or_exit
     from megassm.data.inspect import read_samples, samples_of_update
-    from megassm.data.leftout import read_left_out
+    from megassm.data.skipped import read_left_out
 
     # how a run is spread over ranks decides no batch, and must not be refused in this one process
     one_process = ["parallel.tensor=1", "parallel.sequence=1", "parallel.data=null"]

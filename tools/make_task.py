@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from megassm.cli import path_argument, positive, print_table, run_tool, tool_parser
+from megassm.cli.arguments import path_argument, positive, print_table, run_tool, tool_parser
 from megassm.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ COMMON = ("task", "output", "json", "seed", "length")
 def main() -> None:
     """Writes the set, then prints what it holds."""
     arguments = _parser().parse_args()
-    from megassm.data.taskset import write_task
+    from megassm.data.tasks.write import write_task
 
     options = _chosen(arguments)
     made = _from_files if OPTIONS[arguments.task] is FILES else _drawn
@@ -52,8 +52,8 @@ def main() -> None:
 
 def _drawn(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[Task, Splits]:
     from megassm.data.dataset import TRAIN, VALID
-    from megassm.data.listops import ListOps
-    from megassm.data.synthetic import HighFrequency, Recall, drawn
+    from megassm.data.tasks.listops import ListOps
+    from megassm.data.tasks.synthetic import HighFrequency, Recall, drawn
 
     counts = [options.pop(name) for name in COUNTS]
     made: Recall | HighFrequency | ListOps
@@ -71,7 +71,7 @@ def _drawn(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[Task
 
 
 def _from_files(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[Task, Splits]:
-    from megassm.data.labelled import Labelled, labelled_task
+    from megassm.data.tasks.from_files import Labelled, labelled_task
 
     if not options["input"]:
         raise UserError(f"--input: {arguments.task} is made of your own labelled files; name them")
@@ -103,7 +103,7 @@ def _periods(text: str) -> tuple[int, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from megassm.data import labelled
+    from megassm.data.tasks import from_files as labelled
 
     parser = tool_parser("Makes the data set of a task with labels; configs/tasks/ has a configuration each.", EXAMPLE)
     add, default = parser.add_argument, "(default: %(default)s)"

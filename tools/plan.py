@@ -10,14 +10,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megassm.cli import Parser, Row, positive, print_table, run_tool, tool_parser, write_json
-from megassm.config import Config
-from megassm.configfile import ConfigError, load_config, load_config_or_exit
+from megassm.cli.arguments import Parser, Row, positive, print_table, run_tool, tool_parser, write_json
+from megassm.config.load import ConfigError, load_config, load_config_or_exit
+from megassm.config.schema import Config
 from megassm.cost import PEAK_TFLOPS, forward_flops_per_token, parameters, training_flops_per_token
 from megassm.errors import UserError
 
 if TYPE_CHECKING:
-    from megassm.plan import Cluster, Filters, Plan
+    from megassm.plan.cluster import Cluster, Filters
+    from megassm.plan.estimate import Plan
 
 FP32_TFLOPS = 67.0
 """H100 SXM, float32 outside the tensor cores; NVIDIA's data sheet."""
@@ -73,8 +74,9 @@ def main() -> None:
     except ConfigError as error:
         mistakes = error.mistakes
         config = load_config_or_exit(arguments.config, (*arguments.overrides, *ANY_MESH))  # on one rank
-    from megassm.fit import fitting_plans
-    from megassm.plan import filters_of, plan_run
+    from megassm.plan.cluster import filters_of
+    from megassm.plan.estimate import plan_run
+    from megassm.plan.search import fitting_plans
 
     cluster, filters = cluster_of(arguments, config), filters_of(config)
     report: dict[str, list[Row]] = {"cluster": [cluster._asdict()]}
@@ -101,7 +103,7 @@ def main() -> None:
 
 def cluster_of(arguments: argparse.Namespace, config: Config) -> Cluster:
     from megassm.ops.mixing import GROUP_BYTES
-    from megassm.plan import Cluster
+    from megassm.plan.cluster import Cluster
 
     peak = arguments.peak_tflops or (PEAK_TFLOPS["H100"] if config.train.precision == "bf16" else FP32_TFLOPS)
     return Cluster(
@@ -120,7 +122,7 @@ def cluster_of(arguments: argparse.Namespace, config: Config) -> Cluster:
 
 def row(plan: Plan, cluster: Cluster) -> Row:
     """A plan in one line."""
-    from megassm.plan import model_flops_share
+    from megassm.plan.estimate import model_flops_share
 
     train, parallel = plan.config.train, plan.config.parallel
     return {

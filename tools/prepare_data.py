@@ -1,4 +1,4 @@
-"""Turns text into the sharded data set that pretraining reads; see `megassm.data.prepare`."""
+"""Turns text into the sharded data set that pretraining reads; see `megassm.data.prepare.pipeline`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megassm.cli import Row, path_argument, print_table, run_tool, tool_parser
+from megassm.cli.arguments import Row, path_argument, print_table, run_tool, tool_parser
+from megassm.cli.progress import shown_progress
 from megassm.errors import UserError
-from megassm.progress import shown_progress
 
 if TYPE_CHECKING:
-    from megassm.data.prepare import PrepareJob
+    from megassm.data.prepare.pipeline import PrepareJob
 
 MOST_WORKERS = 16  # unless asked for more: each may hold two parts in memory, and one reader feeds them all
 EXAMPLE = "python tools/prepare_data.py --input corpus/ --glob '*.py' --output data/code --tokenizer bytes"
@@ -22,7 +22,7 @@ EXAMPLE = "python tools/prepare_data.py --input corpus/ --glob '*.py' --output d
 def main() -> None:
     """Prepares, then prints what lies in the output."""
     arguments = _parser().parse_args()
-    from megassm.data.prepare import REPAIRED, prepare
+    from megassm.data.prepare.pipeline import REPAIRED, prepare
 
     with shown_progress() as progress:
         prepared = prepare(_job(arguments), progress)
@@ -49,7 +49,7 @@ def _row(split: str, documents: int, tokens: int = 0, text_bytes: int = 0, shard
 
 
 def _parser() -> argparse.ArgumentParser:
-    from megassm.data.documents import add_source_options
+    from megassm.data.prepare.documents import add_source_options
 
     parser = tool_parser("Tokenizes, shuffles, splits and shards text for pretraining.", EXAMPLE)
     add_source_options(parser)
@@ -85,10 +85,10 @@ def _licence(given: str | None) -> str | None:
 
 
 def _job(arguments: argparse.Namespace) -> PrepareJob:
-    from megassm.data.documents import source_of
-    from megassm.data.prepare import PrepareJob
-    from megassm.data.shards import ShardSizes
-    from megassm.data.tokenizer import TokenizerSpec
+    from megassm.data.index import ShardSizes
+    from megassm.data.prepare.documents import source_of
+    from megassm.data.prepare.pipeline import PrepareJob
+    from megassm.data.tokenizer.base import TokenizerSpec
 
     return PrepareJob(
         source=source_of(arguments),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megassm.cli import Parser, output_file, path_argument, run_tool, tool_parser, write_json
+from megassm.cli.arguments import Parser, output_file, path_argument, run_tool, tool_parser, write_json
 
 
 def parser() -> Parser:
@@ -21,8 +21,8 @@ def parser() -> Parser:
 
 def main() -> None:
     arguments = parser().parse_args()
-    from megassm.views.folder import check_run_directory
-    from megassm.views.runpage import write_run_page
+    from megassm.report.run_files import check_run_directory
+    from megassm.report.run_page import write_run_page
 
     for run_dir in arguments.runs:
         check_run_directory(run_dir)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megassm.cli import (
+from megassm.cli.arguments import (
     Parser,
     Row,
     budget_list,
@@ -26,8 +26,8 @@ from megassm.cli import (
 from megassm.errors import UserError
 
 if TYPE_CHECKING:
-    from megassm.eval.runs import Request
     from megassm.eval.sweep import BudgetRow, Sweep
+    from megassm.eval.watch import Request
     from megassm.parallel.world import Peers
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     arguments = command_line.parse_args()
     if arguments.watch and (len(arguments.runs) > 1 or arguments.plot or arguments.report or arguments.csv):
         command_line.error("--watch takes one RUN_DIR and writes to its sweeps/; leave out --plot, --report and --csv")
-    from megassm.eval.runs import Request
+    from megassm.eval.watch import Request
     from megassm.parallel.world import join_peers, leave_world
 
     request = Request(arguments.budgets, arguments.seq_lens, arguments.sequences, arguments.data, arguments.glob)
@@ -80,8 +80,8 @@ def main() -> None:
 
 def measure(path: Path, request: Request, peers: Peers) -> Sweep:
     """Sweeps one run, prints its tables and leaves its files."""
-    from megassm.eval.report import write_sweep
-    from megassm.eval.runs import sweep_path
+    from megassm.eval.watch import sweep_path
+    from megassm.report.sweep_files import write_sweep
 
     check_writable(path)
     sweep, run_dir = sweep_path(path, request, peers)
@@ -94,8 +94,8 @@ def measure(path: Path, request: Request, peers: Peers) -> Sweep:
 
 def follow(run_dir: Path, request: Request, peers: Peers) -> list[Sweep]:
     """Sweeps a live run until its end."""
-    from megassm.eval.report import plot_steps, write_json_sweep
-    from megassm.eval.runs import SWEEPS, sweep_file, watch
+    from megassm.eval.watch import SWEEPS, sweep_file, watch
+    from megassm.report.sweep_files import plot_steps, write_json_sweep
 
     sweeps = []
     for sweep in watch(run_dir, request, peers):
@@ -160,9 +160,9 @@ def finish(
     sweeps: Sequence[Sweep], plot: Path | None, report: Path | None, table: Path | None, as_json: Path | None
 ) -> None:
     """Writes what was asked for of all runs together."""
-    from megassm.eval.figures import save_panels
-    from megassm.eval.plots import panels
-    from megassm.eval.report import flat_rows, write_csv, write_page
+    from megassm.report.figures import save_panels
+    from megassm.report.sweep_files import flat_rows, write_csv, write_page
+    from megassm.report.sweep_plots import panels
 
     if plot:
         save_panels(panels(sweeps), plot)

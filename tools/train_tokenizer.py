@@ -1,11 +1,11 @@
-"""Trains a SentencePiece tokenizer that loses nothing; see `megassm.data.tokenizer`."""
+"""Trains a SentencePiece tokenizer that loses nothing; see `megassm.data.tokenizer.base`."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from megassm.cli import output_file, print_table, run_tool, tool_parser
+from megassm.cli.arguments import output_file, print_table, run_tool, tool_parser
 from megassm.errors import UserError
 
 EXAMPLE = "python tools/train_tokenizer.py --input corpus/ --vocab-size 32000 --output data/english.model"
@@ -14,9 +14,9 @@ EXAMPLE = "python tools/train_tokenizer.py --input corpus/ --vocab-size 32000 --
 def main() -> None:
     """Trains on a sample of the text, then says how well the result compresses that sample."""
     arguments = _parser().parse_args()
-    from megassm.data.documents import ReadCounts, list_files, read_documents, sample_documents, source_of
-    from megassm.data.tokenizer import load_tokenizer, train_sentencepiece
-    from megassm.durable import write_atomically
+    from megassm.data.prepare.documents import ReadCounts, list_files, read_documents, sample_documents, source_of
+    from megassm.data.tokenizer.base import load_tokenizer, train_sentencepiece
+    from megassm.files import write_atomically
 
     _check_output(arguments.output)
     source = source_of(arguments)
@@ -42,7 +42,7 @@ def main() -> None:
 
 def _check_output(path: Path) -> None:
     """Only what this tool could have written is replaced."""
-    from megassm.data.tokenizer import is_sentencepiece_model
+    from megassm.data.tokenizer.base import is_sentencepiece_model
 
     if path.is_dir():
         raise UserError(f"--output {path}: is a directory; give a file, for example FILE.model")
@@ -51,7 +51,7 @@ def _check_output(path: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from megassm.data.documents import add_source_options
+    from megassm.data.prepare.documents import add_source_options
 
     parser = tool_parser("Trains a SentencePiece tokenizer on text.", EXAMPLE)
     add_source_options(parser)

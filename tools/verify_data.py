@@ -1,4 +1,4 @@
-"""Checks every byte and count of a data set and shows some of its text; see `megassm.data.verify`."""
+"""Checks every byte and count of a data set and shows some of its text; see `megassm.data.prepare.verify`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megassm.cli import Row, path_argument, positive, print_table, run_tool, tool_parser
+from megassm.cli.arguments import Row, path_argument, positive, print_table, run_tool, tool_parser
+from megassm.cli.progress import shown_progress
 from megassm.errors import UserError
-from megassm.progress import shown_progress
 
 if TYPE_CHECKING:
-    from megassm.data.tokenizer import Tokenizer
+    from megassm.data.tokenizer.base import Tokenizer
 
 EXAMPLE = "python tools/verify_data.py data/corpus"
 
@@ -22,7 +22,7 @@ def main() -> None:
     """Verifies DIR, or its train/ and valid/; every damage is on stderr, and with any the exit code is 1."""
     arguments = _parser().parse_args()
     from megassm.data.dataset import TRAIN, VALID
-    from megassm.data.verify import set_directories
+    from megassm.data.prepare.verify import set_directories
 
     damages: list[str] = []
     rows: list[Row] = []
@@ -38,8 +38,8 @@ def main() -> None:
 
 def _verify(directory: Path, arguments: argparse.Namespace, rows: list[Row]) -> list[str]:
     """Adds a row to the table, prints samples where the set is sound; returns the damages."""
-    from megassm.data.shards import read_index
-    from megassm.data.verify import check_tokenizer, sample_texts, verify
+    from megassm.data.index import read_index
+    from megassm.data.prepare.verify import check_tokenizer, sample_texts, verify
 
     try:
         shards = read_index(directory)
@@ -61,7 +61,7 @@ def _verify(directory: Path, arguments: argparse.Namespace, rows: list[Row]) -> 
 
 def _tokenizer(directory: Path, arguments: argparse.Namespace) -> tuple[str, Tokenizer]:
     from megassm.data.dataset import own_tokenizer
-    from megassm.data.tokenizer import BytesTokenizer, TokenizerSpec, load_tokenizer
+    from megassm.data.tokenizer.base import BytesTokenizer, TokenizerSpec, load_tokenizer
 
     own = own_tokenizer(directory)
     name = arguments.tokenizer or (own if own != BytesTokenizer.name else own_tokenizer(directory.parent))

@@ -10,12 +10,12 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from megassm.cli import Parser, path_argument, positive, run_tool
+from megassm.cli.arguments import Parser, path_argument, positive, run_tool
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from megassm.views.live import LiveRun
+    from megassm.report.live import LiveRun
 
 
 def parser() -> Parser:
@@ -34,7 +34,7 @@ def main() -> None:
     from rich.console import Console
 
     from megassm.errors import UserError
-    from megassm.views.live import LiveRun
+    from megassm.report.live import LiveRun
 
     if arguments.once and not arguments.run.is_dir():
         raise UserError(f"{arguments.run}: no such run directory; give run.dir of a run, such as runs/demo")
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def show_once(run: LiveRun, console: Console) -> None:
-    from megassm.views.terminal import frame
+    from megassm.report.terminal import frame
 
     while run.read_share < 1:
         run.look()
@@ -59,7 +59,7 @@ def follow(run: LiveRun, console: Console, every_s: int, width: int | None) -> N
     """Draws a frame every so often, on a screen of its own; ctrl-C ends it, and leaves the last frame behind."""
     from rich.live import Live
 
-    from megassm.views.terminal import frame
+    from megassm.report.terminal import frame
 
     try:
         with Live(frame(run, console.width), console=console, screen=True, auto_refresh=False) as live:

@@ -8,17 +8,17 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megassm.config import Config
-from megassm.data.filecache import local_copies
+from megassm.config.schema import Config
+from megassm.data.index import ShardSet, load_index
 from megassm.data.mixture import ONE_SOURCE, Mixture, MixturePhase, Reading, Source, check_repeats
-from megassm.data.shards import ShardSet, load_index
+from megassm.data.small_files import local_copies
 from megassm.data.stores import LocalStore, Store, open_store
 from megassm.data.task import TASK_NAME, Task, TaskTokenizer
-from megassm.data.tokenizer import MODEL_NAME, BytesTokenizer, Tokenizer, load_tokenizer
-from megassm.data.tokenizer_json import CONFIG_NAME, FILE_NAME
+from megassm.data.tokenizer.base import MODEL_NAME, BytesTokenizer, Tokenizer, load_tokenizer
+from megassm.data.tokenizer.hugging_face import CONFIG_NAME, FILE_NAME
 from megassm.data.transport import Patience, read_file
-from megassm.durable import write_atomically
 from megassm.errors import UserError
+from megassm.files import write_atomically
 
 TRAIN, VALID = "train", "valid"
 TOKENIZER_NAMES = (MODEL_NAME, FILE_NAME, CONFIG_NAME, TASK_NAME)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megassm.config import Config
+from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
-from megassm.data.leftout import LeftOut, batch_of, step_of
+from megassm.data.skipped import LeftOut, batch_of, step_of
 from megassm.data.stream import StreamPlan, TokenStream
-from megassm.data.tokenizer import Tokenizer
+from megassm.data.tokenizer.base import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from megassm.config import Config
+from megassm.config.schema import Config
+from megassm.data.index import ShardSet
 from megassm.data.order import MixtureOrder, Phase, SampleOrder, epoch_samples
-from megassm.data.shards import ShardSet
 from megassm.data.transport import Patience
 from megassm.errors import UserError
 

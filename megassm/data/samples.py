@@ -12,12 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megassm.data.blockmemory import BlockKey, BlockMemory
 from megassm.data.blocks import BlockReader, DamagedBlockError, Fetch, StoredIds
-from megassm.data.diskcache import DiskCache
+from megassm.data.cache import DiskCache
+from megassm.data.index import ShardSet
 from megassm.data.mixture import Mixture, OrderShape, Reading
 from megassm.data.order import Place, block_order
-from megassm.data.shards import ShardSet
+from megassm.data.prefetch import BlockKey, BlockMemory
 from megassm.data.transport import Meter, Transport
 
 

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from megassm.errors import UserError
-from megassm.urls import scheme_of, without_secrets
+from megassm.errors import UserError, scheme_of, without_secrets
 
 if TYPE_CHECKING:
     import urllib3

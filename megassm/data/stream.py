@@ -22,13 +22,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megassm.data.blockmemory import BlockKey, FetchThreads
 from megassm.data.blocks import Fetch
-from megassm.data.leftout import LeftOut, batch_of
+from megassm.data.index import ShardSet
 from megassm.data.mixture import Mixture, OrderShape, one_source
 from megassm.data.order import Place, epoch_samples
+from megassm.data.prefetch import BlockKey, FetchThreads
 from megassm.data.samples import Piece, SampleReader, lane_bytes
-from megassm.data.shards import ShardSet
+from megassm.data.skipped import LeftOut, batch_of
 from megassm.data.task import answer_mask
 from megassm.data.transport import Meter
 from megassm.errors import UserError

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from megassm.config import CHUNK
+from megassm.config.model import CHUNK
 from megassm.errors import UserError
 
 TASK_NAME = "task.json"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megassm.data.tokenizer import Tokenizer
+from megassm.data.tokenizer.base import Tokenizer
 from megassm.errors import UserError
 from megassm.model import DecodingState, LanguageModel
 

@@ -23,7 +23,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from megassm.cli import Row
+from megassm.cli.arguments import Row
 from megassm.errors import UserError
 from megassm.eval.generate import Sampling, generate
 from megassm.eval.session import OpenModel, open_model

@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megassm.checkpoint import Checkpoint, find_checkpoint
-from megassm.config import Config
+from megassm.checkpoint.exported import is_model_folder, open_model_folder
+from megassm.checkpoint.format import Checkpoint, find_checkpoint
+from megassm.config.schema import Config
 from megassm.data.dataset import Dataset, open_dataset
 from megassm.data.stream import MicroBatch, StreamPlan, validation_batches
-from megassm.data.tokenizer import Tokenizer
+from megassm.data.tokenizer.base import Tokenizer
 from megassm.errors import UserError
 from megassm.model import LanguageModel
-from megassm.modelfolder import is_model_folder, open_model_folder
 
 Device = Literal["auto", "cpu", "cuda"]
 

@@ -16,10 +16,9 @@ from megassm.cost import forward_flops_per_token, parameters
 from megassm.data.stream import MicroBatch, StreamPlan
 from megassm.errors import UserError
 from megassm.eval.curve import Floats, Shape, interval, resample, shape
-from megassm.eval.memory import peak_tensor_bytes
+from megassm.eval.measure import peak_tensor_bytes, timed_seconds
 from megassm.eval.score import Score, best_unigram, sequence_scores, token_counts
 from megassm.eval.text import EvalText
-from megassm.eval.timing import timed_seconds
 from megassm.model import LanguageModel, truncate
 from megassm.ops.documents import document_numbers
 from megassm.parallel.world import Peers, barrier, gather_rows, together

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megassm.config import Config
+from megassm.config.schema import Config
 from megassm.data.dataset import VALID, Dataset, open_dataset
-from megassm.data.documents import ReadCounts, TextSource, list_files, read_documents
 from megassm.data.order import epoch_samples
+from megassm.data.prepare.documents import ReadCounts, TextSource, list_files, read_documents
 from megassm.data.stream import NO_SAMPLE, MicroBatch, StreamPlan, validation_batches
-from megassm.data.tokenizer import Tokenizer, load_tokenizer
-from megassm.errors import UserError
-from megassm.urls import without_secrets
+from megassm.data.tokenizer.base import Tokenizer, load_tokenizer
+from megassm.errors import UserError, without_secrets
 
 
 @dataclass(frozen=True)

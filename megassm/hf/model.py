@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from megassm.config import ModelConfig
+from megassm.config.model import ModelConfig
 from megassm.errors import UserError
 from megassm.layers.attention import KeyValueCache
 from megassm.model import DecodingState, LanguageModel, LayerState, initial_weights

@@ -1,4 +1,4 @@
-"""Bytes and SentencePiece as a transformers tokenizer: the very ids of `megassm.data.tokenizer`."""
+"""Bytes and SentencePiece as a transformers tokenizer: the very ids of `megassm.data.tokenizer.base`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizer
 
-from megassm.data.tokenizer import EOD_PIECE, MODEL_NAME, BytesTokenizer, Tokenizer, load_tokenizer
+from megassm.data.tokenizer.base import EOD_PIECE, MODEL_NAME, BytesTokenizer, Tokenizer, load_tokenizer
 
 
 class MegaSSMTokenizer(PreTrainedTokenizer):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megassm.config import CHUNK, SigmaScale
+from megassm.config.model import CHUNK, SigmaScale
 from megassm.errors import UserError
 from megassm.ops.documents import Segments, cut_into_rows
 from megassm.ops.filterbank import (

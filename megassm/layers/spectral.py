@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megassm.config import SigmaScale
+from megassm.config.model import SigmaScale
 from megassm.layers.context import Context
 from megassm.ops.mixing import gate_weights, mix_channels
 

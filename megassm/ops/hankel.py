@@ -52,8 +52,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import lapack, qr
 
-from megassm.durable import cache_folder
 from megassm.errors import UserError
+from megassm.files import cache_folder
 
 Array = npt.NDArray[np.float64]
 

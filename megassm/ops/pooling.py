@@ -1,4 +1,4 @@
-"""The mean over an example's positions, for a head that classifies sequences; what an example is: `megassm.data.task`.
+"""The mean over an example's positions, for a head that classifies sequences (`megassm.data.task`).
 
     classes + separator:   content .. content | separator | label | padding ..
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megassm.config import Config
+from megassm.config.schema import Config
 from megassm.cost import reduce_bucket_numbers
 from megassm.model import Distillation, LanguageModel, initial_weights, parameter_shapes
 from megassm.ops.documents import document_numbers

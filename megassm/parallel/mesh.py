@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from megassm.config import Config
+from megassm.config.schema import Config
 
 
 class Place(NamedTuple):

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megassm.config import ModelConfig
+from megassm.config.model import ModelConfig
 from megassm.layers.attention import Attention
 from megassm.layers.context import Context
 from megassm.layers.ffn import FeedForward

@@ -34,9 +34,9 @@ from typing import NamedTuple, NoReturn, TypeVar, cast
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from megassm.fence import Fence
 from megassm.parallel.phases import PhaseClock
-from megassm.rundir import FAILURE
+from megassm.run.directory import FAILURE
+from megassm.run.fence import Fence
 
 BEAT_S = 1.0
 SILENCE_S = 4.0

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from megassm.cli import refusal_text
-from megassm.config import Config
+from megassm.cli.arguments import refusal_text
+from megassm.config.schema import Config
 from megassm.errors import UserError
 from megassm.parallel.mesh import Mesh, Place, mesh_of
 from megassm.parallel.phases import count_waits

@@ -7,8 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from megassm.cli import Parser, path_argument, positive, run_tool
-from megassm.configfile import ConfigError
+from megassm.cli.arguments import Parser, path_argument, positive, run_tool
+from megassm.config.load import ConfigError
 from megassm.errors import UserError
 
 
@@ -29,9 +29,9 @@ def main() -> None:
     command_line = parser()
     arguments = command_line.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))
-    from megassm.experiments.definitions import EXPERIMENTS
-    from megassm.experiments.results import write
-    from megassm.experiments.runner import Options, run_experiment, workers
+    from tools.experiments.definitions import EXPERIMENTS
+    from tools.experiments.results import write
+    from tools.experiments.runner import Options, run_experiment, workers
 
     names = list(EXPERIMENTS) if arguments.names == ["all"] else arguments.names
     unknown = [name for name in names if name not in EXPERIMENTS]

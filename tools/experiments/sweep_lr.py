@@ -10,8 +10,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from megassm.cli import Parser, path_argument, positive, run_tool
-from megassm.configfile import ConfigError
+from megassm.cli.arguments import Parser, path_argument, positive, run_tool
+from megassm.config.load import ConfigError
 from megassm.errors import UserError
 
 
@@ -51,8 +51,8 @@ def rate_list(text: str) -> list[float]:
 def main() -> None:
     arguments = parser().parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-    from megassm.experiments.results import write
-    from megassm.experiments.transfer import Sweep, best_rates, run_sweep
+    from tools.experiments.results import write
+    from tools.experiments.transfer import Sweep, best_rates, run_sweep
 
     sweep = Sweep(arguments.widths, arguments.lrs, range(arguments.seeds), arguments.runs, tuple(arguments.set))
     try:

@@ -1,0 +1,165 @@
+"""A model as a folder, in Hugging Face's layout: what tools/export.py writes, and what opens anywhere.
+
+    model.safetensors         every parameter whole, under "model." + its name here
+    config.json               this package's model section under "megassm"; the rest is for transformers
+    modeling_megassm.py       imports `megassm.hf`, so that transformers finds its classes
+    tokenizer.model           or tokenizer.json; neither for bytes
+    tokenizer_config.json     generation_config.json   README.md
+
+The filters are not in it: they are derived from model.seq_len and model.num_channels when it is opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megassm import __version__
+from megassm.config.model import ModelConfig
+from megassm.data.dataset import own_tokenizer
+from megassm.data.tokenizer.base import EOD_PIECE, Tokenizer, load_tokenizer
+from megassm.data.tokenizer.hugging_face import CONFIG_NAME, FILE_NAME
+from megassm.errors import UserError
+from megassm.files import sync, write_atomically
+from megassm.model import LanguageModel, parameter_shapes
+
+CONFIG, WEIGHTS, CODE = "config.json", "model.safetensors", "modeling_megassm.py"
+SECTION = "megassm"
+PREFIX = "model."
+CODE_PATH = Path(__file__).parents[1] / "hf" / CODE
+OF_TRAINING_ONLY = ("filterbank", "channel_init_std", "embed_init_std", "base_width")
+"""Knobs of a model that its results do not depend on."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """An exported model on disk."""
+
+    folder: Path
+    config: ModelConfig
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, float32 values) of every parameter, as `initial_weights` yields them.
+
+        Raises:
+            UserError: the file is damaged, or not of this configuration.
+        """
+        path = self.folder / WEIGHTS
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name, shape in parameter_shapes(self.config).items():
+                    whole: Tensor = file.get_tensor(PREFIX + name)
+                    if whole.shape != shape:
+                        raise UserError(f"{path}: {name} is {tuple(whole.shape)}, {CONFIG} says {tuple(shape)}")
+                    yield name, whole.float()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not the weights of its {CONFIG} ({error}); export it again") from None
+
+    def load_model(self) -> LanguageModel:
+        """The whole model, float32, on the CPU, in evaluation mode."""
+        model = LanguageModel(self.config)
+        model.load_state_dict(dict(self.weights()))
+        model.reset_filters()
+        return model.eval()
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(own_tokenizer(self.folder))
+
+    def weights_for(self, wanted: ModelConfig, tokenizer: Tokenizer) -> Iterator[tuple[str, Tensor]]:
+        """`weights`, to start a run of the model `wanted` from.
+
+        Raises:
+            UserError: parameters are missing, too many or of other shapes, or the ids mean something else.
+        """
+        theirs, ours = parameter_shapes(self.config), parameter_shapes(wanted)
+        wrong = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+        if wrong:
+            shapes = "; ".join(f"{name} is {_shape(theirs, name)}, not {_shape(ours, name)}" for name in wrong[:3])
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise UserError(
+                f"run.init_from = {str(self.folder)!r}: not this run's model: {shapes}{more}. "
+                f"Set {', '.join(self.differences(wanted))}, or choose another run.init_from"
+            )
+        if self.tokenizer().sha256 != tokenizer.sha256:
+            raise UserError(
+                f"run.init_from = {str(self.folder)!r}: its tokenizer is {self.tokenizer().name}, the data set's is "
+                f"{tokenizer.name}, and their ids mean different text; prepare the data with the model's tokenizer"
+            )
+        return self.weights()
+
+    def differences(self, wanted: ModelConfig) -> list[str]:
+        """The knobs in which what this model computes is not `wanted`, with this model's values."""
+        theirs, ours = self.config.model_dump(mode="json"), wanted.model_dump(mode="json")
+        return [f"model.{name}={json.dumps(theirs[name])}" for name in theirs
+                if theirs[name] != ours[name] and name not in OF_TRAINING_ONLY]  # fmt: skip
+
+
+def is_model_folder(path: Path) -> bool:
+    return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
+
+
+def open_model_folder(path: Path) -> ModelFolder:
+    """Reads what the model is; its weights are read when asked for.
+
+    Raises:
+        UserError: it is not such a folder.
+    """
+    try:
+        section = json.loads((path / CONFIG).read_text(encoding="utf-8"))[SECTION]
+        config = ModelConfig.model_validate_json(json.dumps(section["model"]))
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{path / CONFIG}: not an exported model ({why}); give a folder that tools/export.py wrote"
+        ) from None
+    return ModelFolder(path, config)
+
+
+def write_model_folder(folder: Path, model: LanguageModel, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    """Writes everything but README.md into an empty folder."""
+    tensors = {PREFIX + name: value.detach().to("cpu", dtype).contiguous() for name, value in model.named_parameters()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)
+    sync(folder / WEIGHTS)
+    for name, content in tokenizer.files().items():
+        write_atomically(folder / name, content)
+    write_atomically(folder / CODE, CODE_PATH.read_bytes())
+    stem = CODE.removesuffix(".py")
+    config = {
+        "architectures": ["MegaSSMForCausalLM"],
+        "model_type": "megassm",
+        "auto_map": {"AutoConfig": f"{stem}.MegaSSMConfig", "AutoModelForCausalLM": f"{stem}.MegaSSMForCausalLM"},
+        "dtype": str(dtype).removeprefix("torch."),
+        SECTION: {"version": __version__, "model": model.config.model_dump(mode="json")},
+    }
+    _write_json(folder / CONFIG, config)
+    generation = {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.eod}
+    _write_json(folder / "generation_config.json", {**generation, "do_sample": False, "use_cache": True})
+    _write_json(folder / CONFIG_NAME, _tokenizer_config(folder, stem))
+
+
+def _tokenizer_config(folder: Path, stem: str) -> dict[str, Any]:
+    """A tokenizer.json is read by transformers itself, the others by `megassm.hf`."""
+    common = {"clean_up_tokenization_spaces": False, "padding_side": "left"}
+    if not (folder / FILE_NAME).exists():
+        auto_map = {"AutoTokenizer": [f"{stem}.MegaSSMTokenizer", None]}
+        return {**common, "tokenizer_class": "MegaSSMTokenizer", "eos_token": EOD_PIECE, "auto_map": auto_map}
+    eod = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["eos_token"]
+    return {**common, "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eod, "pad_token": eod}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _shape(shapes: Mapping[str, torch.Size], name: str) -> str:
+    return str(tuple(shapes[name])) if name in shapes else "absent"

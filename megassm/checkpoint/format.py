@@ -1,0 +1,223 @@
+"""Checkpoints as they lie on disk: what one holds, how it is found, checked and read.
+
+    RUN_DIR/checkpoints/step-00000100/
+        manifest.json                         what it is: step, config, data fingerprint, size, checksum of every file
+        weights-00001-of-00002.safetensors    float32: all that evaluation, sampling and export need
+        moments-00001-of-00002.safetensors    AdamW's: NAME.exp_avg, NAME.exp_avg_sq
+
+Every tensor is whole, whatever mesh and ZeRO stage it was trained on (`megassm.parallel.state`); the ranks divide the
+parameters among themselves and each writes its own two files. So a run continues on any number of ranks, and a tool
+needs one process. Everything else of a run is a pure function of the step.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import safe_open
+from torch import Tensor
+
+from megassm.config.schema import Config
+from megassm.errors import UserError
+from megassm.model import LanguageModel
+from megassm.parallel.state import Kind
+from megassm.run.directory import CHECKPOINTS
+
+FORMAT = 3
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is; `identity` must be equal for a run to continue from it."""
+
+    format: int
+    step: int
+    """Updates done."""
+    tokens: int
+    """Training tokens seen."""
+    updates: int
+    """Updates that changed the weights: steps but for those skipped."""
+    mesh: dict[str, int]
+    """Ranks along each axis, and the ZeRO stage, that it was written by; it can be continued by others."""
+    identity: dict[str, Any]
+    config: dict[str, Any]
+    files: dict[str, list[int]]
+    """Size in bytes and CRC-32 of every file, by its path below the checkpoint."""
+    checksum: int = 0
+    """CRC-32 of all the above."""
+
+    def own_checksum(self) -> int:
+        return zlib.crc32(json.dumps(asdict(self) | {"checksum": None}, sort_keys=True).encode())
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def config(self) -> Config:
+        """The configuration it was trained with."""
+        try:
+            return Config.model_validate_json(json.dumps(self.manifest.config))
+        except ValidationError as error:
+            knobs = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
+            raise UserError(
+                f"{self.folder / MANIFEST}: its configuration is not one of this version of megassm ({knobs}); use the "
+                "version that wrote it"
+            ) from None
+
+    def tensors(self) -> Callable[[str, Kind], Tensor]:
+        """Reads a parameter's weight or moment, whole, by name; one at a time."""
+        files: list[Any] = [safe_open(self.folder / name, framework="pt") for name in self.manifest.files]
+        place = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+
+        def read(name: str, kind: Kind) -> Tensor:
+            key = _key(name, kind)
+            if key not in place:
+                raise UserError(f"{self.folder}: has no {key}; use another checkpoint of this run")
+            tensor: Tensor = place[key].get_tensor(key)
+            return tensor
+
+        return read
+
+    def load_model(self) -> LanguageModel:
+        """The whole model, float32, on the CPU, in evaluation mode."""
+        model = LanguageModel(self.config.model)
+        read = self.tensors()
+        try:
+            model.load_state_dict({name: read(name, "weight") for name, _ in model.named_parameters()})
+        except RuntimeError as error:
+            raise UserError(f"{self.folder}: weights of another model ({error}); use another checkpoint") from None
+        model.reset_filters()
+        return model.eval()
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def checkpoints_folder(run_dir: Path) -> Path:
+    return run_dir / CHECKPOINTS
+
+
+def _key(name: str, kind: Kind) -> str:
+    return name if kind == "weight" else f"{name}.{kind}"
+
+
+def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
+    """What must not change between a checkpoint and the run that continues it, by knob.
+
+    The mesh and the ZeRO stage may change, and so may everything that a schedule is made of.
+    """
+    model = {f"model.{name}": value for name, value in config.model.model_dump(mode="json").items()}
+    return model | {
+        "run.seed": config.run.seed,
+        "train.batch_sequences": config.train.batch_sequences,
+        "data.isolate_documents": config.data.isolate_documents,
+        "train.precision": config.train.precision,
+        "the data's fingerprint": data_fingerprint,
+    }
+
+
+def newest_checkpoint(run_dir: Path, check: str = "") -> tuple[Checkpoint | None, list[str]]:
+    """The newest complete checkpoint of a run, and why newer ones were passed over; `check` as in `read_checkpoint`."""
+    skipped: list[str] = []
+    for folder in sorted(checkpoints_folder(run_dir).glob("step-*"), reverse=True):
+        try:
+            found = read_checkpoint(folder, check)
+            if folder.name != folder_name(found.manifest.step):
+                raise UserError(f"{folder}: holds step {found.manifest.step}: not this run's, or renamed by hand")
+            return found, skipped
+        except UserError as error:
+            skipped.append(str(error))
+    return None, skipped
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint by its own folder, or a run's newest, for its weights.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path / MANIFEST).exists():
+        return read_checkpoint(path, check="weights")
+    checkpoint, skipped = newest_checkpoint(path, check="weights")
+    if checkpoint is None:
+        why = f" ({'; '.join(skipped)})" if skipped else ""
+        raise UserError(
+            f"{path}: no complete checkpoint{why}; give a run directory (run.dir of its config) or one of its "
+            "checkpoints/step-* folders"
+        )
+    return checkpoint
+
+
+def read_checkpoint(folder: Path, check: str | None = None) -> Checkpoint:
+    """Reads the manifest and checks that every file is there in its size, and the checksums of those named `check`*.
+
+    Raises:
+        UserError: naming what is missing or damaged.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        files = [(name, int(size), int(crc)) for name, (size, crc) in manifest.files.items()]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a checkpoint's manifest ({error})") from None
+    if manifest.format != FORMAT:
+        raise UserError(f"{path}: checkpoint format {manifest.format}, this version reads {FORMAT}")
+    if manifest.checksum != manifest.own_checksum():
+        raise UserError(f"{path}: damaged: its checksum is not that of what it says")
+    for name, size, crc in files:
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes"
+            raise UserError(f"{folder}: incomplete: {name} {state}; the manifest says {size}")
+        if check is not None and name.startswith(check) and _crc32(file) != crc:
+            raise UserError(f"{folder}: damaged: the checksum of {name} is not the manifest's")
+    return Checkpoint(folder, manifest)
+
+
+def check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
+    """Refuses to continue a run from a checkpoint of another one.
+
+    Raises:
+        UserError: with every difference.
+    """
+    theirs = checkpoint.manifest.identity
+    differences = [
+        f"{name} is {_short(identity.get(name))}, the checkpoint has {_short(theirs.get(name))}"
+        for name in sorted(theirs.keys() | identity.keys())
+        if theirs.get(name) != identity.get(name)
+    ]
+    if differences:
+        raise UserError(
+            f"{checkpoint.folder}: cannot be continued by this run: {'; '.join(differences)}. "
+            "Restore these, move that folder away if it is another run's, or start a new run with another run.dir"
+        )
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                value = zlib.crc32(block, value)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    return value
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 24 else f"{text[:16]}..."

@@ -1,0 +1,126 @@
+"""The network's knobs: sizes, pattern, filters, initialisation. Equations: `megassm.layers.spectral`."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, field_serializer
+
+from megassm.config.fields import Positive, PositiveInt, Section, UnitsPerChannel, _as_tuple
+
+CHUNK = 64
+"""Positions that the chunked filter bank computes at a time; near its number of states, so that neither half of the
+product dominates."""
+SigmaScale = Literal["quarter_power", "none"]
+
+
+class ElasticFfnConfig(Section):
+    """Hidden units of the feed-forward layers that come with the channels, at two rates.
+
+    The map counts units a channel, not shares of a width: a model cut to K keeps it, and so every width below K.
+    """
+
+    knee_k: PositiveInt
+    """Budget up to which the first rate holds."""
+    below: UnitsPerChannel
+    """Hidden units that each channel up to knee_k brings; a multiple of 8, so that widths suit matrix products."""
+    above: UnitsPerChannel
+    """Hidden units that each channel beyond knee_k brings; a multiple of 8."""
+
+    def units(self, k: int) -> int:
+        """What k channels bring."""
+        return self.below * min(k, self.knee_k) + self.above * max(0, k - self.knee_k)
+
+
+class ModelConfig(Section):
+    """The network. Equations: `megassm.layers.spectral`."""
+
+    vocab_size: PositiveInt
+    """Rows of the embedding; at least the tokenizer's vocabulary."""
+    d_model: PositiveInt
+    """Width d of the residual stream."""
+    n_layers: PositiveInt
+    """Number of blocks."""
+    pattern: Annotated[str, Field(pattern=r"^[SA]+$")] = "S"
+    """Mixers, tiled over depth: S is an elastic spectral layer, A is causal attention ("SSSA")."""
+    seq_len: PositiveInt
+    """Training sequence length L, tokens; also the length the filters are derived for."""
+    num_channels: PositiveInt = 32
+    """Spectral channels K_max; every budget is K <= K_max."""
+    sigma_scale: Annotated[tuple[SigmaScale, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("quarter_power",)
+    """Weight of channel k: sigma_k^(1/4) as in the paper, or 1 (none); a list is tiled over the spectral layers."""
+    gate: bool = True
+    """Input-adaptive gate; false is the ablation with equal weights 1/K."""
+    gate_rescale: bool = True
+    """RMS rescaling of the gate's scores (paper, Eq. 8b); false is the ablation."""
+    filterbank: Literal["auto", "direct", "fft", "flashfft", "chunked"] = "auto"
+    """How the causal filter bank is computed; the results agree to rounding. auto is chunked."""
+    channel_init_std: Positive | None = None
+    """Standard deviation of the channel matrices M_k at the start; null means 1/sqrt(d_model)."""
+    n_heads: PositiveInt = 8
+    """Query heads of an attention layer."""
+    n_kv_heads: PositiveInt | None = None
+    """Key-value heads (grouped-query attention); null means n_heads."""
+    window: PositiveInt | None = None
+    """Sliding attention window, tokens; null attends to the whole past."""
+    rope_theta: Positive = 10_000.0
+    """Base of the rotary position frequencies."""
+    d_ffn: PositiveInt
+    """Hidden width of the gated feed-forward layer, at K_max."""
+    ffn_elastic: ElasticFfnConfig | None = None
+    """How many of the d_ffn units a smaller budget uses, the leading ones; null: all at every K."""
+    tie_embeddings: bool = True
+    """Use the embedding matrix as the output head too."""
+    classes: PositiveInt | None = None
+    """Classes of a head on the mean over an example's positions, instead of the vocabulary's; null predicts tokens."""
+    norm_eps: Positive = 1e-6
+    """Epsilon of RMSNorm."""
+    embed_init_std: Positive = 0.02
+    """Standard deviation of the embeddings at the start. Other matrices start at 1/sqrt(inputs)."""
+    base_width: PositiveInt | None = None
+    """The d_model at which optim.lr was found, for muP (`megassm.optim`); null: one rate for all parameters."""
+
+    @property
+    def width_factor(self) -> float:
+        """What muP multiplies the learning rate of matrices with; 1 without it."""
+        return self.base_width / self.d_model if self.base_width else 1.0
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the head: what is predicted is one of so many."""
+        return self.classes or self.vocab_size
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the head is a matrix of its own."""
+        return self.classes is not None or not self.tie_embeddings
+
+    @property
+    def mixers(self) -> str:
+        """One letter a layer: the pattern tiled over the depth."""
+        return (self.pattern * self.n_layers)[: self.n_layers]
+
+    @property
+    def sigma_scales(self) -> tuple[SigmaScale | None, ...]:
+        """One choice a layer, None where it is attention: sigma_scale tiled over the spectral layers."""
+        choices = itertools.cycle(self.sigma_scale)
+        return tuple(next(choices) if mixer == "S" else None for mixer in self.mixers)
+
+    def ffn_width(self, k: int) -> int:
+        """Hidden units of a feed-forward layer that budget k uses."""
+        if self.ffn_elastic is None:
+            return self.d_ffn
+        return self.d_ffn - self.ffn_elastic.units(self.num_channels) + self.ffn_elastic.units(k)
+
+    def cut(self, k: int) -> ModelConfig:
+        """The model that is left of this one at budget k."""
+        return self.model_copy(update={"num_channels": k, "d_ffn": self.ffn_width(k)})
+
+    @field_serializer("sigma_scale")
+    def _one_sigma_scale_as_itself(self, scales: tuple[SigmaScale, ...]) -> SigmaScale | tuple[SigmaScale, ...]:
+        return scales[0] if len(scales) == 1 else scales

@@ -1,0 +1,116 @@
+"""Blocks kept on this node's disk, within a bound, shared by all its processes.
+
+    DIR/ab/abcdef....block      the raw bytes of one block, named by what they are (fingerprint and number)
+    DIR/bytes                   how much is kept; also the lock under which files come and go
+
+Files appear whole and are read without the lock: the reader checks length and CRC32, and a file that vanished
+under it is no hit. The least recently used go first; a use is remembered as the file's time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from megassm.errors import UserError
+from megassm.files import TEMPORARY_SUFFIX, write_atomically
+
+SUFFIX = ".block"
+KEPT_AFTER_EVICTION = 0.9  # of the bound, so that not every block looks through the folder
+
+
+class DiskCache:
+    """At most `max_bytes` of blocks in `directory`."""
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        """UserError where the directory cannot be written."""
+        self._directory, self._max_bytes = directory, max_bytes
+        self._broken = False
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with self._locked() as file:
+                self._evict(file, self._max_bytes)
+        except OSError as error:
+            what = f"cannot be written ({error.strerror}); give a folder on a local disk, or null"
+            raise UserError(f"data.cache_dir = {str(directory)!r}: {what}") from None
+
+    def get(self, fingerprint: str, block: int, size: int, crc32: int) -> bytes | None:
+        """The block's bytes, where they are there and sound."""
+        path = self._path(fingerprint, block)
+        try:
+            raw = path.read_bytes()
+            os.utime(path)
+        except OSError:
+            return None
+        return raw if len(raw) == size and zlib.crc32(raw) == crc32 else None
+
+    def put(self, fingerprint: str, block: int, raw: bytes) -> None:
+        """Keeps a block, and lets go of others to make room. A disk that fails ends the cache, not the run."""
+        if self._broken or len(raw) > self._max_bytes:
+            return
+        path = self._path(fingerprint, block)
+        try:
+            with self._locked() as file:
+                path.parent.mkdir(exist_ok=True)
+                if path.exists():
+                    if path.read_bytes() == raw:  # another process was first
+                        return
+                    path.unlink()  # damaged, of any length
+                    self._evict(file, self._max_bytes)
+                kept = _number(file) + len(raw)
+                if kept > self._max_bytes:
+                    target = min(int(KEPT_AFTER_EVICTION * self._max_bytes), self._max_bytes - len(raw))
+                    kept = self._evict(file, target) + len(raw)
+                write_atomically(path, raw)
+                _write_number(file, kept)
+        except OSError as error:
+            self._broken = True
+            what = f"{self._directory}: {error.strerror}; nothing more is kept there"
+            print(f"warning: data.cache_dir: {what}", file=sys.stderr, flush=True)
+
+    def _path(self, fingerprint: str, block: int) -> Path:
+        name = hashlib.sha256(f"{fingerprint} {block}".encode()).hexdigest()
+        return self._directory / name[:2] / f"{name}{SUFFIX}"
+
+    @contextmanager
+    def _locked(self) -> Iterator[IO[bytes]]:
+        with open(self._directory / "bytes", "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+
+    def _evict(self, file: IO[bytes], target: int) -> int:
+        """Removes the least recently used until `target` bytes are left; returns what is kept."""
+        found = []
+        for path in self._directory.glob("??/*"):
+            with contextlib.suppress(FileNotFoundError):
+                stat = path.stat()
+                unfinished = path.name.endswith(TEMPORARY_SUFFIX)  # by a process that was killed
+                found.append((0 if unfinished else stat.st_mtime_ns, stat.st_size, path))
+        kept = sum(size for _, size, _ in found)
+        for used_ns, size, path in sorted(found):
+            if used_ns and kept <= target:
+                break
+            path.unlink(missing_ok=True)
+            kept -= size
+        _write_number(file, kept)
+        return kept
+
+
+def _number(file: IO[bytes]) -> int:
+    file.seek(0)
+    text = file.read()
+    return int(text) if text.isdigit() else 0
+
+
+def _write_number(file: IO[bytes], number: int) -> None:
+    file.truncate(0)
+    file.write(str(number).encode())
+    file.flush()

@@ -1,0 +1,231 @@
+"""The data set on disk: tar shards of token ids, and the index that makes them addressable.
+
+    DIR/index.json              version, dtype, eod, tokenizer, totals, one entry a shard, sha256 of index.npz
+    DIR/index.npz               the blocks: what a reader fetches at once (columns of BLOCK_DTYPE)
+    DIR/shard-00000.tar ...     plain tar; members 00000000.u16 (or .u32), little-endian ids
+
+A member is whole documents end to end, each closed by EOD. A block is a run of whole members. Stock
+`webdataset.WebDataset` reads the shards; the index adds random access, counts and checksums. The sha256
+of index.json is the data set's fingerprint: a run resumes only on the data it began with.
+The index is written last, so a directory without one holds no data set. `shard_writer` writes our own;
+`foreign` indexes shards made elsewhere, whose members `members` reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from megassm.data.small_files import read_known
+from megassm.data.stores import LocalStore, Store
+from megassm.data.transport import read_file
+from megassm.errors import UserError
+
+INDEX_VERSION = 1
+INDEX_NAME = "index.json"
+BLOCKS_NAME = "index.npz"
+BLOCK_DTYPE = np.dtype(
+    [
+        ("shard", "<u4"),  # which of the shards
+        ("offset", "<u8"),  # first byte in the shard
+        ("size", "<u8"),  # bytes, tar headers and padding included
+        ("tokens", "<u8"),
+        ("members", "<u4"),
+        ("crc32", "<u4"),  # of the `size` raw bytes
+    ]
+)
+FACTS = ("dtype", "eod", "vocab_size", "tokenizer", "tokenizer_sha256", "tokens", "documents", "text_bytes")
+PREPARE_AGAIN = "prepare the data again (tools/prepare_data.py)"
+
+TokenDtype = Literal["u16", "u32"]
+MemberKind = Literal["documents", "chunks"]
+"""What a member of a shard holds: whole documents, the last one closed by EOD, which is added in reading where it is
+not there; or ids as they are, so that a document may go on in the next member."""
+Blocks = npt.NDArray[np.void]
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One shard as the index describes it."""
+
+    name: str
+    bytes: int
+    sha256: str
+    tokens: int
+    documents: int
+
+
+@dataclass(frozen=True)
+class MemberLayout:
+    """How to read the members that hold ids."""
+
+    suffix: str
+    members: MemberKind
+    dtype: TokenDtype  # of the ids as they are read; in our own shards also as they are stored
+    eod: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, eq=False)
+class ShardSet:
+    """A data set: its index, read and checked. Tokens include each document's EOD; `text_bytes` do not."""
+
+    store: Store
+    fingerprint: str  # sha256 of index.json, which holds the sha256 of index.npz and of every shard
+    dtype: TokenDtype
+    eod: int
+    vocab_size: int
+    tokenizer: str
+    tokenizer_sha256: str
+    tokens: int
+    documents: int
+    text_bytes: int  # UTF-8
+    shards: tuple[ShardFile, ...]
+    blocks: Blocks  # structured, one element of BLOCK_DTYPE a block, in the order written
+    suffix: str  # see MemberLayout
+    members: MemberKind
+
+    @property
+    def directory(self) -> Path:
+        """Of a data set on this machine."""
+        assert isinstance(self.store, LocalStore), f"{self.store.place} is not a folder"
+        return self.store.directory
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """Of the ids as they are read."""
+        return stored_dtype(self.dtype)
+
+    @property
+    def layout(self) -> MemberLayout:
+        return MemberLayout(self.suffix, self.members, self.dtype, self.eod, self.vocab_size)
+
+
+def token_dtype(vocab_size: int) -> TokenDtype:
+    """The narrowest dtype that holds every id."""
+    return "u16" if vocab_size <= 1 << 16 else "u32"
+
+
+def stored_dtype(dtype: TokenDtype) -> np.dtype[Any]:
+    """The numpy dtype of ids on disk: little-endian."""
+    return np.dtype("<u2" if dtype == "u16" else "<u4")
+
+
+def load_index(place: Path | Store) -> ShardSet:
+    """Reads and checks a data set's index and, in a folder, that every shard is there with its size.
+
+    UserError naming the file, what is wrong and the way out. Contents are checked as they are read.
+    """
+    shard_set = read_index(place)
+    if isinstance(shard_set.store, LocalStore):
+        _check_sizes(shard_set)
+    return shard_set
+
+
+def read_index(place: Path | Store) -> ShardSet:
+    """`load_index` without a look at the shards."""
+    store = LocalStore(place) if isinstance(place, Path) else place
+    raw, index = _read_index_json(store)
+    blocks = _read_blocks(store, str(index.get("blocks_sha256")))
+    try:
+        shard_set = ShardSet(
+            store=store,
+            fingerprint=hashlib.sha256(raw).hexdigest(),
+            shards=tuple(ShardFile(**shard) for shard in index["shards"]),
+            blocks=blocks,
+            suffix=index.get("suffix", index["dtype"]),
+            members=index.get("members", "documents"),
+            **{name: index[name] for name in FACTS},
+        )
+        consistent = _is_consistent(shard_set)
+    except (KeyError, TypeError) as error:
+        raise _damaged_index(store, INDEX_NAME, f"missing or malformed entry: {error}") from None
+    if not consistent:
+        raise _damaged_index(store, INDEX_NAME, "its blocks, shards and totals disagree")
+    return shard_set
+
+
+def _read_index_json(store: Store) -> tuple[bytes, dict[str, Any]]:
+    path = f"{store.place}/{INDEX_NAME}"
+    try:
+        raw = read_file(store, INDEX_NAME)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; make the data set with tools/prepare_data.py") from None
+    try:
+        index = json.loads(raw)
+    except ValueError as error:
+        raise _damaged_index(store, INDEX_NAME, f"not JSON: {error}") from None
+    if not isinstance(index, dict):
+        raise _damaged_index(store, INDEX_NAME, "not a JSON object")
+    version = index.get("version")
+    if version != INDEX_VERSION:
+        rule = f"this program reads {INDEX_VERSION}"
+        raise UserError(f"{path}: index version is {version}, {rule}; {PREPARE_AGAIN}")
+    return raw, index
+
+
+def _read_blocks(store: Store, expected_sha256: str) -> Blocks:
+    try:
+        raw = read_known(store, BLOCKS_NAME, expected_sha256)
+    except FileNotFoundError:
+        raise _damaged_index(store, BLOCKS_NAME, "no such file") from None
+    sha256 = hashlib.sha256(raw).hexdigest()
+    if sha256 != expected_sha256:
+        raise _damaged_index(store, BLOCKS_NAME, f"sha256 {sha256}, {INDEX_NAME} says {expected_sha256}")
+    with np.load(io.BytesIO(raw), allow_pickle=False) as columns:
+        blocks = np.empty(len(columns["shard"]), dtype=BLOCK_DTYPE)
+        for name in BLOCK_DTYPE.names or ():
+            blocks[name] = columns[name]
+    return blocks
+
+
+def _is_consistent(shard_set: ShardSet) -> bool:
+    blocks, shards = shard_set.blocks, shard_set.shards
+    tokens_per_shard = np.zeros(len(shards), dtype=np.uint64)
+    if np.any(blocks["shard"] >= len(shards)):
+        return False
+    np.add.at(tokens_per_shard, blocks["shard"], blocks["tokens"])
+    return (
+        tokens_per_shard.tolist() == [shard.tokens for shard in shards]
+        and shard_set.tokens == sum(shard.tokens for shard in shards)
+        and shard_set.documents == sum(shard.documents for shard in shards)
+        and shard_set.dtype == token_dtype(shard_set.vocab_size)
+        and shard_set.members in get_args(MemberKind)
+        and 0 <= shard_set.eod < shard_set.vocab_size
+    )
+
+
+def _check_sizes(shard_set: ShardSet) -> None:
+    """A missing or cut shard shows at the start of a run, not on its third day."""
+    for shard in shard_set.shards:
+        path = shard_set.directory / shard.name
+        got = path.stat().st_size if path.is_file() else None
+        if got != shard.bytes:
+            what = "no such file" if got is None else f"the file ends at offset {got}"
+            raise UserError(f"{path}: {what}, expected {shard.bytes} bytes from offset 0; {PREPARE_AGAIN}")
+
+
+def _damaged_index(store: Store, name: str, what: str) -> UserError:
+    return UserError(f"{store.place}/{name}: damaged index: {what}; {PREPARE_AGAIN}")
+
+
+@dataclass(frozen=True)
+class ShardSizes:
+    """Tokens a shard, block and member are filled to. Each is exceeded by less than one of the next
+    smaller (a member: by less than one document), never kept below."""
+
+    shard_tokens: int = 1 << 28
+    block_tokens: int = 1 << 20
+    member_tokens: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        for name in ("shard_tokens", "block_tokens", "member_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, it must be at least 1")

@@ -1,0 +1,1 @@
+"""From files of text, or shards made elsewhere, to a data set."""

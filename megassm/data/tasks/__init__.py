@@ -1,0 +1,1 @@
+"""Labelled examples as an ordinary data set."""

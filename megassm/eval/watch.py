@@ -1,0 +1,166 @@
+"""Sweeps of runs: the checkpoint that was named, or every one that a live run publishes, as it comes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from megassm.checkpoint.format import (
+    MANIFEST,
+    Checkpoint,
+    checkpoints_folder,
+    find_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+)
+from megassm.config.schema import Config
+from megassm.data.task import TaskTokenizer
+from megassm.data.tokenizer.base import Tokenizer
+from megassm.errors import UserError
+from megassm.eval.sweep import Sweep, SweepPlan, sweep
+from megassm.eval.text import EvalText, open_texts
+from megassm.model import LanguageModel
+from megassm.parallel.world import Peers, gather_texts, together
+from megassm.run.directory import CHECKPOINTS
+from megassm.run.launcher import launcher_is_gone, launcher_pids
+
+SWEEPS = "sweeps"
+POLL_S = 5.0
+"""Between two looks for a new checkpoint."""
+FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure; None is what the run's own configuration says."""
+
+    budgets: Sequence[int] | None = None
+    seq_lens: Sequence[int] | None = None
+    """Tokens; None is the training length."""
+    sequences: int | None = None
+    """Of the training length."""
+    data: Sequence[str] = ()
+    """Prepared sets and texts; none is the run's own validation set."""
+    glob: str | None = None
+
+    def plan(self, config: Config, tokenizer: Tokenizer) -> SweepPlan:
+        is_task = isinstance(tokenizer, TaskTokenizer)
+        if is_task and self.seq_lens not in (None, [config.model.seq_len]):
+            raise UserError(
+                f"--seq-lens: the examples of {tokenizer.name} are {config.model.seq_len} long; leave it out"
+            )
+        return SweepPlan(
+            budgets=self.budgets or config.eval.budgets,
+            seq_lens=self.seq_lens or [config.model.seq_len],
+            sequences=self.sequences or config.eval.sequences,
+            micro_batch_sequences=config.train.micro_batch_sequences,
+            document_end=tokenizer.eod if config.data.isolate_documents else None,
+            is_task=is_task,
+        )
+
+    def open(self, config: Config) -> tuple[list[EvalText], Tokenizer]:
+        return open_texts(config, self.data, self.glob)
+
+
+def run_directory(checkpoint: Checkpoint) -> Path:
+    """RUN_DIR of RUN_DIR/checkpoints/step-N; a checkpoint that lies elsewhere is its own."""
+    folder = checkpoint.folder.absolute()
+    return folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
+
+
+def sweep_path(path: Path, request: Request, peers: Peers) -> tuple[Sweep, Path]:
+    """(the sweep of a run's newest complete checkpoint or of the one named, its run directory). All ranks call it.
+
+    Raises:
+        UserError: no checkpoint, no text, a budget or a length out of range.
+    """
+    # rank 0 chooses: a live run may publish another one between two ranks' looks
+    folder = together(lambda: str(find_checkpoint(path).folder) if peers.is_main else "")
+    checkpoint = read_checkpoint(Path(gather_texts(folder)[0]))
+    model = together(checkpoint.load_model)
+    texts = together(lambda: request.open(checkpoint.config))
+    return _sweep(str(path), (checkpoint, model), texts, request, peers), run_directory(checkpoint)
+
+
+def watch(run_dir: Path, request: Request, peers: Peers) -> Iterator[Sweep]:
+    """Sweeps each checkpoint of a run that has no RUN_DIR/sweeps/step-N.json yet, oldest first, and waits for more.
+
+    Ends after the checkpoint of the run's last step. One that rotation removes meanwhile is passed over. All ranks
+    call it.
+
+    Raises:
+        UserError: no such run directory, or as `sweep_path`.
+    """
+    together(lambda: _check_run_directory(run_dir))
+    seen: set[str] = set()
+    texts = None
+    launcher = launcher_pids()
+    while not launcher_is_gone(launcher):
+        mine = together(lambda: _next_folder(run_dir, seen) if peers.is_main else "")
+        folder = gather_texts(mine)[0]
+        if folder == FINISHED:
+            return
+        if not folder:
+            time.sleep(POLL_S)
+            continue
+        seen.add(folder)
+        try:
+            checkpoint, model = together(partial(_open, Path(folder)))
+        except UserError as error:
+            if peers.is_main:
+                print(f"passed over {folder}: {error}", flush=True)
+            continue
+        texts = texts or together(partial(request.open, checkpoint.config))
+        yield _sweep(str(run_dir), (checkpoint, model), texts, request, peers)
+
+
+def sweep_file(run_dir: Path, step: int) -> Path:
+    return run_dir / SWEEPS / f"step-{step:08d}.json"
+
+
+def _sweep(
+    name: str,
+    opened: tuple[Checkpoint, LanguageModel],
+    texts: tuple[list[EvalText], Tokenizer],
+    request: Request,
+    peers: Peers,
+) -> Sweep:
+    checkpoint, model = opened
+    config = checkpoint.config
+    tokenizer = texts[1]
+    token_bytes = tokenizer.token_bytes()
+    token_bytes.resize(config.model.vocab_size)  # zeros for ids of the model that the tokenizer has not
+    curves = sweep(model, texts[0], request.plan(config, tokenizer), token_bytes, peers)
+    return Sweep(name, checkpoint.manifest.step, config.model.seq_len, curves)
+
+
+def _open(folder: Path) -> tuple[Checkpoint, LanguageModel]:
+    checkpoint = read_checkpoint(folder, check="weights")
+    return checkpoint, checkpoint.load_model()
+
+
+def _check_run_directory(run_dir: Path) -> None:
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such run directory; start the run first (launch/pretrain.py)")
+
+
+def _next_folder(run_dir: Path, seen: set[str]) -> str:
+    """The oldest checkpoint to be measured, FINISHED, or nothing yet."""
+    folders = sorted(checkpoints_folder(run_dir).glob(f"step-*/{MANIFEST}"))
+    for manifest in folders:
+        step = int(manifest.parent.name.removeprefix("step-"))
+        if str(manifest.parent) not in seen and not _is_measured(manifest, sweep_file(run_dir, step)):
+            return str(manifest.parent)
+    newest, _ = newest_checkpoint(run_dir)
+    return FINISHED if newest is not None and newest.manifest.step >= newest.config.train.steps else ""
+
+
+def _is_measured(manifest: Path, result: Path) -> bool:
+    """A result that is older than the checkpoint is of an earlier run in the same directory."""
+    try:
+        return result.stat().st_mtime >= manifest.stat().st_mtime
+    except FileNotFoundError:
+        return not manifest.exists()  # rotated away meanwhile

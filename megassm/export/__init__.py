@@ -1,0 +1,1 @@
+"""A trained model cut to budgets, as folders that open anywhere."""

@@ -1,0 +1,113 @@
+"""The README.md of an exported model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from megassm.checkpoint.exported import ModelFolder
+
+FRONT_MATTER = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [megassm, state-space-model, spectral]
+---
+"""
+
+USE = """\
+```python
+# pip install 'megassm[hf]'
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+prompts = tokenizer(["Once upon a time", "The"], return_tensors="pt", padding=True)
+print(tokenizer.batch_decode(model.generate(**prompts, max_new_tokens=20), skip_special_tokens=True))
+```
+"""
+
+SEQ_LEN = """\
+## Another length
+
+The model was trained on sequences of {trained} tokens; its filters here are derived for {here}. Filters are
+eigenvectors of a matrix of that size: the leading ones hardly depend on it, the high ones do, and no weight was trained
+with these. Compare the two columns of bits per byte above (sequences of {here} tokens), the second with the trained
+filters, continued where a text is longer.
+"""
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """One file, as measured."""
+
+    k: int
+    parameters: int
+    file_bytes: int
+    bits_per_byte: float
+    """On validation text, of the file itself."""
+    gap_percent: float
+    """... above the whole model's, in percent of it."""
+    trained_filters_bits_per_byte: float | None
+    """... with the filters of the trained length, where the file's are for another one."""
+    logits_difference: float
+    """The largest, against the whole model at this budget, in float64."""
+    folder: Path
+
+
+class Origin(NamedTuple):
+    """Where a model comes from."""
+
+    run: str
+    step: int
+    seq_len: int
+
+
+def model_card(model: ModelFolder, family: Sequence[ExportedModel], origin: Origin) -> str:
+    """Markdown, the table of the whole family in it."""
+    config, name = model.config, model.folder.name
+    parts = [
+        FRONT_MATTER,
+        f"# {origin.run}, K = {config.num_channels}\n",
+        f"An elastic spectral language model, trained once and cut to {config.num_channels} spectral channels, without "
+        f"retraining (run {origin.run}, step {origin.step:,}). Layers {config.mixers}, width {config.d_model}, "
+        f"vocabulary {config.vocab_size:,}, sequences of {config.seq_len:,} tokens. It serves every smaller budget "
+        "too: `model.generate(..., k=1)`.\n",
+        USE.format(name=name),
+        "## Sizes and quality\n",
+        family_table(family),
+        "Bits per byte on held-out text, lower is better; the gap is to the whole model.\n",
+        "Pad on the left to generate for a batch. The cache (`use_cache=True`, the default) has a constant size a "
+        "sequence, but for the keys and values of attention layers.\n",
+    ]
+    if config.seq_len != origin.seq_len:
+        parts.append(SEQ_LEN.format(trained=f"{origin.seq_len:,}", here=f"{config.seq_len:,}"))
+    return "\n".join(parts)
+
+
+def family_table(family: Sequence[ExportedModel]) -> str:
+    """Markdown."""
+    other_length = any(model.trained_filters_bits_per_byte is not None for model in family)
+    names = [
+        "K",
+        "parameters",
+        "file, MB",
+        "bits per byte",
+        *(["with the trained filters"] if other_length else []),
+        "gap",
+    ]
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    for model in family:
+        kept = model.trained_filters_bits_per_byte
+        cells = [
+            f"{model.k}",
+            f"{model.parameters:,}",
+            f"{model.file_bytes / 1e6:.2f}",
+            f"{model.bits_per_byte:.4f}",
+            *([f"{kept:.4f}" if kept is not None else "-"] if other_length else []),
+            f"{model.gap_percent:+.2f}%",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,189 @@
+"""A trained model cut to budgets K: folders that open anywhere, each checked as written, with a card.
+
+What is checked is the file: it is read back, and its logits on validation text are compared with those of the whole
+model at that budget, both in float64, where rounding does not hide a difference.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megassm.checkpoint.exported import WEIGHTS, is_model_folder, open_model_folder, write_model_folder
+from megassm.config.model import ModelConfig
+from megassm.data.stream import MicroBatch
+from megassm.errors import UserError
+from megassm.eval.score import score
+from megassm.eval.session import Session
+from megassm.export.card import ExportedModel, Origin, model_card
+from megassm.files import sync, write_atomically
+from megassm.model import LanguageModel, truncate
+from megassm.ops.documents import document_numbers
+
+TOLERANCE = 1e-5
+"""Largest difference of a logit: weights are copied; the filters, derived anew for fewer channels, agree to less."""
+CHECKED_SEQUENCES = 2
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """How to write."""
+
+    dtype: torch.dtype = torch.float32
+    seq_len: int | None = None
+    """The length to derive the filters for; None is the one trained at."""
+    sequences: int = 64
+    """Validation sequences to measure quality on."""
+
+
+def export_models(session: Session, folders: Mapping[int, Path], plan: ExportPlan) -> list[ExportedModel]:
+    """Writes the model cut to each budget into its folder, with a card.
+
+    Args:
+        session: the trained model and its data.
+        folders: by K; what an earlier export left there is replaced.
+        plan: how.
+
+    Raises:
+        UserError: a budget beyond K_max, a folder with something else in it, no validation text, or a file that does
+            not compute what the model does.
+    """
+    if session.data.task is not None:
+        rule = f"task {session.data.task.name!r} has no text to prompt it with, so it is not exported"
+        raise UserError(f"{session.run_dir}: {rule}; tools/sweep_budgets.py measures it at every budget")
+    seq_len = plan.seq_len or session.config.model.seq_len
+    for k, folder in folders.items():
+        resized(session.config.model, k, seq_len)
+        _check_replaceable(folder)
+    batches = session.validation(plan.sequences, seq_len)
+    if not batches:
+        raise UserError("no validation text to check the files with: prepare the data with a --valid-fraction")
+    k_max = session.config.model.num_channels
+    whole = _in_float64(session.model, plan.dtype)
+    full = _bits_per_byte(session, rederived(session.model, k_max, seq_len), batches)
+    exported = []
+    for k, folder in folders.items():
+        with _replaced(folder) as partial:
+            write_model_folder(partial, rederived(session.model, k, seq_len), session.tokenizer, plan.dtype)
+            found = open_model_folder(partial).load_model()
+            difference = _check(session, whole, found, k)
+            quality = _bits_per_byte(session, found, batches)
+            kept = _with_trained_filters(session, found, k, batches) if plan.seq_len else None
+            exported.append(
+                ExportedModel(
+                    k=k,
+                    parameters=sum(parameter.numel() for parameter in found.parameters()),
+                    file_bytes=(partial / WEIGHTS).stat().st_size,
+                    bits_per_byte=quality,
+                    gap_percent=100 * (quality / full - 1),
+                    trained_filters_bits_per_byte=kept,
+                    logits_difference=difference,
+                    folder=folder,
+                )
+            )
+    origin = Origin(session.run_dir.name, session.checkpoint.manifest.step, session.config.model.seq_len)
+    for model in exported:
+        card = model_card(open_model_folder(model.folder), exported, origin)
+        write_atomically(model.folder / "README.md", card.encode())
+    return exported
+
+
+def resized(config: ModelConfig, k: int, seq_len: int) -> ModelConfig:
+    """The same model with k channels, for sequences of `seq_len`.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not 1 <= k <= config.num_channels:
+        raise UserError(f"K = {k}: must be between 1 and this model's K_max = {config.num_channels}")
+    if seq_len < k:
+        raise UserError(f"--seq-len {seq_len}: must be at least K = {k}: there are no more filters than positions")
+    return config.cut(k).model_copy(update={"seq_len": seq_len})
+
+
+@torch.no_grad()
+def rederived(model: LanguageModel, k: int, seq_len: int) -> LanguageModel:
+    """The weights of `model` cut to k, with the filters derived for that many channels and `seq_len`."""
+    small = LanguageModel(resized(model.config, k, seq_len)).to(model.embedding_VD.dtype)
+    small.load_state_dict(truncate(model, k).state_dict())
+    small.to(model.embedding_VD.device).reset_filters()
+    return small.eval()
+
+
+def _in_float64(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
+    """What a file of `dtype` has to agree with: the whole model, its weights rounded as the file's are."""
+    whole = copy.deepcopy(model).cpu().to(dtype).double()
+    whole.reset_filters()  # the cast rounded them
+    return whole
+
+
+def _check(session: Session, whole: LanguageModel, found: LanguageModel, k: int) -> float:
+    """The largest difference of a logit between the file, at the trained length, and the whole model at budget k.
+
+    Raises:
+        UserError: it is too large.
+    """
+    small = rederived(found.double(), k, whole.config.seq_len)
+    found.float()
+    (batch, *_) = session.validation(CHECKED_SEQUENCES)
+    ids_BL = torch.from_numpy(batch.ids_BT[:CHECKED_SEQUENCES, :-1])
+    with torch.no_grad():
+        difference = float((whole(ids_BL, k) - small(ids_BL, k)).abs().max())
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"K = {k}: logits of the written file differ from the model's by {difference:.2g}, more than "
+            f"{TOLERANCE:g}; nothing was exported. Report it with the run's config.yaml"
+        )
+    return difference
+
+
+def _with_trained_filters(
+    session: Session, found: LanguageModel, k: int, batches: Sequence[MicroBatch]
+) -> float | None:
+    """Bits per byte of the same weights with the filters they were trained with, continued where the text is longer;
+    None where they have no continuation."""
+    kept = rederived(found, k, session.config.model.seq_len)
+    try:
+        return _bits_per_byte(session, kept, batches)
+    except UserError:
+        return None
+
+
+def _bits_per_byte(session: Session, model: LanguageModel, batches: Sequence[MicroBatch]) -> float:
+    model = model.to(session.device)
+
+    def losses(ids_BT: Tensor, k: int) -> Tensor:
+        documents_BL = document_numbers(ids_BT[:, :-1], session.document_end)
+        nll_BL: Tensor = model(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL)
+        return nll_BL
+
+    k = model.config.num_channels
+    return score(losses, batches, k, session.token_bytes, session.device).bits_per_byte
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.exists() and not is_model_folder(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: holds something that is not an exported model; choose another --output")
+
+
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """An empty folder that takes the name `folder` when all went well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

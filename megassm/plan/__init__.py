@@ -1,0 +1,1 @@
+"""What a run needs of a cluster, before it is started."""

@@ -1,0 +1,107 @@
+"""Memory of a rank, by kind. Formulas only.
+
+Memory is what DeepSpeed 0.19.8 was seen to allocate (docs/LOG.md), with P parameters a rank, R replicas of them, and
+weights of W bytes (4 in fp32, 2 in bf16); master weights and moments are float32:
+
+    stage             weights      gradients              master, moments    bucket
+    0                 4P           4P                     8P                 -
+    1, fp32           4P           4P                     12P/R              4b     b: `reduce_bucket_numbers`
+    1, bf16           2P           4P + 2P                12P/R              -      accumulated in float32, and whole
+    2                 WP           4P/R + one layer's     12P/R              Wb
+    3                 WP/R         4P/R + one layer's     12P/R              Wb + gathered weights
+
+The peak is in the backward pass, or in the reduction or update after it, when activations are gone.
+"""
+
+from __future__ import annotations
+
+from megassm.config.schema import Config
+from megassm.cost import (
+    FLOAT32,
+    REDUCE_BUCKET,
+    Workload,
+    peak_activation_bytes,
+    rank_parameters,
+    reduce_bucket_numbers,
+)
+from megassm.parallel.mesh import Mesh
+from megassm.plan.cluster import Filters
+
+KEPT_GATHERED = 550_000_000
+"""Weights that ZeRO-3 keeps gathered between forward and backward: half of DeepSpeed's stage3_max_reuse_distance, for
+each is passed twice, and its prefetch bucket. Read, not measured."""
+
+
+def workload(config: Config, mesh: Mesh, filters: Filters) -> Workload:
+    """What one rank computes in a micro-step."""
+    length = config.model.seq_len // mesh.sequence
+    chunk = filters.chunk if filters.state_size else length
+    number_bytes = _number_bytes(config)
+    return Workload(config.train.micro_batch_sequences, length, number_bytes, chunk, filters.state_size, mesh.tensor)
+
+
+def rank_memory(config: Config, mesh: Mesh, filters: Filters, group_bytes: int) -> dict[str, float]:
+    """Bytes of one rank by kind, at full budget."""
+    model, stage, w = config.model, config.parallel.zero_stage, _number_bytes(config)
+    replicas, numbers = mesh.replicas, rank_parameters(config.model, mesh.tensor)
+    share = numbers / replicas
+    largest = largest_parameter(config, mesh.tensor)
+    work = workload(config, mesh, filters)
+    memory: dict[str, float] = {
+        "weights": w * (share if stage == 3 else numbers),
+        "gradients": _gradient_bytes(config, numbers, share) + (w * largest if stage >= 2 else 0),
+        "master weights": 0 if stage == 0 else FLOAT32 * share,
+        "moments": 2 * FLOAT32 * (numbers if stage == 0 else share),
+        "buckets": w * _bucket_numbers(config, replicas, numbers, largest),
+        "filters": filters.table_bytes,
+        "activations": peak_activation_bytes(model, model.num_channels, work, group_bytes, config.train.recompute),
+    }
+    after = _after_backward_bytes(config, replicas, numbers)
+    backward = memory["gradients"] + memory["buckets"] + memory["activations"]
+    return memory | {"update beyond that": max(0.0, after - backward)}
+
+
+def _number_bytes(config: Config) -> int:
+    return 2 if config.train.precision == "bf16" else FLOAT32
+
+
+def _gradient_bytes(config: Config, numbers: float, share: float) -> float:
+    """Gradients that outlive a layer's backward pass."""
+    if config.parallel.zero_stage >= 2:
+        return FLOAT32 * share
+    return (FLOAT32 + 2 if config.train.precision == "bf16" else FLOAT32) * numbers
+
+
+def _bucket_numbers(config: Config, replicas: int, numbers: int, largest: int) -> float:
+    """The reduction's bucket; at stage 3 also the weights that are gathered."""
+    stage = config.parallel.zero_stage
+    if stage == 0 or (stage == 1 and config.train.precision == "bf16"):
+        return 0
+    gathered = min(numbers, KEPT_GATHERED + largest) if stage == 3 and replicas > 1 else 0
+    return reduce_bucket_numbers(config) + gathered
+
+
+def _after_backward_bytes(config: Config, replicas: int, numbers: int) -> float:
+    """The most that reduction and update hold besides weights, master weights and moments: two temporaries of AdamW."""
+    share, bucket = numbers / replicas, reduce_bucket_numbers(config)
+    temporaries = 2 * FLOAT32 * share
+    match config.parallel.zero_stage, config.train.precision:
+        case 0, _:
+            return FLOAT32 * (numbers + (min(numbers, bucket) if replicas > 1 else 0)) + 2 * FLOAT32 * numbers
+        case 1, "bf16":
+            copies = 2 if numbers > REDUCE_BUCKET else FLOAT32 + 2  # a larger group than the bucket is sent alone
+            return 6 * numbers + max(copies * numbers if replicas > 1 else 0, temporaries)
+        case 1, _:
+            return max(FLOAT32 * (numbers + bucket + share), 2 * FLOAT32 * share + temporaries)
+        case 2, precision:
+            return (FLOAT32 if precision == "bf16" else 2 * FLOAT32) * share + temporaries
+        case _:
+            return _number_bytes(config) * bucket + 2 * FLOAT32 * share + temporaries
+
+
+def largest_parameter(config: Config, tensor: int) -> int:
+    """Numbers of a rank's largest part of a parameter."""
+    model = config.model
+    d, width = model.d_model, -(-model.d_model // tensor)
+    mixer = model.num_channels * d * width if "S" in model.mixers else d * width
+    return max(mixer, d * -(-model.d_ffn // tensor), -(-model.vocab_size // tensor) * d)

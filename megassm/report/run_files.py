@@ -1,0 +1,88 @@
+"""What lies in a run directory beside the journal, as plain values; all of it may be missing."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from megassm.errors import UserError
+from megassm.run.directory import FAILURE
+from megassm.run.records import METRICS, Row, parse_object
+
+
+def check_run_directory(path: Path) -> Path:
+    """`path`, if a run is or was there.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run directory; give run.dir of a run, such as runs/demo")
+    if not any((path / name).exists() for name in ("config.yaml", METRICS, "checkpoints")):
+        raise UserError(
+            f"{path}: is no run directory (it has neither config.yaml nor {METRICS}); give run.dir of a run"
+        )
+    return path
+
+
+def read_knobs(run_dir: Path) -> dict[str, Any]:
+    """The resolved configuration as section.key -> value."""
+    try:
+        tree = YAML(typ="safe").load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, YAMLError):
+        return {}
+    if not isinstance(tree, dict):
+        return {}
+    return {
+        f"{section}.{key}": value
+        for section, knobs in tree.items()
+        for key, value in (knobs.items() if isinstance(knobs, dict) else ())
+    }
+
+
+def read_environment(run_dir: Path) -> dict[str, Any]:
+    try:
+        return parse_object((run_dir / "environment.json").read_bytes()) or {}
+    except OSError:
+        return {}
+
+
+def failure(run_dir: Path) -> str:
+    """The first line of why the last job ended, where something was wrong."""
+    try:
+        return (run_dir / FAILURE).read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0]
+    except OSError:
+        return ""
+
+
+def planned_steps(knobs: dict[str, Any]) -> int | None:
+    steps = knobs.get("train.steps")
+    return steps if isinstance(steps, int) else None
+
+
+def age_s(path: Path, now: float | None = None) -> float | None:
+    """Seconds since a file was written; None where it is not there."""
+    try:
+        return max(0.0, (time.time() if now is None else now) - path.stat().st_mtime)
+    except OSError:
+        return None
+
+
+def event_text(event: Row) -> str:
+    """What an event says; one without a text shows what it has."""
+    text = event.get("text")
+    rest = {name: value for name, value in event.items() if name not in ("time", "step", "kind")}
+    return str(text) if text else json.dumps(rest)
+
+
+def event_time(event: Row) -> str:
+    """The event's `time`: seconds since 1970, or a text as it is."""
+    moment = event.get("time")
+    if isinstance(moment, int | float):
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
+    return "" if moment is None else str(moment)

@@ -1,0 +1,221 @@
+"""One page that compares runs: what they reached, how fast, what happened, what differs between them."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megassm.files import write_atomically
+from megassm.report.history import History
+from megassm.report.html import Cell, definitions, document, note, number, plots, table, words
+from megassm.report.run_files import (
+    check_run_directory,
+    event_text,
+    event_time,
+    failure,
+    planned_steps,
+    read_environment,
+    read_knobs,
+)
+from megassm.report.run_plots import optimiser_panels, quality_panels, speed_panels
+from megassm.run.console import duration
+from megassm.run.records import EVENTS, METRICS, Row, iterate_rows, parse_object
+
+EVENTS_SHOWN = 200
+"""Of each run, the newest."""
+PLACES = ("run.dir",)
+"""Knobs that differ between any two runs."""
+
+MEANINGS = {
+    "loss": "Nats a token, mean over the global batch, at the K drawn for the update; so it moves with K.",
+    "points of a curve": "Means over neighbouring updates where a run has more than 1,000; the loss then has a band "
+    "from the smallest to the largest. Noisy curves are drawn faintly behind their running mean.",
+    "validation": "Bits per byte of the validation text (negative log-likelihood in bits over UTF-8 bytes); of a task, "
+    "nats an answer.",
+    "MFU": "Model FLOPs of the K in use over the peak rate of the environment table, all ranks.",
+    "tokens/s, MFU of the summary": "Medians over the curve's points.",
+    "hours": "Time inside updates: without start-up, validation and saving.",
+    "skipped": "Updates whose loss or gradient was not finite, and that changed no weight.",
+}
+
+
+class LoadedRun(NamedTuple):
+    """A run directory, read."""
+
+    name: str
+    history: History
+    knobs: dict[str, Any]
+    environment: dict[str, Any]
+    events: list[Row]
+    event_count: int
+    failure: str
+
+
+def load_run(run_dir: Path, name: str) -> LoadedRun:
+    """Reads a run in bounded memory.
+
+    Raises:
+        UserError: there is none.
+    """
+    check_run_directory(run_dir)
+    journal, happened = run_dir / METRICS, run_dir / EVENTS
+    history = History().extend(iterate_rows(journal) if journal.exists() else ())
+    events, count = _newest_events(happened) if happened.exists() else ([], 0)
+    return LoadedRun(name, history, read_knobs(run_dir), read_environment(run_dir), events, count, failure(run_dir))
+
+
+def write_run_page(run_dirs: Sequence[Path], path: Path) -> list[dict[str, Any]]:
+    """Writes the page; returns the summary's figures, a row a run.
+
+    Raises:
+        UserError: a run directory that is none.
+    """
+    runs = [load_run(run_dir, name) for run_dir, name in zip(run_dirs, _names(run_dirs), strict=True)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, render(runs).encode())
+    return [summary(run) for run in runs]
+
+
+def render(runs: Sequence[LoadedRun]) -> str:
+    """The whole file."""
+    histories = {run.name: run.history for run in runs if run.history.rows}
+    sections = {"Summary": table([_summary_cells(run) for run in runs], alarms=("failed",))}
+    first = 0
+    for heading, make in (("Quality", quality_panels), ("Speed", speed_panels), ("Optimiser", optimiser_panels)):
+        panels = make(histories) if histories else []
+        sections[heading] = plots(panels, first) if panels else note("No update yet.")
+        first += len(panels)
+    sections["Events"] = _events(runs)
+    sections["Configuration"] = _configuration(runs)
+    sections["Environment"] = _facts({run.name: run.environment for run in runs}, "fact")
+    sections["What the figures mean"] = definitions(MEANINGS)
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    return document(title, "; ".join(run.name for run in runs) if len(runs) > 1 else _state(runs[0]), sections)
+
+
+def summary(run: LoadedRun) -> dict[str, Any]:
+    """A run's newest and typical figures; None for what it has not."""
+    history = run.history
+    newest = history.newest or {}
+    step, _, valid = history.validations[-1] if history.validations else (None, None, {})
+    return {
+        "run": run.name,
+        "state": _state(run),
+        "steps": newest.get("step"),
+        "planned": planned_steps(run.knobs),
+        "tokens": newest.get("tokens"),
+        "loss": history.now("loss"),
+        "validated at step": step,
+        "valid at full K": valid[max(valid)] if valid else None,
+        "valid at smallest K": valid[min(valid)] if valid else None,
+        "in": history.validated if valid else "",
+        "tokens/s": _typical(history, "tokens_per_s"),
+        "MFU": _typical(history, "mfu"),
+        "hours": history.seconds / 3600,
+        "skipped": history.skipped,
+        "GiB": None if (peak := newest.get("peak_memory_bytes")) is None else peak / 2**30,
+    }
+
+
+def _summary_cells(run: LoadedRun) -> dict[str, Cell]:
+    styles = {"loss": ".4f", "valid at full K": ".4f", "valid at smallest K": ".4f", "tokens/s": ",.0f",
+              "MFU": ".1%", "hours": ",.2f", "GiB": ",.2f"}  # fmt: skip
+    figures = summary(run)
+    texts = {name: words(figures.pop(name)) for name in ("run", "state", "in")}
+    return texts | {name: number(value, styles.get(name, ",d")) for name, value in figures.items()}
+
+
+def _state(run: LoadedRun) -> str:
+    newest, steps = run.history.newest, planned_steps(run.knobs)
+    if run.failure:
+        return f"failed: {run.failure}"
+    if newest is None:
+        return "no update yet"
+    if steps is None or newest["step"] >= steps:
+        return f"{newest['step']:,} updates done"
+    left = (steps - newest["step"]) * (run.history.now("step_s") or 0.0)
+    return f"{newest['step'] / steps:.0%} done, {duration(left)} of updates left"
+
+
+def _typical(history: History, field: str) -> float | None:
+    values = [mean for _, mean in history.series(field)]
+    return statistics.median(values) if values else None
+
+
+def _events(runs: Sequence[LoadedRun]) -> str:
+    rows = [
+        {
+            "run": words(run.name),
+            "time": words(event_time(event)),
+            "step": number(step if isinstance(step := event.get("step"), int) else None, ",d"),
+            "kind": words(str(event.get("kind", "event"))),
+            "text": words(event_text(event)),
+        }
+        for run in runs
+        for event in reversed(run.events)
+    ]
+    if not rows:
+        return note("None.")
+    older = [f"{run.event_count - len(run.events):,} older of {run.name} are left out."
+             for run in runs if run.event_count > len(run.events)]  # fmt: skip
+    return table(rows) + "".join(note(text) for text in older)
+
+
+def _configuration(runs: Sequence[LoadedRun]) -> str:
+    """What differs between the runs; of a single one, all of it."""
+    if len(runs) == 1:
+        return _facts({runs[0].name: runs[0].knobs}, "knob")
+    knobs = [knob for knob in _union(run.knobs for run in runs) if knob not in PLACES]
+    differing = [knob for knob in knobs if len({repr(run.knobs.get(knob)) for run in runs}) > 1]
+    if not differing:
+        return note("The runs have the same configuration.")
+    return _facts({run.name: {knob: run.knobs.get(knob, "\u2013") for knob in differing} for run in runs}, "knob")
+
+
+def _facts(of_runs: Mapping[str, Mapping[str, Any]], what: str) -> str:
+    """A row a fact, a column a run."""
+    names = _union(of_runs.values())
+    if not names:
+        return note("Not recorded.")
+    return table(
+        [
+            {what: words(name)} | {run: words(_shown(facts.get(name, "\u2013"))) for run, facts in of_runs.items()}
+            for name in names
+        ]
+    )
+
+
+def _shown(value: Any) -> str:
+    match value:
+        case bool() | None:
+            return {True: "true", False: "false", None: "null"}[value]  # as the YAML has it
+        case float():
+            return f"{value:.6g}"
+        case int():
+            return f"{value:,}"
+        case _:
+            return str(value)
+
+
+def _union(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for mapping in mappings for name in mapping))
+
+
+def _newest_events(path: Path) -> tuple[list[Row], int]:
+    newest: deque[Row] = deque(maxlen=EVENTS_SHOWN)
+    count = 0
+    with path.open("rb") as file:
+        for line in file:
+            if (event := parse_object(line)) is not None:
+                newest.append(event)
+                count += 1
+    return list(newest), count
+
+
+def _names(run_dirs: Sequence[Path]) -> list[str]:
+    """The folders' own names where they tell the runs apart, else the paths as they were given."""
+    own = [path.absolute().name for path in run_dirs]
+    return own if len(set(own)) == len(own) else [str(path) for path in run_dirs]

@@ -1,0 +1,79 @@
+"""What a sweep leaves behind: sweep.json, .csv, .png, .html; the curves of a live run over its steps."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megassm.eval.sweep import Sweep
+from megassm.files import write_atomically
+from megassm.report.figures import plot_over_steps, save_panels
+from megassm.report.sweep_page import render_page
+from megassm.report.sweep_plots import panels
+
+STEPS_PLOT = "steps.png"
+
+
+def flat_rows(sweep: Sweep) -> list[dict[str, Any]]:
+    """One object for each text, length and K."""
+    return [
+        {"run": sweep.run, "step": sweep.step, "data": curve.data, "seq_len": curve.seq_len} | asdict(row)
+        for curve in sweep.curves
+        for row in curve.rows
+    ]
+
+
+def write_sweep(sweep: Sweep, folder: Path) -> list[Path]:
+    """Writes sweep.json, sweep.csv, sweep.png and sweep.html into `folder`; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"sweep.{suffix}" for suffix in ("json", "csv", "png", "html")]
+    write_json_sweep(sweep, paths[0])
+    write_csv([sweep], paths[1])
+    save_panels(panels([sweep]), paths[2])
+    write_page([sweep], paths[3])
+    return paths
+
+
+def write_json_sweep(sweep: Sweep, path: Path) -> None:
+    """The whole sweep as one object; `curves[].rows` are the table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(asdict(sweep), indent=2) + "\n").encode())
+
+
+def write_csv(sweeps: Sequence[Sweep], path: Path) -> None:
+    rows = [row for sweep in sweeps for row in flat_rows(sweep)]
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, file.getvalue().encode())
+
+
+def write_page(sweeps: Sequence[Sweep], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, render_page(sweeps).encode())
+
+
+def plot_steps(folder: Path) -> Path:
+    """Draws one line a K over the steps of all step-*.json in `folder`: the first text at the trained length."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("step-*.json"))]
+    lines: dict[int, list[tuple[int, float]]] = {}
+    for sweep in found:
+        for row in _first_curve(sweep)["rows"]:
+            lines.setdefault(row["k"], []).append((sweep["step"], row["bits_per_byte"]))
+    last = _first_curve(found[-1])
+    unit = "byte" if last["rows"][0].get("accuracy") is None else "answer"
+    plot_over_steps(lines, f"bits per {unit} of {last['data']}", folder / STEPS_PLOT)
+    return folder / STEPS_PLOT
+
+
+def _first_curve(sweep: Mapping[str, Any]) -> Mapping[str, Any]:
+    curves: Iterable[Mapping[str, Any]] = sweep["curves"]
+    trained = [curve for curve in curves if curve["seq_len"] == sweep["trained_seq_len"]]
+    first: Mapping[str, Any] = (trained or sweep["curves"])[0]
+    return first

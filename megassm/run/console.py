@@ -1,0 +1,72 @@
+"""A row of the journal as a line for people; sizes and times as people write them."""
+
+from __future__ import annotations
+
+from megassm.run.records import Row
+
+
+def format_row(row: Row, steps: int, eta_s: float) -> str:
+    """One line for people, and one more where validation ran."""
+    parts = [
+        f"step {row['step']:>{len(str(steps))}}/{steps}",
+        tokens_of_planned(row, steps),
+        f"loss {_number(row['loss']):.4f}",
+        *([] if row["bits_per_byte"] is None else [f"{row['bits_per_byte']:.3f} bits/byte"]),
+        f"K {row['k']:>2}",
+        f"lr {row['lr']:.1e}",
+        f"norm {_number(row['grad_norm']):.2f}",
+        f"{rate(row['tokens_per_s'])} tok/s",
+        f"MFU {row['mfu']:.1%}",
+        _phases(row),
+        f"{row['peak_memory_bytes'] / 2**30:.1f} GiB",
+        f"eta {duration(eta_s)}",
+    ]
+    line = " | ".join(parts)
+    if "valid" in row:
+        scores = "  ".join(f"K={k}: {value:.3f}" for k, value in row["valid"].items())
+        line += f"\n  validation bits/byte   {scores}"
+    if "valid_accuracy" in row:
+        scores = "  ".join(f"K={k}: {value:.1%}" for k, value in row["valid_accuracy"].items())
+        line += f"\n  validation accuracy   {scores}"
+    return line
+
+
+def is_validated(row: Row) -> bool:
+    """Whether validation ran after this update: scores of text, or of a task."""
+    return "valid" in row or "valid_accuracy" in row
+
+
+def tokens_of_planned(row: Row, steps: int) -> str:
+    """Such as "1.3/10.0 B tokens": those seen, of those that `steps` updates see."""
+    planned = row["tokens"] / row["step"] * steps
+    size, name = next(unit for unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")) if planned >= unit[0])
+    digits = 1 if size > 1 else 0
+    return f"{row['tokens'] / size:.{digits}f}/{planned / size:.{digits}f} {name + ' ' if name else ''}tokens"
+
+
+def rate(tokens_per_s: float) -> str:
+    """Such as 3,810 or 45.0M."""
+    return f"{tokens_per_s / 1e6:,.1f}M" if tokens_per_s >= 1e6 else f"{tokens_per_s:,.0f}"
+
+
+def _phases(row: Row) -> str:
+    """Where an update's time went: its phases where they were timed, else the wait for data."""
+    phases = row.get("phases_s")
+    if not phases:
+        return f"data wait {row['data_wait_s'] / row['step_s']:.0%}"
+    short = {"forward": "fwd", "backward": "bwd", "update": "upd", "communication": "comm"}
+    return " ".join(f"{short.get(name, name)} {seconds / row['step_s']:.0%}" for name, seconds in phases.items())
+
+
+def _number(value: float | None) -> float:
+    """A figure of a row; null where it was not finite."""
+    return float("nan") if value is None else value
+
+
+def duration(seconds: float) -> str:
+    """Such as 2m05s, 3h20m, 4d06h."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24}d{hours % 24:02d}h"
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

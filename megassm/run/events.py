@@ -1,0 +1,53 @@
+"""RUN_DIR/events.jsonl: what happened to a run that a person may want to know, oldest first. Needs no torch.
+
+One object a line: `time` (seconds since 1970), `step` (updates done), `kind`, `text`, `figures`. Only the main rank
+writes. Nothing is ever removed: an update that is made again after a resume leaves two traces.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from megassm.cli.arguments import print_line
+from megassm.run.fence import Fence
+from megassm.run.records import EVENTS, Row, parse_object
+
+Kind = Literal[
+    "resume", "checkpoint", "passed over", "disk", "stop", "end", "straggler", "loss spike", "non-finite",
+    "cliff collapse", "oscillating loss", "repeated failure", "rewind",
+]  # fmt: skip
+WARNINGS: tuple[Kind, ...] = ("disk", "straggler", "loss spike", "non-finite", "cliff collapse", "oscillating loss")
+
+
+def append_event(run_dir: Path, kind: Kind, step: int, text: str, figures: Mapping[str, Any]) -> None:
+    """Adds a line. A disk that is full ends no run for it."""
+    event = {"time": time.time(), "step": step, "kind": kind, "text": text, "figures": dict(figures)}
+    try:
+        with (run_dir / EVENTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+    except OSError as error:
+        print_line(f"warning: {run_dir / EVENTS}: cannot be written ({error.strerror})")
+
+
+def read_events(run_dir: Path) -> list[Row]:
+    """A run's events, oldest first; without lines that a kill cut in half."""
+    path = run_dir / EVENTS
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [event for event in map(parse_object, lines) if event is not None and "kind" in event]
+
+
+class Events:
+    """Writes and prints a run's events on the main rank; does nothing on others, and writes nothing once fenced off."""
+
+    def __init__(self, run_dir: Path, writes: bool, fence: Fence) -> None:
+        self._run_dir, self._writes, self._fence = run_dir, writes, fence
+
+    def add(self, kind: Kind, step: int, text: str, **figures: Any) -> None:
+        if self._writes:
+            print_line(f"warning: {text}" if kind in WARNINGS else text)
+            if self._fence.holds():
+                append_event(self._run_dir, kind, step, text, figures)

@@ -1,0 +1,99 @@
+"""The journal: metrics.jsonl is the truth, one object an update; a readable line now and then; wandb gets the same.
+
+Only the main rank keeps one. On resume, rows of updates that the checkpoint does not hold are dropped, for they are
+about to be made again: the file is always one curve without a seam. Whatever fails here - a full disk, a closed
+terminal, wandb - training goes on.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from megassm.cli.arguments import print_line
+from megassm.config.schema import Config
+from megassm.cost import PEAK_TFLOPS
+from megassm.run.console import format_row, is_validated
+from megassm.run.fence import Fence
+from megassm.run.records import METRICS, Row, RowFile, cut_after, read_rows
+from megassm.run.wandb_log import Tracker
+
+__all__ = ["METRICS", "Journal", "Row", "peak_flops", "peak_memory_bytes", "read_rows"]
+
+
+class Journal:
+    """Writes a run's metrics."""
+
+    def __init__(self, config: Config, done_steps: int, fence: Fence | None = None) -> None:
+        """Continues the journal of `config.run.dir` after `done_steps` updates, as long as `fence` holds."""
+        self._config = config
+        self._fence = fence
+        path = Path(config.run.dir) / METRICS
+        cut_after(path, done_steps)
+        self._file = RowFile(path, _warn)
+        self._tracker = None if config.log.wandb == "disabled" else Tracker(config, done_steps, _warn)
+        self._first_step = done_steps
+        self._started = time.monotonic()
+
+    def write(self, row: Row) -> None:
+        """Appends one update's row, and prints it where a line is due.
+
+        Raises:
+            SupersededError: a newer start of the run has taken over.
+        """
+        if self._fence is not None:
+            self._fence.check()
+        self._file.write(row)
+        if self._tracker is not None:
+            self._tracker.tell(row)
+        step, steps = row["step"], self._config.train.steps
+        if step % self._config.log.every_steps == 0 or step in (self._first_step + 1, steps) or is_validated(row):
+            elapsed = time.monotonic() - self._started
+            eta = elapsed / (step - self._first_step) * (steps - step)
+            print_line(format_row(row, steps, eta))
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tracker is not None:
+            self._tracker.close()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: allocated on a CUDA device, resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_flops(peak_tflops: float | None, device: torch.device) -> tuple[float, str]:
+    """(FLOP/s of one rank's device, where the figure is from), the denominator of model FLOPs utilisation.
+
+    `peak_tflops` is the knob log.peak_tflops.
+    """
+    if peak_tflops is not None:
+        return peak_tflops * 1e12, "log.peak_tflops"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, tflops in PEAK_TFLOPS.items():
+            if all(word in name for word in part.split()):
+                return tflops * 1e12, f"data sheet of {part}, dense bf16"
+    return _measured_flops(device), "measured: float32 product of 1024 x 1024 matrices on one rank"
+
+
+def _measured_flops(device: torch.device, size: int = 1024, repeats: int = 5) -> float:
+    matrix = torch.randn(size, size, device=device)
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best
+
+
+def _warn(message: str) -> None:
+    print_line(f"warning: {message}", sys.stderr)

@@ -1,0 +1,153 @@
+"""metrics.jsonl and events.jsonl as files of rows: written so that a full disk costs nothing, read so that half a line
+costs nothing. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megassm.files import commit, open_temporary
+
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+"""Beside it: {"time", "step", "kind", "text", ...} of what happened to a run, where something did."""
+WAITING_BYTES = 64 * 2**20
+"""Rows kept in memory at most while they cannot be written; about 100,000."""
+
+COPIED_BYTES = 2**24
+END_BYTES = 2**20
+"""Of a file's end, where its newest row is looked for."""
+
+Row = dict[str, Any]
+
+
+class RowFile:
+    """Appends rows. While there is no room they wait in memory, and follow whole and in order when there is.
+
+    A row that is cut by a full disk is completed first. Beyond `WAITING_BYTES` the oldest that wait are lost.
+    """
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._path = path
+        self._warn = warn
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
+        self._lost = 0
+        self._failing = False
+
+    def write(self, row: Row) -> None:
+        line = (json.dumps(row) + "\n").encode()
+        self._waiting.append(line)
+        self._waiting_bytes += len(line)
+        self._write_waiting()
+        while self._waiting_bytes > WAITING_BYTES and len(self._waiting) > 1:
+            self._waiting_bytes -= len(self._waiting[1])
+            del self._waiting[1]  # the first may be half written
+            self._lost += 1
+
+    def close(self) -> None:
+        """Tries once more; says what could not be written."""
+        self._write_waiting()
+        if self._waiting:
+            self._warn(f"{self._path}: {len(self._waiting) + self._lost} rows could not be written before the end")
+        try:
+            self._file.close()
+        except OSError as error:  # a network file system may tell late
+            self._warn(f"{self._path}: {error.strerror}")
+
+    def _write_waiting(self) -> None:
+        try:
+            while self._waiting:
+                written = self._file.write(self._waiting[0]) or 0
+                self._waiting_bytes -= written
+                self._waiting[0] = self._waiting[0][written:]
+                if not self._waiting[0]:
+                    self._waiting.popleft()
+        except OSError as error:
+            if not self._failing:
+                self._failing = True
+                self._warn(f"{self._path}: {error.strerror}; training goes on, rows wait in memory until there is room")
+            return
+        if self._failing:
+            lost = f", but for {self._lost} that were too many to keep" if self._lost else ""
+            self._warn(f"{self._path}: there is room again; every row is written{lost}")
+            self._failing, self._lost = False, 0
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drops the rows of updates after `step`, and a last line that a kill cut in half.
+
+    The file becomes a new one: what an older start of the run may still append to its own is seen by nobody. Only where
+    a full disk has no room for both, it is cut in place.
+    """
+    if not path.exists():
+        return
+    place = end = 0
+    with path.open("rb") as file:
+        for line in file:
+            row = parse_row(line)
+            if row is not None and row["step"] > step:
+                break
+            place += len(line)
+            if row is not None and line.endswith(b"\n"):
+                end = place
+    try:
+        copy = open_temporary(path)
+    except OSError:
+        os.truncate(path, end)
+        return
+    try:
+        with path.open("rb") as file, copy:
+            while missing := end - copy.tell():
+                copy.write(file.read(min(COPIED_BYTES, missing)))
+            commit(copy, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(copy.name)
+        os.truncate(path, end)
+
+
+def parse_row(line: bytes) -> Row | None:
+    """A row of the journal; None for what is none."""
+    row = parse_object(line)
+    return row if row is not None and type(row.get("step")) is int else None
+
+
+def parse_object(line: bytes) -> Row | None:
+    """The JSON object of a line; None for what is none."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def newest_row(path: Path) -> Row | None:
+    """The newest whole row, from the file's end; None where there is none."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - END_BYTES))
+        lines = file.read().splitlines()
+    return next((row for line in reversed(lines) if (row := parse_row(line)) is not None), None)
+
+
+def read_rows(run_dir: Path) -> list[Row]:
+    """A run's journal, oldest update first."""
+    return list(iterate_rows(run_dir / METRICS))
+
+
+def iterate_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file, one at a time."""
+    with path.open("rb") as file:
+        for line in file:
+            row = parse_row(line)
+            if row is not None:
+                yield row

@@ -1,0 +1,1 @@
+"""The training loop, its set-up, and what watches it."""

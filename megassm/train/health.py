@@ -1,0 +1,166 @@
+"""Looks at a run's updates while it trains: stragglers, loss spikes, what goes on inside the channels.
+
+The main rank knows the past and tells of what it finds (`megassm.run.events`); the journal's rows get the figures. What
+changes training, the dropping of a spike's batch, is decided from one message, so alike on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megassm.checkpoint.format import newest_checkpoint
+from megassm.checkpoint.space import pin
+from megassm.data.skipped import LeftOut, leave_out, read_left_out
+from megassm.eval.score import Score
+from megassm.parallel.world import gather_rows, gather_texts, sum_rows
+from megassm.run.journal import Row, read_rows
+from megassm.train.agreement import Tally, Totals
+from megassm.train.channels import OSCILLATION_ROWS, GateMass, spectral_mixers, update_counts, warnings_of
+from megassm.train.setup import Run
+from megassm.train.spikes import Spikes
+from megassm.train.stragglers import WINDOW, Straggler, Stragglers
+
+DIGITS = 5
+MAX_REWINDS = 3
+"""To one checkpoint; then its loss jumps whatever is read, and the run goes on."""
+
+
+class Health:
+    """What is known of a run's health; on ranks other than the main one, next to nothing."""
+
+    def __init__(self, run: Run) -> None:
+        config = run.config
+        self._run = run
+        self._stragglers = Stragglers(run.world.mesh.sequence * run.world.mesh.tensor)
+        self._spikes = Spikes(config.health.spike_z or float("inf"))
+        self._updates_K = np.zeros(config.model.num_channels, dtype=np.int64)
+        self._rows: deque[Row] = deque(maxlen=OSCILLATION_ROWS)
+        self._told: dict[tuple[int, str], int] = {}
+        self._warned: set[str] = set()
+        if run.journal is not None and run.done_steps:
+            for row in read_rows(Path(config.run.dir)):
+                self._remember(row)
+                if "valid" in row:
+                    self._warned = {warning["name"] for warning in row.get("warnings", ())}
+
+    def drops(self, budgets: list[int], tally: Tally) -> bool:
+        """Whether the batch whose losses are in `tally` must change no weight; asked before its last backward pass.
+
+        One small message between all ranks, but for where health.spike_action is report.
+        """
+        health = self._run.config.health
+        if health.spike_action == "report":
+            return False
+        self._run.world.progress.note("agreement on the loss")
+        limit = self._spikes.limit(budgets) if self._run.world.is_main else 0.0
+        rows = gather_rows([tally.nll.item(), tally.tokens, tally.text_bytes, limit])
+        loss = Score.total(row[:3] for row in rows[:: self._run.world.mesh.tensor]).loss
+        return loss > rows[0][3]
+
+    def look(self, row: Row, totals: Totals) -> Row:
+        """What an update's row gets more; tells of what is wrong. For the main rank, and for it alone."""
+        more: Row = {"phases_s": self._run.world.progress.phases()}
+        slowest = self._stragglers.add(totals.seconds_RP)
+        if slowest:
+            more["slowest"] = {phase: rank._asdict() for phase, rank in slowest.items()}
+        self._tell_of_stragglers(row["step"], slowest)
+        if row["loss"] is not None and row["loss"] > self._spikes.limit(row["k_micro"]):
+            more["spike"] = True
+            self._tell_of_spike(row, totals.dropped)
+        self._remember(row | more)
+        return more
+
+    def look_inside(self, row: Row) -> Row:
+        """After a validation: what `channels` gave with the update counts, and the named failures of training."""
+        more: Row = {}
+        if "channels" in row:
+            more["channels"] = row["channels"] | {"updates": self._updates_K.tolist()}
+        self._rows[-1] = self._rows[-1] | {"valid": row.get("valid", {})}  # a task's accuracies are no curve of bits
+        found = warnings_of(list(self._rows))
+        for warning in found:
+            if warning.name not in self._warned:
+                text = f"step {row['step']}: {warning.name}: {warning.text}"
+                self._run.events.add(warning.name, row["step"], text, **warning.figures)
+        self._warned = {warning.name for warning in found}
+        return more | ({"warnings": [asdict(warning) for warning in found]} if found else {})
+
+    def _remember(self, row: Row) -> None:
+        self._rows.append(row)
+        self._spikes.add(row["k_micro"], row["loss"], row.get("spike", False))
+        if not row["skipped"]:
+            self._updates_K += update_counts([row["k_micro"]], len(self._updates_K))
+
+    def _tell_of_stragglers(self, step: int, slowest: dict[str, Straggler]) -> None:
+        """Once, and again only where it had gone for a window."""
+        for phase, (rank, seconds, median_s) in slowest.items():
+            if step - self._told.get((rank, phase), -WINDOW) >= WINDOW:
+                text = (
+                    f"step {step}: rank {rank} is slow: {phase} takes it {seconds:.3g} s an update, "
+                    f"{seconds / max(median_s, 1e-9):.1f} times the others' {median_s:.3g} s (medians of {WINDOW})"
+                )
+                self._run.events.add("straggler", step, text, phase=phase, rank=rank, s=seconds, median_s=median_s)
+            self._told[rank, phase] = step
+
+    def _tell_of_spike(self, row: Row, dropped: bool) -> None:
+        run, step = self._run, row["step"]
+        expected, deviation = self._spikes.expected(row["k_micro"])
+        first, last = run.sample_range(step - 1)
+        z = (row["loss"] - expected) / deviation
+        text = (
+            f"step {step}: loss spike: {row['loss']:.4g}, where {expected:.4g} was to be expected at its K "
+            f"({z:.1f} robust standard deviations): samples {first}..{last}"
+            f"{' changed no weight' if dropped else ''}"
+        )
+        checkpoint, _ = newest_checkpoint(Path(run.config.run.dir))
+        kept = None if checkpoint is None else checkpoint.folder
+        if kept is not None:
+            pin(kept, text)
+        text += f"; {kept} is kept" if kept else "; there is no checkpoint from before"
+        run.events.add("loss spike", step, text, loss=row["loss"], expected=expected, z=z, samples=[first, last],
+                       dropped=dropped, checkpoint=str(kept) if kept else None)  # fmt: skip
+
+
+def channels(run: Run, masses: GateMass) -> Row:
+    """Mean gate mass and Frobenius norm of M_k, (spectral layers, K_max), of the whole model and all ranks' text."""
+    mixers = [mixer for _, mixer in spectral_mixers(run.engine.model)]
+    if not mixers:
+        return {}
+    shape = (len(mixers), run.config.model.num_channels)
+    mine = [*np.stack(masses.sums).ravel(), *masses.positions]
+    for mixer in mixers:
+        mine += run.engine.squares(mixer.channels_KDD)
+    total = np.array(sum_rows(mine))
+    sums, positions, squares = np.split(total, np.cumsum([shape[0] * shape[1], shape[0]]))
+    gate_LK = sums.reshape(shape) / np.maximum(1, positions)[:, None]
+    norm_LK = np.sqrt(squares.reshape(shape))
+    return {"channels": {"gate_mass": gate_LK.round(DIGITS).tolist(), "norm": norm_LK.round(DIGITS).tolist()}}
+
+
+def rewinds(run: Run, step: int) -> bool:
+    """After a spike at update `step` (from 0): whether the run goes back to its newest checkpoint, on all ranks alike.
+
+    The batches read since are passed over from there on (`megassm.data.skipped`). It stays where there is no
+    checkpoint, or where it has gone back to that one `MAX_REWINDS` times.
+    """
+    told = ""
+    if run.world.is_main:
+        run_dir = Path(run.config.run.dir)
+        checkpoint, _ = newest_checkpoint(run_dir)
+        done = -1 if checkpoint is None else checkpoint.manifest.step
+        times = sum(entry.step == done for entry in read_left_out(run_dir))
+        if done >= 0 and times < MAX_REWINDS:
+            run.fence.check()
+            leave_out(run_dir, LeftOut(done, step + 1 - done))
+            told = f"step {step + 1}: back to step {done}; from there on {step + 1 - done} batches are passed over"
+            run.events.add("rewind", step + 1, told, checkpoint=done, batches=step + 1 - done)
+    return bool(gather_texts(told)[0])
+
+
+def without_effect(objective_BL: torch.Tensor) -> torch.Tensor:
+    """Losses whose gradient is not finite: the update is then dropped, on every rank and at every ZeRO stage."""
+    return objective_BL * float("nan")

@@ -1,0 +1,292 @@
+"""Pretraining: the loop.
+
+What happens in an update, in order: draw K, fetch, forward, backward for each micro-step; set the learning rate,
+clip, update; tell the other ranks loss, K and batch; write the journal; validate over budgets; save.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from megassm.budget import budget_at
+from megassm.checkpoint.save import save_checkpoint
+from megassm.cli.arguments import STOPPED, refusal_text
+from megassm.config.schema import Config
+from megassm.cost import forward_flops_per_token, training_flops_per_token
+from megassm.data.dataset import Dataset
+from megassm.data.stream import MicroBatch
+from megassm.data.task import Task
+from megassm.errors import UserError
+from megassm.eval.score import Score, score, text_bytes
+from megassm.optim import learning_rate
+from megassm.parallel.watchdog import Watchdog
+from megassm.parallel.world import (
+    World,
+    any_rank,
+    barrier,
+    broadcast_array,
+    gather_rows,
+    is_lost_peer,
+    join_world,
+    leave_world,
+)
+from megassm.run.failures import job_begins, job_ends
+from megassm.run.journal import Row
+from megassm.train.agreement import Tally, Totals, agree, report_skip
+from megassm.train.channels import gate_masses
+from megassm.train.health import Health, channels, rewinds, without_effect
+from megassm.train.setup import Run, say, set_up
+
+End = Literal["done", "stopped", "rewound"]
+"""All updates are done; a signal came, and what was done is saved; the loss jumped, and an older checkpoint waits."""
+
+
+def pretrain(config: Config, data: Dataset) -> None:
+    """Trains, or continues, the run of `config`.
+
+    Leaves with code 1 where it must refuse, after one message; with `STOPPED` where it was told to stop, and has saved.
+    """
+    try:
+        world = join_world(config)
+        watchdog = Watchdog((world.rank, world.size), world.progress, config.parallel.timeout_s, Path(config.run.dir))
+        try:
+            done = set_up_and_train(config, data, world, watchdog)
+        except (UserError, OSError) as error:
+            watchdog.refuse(f"rank {world.rank}: {refusal_text(error)}")
+            raise SystemExit(1) from None
+        except Exception as error:
+            if isinstance(error, RuntimeError) and is_lost_peer(error):
+                what = str(error).rpartition("] ")[2].partition(". ")[0]
+                watchdog.fail(f"{what}; parallel.timeout_s = {config.parallel.timeout_s}", error)
+            watchdog.refuse(f"rank {world.rank} ended with {error!r}; its traceback follows")
+            raise
+        leave_world()
+        watchdog.stop()
+    finally:
+        leave_world()
+    if not done:
+        raise SystemExit(STOPPED)
+
+
+def set_up_and_train(config: Config, data: Dataset, world: World, watchdog: Watchdog) -> bool:
+    """Returns whether all updates are done."""
+    watchdog.start()
+    while (end := continue_run(config, data, world, watchdog)) == "rewound":
+        gc.collect()  # the engine that is left holds itself, and the device's memory
+    barrier()  # some launchers end all ranks with the first that leaves: rank 0 has told wandb all by now
+    return end == "done"
+
+
+def continue_run(config: Config, data: Dataset, world: World, watchdog: Watchdog) -> End:
+    """From the newest checkpoint, or the beginning, on."""
+    run = set_up(config, data, world)
+    watchdog.fence = run.fence
+    try:
+        if world.is_main:
+            job_begins(Path(config.run.dir))
+        end = train(run)
+        if world.is_main:
+            job_ends(Path(config.run.dir))
+        world.progress.note("end of the run")
+    finally:
+        if run.journal is not None:
+            run.journal.close()
+    return end
+
+
+def train(run: Run) -> End:
+    """The loop; says how it came to its end."""
+    config, engine, note = run.config, run.engine, run.world.progress.note
+    if run.done_steps >= config.train.steps:
+        say(run.world, f"nothing to do: {config.run.dir} has done {run.done_steps} of {config.train.steps} steps")
+        return "done"
+    skipped, saved, health = 0, run.done_steps, Health(run)
+    for step in range(run.done_steps, config.train.steps):
+        started = time.perf_counter()
+        note("beginning", step + 1)
+        budgets = step_budgets(config, step, engine.micro_steps)
+        tally = Tally(torch.zeros((), dtype=torch.float64, device=run.world.device))
+        for micro_step, k in enumerate(budgets):
+            if micro_step and told_to_stop(run):
+                return stop(run, step, saved)
+            batch = next_batch(run, tally)
+            ids_BT, mask_BL = (torch.from_numpy(x).to(run.world.device) for x in (batch.ids_BT, batch.mask_BL))
+            note("forward pass")
+            nll_BL, objective_BL = engine.training_losses(ids_BT, k)
+            tally.nll += (nll_BL.detach() * mask_BL).sum()
+            if micro_step + 1 == len(budgets) and health.drops(budgets, tally):
+                tally.dropped, objective_BL = True, without_effect(objective_BL)
+            note("backward pass")
+            engine.backward(objective_BL, mask_BL)
+        rate = learning_rate(config.optim, config.train, step)
+        note("update")
+        norm = engine.update(rate)
+        note("agreement of all ranks")
+        totals = agree(run, step, budgets, tally, norm)
+        note("looking at the update")
+        skipped = 0 if totals.finite else skipped + 1
+        row = journal_row(run, step, budgets, totals, time.perf_counter() - started) | {"lr": rate}
+        if run.world.is_main:
+            row |= health.look(row, totals)
+        if skipped:
+            report_skip(run, step, totals, skipped)
+        last = step + 1 == config.train.steps
+        if last or (config.eval.every_steps and (step + 1) % config.eval.every_steps == 0):
+            row |= validation(run)
+            if run.world.is_main:
+                row |= health.look_inside(row)
+        note("journal")
+        if run.journal is not None:
+            run.journal.write(row)
+        if tally.dropped and config.health.spike_action == "rewind" and rewinds(run, step):
+            return "rewound"
+        due = (step + 1) % config.checkpoint.every_steps == 0 and not skipped  # a sick run replaces no good checkpoint
+        if (last or due) and save(run, step + 1, must=last):
+            saved = step + 1
+        if totals.stop and not last:
+            return stop(run, step + 1, saved)
+    run.events.add("end", config.train.steps, f"done: {config.train.steps} steps in {config.run.dir}\n"
+                   f"next: python tools/sweep_budgets.py {config.run.dir}")  # fmt: skip
+    return "done"
+
+
+def told_to_stop(run: Run) -> bool:
+    run.world.progress.note("agreement to go on")
+    return any_rank(run.stop.received)
+
+
+def stop(run: Run, done_steps: int, saved: int) -> End:
+    """Leaves the loop with what `done_steps` whole updates have made: a part of the next one is dropped, and its
+    samples are read again."""
+    if done_steps > saved:
+        save(run, done_steps, must=True)
+    text = f"stopped by a signal after step {done_steps}; the same command continues from there"
+    run.events.add("stop", done_steps, text)
+    return "stopped"
+
+
+def step_budgets(config: Config, step: int, micro_steps: int) -> list[int]:
+    """K of every micro-step of an update: the draws, each for as many micro-steps."""
+    draws = config.budget.draws or micro_steps
+    return [budget_at(config, step, micro_step * draws // micro_steps) for micro_step in range(micro_steps)]
+
+
+def next_batch(run: Run, tally: Tally) -> MicroBatch:
+    """This rank's part of the next micro-batch, its time and contents counted.
+
+    One rank of a reader group reads, and hands what it read to the others.
+    """
+    started = time.perf_counter()
+    run.world.progress.note("reading data")
+    own = next(run.batches) if run.world.readers.rank() == 0 else None
+    run.world.progress.note("sharing data")
+    batch = share_batch(own, run.config, run.world)
+    tally.data_wait_s += time.perf_counter() - started
+    tally.sample_ids += batch.sample_ids_B.tolist()
+    batch = batch.span(run.world.place.sequence, run.world.mesh.sequence)
+    tally.tokens += int(batch.mask_BL.sum())
+    tally.text_bytes += text_bytes(batch, run.token_bytes)
+    return batch
+
+
+def share_batch(batch: MicroBatch | None, config: Config, world: World) -> MicroBatch:
+    """The first rank of a reader group gives its batch, all of them get it."""
+    if world.readers.size() == 1:
+        assert batch is not None
+        return batch
+    size, length = config.train.micro_batch_sequences, config.model.seq_len
+    rows = np.zeros((size, 2 * length + 2), dtype=np.int64)
+    if batch is not None:
+        rows[:] = np.concatenate((batch.ids_BT, batch.mask_BL, batch.sample_ids_B[:, None]), axis=1)
+    rows = broadcast_array(rows, world.readers)
+    return MicroBatch(rows[:, : length + 1], rows[:, length + 1 : -1].astype(np.bool_), rows[:, -1])
+
+
+def save(run: Run, done_steps: int, must: bool) -> bool:
+    """Saves a checkpoint; returns whether there is a new one. A full disk does not end a run, but for the last save.
+
+    Raises:
+        UserError: it failed, and must not.
+    """
+    failure = save_checkpoint(run.engine, run.config, done_steps, run.data.train.fingerprint, run.fence)
+    if failure is None:
+        run.events.add("checkpoint", done_steps, f"checkpoint after step {done_steps}")
+        return True
+    what = f"no checkpoint after step {done_steps}: {failure}; older ones are untouched"
+    if must:
+        raise UserError(f"{what}. Make room, and start again: the same command continues from the last one")
+    run.events.add("disk", done_steps, what)
+    return False
+
+
+def journal_row(run: Run, step: int, budgets: list[int], totals: Totals, seconds: float) -> Row:
+    """One update for the journal; units in the names."""
+    config = run.config
+    step_tokens = config.tokens_per_step()
+    length = config.model.seq_len
+    flops = step_tokens * sum(update_flops_per_token(config, k) for k in budgets) / len(budgets)
+    static = step_tokens * training_flops_per_token(config.model, config.model.num_channels, length)
+    return {
+        "step": step + 1,
+        "tokens": (step + 1) * step_tokens,
+        "loss": totals.score.loss if math.isfinite(totals.score.loss) else None,
+        "bits_per_byte": None if run.data.task or not math.isfinite(totals.score.loss) else totals.score.bits_per_byte,
+        "grad_norm": totals.grad_norm if math.isfinite(totals.grad_norm) else None,
+        "skipped": not totals.finite,
+        "k": max(budgets),
+        "k_micro": budgets,
+        "step_s": seconds,
+        "tokens_per_s": step_tokens / seconds,
+        "mfu": flops / seconds / (run.peak_flops * run.world.size),
+        "relative_cost": flops / static,
+        "epochs": run.stream.epochs(step + 1),
+        **asdict(totals.data),
+        "peak_memory_bytes": totals.peak_memory_bytes,
+    }
+
+
+def update_flops_per_token(config: Config, k: int) -> float:
+    """FLOPs of training at budget k, a teacher's forward pass included."""
+    model, length = config.model, config.model.seq_len
+    flops = training_flops_per_token(model, k, length)
+    taught = config.budget.distill_weight > 0 and k < model.num_channels
+    return flops + forward_flops_per_token(model, model.num_channels, length) if taught else flops
+
+
+def validation(run: Run) -> Row:
+    """The scores by K, and what the channels of the whole model do at the largest of these K."""
+    *smaller, largest = run.config.eval.budgets
+    scores = {k: validate(run, k) for k in smaller}
+    with gate_masses(run.engine.model) as masses:
+        scores[largest] = validate(run, largest)
+    return validation_row(scores, run.data.task) | channels(run, masses)
+
+
+def validation_row(scores: dict[int, Score], task: Task | None) -> Row:
+    """What the journal has of a validation, by K."""
+    if task is None:
+        return {"valid": {str(k): score.bits_per_byte for k, score in scores.items()}}
+    return {
+        "valid_loss": {str(k): score.loss for k, score in scores.items()},
+        "valid_accuracy": {str(k): score.accuracy for k, score in scores.items()},
+    }
+
+
+def validate(run: Run, k: int) -> Score:
+    """The validation score at budget k, over all ranks."""
+
+    def losses(ids_BT: torch.Tensor, k: int) -> torch.Tensor:
+        run.world.progress.note(f"validation at K={k}")
+        return run.engine.eval_losses(ids_BT, k, hits=run.data.task is not None)
+
+    mine = score(losses, run.valid, k, run.token_bytes, run.world.device)
+    run.world.progress.note("validation, all ranks' scores")
+    return Score.total(gather_rows(mine)[:: run.world.mesh.tensor])

@@ -1,0 +1,223 @@
+"""A run: everything its loop needs, built from a configuration and from where an earlier job stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megassm import __version__
+from megassm.checkpoint.exported import open_model_folder
+from megassm.checkpoint.format import check_identity, checkpoints_folder, newest_checkpoint, run_identity
+from megassm.cli.arguments import print_line
+from megassm.config.schema import Config
+from megassm.cost import parameters
+from megassm.data.dataset import Dataset
+from megassm.data.skipped import batch_of, read_left_out
+from megassm.data.stream import MicroBatch, StreamPlan, TokenStream, validation_batches
+from megassm.errors import UserError
+from megassm.parallel.engine import Engine
+from megassm.parallel.state import Kind
+from megassm.parallel.world import World, gather_rows, together
+from megassm.run.directory import clear_partial, write_config
+from megassm.run.events import Events
+from megassm.run.fence import Fence, take
+from megassm.run.journal import Journal, peak_flops
+from megassm.run.stop import StopRequest
+
+
+@dataclass
+class Run:
+    """Everything the loop needs."""
+
+    config: Config
+    data: Dataset
+    world: World
+    engine: Engine
+    stream: TokenStream
+    batches: Iterator[MicroBatch]
+    valid: list[MicroBatch]
+    token_bytes: npt.NDArray[np.int64]
+    journal: Journal | None
+    done_steps: int
+    peak_flops: float
+    start_digest: int
+    stop: StopRequest
+    events: Events
+    fence: Fence
+
+    def sample_range(self, step: int) -> tuple[int, int]:
+        """First and last global sample of the batch of update `step` (from 0)."""
+        size, batch = self.config.train.batch_sequences, batch_of(self.stream.plan.left_out, step)
+        return batch * size, (batch + 1) * size - 1
+
+
+def set_up(config: Config, data: Dataset, world: World) -> Run:
+    """Builds the run, and continues from its newest complete checkpoint where there is one."""
+    stop = StopRequest()
+    fence = enter(Path(config.run.dir), world)
+    digest = start_digest(config, data)
+    asked = data.task.asked if data.task else None
+    engine = Engine(config, world, data.document_end(config), start_weights(config, data, world), asked)
+    events = Events(Path(config.run.dir), world.is_main, fence)
+    config, done_steps = resume(engine, config, data, events)
+    plan = stream_plan(config, world)
+    stream = TokenStream(data.train, plan)
+    peak, peak_source = peak_flops(config.log.peak_tflops, world.device)
+    if done_steps < config.train.steps:
+        if world.is_main:
+            fence.check()
+            write_config(config)
+            write_environment(Path(config.run.dir), world, peak, peak_source)
+        introduce(config, data, world, done_steps)
+        say(world, f"MFU is of {peak / 1e12:,.4g} TFLOP/s a rank ({peak_source}), with the FLOPs of the K in use")
+    place, mesh = world.place, world.mesh
+    valid = validation_batches(data.valid, plan, config.eval.sequences)
+    return Run(
+        config=config,
+        data=data,
+        world=world,
+        engine=engine,
+        stream=stream,
+        batches=stream.batches(done_steps, config.train.steps),
+        valid=[batch.span(place.sequence, mesh.sequence) for batch in valid],
+        token_bytes=data.token_bytes(config.model.vocab_size),
+        journal=Journal(config, done_steps, fence) if world.is_main else None,
+        done_steps=done_steps,
+        peak_flops=peak,
+        start_digest=digest,
+        stop=stop,
+        events=events,
+        fence=fence,
+    )
+
+
+def enter(run_dir: Path, world: World) -> Fence:
+    """Fences off every older start of the run, and what one of them may still be saving."""
+
+    def take_number() -> int:
+        number = take(run_dir).number if world.is_main else 0
+        if world.is_main:
+            clear_partial(run_dir)
+        return number
+
+    number = together(take_number)
+    return Fence(run_dir, int(gather_rows([number])[0][0]))
+
+
+def start_weights(config: Config, data: Dataset, world: World) -> Iterator[tuple[str, Tensor]] | None:
+    """Those of run.init_from, for a run that has no checkpoint yet; None where the seed decides.
+
+    Raises:
+        UserError: another model, or another tokenizer than the data's.
+    """
+    path = config.run.init_from
+    if path is None or any(checkpoints_folder(Path(config.run.dir)).glob("step-*")):
+        return None
+    folder = open_model_folder(Path(path))
+    weights = folder.weights_for(config.model, data.tokenizer)
+    others = folder.differences(config.model)
+    say(world, f"starting from the weights of {path}{'; there ' + ', '.join(others) if others else ''}")
+    return weights
+
+
+def resume(engine: Engine, config: Config, data: Dataset, events: Events) -> tuple[Config, int]:
+    """Loads the newest complete checkpoint of the run, whatever mesh wrote it.
+
+    Returns:
+        The configuration with its number of draws, and how many steps are done.
+    """
+    checkpoint, skipped = newest_checkpoint(Path(config.run.dir))
+    for reason in skipped:
+        events.add("passed over", checkpoint.manifest.step if checkpoint else 0, f"passed over a checkpoint: {reason}")
+    if checkpoint is None and skipped:
+        raise UserError(
+            f"{config.run.dir}: has checkpoints, but none that can be continued; move them away to start from the "
+            "beginning, or choose another run.dir"
+        )
+    if checkpoint is None:
+        return with_draws(config, config.budget.draws or engine.micro_steps), 0
+    manifest = checkpoint.manifest
+    check_identity(checkpoint, run_identity(config, data.train.fingerprint))
+    draws = config.budget.draws or checkpoint.config.budget.draws or engine.micro_steps
+    if engine.micro_steps % draws:
+        raise UserError(
+            f"{checkpoint.folder}: the run draws {draws} budgets a step, but {engine.world.mesh.data} data-parallel "
+            f"ranks with train.micro_batch_sequences = {config.train.micro_batch_sequences} make {engine.micro_steps} "
+            f"micro-steps of it. Choose them so that the micro-steps are a multiple of {draws}, or set budget.draws"
+        )
+    read = checkpoint.tensors()
+
+    def source(name: str, kind: Kind) -> torch.Tensor:
+        engine.world.progress.note("reading the checkpoint")
+        return read(name, kind)
+
+    engine.write_state(source, manifest.updates)
+    other = "" if engine.shape == manifest.mesh else f", written by {manifest.mesh} and continued by {engine.shape}"
+    events.add("resume", manifest.step, f"continuing after step {manifest.step} from {checkpoint.folder}{other}")
+    return with_draws(config, draws), manifest.step
+
+
+def with_draws(config: Config, draws: int) -> Config:
+    return config.model_copy(update={"budget": config.budget.model_copy(update={"draws": draws})})
+
+
+def stream_plan(config: Config, world: World) -> StreamPlan:
+    """How this rank reads its share of every global batch."""
+    return StreamPlan(
+        seq_len=config.model.seq_len,
+        batch_sequences=config.train.batch_sequences,
+        micro_batch_sequences=config.train.micro_batch_sequences,
+        seed=config.run.seed,
+        rank=world.place.data,
+        world_size=world.mesh.data,
+        left_out=read_left_out(Path(config.run.dir)),
+    )
+
+
+def introduce(config: Config, data: Dataset, world: World, done_steps: int) -> None:
+    """Says what is about to run."""
+    full = parameters(config.model, config.model.num_channels)
+    epochs = config.train.steps * config.tokens_per_step() / data.train.tokens
+    say(
+        world,
+        f"{full:,} parameters at K={config.model.num_channels}, {parameters(config.model, 1):,} at K=1; "
+        f"layers {config.model.mixers}; {world.size} rank(s) on {world.device.type}, ZeRO "
+        f"{config.parallel.zero_stage}, {config.train.precision}\n"
+        f"{data.train.tokens:,} training tokens, {data.valid.tokens:,} for validation; "
+        f"steps {done_steps + 1}..{config.train.steps} of {config.tokens_per_step():,} tokens ({epochs:.2f} epochs)",
+    )
+
+
+def write_environment(run_dir: Path, world: World, peak: float, peak_source: str) -> None:
+    """What the figures of this run were measured on."""
+    facts = {
+        "megassm": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "world_size": world.size,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine(),
+        "threads_per_rank": torch.get_num_threads(),
+        "peak_flops_per_rank": peak,
+        "peak_flops_source": peak_source,
+    }
+    (run_dir / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def start_digest(config: Config, data: Dataset) -> int:
+    """Of what all ranks must be started with."""
+    text = f"{__version__} {torch.__version__} {config.model_dump_json()} {data.train.fingerprint}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:5], "little")
+
+
+def say(world: World, message: str) -> None:
+    if world.is_main:
+        print_line(message)

@@ -1,0 +1,1 @@
+"""What the benchmarks measure; the commands are tools/bench_*.py."""

@@ -1,0 +1,161 @@
+"""Which experiments there are: a question, the arms that answer it, and what is measured on each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from megassm.config.schema import Config
+from megassm.cost import parameters
+from tools.experiments.measure import Point, cost_points, journal_points, length_points
+from tools.experiments.online import online_points
+
+TEXT = "configs/experiment.yaml"
+MEASURED_COST = ("model.d_model=256", "model.n_layers=4", "model.seq_len=1024", "model.d_ffn=768")
+
+
+class Arm(NamedTuple):
+    """One of the things compared; the first of an experiment is what the others are held against."""
+
+    name: str
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What it takes to run one."""
+
+    question: str
+    claim: str
+    """What the paper (arXiv 2601.22488) says of it."""
+    arms: Callable[[Config], Sequence[Arm]]
+    measure: Callable[[Path], list[Point]] = journal_points
+    """Of a finished run; of a run directory with nothing but a configuration where `trains` is false."""
+    config: str = TEXT
+    trains: bool = True
+    x_label: str = "budget K (spectral channels)"
+
+
+ELASTIC = Arm("elastic")
+
+
+def _arms(*arms: Arm) -> Callable[[Config], Sequence[Arm]]:
+    return lambda config: arms
+
+
+def _strategies(config: Config) -> list[Arm]:
+    """Every sampling strategy, without distillation and with it; the smallest budget is the paper's."""
+    least = f"budget.min_k={min(config.budget.budgets)}"
+    strategies = {
+        "paper": (),
+        "uniform": ("budget.strategy=uniform", least),
+        "log-uniform": ("budget.strategy=log_uniform", least),
+        "sandwich": ("budget.strategy=sandwich", least),
+    }
+    plain = [Arm(name, overrides) for name, overrides in strategies.items()]
+    return plain + [
+        Arm(f"{name} + distillation", (*overrides, "budget.distill_weight=0.5"))
+        for name, overrides in strategies.items()
+    ]
+
+
+def _hybrids(config: Config) -> list[Arm]:
+    """Patterns of four layers; the feed-forward width makes up for what attention has fewer parameters."""
+    arms = []
+    for pattern in ("SSSS", "SSSA", "SASA"):
+        width = equal_width(config, pattern)
+        arms.append(Arm(pattern, ("model.n_layers=4", f"model.pattern={pattern}", f"model.d_ffn={width}")))
+    return arms
+
+
+def equal_width(config: Config, pattern: str) -> int:
+    """The feed-forward width at which `pattern` has nearest to the parameters of as many spectral layers at K_max."""
+
+    def count(layers: str, width: int) -> int:
+        update = {"pattern": layers, "n_layers": len(layers), "d_ffn": width}
+        return parameters(config.model.model_copy(update=update), config.model.num_channels)
+
+    width = config.model.d_ffn
+    wanted = count("S" * len(pattern), width)
+    return width + round((wanted - count(pattern, width)) / (count(pattern, width + 1) - count(pattern, width)))
+
+
+EXPERIMENTS = {
+    "static_elastic": Experiment(
+        "Does budget dropout make a model that can be cut, and what does it cost at full K?",
+        "The elastic model degrades smoothly where the static one collapses, and matches it at full K.",
+        _arms(
+            ELASTIC,
+            Arm("static K=32", ("budget.strategy=fixed",)),
+            Arm("static K=8", ("budget.strategy=fixed", "budget.k=8")),
+            Arm("static K=2", ("budget.strategy=fixed", "budget.k=2")),
+        ),
+    ),
+    "ablations": Experiment(
+        "What do the RMS rescaling of the gate's scores, the gate, and sigma_k^(1/4) give?",
+        "Without the rescaling, or without the gate, small budgets lose most.",
+        _arms(
+            ELASTIC,
+            Arm("no RMS rescaling", ("model.gate_rescale=false",)),
+            Arm("no gate", ("model.gate=false",)),
+            Arm("no sigma^(1/4)", ("model.sigma_scale=none",)),
+        ),
+    ),
+    "cost": Experiment(
+        "What does a budget cost in prefill, decoding and memory?",
+        "Latency and memory fall with K.",
+        _arms(
+            Arm("spectral (SSSS)", MEASURED_COST),
+            Arm("hybrid (SSSA)", (*MEASURED_COST, "model.pattern=SSSA")),
+        ),
+        measure=cost_points,
+        trains=False,
+    ),
+    "high_frequency": Experiment(
+        "Do a few smooth channels carry signals of period 2 to 8?",
+        "Left open: smooth leading channels may lose high frequencies.",
+        _arms(
+            ELASTIC,
+            Arm("static K=32", ("budget.strategy=fixed",)),
+            Arm("elastic, no sigma^(1/4)", ("model.sigma_scale=none",)),
+            Arm("elastic hybrid (SA)", ("model.pattern=SA",)),
+        ),
+        config="configs/tasks/high_frequency.yaml",
+    ),
+    "length": Experiment(
+        "Trained at L tokens, how good is a model at 2L, 4L and 8L, at every K?",
+        "Left open: length generalisation.",
+        _arms(
+            Arm("spectral (SS)", ("model.seq_len=128", "train.batch_sequences=16")),
+            Arm("hybrid (SA)", ("model.seq_len=128", "train.batch_sequences=16", "model.pattern=SA")),
+        ),
+        measure=partial(length_points, factors=(1, 2, 4, 8)),
+        x_label="sequence length over the trained length",
+    ),
+    "sampling": Experiment(
+        "Which budgets should training draw, and does teaching from full K help?",
+        "Left open: the sampling strategy.",
+        _strategies,
+    ),
+    "hybrids": Experiment(
+        "What does attention among spectral layers give at equal parameters, over K?",
+        "Left open: hybrids.",
+        _hybrids,
+    ),
+    "hybrids_recall": Experiment(
+        "... and on associative recall?",
+        "Left open: hybrids.",
+        _hybrids,
+        config="configs/tasks/recall.yaml",
+    ),
+    "online": Experiment(
+        "Does choosing K token by token, by how uncertain the model is, beat one K for all?",
+        "Left open: online budgets.",
+        _arms(ELASTIC),
+        measure=online_points,
+        x_label="average K",
+    ),
+}

@@ -1,0 +1,89 @@
+"""What is measured on a finished run: points of curves. Units stand in the metric's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megassm.config.load import load_config
+from megassm.config.schema import Config
+from megassm.data.stream import MicroBatch
+from megassm.eval.score import score
+from megassm.eval.session import open_session
+from megassm.eval.sweep import measured_cost
+from megassm.model import build_model, truncate
+from megassm.run.directory import CONFIG
+from megassm.run.journal import Row, read_rows
+
+BITS = "validation bits per byte"
+ACCURACY = "validation accuracy"
+
+
+class Point(NamedTuple):
+    """One figure of one run."""
+
+    metric: str
+    series: str
+    """Tells the curves of one metric apart; empty where there is one."""
+    x: float
+    y: float
+
+
+def journal_points(run_dir: Path) -> list[Point]:
+    """The run's last validation over K: accuracy where it has one, else bits per byte."""
+    row = _last_validation(run_dir)
+    metric, curve = (ACCURACY, row["valid_accuracy"]) if row.get("valid_accuracy") else (BITS, row["valid"])
+    return [Point(metric, "", int(k), value) for k, value in curve.items()]
+
+
+def length_points(run_dir: Path, factors: Sequence[int]) -> list[Point]:
+    """Bits per byte of the same text cut into sequences of L and of multiples of it; a curve for each K."""
+    session = open_session(run_dir, None, "auto")
+    model, config = session.model, session.config
+    length = config.model.seq_len
+
+    def losses(ids_BT: Tensor, k: int) -> Tensor:
+        nll_BL: Tensor = model(ids_BT[:, :-1], k, ids_BT[:, 1:])
+        return nll_BL
+
+    points = []
+    for factor in factors:
+        batches = session.validation(max(1, config.eval.sequences // factor), factor * length)
+        for k in config.eval.budgets:
+            found = score(losses, batches, k, session.token_bytes, session.device)
+            points.append(Point(BITS, f"K={k}", factor, found.bits_per_byte))
+    return points
+
+
+def cost_points(run_dir: Path) -> list[Point]:
+    """Speed of one process and memory of a freshly drawn model, cut to each of eval.budgets."""
+    config = load_config(run_dir / CONFIG)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(config.model, config.run.seed)
+    points = []
+    for k in config.eval.budgets:
+        cost = measured_cost(truncate(model, k).to(device).eval(), k, _random_batch(config), device)
+        points += [
+            Point("prefill, tokens/s", "", k, cost.prefill_tokens_per_s),
+            Point("decoding, tokens/s", "", k, cost.decode_tokens_per_s or 0.0),
+            Point("peak memory of a prefill, MiB", "", k, cost.peak_memory_mib),
+        ]
+    return points
+
+
+def _random_batch(config: Config) -> MicroBatch:
+    size, length = config.train.micro_batch_sequences, config.model.seq_len
+    ids_BT = np.random.default_rng(0).integers(0, config.model.vocab_size, (size, length + 1))
+    return MicroBatch(ids_BT, np.ones((size, length), dtype=np.bool_), np.arange(size))
+
+
+def _last_validation(run_dir: Path) -> Row:
+    validations: Iterator[Row] = (
+        row for row in reversed(read_rows(run_dir)) if {"valid", "valid_accuracy"} & row.keys()
+    )
+    return next(validations)

@@ -1,0 +1,143 @@
+"""Runs an experiment: trains every arm at every seed that is not there yet, measures, collects.
+
+A training is an ordinary run of `megassm.train.loop`, in a directory named after a hash of its configuration:
+experiments that have an arm in common share its runs, and an interrupted experiment goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from megassm.checkpoint.format import newest_checkpoint
+from megassm.config.load import load_config
+from megassm.config.schema import Config
+from megassm.data.dataset import open_dataset
+from megassm.errors import UserError
+from megassm.run.directory import open_run_directory, write_config
+from megassm.train.loop import pretrain
+from tools.experiments.definitions import EXPERIMENTS, Arm
+from tools.experiments.measure import Point
+from tools.experiments.results import Results
+
+LOG = "train.log"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run experiments."""
+
+    seeds: Sequence[int]
+    runs: Path
+    """Where the trainings' run directories are."""
+    config: Path | None = None
+    """Instead of the experiment's own configuration file."""
+    overrides: tuple[str, ...] = ()
+    """`section.key=value` of every arm."""
+
+
+class Job(NamedTuple):
+    """One arm at one seed; what a worker process needs to know."""
+
+    experiment: str
+    arm: Arm
+    seed: int
+    config: Config
+
+
+def run_experiment(name: str, options: Options, command: str, pool: Executor) -> Results:
+    """Trains, measures, and returns what to write down.
+
+    Args:
+        name: of `EXPERIMENTS`.
+        options: how.
+        command: what the user typed, kept with the results.
+        pool: from `workers`; may serve several experiments.
+
+    Raises:
+        UserError: a training ended without its last checkpoint.
+        ConfigError: a mistake in the configuration.
+    """
+    experiment = EXPERIMENTS[name]
+    base = _config(name, options, ())
+    arms = experiment.arms(base)
+    jobs = [_job(name, options, arm, seed) for arm in arms for seed in options.seeds]
+    points: dict[str, list[list[Point]]] = {arm.name: [] for arm in arms}
+    for job, measured in zip(jobs, pool.map(carry_out, jobs), strict=True):
+        points[job.arm.name].append(measured)
+        print(f"{name}: {job.arm.name}, seed {job.seed}: {job.config.run.dir}", flush=True)
+    return Results(
+        name=name,
+        question=experiment.question,
+        claim=experiment.claim,
+        command=command,
+        x_label=experiment.x_label,
+        arms={arm.name: list(arm.overrides) for arm in arms},
+        seeds=list(options.seeds),
+        config=base.model_dump(mode="json"),
+        points=points,
+    )
+
+
+def _config(name: str, options: Options, overrides: tuple[str, ...]) -> Config:
+    path = options.config or Path(EXPERIMENTS[name].config)
+    return load_config(path, (*options.overrides, *overrides))
+
+
+def _job(name: str, options: Options, arm: Arm, seed: int) -> Job:
+    return Job(name, arm, seed, placed(_config(name, options, arm.overrides), options.runs, seed))
+
+
+def placed(config: Config, runs: Path, seed: int) -> Config:
+    """`config` at a seed, in a directory below `runs` that is named after a hash of it."""
+    run = {"dir": "", "seed": seed}
+    config = config.model_copy(update={"run": config.run.model_copy(update=run)})
+    digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12]
+    folder = {"dir": str(runs / digest)}
+    return config.model_copy(update={"run": config.run.model_copy(update=folder)})
+
+
+def workers(side_by_side: int) -> ProcessPoolExecutor:
+    """The processes that carry jobs out, each one after another."""
+    return ProcessPoolExecutor(side_by_side, multiprocessing.get_context("spawn"))
+
+
+def carry_out(job: Job) -> list[Point]:
+    """Trains a job, if that is not done yet, and measures it."""
+    experiment = EXPERIMENTS[job.experiment]
+    run_dir = Path(job.config.run.dir)
+    if experiment.trains:
+        train_to_end(job.config)
+    else:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_config(job.config)
+    return experiment.measure(run_dir)
+
+
+def train_to_end(config: Config) -> None:
+    """Trains a run, if that is not done yet.
+
+    Raises:
+        UserError: it ended without its last checkpoint.
+    """
+    run_dir = Path(config.run.dir)
+    if _done_steps(run_dir) < config.train.steps:
+        data = open_dataset(config)
+        lock = open_run_directory(config)
+        with (run_dir / LOG).open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            pretrain(config, data)
+        if lock is not None:
+            lock.close()
+    if _done_steps(run_dir) < config.train.steps:
+        raise UserError(f"{run_dir}: the training ended early, see {LOG} there; the same command continues it")
+
+
+def _done_steps(run_dir: Path) -> int:
+    checkpoint, _ = newest_checkpoint(run_dir)
+    return 0 if checkpoint is None else checkpoint.manifest.step

@@ -124,6 +124,7 @@ def test_duplicate_key(tmp_path: Path) -> None:
     ("override", "expected"),
     [
         ("model.num_channels=129", "model.num_channels = 129: must be at most model.seq_len = 128"),
+        ("model.seq_len=256 model.num_channels=129", "model.num_channels = 129: must be at most 128: float64 knows"),
         ("budget.budgets=[2,64]", "budget.budgets = [2, 64]: must be at most model.num_channels = 32"),
         ("budget.budgets=[4,2]", "budget.budgets = [4, 2]: must be increasing"),
         ("eval.budgets=[33]", "eval.budgets = [33]: must be at most model.num_channels = 32"),

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megassm.config.load import load_config
+from megassm.config.model import ModelConfig
 from megassm.errors import UserError
 from megassm.files import CACHE_VARIABLE
 from megassm.ops import hankel
 from megassm.ops.hankel import MAX_CHANNELS, cache_path, compute_filters, extended_filters, spectral_filters
+from megassm.train.setup import introduce
+from tests.conftest import ROOT
 
 REFERENCE = Path(__file__).parents[2] / "shared/reference/hankel_L96.json"
 
@@ -55,6 +62,17 @@ def test_two_quadratures_agree(length: int, channels: int, tolerance: float) -> 
     assert np.abs(sigma / other_sigma - 1).max() < tolerance
     assert np.abs(phi[:, :16] - other_phi[:, :16]).max() < 1e-12
     assert np.abs(phi.T @ phi - np.eye(channels)).max() < 1e-13
+
+
+@pytest.mark.parametrize("length", [1, 2, 16, 32, 64, 100, 256, 1000, 2048, 65536])
+def test_known_channels_are_those_that_do_not_depend_on_rounding(length: int) -> None:
+    model = ModelConfig(vocab_size=2, d_model=8, n_layers=1, d_ffn=8, seq_len=length)
+    known = model.known_channels
+    beyond = min(math.ceil(1.3 * known), length)
+    filters, others = (compute_filters(length, beyond, nodes)[1] for nodes in (20, 24))
+    error = np.abs(filters - others).max(axis=0)
+    assert error[:known].max() < 0.02
+    assert beyond - known < 5 or error.max() > 0.1, "more are known than the model says"
 
 
 @settings(max_examples=25, deadline=None)
@@ -180,3 +198,17 @@ def test_filters_beyond_the_limit_are_not_cached(tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.iterdir())
     spectral_filters(64, 9)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("channels", "warned"), [(30, False), (31, True)])
+def test_a_run_with_channels_of_noise_is_warned(
+    capsys: pytest.CaptureFixture[str], channels: int, warned: bool
+) -> None:
+    config = load_config(ROOT / "configs/tiny.yaml", ("model.seq_len=64", f"model.num_channels={channels}",
+                         "budget.budgets=[2]", "eval.budgets=[2]"), 1)  # fmt: skip
+    split = SimpleNamespace(tokens=1000)
+    world = SimpleNamespace(is_main=True, size=1, device=torch.device("cpu"))
+    introduce(config, SimpleNamespace(train=split, valid=split), world, 0)  # type: ignore[arg-type]
+    said = capsys.readouterr().out
+    assert "1,000 training tokens" in said
+    assert ("warning: float64 knows about 30 filters at model.seq_len = 64. Channels 31 to 31 are" in said) == warned

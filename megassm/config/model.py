@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer
@@ -12,6 +13,8 @@ from megassm.config.fields import Positive, PositiveInt, Section, UnitsPerChanne
 CHUNK = 64
 """Positions that the chunked filter bank computes at a time; near its number of states, so that neither half of the
 product dominates."""
+MAX_CHANNELS = 128
+"""Most spectral channels of a model: float64 knows fewer filters at any length."""
 SigmaScale = Literal["quarter_power", "none"]
 
 
@@ -80,6 +83,15 @@ class ModelConfig(Section):
     """Standard deviation of the embeddings at the start. Other matrices start at 1/sqrt(inputs)."""
     base_width: PositiveInt | None = None
     """The d_model at which optim.lr was found, for muP (`megassm.optim`); null: one rate for all parameters."""
+
+    @property
+    def known_channels(self) -> int:
+        """Channels whose filters float64 knows (`megassm.ops.hankel`); those beyond are noise, another on each machine.
+
+        Filter k has an error of about 1e-18 / sqrt(sigma_k). It reaches 1e-3 to 2e-2 at k = 5 log2(seq_len), from 16 to
+        2^20, and all of the filter five to fifteen channels later.
+        """
+        return min(self.seq_len, MAX_CHANNELS, max(1, round(5 * math.log2(self.seq_len))))
 
     @property
     def width_factor(self) -> float:

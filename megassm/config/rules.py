@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from megassm.config.model import CHUNK, ModelConfig
+from megassm.config.model import CHUNK, MAX_CHANNELS, ModelConfig
 from megassm.config.schema import Config, DataConfig, ParallelConfig
 
 
@@ -33,6 +33,8 @@ def _model_violations(model: ModelConfig) -> Iterator[Violation]:
             ("model.num_channels", "model.seq_len"),
             f"at most model.seq_len = {model.seq_len}: a Hankel matrix of that size has no more eigenvectors",
         )
+    elif model.num_channels > MAX_CHANNELS:
+        yield Violation(("model.num_channels",), f"at most {MAX_CHANNELS}: float64 knows fewer filters at any length")
     if model.n_layers % len(model.pattern):
         yield Violation(
             ("model.n_layers", "model.pattern"),

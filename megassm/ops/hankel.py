@@ -27,7 +27,8 @@ digits at L=96 and between two quadratures elsewhere:
     k =  48      none    none    2e-5    1e-7    6e-9      4e-10
     k =  64      none    none    none    2e-3    3e-6      5e-8
 
-Filters past that point ("none") are orthonormal, but they are rounding noise and differ between machines.
+Filters past that point ("none") are orthonormal, but they are rounding noise and differ between machines. About
+5 log2(L) filters are known (`ModelConfig.known_channels`).
 
 What is equal bit for bit: on one machine a filter never depends on how many others were asked for, because every
 product has a shape that only L decides: the tree keeps the same rank whatever K, and filters are spread GROUP columns
@@ -52,6 +53,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import lapack, qr
 
+from megassm.config.model import MAX_CHANNELS
 from megassm.errors import UserError
 from megassm.files import cache_folder
 
@@ -60,8 +62,7 @@ Array = npt.NDArray[np.float64]
 ALGORITHM = "gauss-legendre on dyadic panels, doubling by pivoted QR, one-sided Jacobi; version 3"
 NODES_PER_PANEL = 20
 LEAF_ROWS = 1024  # a sequence below this is one leaf; a leaf of a longer one has half to all of it
-RANK_TOLERANCE = 1e-18  # of the largest row of R: below lies only what rounding left there
-MAX_CHANNELS = 128  # float64 knows fewer filters at any length below 2^24; also the rows of R that are always kept
+RANK_TOLERANCE = 1e-18  # of the largest row of R: below lies only rounding, of which MAX_CHANNELS rows stay in any case
 GROUP = 32  # filters computed and cached together
 DIGEST = "sha256"
 CACHE_LIMIT_BYTES = 2**27  # reading and checking more than this takes as long as computing it

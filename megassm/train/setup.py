@@ -195,6 +195,14 @@ def introduce(config: Config, data: Dataset, world: World, done_steps: int) -> N
         f"{data.train.tokens:,} training tokens, {data.valid.tokens:,} for validation; "
         f"steps {done_steps + 1}..{config.train.steps} of {config.tokens_per_step():,} tokens ({epochs:.2f} epochs)",
     )
+    model = config.model
+    if "S" in model.mixers and (known := model.known_channels) < model.num_channels:
+        say(
+            world,
+            f"warning: float64 knows about {known} filters at model.seq_len = {model.seq_len}. Channels {known + 1} "
+            f"to {model.num_channels} are rounding noise, other noise on another kind of processor, and so this "
+            f"run's checkpoints are good on machines of this kind only; model.num_channels={known} avoids it",
+        )
 
 
 def write_environment(run_dir: Path, world: World, peak: float, peak_source: str) -> None:

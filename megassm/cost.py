@@ -36,9 +36,18 @@ def mixer_parameters(config: ModelConfig, mixer: str, k: int) -> int:
     if mixer == "A":
         kv_width = d // config.n_heads * config.kv_heads
         return 2 * d * d + 2 * d * kv_width
-    hidden = max(1, d // 2)
-    gate = (d * hidden + hidden + k * hidden + k) if config.gate else 0
-    return (k + 1) * d * d + gate
+    return d * _spectral_columns(config, k) + _gate_parameters(config, k)
+
+
+def _spectral_columns(config: ModelConfig, k: int) -> int:
+    """Columns of a spectral mixer's matrices with a row for each of d inputs: M_k, D, and several heads' projection."""
+    d = config.d_model
+    return k * (d // config.mixer_heads) + (d if config.mixer_heads == 1 else 2 * d)
+
+
+def _gate_parameters(config: ModelConfig, k: int) -> int:
+    hidden = max(1, config.d_model // 2)
+    return (config.d_model + 1) * hidden + k * config.mixer_heads * (hidden + 1) if config.has_gate else 0
 
 
 def parameters(config: ModelConfig, k: int) -> int:
@@ -55,8 +64,7 @@ def rank_parameters(config: ModelConfig, tensor: int) -> int:
     d, k = config.d_model, config.num_channels
     width, kv_ranks = d // config.n_heads, tensor if config.kv_heads >= tensor else 1
     attention = 2 * d * width * -(-config.n_heads // tensor) + 2 * d * width * -(-config.kv_heads // kv_ranks)
-    gate = mixer_parameters(config, "S", k) - (k + 1) * d * d
-    spectral = (k + 1) * d * -(-d // tensor) + gate
+    spectral = _spectral_columns(config, k) * -(-d // tensor) + _gate_parameters(config, k)
     head = -(-config.outputs // tensor) if config.has_head else 0
     embeddings = (-(-config.vocab_size // tensor) + head) * d
     layers = sum(attention if mixer == "A" else spectral for mixer in config.mixers)
@@ -78,8 +86,7 @@ def forward_flops_by_kind(config: ModelConfig, k: int, seq_len: int) -> dict[Lay
     d = config.d_model
     window = min(config.window or seq_len, seq_len)
     visible = window - window * (window - 1) / (2 * seq_len)  # positions a query sees, on average
-    hidden = max(1, d // 2)
-    spectral = 2.0 * (k + 1) * d * d + (2.0 * hidden * (d + k) if config.gate else 0.0)
+    spectral = 2.0 * d * _spectral_columns(config, k) + gate_flops_per_token(config, k)
     attention = 2.0 * mixer_parameters(config, "A", k) + 4.0 * d * visible
     predictions = 1.0 if config.classes is None else 1.0 / seq_len  # a class: once a sequence
     return {
@@ -90,6 +97,12 @@ def forward_flops_by_kind(config: ModelConfig, k: int, seq_len: int) -> dict[Lay
         "embedding": 0.0,
         "head and loss": 2.0 * d * config.outputs * predictions,
     }
+
+
+def gate_flops_per_token(config: ModelConfig, k: int) -> float:
+    """Of `forward_flops_per_token`, the gate of one spectral mixer."""
+    hidden = max(1, config.d_model // 2)
+    return 2.0 * hidden * (config.d_model + k * config.mixer_heads) if config.has_gate else 0.0
 
 
 def filterbank_flops_per_token(config: ModelConfig, k: int, work: Workload, backward: bool = False) -> float:
@@ -176,8 +189,9 @@ class Workload(NamedTuple):
 def activation_bytes(config: ModelConfig, k: int, work: Workload, recompute: bool = False) -> int:
     """Bytes that autograd keeps from the forward pass to the backward pass at budget k, the loss included.
 
-    What torch keeps on a CPU; CUDA's fused norm keeps less. K enters through 12 bytes a position of gate weights, the
-    filters' matrices, which do not grow with the batch, and an elastic feed-forward width: no feature is kept.
+    What torch keeps on a CPU; CUDA's fused norm keeps less. K enters through 12 bytes a position and head of gate
+    weights, the filters' matrices, which do not grow with the batch, and an elastic feed-forward width: no feature is
+    kept.
     """
     n, head = work.number_bytes, _head_bytes(config, work)
     ids = TOKEN_ID * work.batch * (2 * work.length + 1)  # the targets once more, without their row's first
@@ -219,11 +233,14 @@ def _norm_bytes(d: int, n: int) -> int:
 
 
 def _spectral_bytes(config: ModelConfig, k: int, work: Workload) -> int:
-    n, inputs = work.number_bytes, work.chunk + work.state_size
-    gate = 2 * n * max(1, config.d_model // 2) + FLOAT32 * k + (FLOAT32 * (k + 3) if config.gate_rescale else 0)
-    kept = work.positions * gate if config.gate else 0
-    kept += work.chunked_positions * FLOAT32 * k  # the weights as the products take them
-    kept += work.positions * n * work.share(config.d_model) if work.tensor > 1 else 0  # its own channels of u
+    n, inputs, heads = work.number_bytes, work.chunk + work.state_size, config.mixer_heads
+    rescaled = FLOAT32 * (k + 3) if config.gate == "softmax" and config.gate_rescale else 0
+    gate = 2 * n * max(1, config.d_model // 2) + heads * (FLOAT32 * k + rescaled)
+    kept = work.positions * gate if config.has_gate else 0
+    kept += work.chunked_positions * FLOAT32 * k * heads  # the weights as the products take them
+    own = work.positions * n * work.share(config.d_model)
+    kept += own if work.tensor > 1 else 0  # its own channels of u
+    kept += own if heads > 1 else 0  # what the output projection takes
     rows = n * work.chunk * k * inputs
     if not work.state_size:
         return kept + rows
@@ -269,9 +286,9 @@ def peak_activation_bytes(
         one = work.chunked_positions * work.share(d) * n
         filters = max(1, min(k, group_bytes // one))
         group, rows = filters * one, filters * n * work.chunk * (work.chunk + work.state_size)
-        inputs = work.batch * work.chunks * (work.chunk + work.state_size) * work.share(d) * FLOAT32
-        sums = inputs + work.positions * (
-            3 * d * n + FLOAT32 * k
-        )  # gradients of input, output, both paths around, gate
+        inputs = work.batch * work.chunks * (work.chunk + work.state_size) * work.share(d)
+        # gradients of input, output, both paths around, gate
+        sums = FLOAT32 * inputs + work.positions * (3 * d * n + FLOAT32 * k * config.mixer_heads)
+        sums += n * (inputs + work.positions * d) if config.mixer_heads > 1 else 0  # inputs and gradients head by head
         peaks.append(rest - _feed_forward_bytes(config, k, work) + 2 * group + rows + sums)
     return max(peaks)

@@ -63,7 +63,9 @@ class Block(nn.Module):
         self.mixer: Any = (
             Attention(d_model, config.n_heads, config.kv_heads, config.window)
             if sigma_scale is None
-            else SpectralMixer(d_model, config.num_channels, config.gate, config.gate_rescale, sigma_scale)
+            else SpectralMixer(
+                d_model, config.num_channels, config.mixer_heads, config.gate, config.gate_rescale, sigma_scale
+            )
         )
         self.ffn_norm = nn.RMSNorm(d_model, eps=config.norm_eps)
         self.ffn = FeedForward(d_model, config.d_ffn, config.ffn_width)
@@ -271,13 +273,16 @@ def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tenso
     """(name, float32 values) of every parameter, each drawn from its own stream, keyed by (seed, name).
 
     Matrices start at standard deviation 1/sqrt(inputs); those that write into the residual stream are divided by
-    sqrt(2 n_layers), so that its variance does not grow with depth. Biases start at 0, norm gains at 1; the last norm's
-    at `config.width_factor`, which is muP's multiplier of the logits.
+    sqrt(2 n_layers), so that its variance does not grow with depth. Channel matrices whose K_max products are added
+    unnormalised are divided by sqrt(K_max). Biases start at 0, the gates' last ones at `config.gate_bias_init`, norm
+    gains at 1; the last norm's at `config.width_factor`, which is muP's multiplier of the logits.
     """
     for name, shape in parameter_shapes(config).items():
         std = _initial_std(name, shape, config)
         if name.endswith("norm.weight"):
             yield name, torch.full(shape, config.width_factor if name == "head_norm.weight" else 1.0)
+        elif name.endswith("mixer.gate.score_bias_K"):
+            yield name, torch.full(shape, config.gate_bias_init)
         elif std == 0.0:
             yield name, torch.zeros(shape)
         else:
@@ -293,8 +298,10 @@ def _initial_std(name: str, shape: torch.Size, config: ModelConfig) -> float:
         case "embedding_VD" | "head_VD":
             return config.embed_init_std
         case "mixer.channels_KDD":
-            return (config.channel_init_std or inputs) * depth
-        case "mixer.direct_DD" | "mixer.out.weight" | "ffn.down.weight":
+            summands = config.num_channels if config.gate in ("sigmoid", "none") else 1
+            std = config.channel_init_std or inputs / math.sqrt(summands)
+            return std * depth if config.mixer_heads == 1 else std
+        case "mixer.direct_DD" | "mixer.out_DD" | "mixer.out.weight" | "ffn.down.weight":
             return inputs * depth
         case _:
             return inputs if len(shape) > 1 else 0.0

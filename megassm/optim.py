@@ -5,6 +5,7 @@ With `model.base_width` = d0 the learning rate found at width d0 is meant to hol
 
     parameters                              learning rate   start at        decay
     matrices with O(d) inputs               m lr            1/sqrt(inputs)  wd / m
+    M_k of several heads                    lr              1/sqrt(inputs)  wd
     embedding, head                         lr              constant std    wd
     gains and biases                        lr              1, 0            0
     the last norm's gain, before the head   m lr            m               0
@@ -12,11 +13,12 @@ With `model.base_width` = d0 the learning rate found at width d0 is meant to hol
 * The last line is muP's multiplier m of the logits, which tied embeddings need: Adam does not see the scale of a
   gradient, so a gain that starts at m and moves at m lr is m times one that starts at 1 and moves at lr. The model
   computes nothing else than without muP.
-* Of the matrices, M_k, D and the gates have d or d/2 inputs, ffn.down has d_ffn and attention's output the heads: all
-  are taken to grow as d does. The gate's weights add up to 1, so K changes nothing; it must not grow with d here.
+* Of the matrices, M_k of one head, D and the gates have d or d/2 inputs, ffn.down has d_ffn and the output projections
+  the heads: all are taken to grow as d does. M_k of several heads has the d/H inputs of one, which stay the same: widen
+  by heads, not by wider heads. K changes nothing; it must not grow with d here.
 * AdamW decays by (learning rate) x (decay) an update: divided by m, the matrices forget as fast at every width (arXiv
   2405.13698).
-* Attention keeps 1/sqrt(dimensions of a head) where muP has 1/dimensions: widen by heads, not by wider heads.
+* Attention keeps 1/sqrt(dimensions of a head) where muP has 1/dimensions: again, widen by heads.
 * Depth, batch and length are not transferred over.
 """
 
@@ -35,6 +37,7 @@ LR_FACTOR = "lr_factor"
 """Key of a torch parameter group: what multiplies the learning rate of an update there."""
 TABLES = ("embedding_VD", "head_VD")
 HEAD_GAIN = "head_norm.weight"
+CHANNELS, OUT = "mixer.channels_KDD", "mixer.out_DD"
 
 
 class ParameterGroup(NamedTuple):
@@ -54,9 +57,11 @@ def parameter_groups(shapes: Mapping[str, torch.Size], factor: float, weight_dec
     vectors = [name for name, shape in shapes.items() if len(shape) < 2]
     if factor == 1:
         return [ParameterGroup(matrices, 1.0, weight_decay), ParameterGroup(vectors, 1.0, 0.0)]
+    of_heads = {name.replace(OUT, CHANNELS) for name in matrices if name.endswith(OUT)}  # one head has no projection
+    constant = [name for name in matrices if name in TABLES or name in of_heads]
     return [
-        ParameterGroup([name for name in matrices if name not in TABLES], factor, weight_decay / factor),
-        ParameterGroup([name for name in matrices if name in TABLES], 1.0, weight_decay),
+        ParameterGroup([name for name in matrices if name not in constant], factor, weight_decay / factor),
+        ParameterGroup(constant, 1.0, weight_decay),
         ParameterGroup([name for name in vectors if name != HEAD_GAIN], 1.0, 0.0),
         ParameterGroup([HEAD_GAIN], factor, 0.0),
     ]

@@ -37,7 +37,7 @@ def test_gate_mass_is_the_mean_of_alpha() -> None:
     _, first = spectral_mixers(model)[0]
     assert first.gate is not None
     inputs = [model.blocks[0].mixer_norm(model.embed(text)) for text in (ids(), ids(10, 3))]
-    alpha = torch.cat([first.gate(u, K_MAX).flatten(0, 1) for u in inputs])
+    alpha = torch.cat([first.gate(u, K_MAX).flatten(0, 2) for u in inputs])
     assert masses.mean()[0] == pytest.approx(alpha.mean(0).detach().numpy(), rel=1e-5)
     before = masses.mean().copy()
     model(ids(), K_MAX)
@@ -45,17 +45,31 @@ def test_gate_mass_is_the_mean_of_alpha() -> None:
 
 
 def test_gate_mass_at_a_budget_and_without_a_gate() -> None:
-    for gate in (True, False):
+    for gate in ("softmax", "equal"):
         model = build_model(config(pattern="S", gate=gate), 0)
         with gate_masses(model) as masses:
             model(ids(), 2)
         assert (masses.mean()[:, 2:] == 0).all()
         assert masses.mean().sum(1) == pytest.approx(np.ones(4))
-        if not gate:
+        if gate == "equal":
             assert masses.mean()[:, :2] == pytest.approx(0.5)
     with gate_masses(build_model(config(pattern="A"), 0)) as masses:
         pass
     assert masses.mean().size == 0
+
+
+def test_gate_mass_of_heads_that_are_not_normalised() -> None:
+    model = build_model(config(pattern="S", gate="sigmoid", mixer_heads=2, gate_bias_init=1.0), 0)
+    with gate_masses(model) as masses:
+        model(ids(), 3)
+    _, first = spectral_mixers(model)[0]
+    assert first.gate is not None
+    alpha_BLHK = first.gate(model.blocks[0].mixer_norm(model.embed(ids())), 3)
+    assert masses.mean()[0, :3] == pytest.approx(alpha_BLHK.mean((0, 1, 2)).detach().numpy(), rel=1e-5)
+    assert masses.mean()[:, :3].sum(1) == pytest.approx(6 / (1 + np.exp(-1)), rel=0.1)
+    with gate_masses(build_model(config(pattern="S", gate="none", mixer_heads=2), 0)) as masses:
+        pass
+    assert masses.mean().shape == (4, K_MAX)
 
 
 def test_norms_of_the_channels() -> None:

@@ -24,6 +24,7 @@ from megassm.train.loop import update_flops_per_token
 from tests.test_model import K_MAX, config
 
 LENGTH, BATCH = 24, 2
+HEADS: dict[str, object] = {"mixer_heads": 4, "gate": "sigmoid"}
 ELASTIC: dict[str, object] = {"d_ffn": 72, "ffn_elastic": {"knee_k": 3, "below": 16, "above": 8}}
 
 
@@ -41,11 +42,13 @@ def counted(pattern: str, k: int, backward: bool = False, **changes: object) -> 
 
 
 @pytest.mark.parametrize("k", range(1, K_MAX + 1))
-@pytest.mark.parametrize("gate", [True, False])
-def test_spectral_flops(k: int, gate: bool) -> None:
-    settings = config(pattern="S", gate=gate)
-    assert counted("S", k, gate=gate) == pytest.approx(forward_flops_per_token(settings, k, LENGTH), rel=1e-9)
-    assert counted("S", k, True, gate=gate) == pytest.approx(training_flops_per_token(settings, k, LENGTH), rel=1e-9)
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid", "none", "equal"])
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_spectral_flops(k: int, gate: str, heads: int) -> None:
+    changes: dict[str, object] = {"gate": gate, "mixer_heads": heads}
+    settings = config(pattern="S", **changes)
+    assert counted("S", k, **changes) == pytest.approx(forward_flops_per_token(settings, k, LENGTH), rel=1e-9)
+    assert counted("S", k, True, **changes) == pytest.approx(training_flops_per_token(settings, k, LENGTH), rel=1e-9)
 
 
 @pytest.mark.parametrize("k", range(1, K_MAX + 1))
@@ -91,7 +94,10 @@ def test_window_bounds_attention_flops() -> None:
     assert found == pytest.approx(saved)
 
 
-@pytest.mark.parametrize("changes", [{}, {"gate": False}, {"tie_embeddings": False}, {"pattern": "A"}, ELASTIC])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gate": "equal"}, HEADS, {**HEADS, "gate": "none"}, {"tie_embeddings": False}, {"pattern": "A"}, ELASTIC],
+)
 @pytest.mark.parametrize("k", [1, 4, K_MAX])
 def test_parameters_at_k(changes: dict[str, object], k: int) -> None:
     model = truncate(build_model(config(**changes), 0), k)
@@ -102,7 +108,7 @@ def test_parameters_at_k(changes: dict[str, object], k: int) -> None:
 
 @pytest.mark.parametrize("pattern", ["S", "SA", "A"])
 @pytest.mark.parametrize("k", [1, K_MAX])
-@pytest.mark.parametrize("changes", [{"window": None}, {"window": 8}, ELASTIC])
+@pytest.mark.parametrize("changes", [{"window": None}, {"window": 8}, ELASTIC, HEADS])
 def test_decoding_flops_and_state(pattern: str, k: int, changes: dict[str, object]) -> None:
     settings = config(pattern=pattern, n_kv_heads=4, **changes)
     model = build_model(settings, 0)

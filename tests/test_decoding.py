@@ -17,8 +17,11 @@ LENGTH, K_MAX = 2048, 32
 
 
 @lru_cache
-def model(pattern: str) -> LanguageModel:
-    settings = config(pattern=pattern, seq_len=LENGTH, num_channels=K_MAX, d_model=32, window=100)
+def model(pattern: str, heads: int = 1) -> LanguageModel:
+    settings = config(
+        pattern=pattern, seq_len=LENGTH, num_channels=K_MAX, d_model=32, window=100,
+        mixer_heads=heads, gate="softmax" if heads == 1 else "sigmoid",
+    )  # fmt: skip
     return build_model(settings, 0).eval()
 
 
@@ -36,12 +39,12 @@ def stepped(network: LanguageModel, ids_BL: Tensor, start: int, budgets: list[in
     return torch.stack(rows, dim=1)
 
 
-@pytest.mark.parametrize(("pattern", "k"), [("S", 32), ("S", 4), ("SA", 8)])
+@pytest.mark.parametrize(("pattern", "heads", "k"), [("S", 1, 32), ("S", 1, 4), ("SA", 1, 8), ("SA", 4, 32)])
 @torch.no_grad()
-def test_two_thousand_steps_equal_the_parallel_form(pattern: str, k: int) -> None:
-    ids_BL = text(2000)
-    expected = model(pattern)(ids_BL, k)
-    found = stepped(model(pattern), ids_BL, 37, [k])
+def test_two_thousand_steps_equal_the_parallel_form(pattern: str, heads: int, k: int) -> None:
+    ids_BL, network = text(2000), model(pattern, heads)
+    expected = network(ids_BL, k)
+    found = stepped(network, ids_BL, 37, [k])
     assert torch.allclose(found, expected[:, 36:], atol=1e-4)
 
 

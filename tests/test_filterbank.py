@@ -88,7 +88,7 @@ def test_mix_has_the_outputs_and_gradients_of_the_definition(way: str, length: i
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
-    inputs = [noise(2, length, 3), noise(2, length, k), noise(k, 3, 4)]
+    inputs = [noise(2, length, 6), noise(2, length, 3, k), noise(k, 6, 4)]
     features = direct_filterbank(inputs[0], bank.filters_LK, k)
     expected = mix_channels(features, *inputs[1:])
     found = bank.mix(*inputs)

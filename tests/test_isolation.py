@@ -78,7 +78,7 @@ def check_mix(way: str, documents_BL: Tensor, k: int) -> None:
     """`mix` and its gradients in float64 against each document alone, its features by the definition's sum."""
     batch, length = documents_BL.shape
     bank, truth = bank_of(way), bank_of("direct")
-    inputs = [noise(batch, length, 3), noise(batch, length, k), noise(k, 3, 4)]
+    inputs = [noise(batch, length, 6), noise(batch, length, 2, k), noise(k, 6, 4)]
     rows = []
     for row, documents_L in enumerate(documents_BL):
         u, weights = (tensor[row : row + 1] for tensor in inputs[:2])

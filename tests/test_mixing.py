@@ -19,13 +19,13 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tor
 
 
 @given(
-    n=st.integers(1, 3), c=st.integers(1, 5), i=st.integers(1, 6), d=st.integers(1, 5), k=st.integers(1, 7),
-    group=st.integers(1, 8),
+    n=st.integers(1, 3), c=st.integers(1, 5), i=st.integers(1, 6), p=st.integers(1, 5), k=st.integers(1, 7),
+    group=st.integers(1, 8), heads=st.integers(1, 3),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
-def test_outputs_and_gradients_in_any_grouping(n: int, c: int, i: int, d: int, k: int, group: int) -> None:
-    rows = noise(c, k, i)
-    inputs = [t.requires_grad_() for t in (noise(n, i, d), noise(n, c, k), noise(k, d, d + 1))]
+def test_outputs_and_gradients_in_any_grouping(n: int, c: int, i: int, p: int, k: int, group: int, heads: int) -> None:
+    rows, d = noise(c, k, i), heads * p
+    inputs = [t.requires_grad_() for t in (noise(n, i, d), noise(n, c, heads, k), noise(k, d, p + 1))]
     z, weights, channels = inputs
     features = torch.einsum("cki,nid->nckd", rows, z)
     expected = mix_channels(features, weights, channels)
@@ -43,9 +43,19 @@ def test_outputs_and_gradients_in_any_grouping(n: int, c: int, i: int, d: int, k
         assert torch.allclose(found_grad, expected_grad, atol=1e-11)
 
 
+@pytest.mark.parametrize(("k", "heads", "p", "e"), [(1, 1, 1, 1), (3, 1, 4, 5), (4, 3, 2, 2), (2, 5, 1, 3)])
+def test_heads_are_layers_of_their_own(k: int, heads: int, p: int, e: int) -> None:
+    features, weights, channels = noise(2, 3, k, heads * p), noise(2, 3, heads, k), noise(k, heads * p, e)
+    found = mix_channels(features, weights, channels)
+    for head in range(heads):
+        mine = slice(head * p, (head + 1) * p)
+        expected = sum(weights[:, :, head, i, None] * (features[:, :, i, mine] @ channels[i, mine]) for i in range(k))
+        assert torch.allclose(found[..., head * e : (head + 1) * e], expected, atol=1e-12)
+
+
 def test_bfloat16_sums_in_float32() -> None:
     rows = noise(16, 32, 24, dtype=torch.bfloat16)
-    z, weights, channels = noise(4, 24, 64), noise(4, 16, 32).softmax(-1), noise(32, 64, 64) / 8
+    z, weights, channels = noise(4, 24, 64), noise(4, 16, 1, 32).softmax(-1), noise(32, 64, 64) / 8
     expected = mix_channels(torch.einsum("cki,nid->nckd", rows.double(), z), weights, channels)
     low = [t.bfloat16().requires_grad_() for t in (z, channels)]
     weights = weights.float().requires_grad_()
@@ -63,7 +73,7 @@ def test_activations_do_not_grow_with_the_budget() -> None:
     """What autograd keeps is z, the weights and the parameters: no feature."""
     kept: list[int] = []
     rows = noise(16, 8, 20, dtype=torch.float32)
-    z, weights, channels = noise(8, 20, 32).float(), noise(8, 16, 8).float(), noise(8, 32, 32).float()
+    z, weights, channels = noise(8, 20, 32).float(), noise(8, 16, 2, 8).float(), noise(8, 32, 16).float()
     for tensor in (z, weights, channels):
         tensor.requires_grad_()
 

@@ -46,7 +46,10 @@ def test_no_position_sees_the_future(pattern: str, window: int | None) -> None:
     "changes",
     [
         {},
-        {"gate": False, "sigma_scale": ("quarter_power", "none")},
+        {"gate": "equal", "sigma_scale": ("quarter_power", "none")},
+        {"gate": "sigmoid", "mixer_heads": 2, "sigma_scale": "none"},
+        {"gate": "softmax", "mixer_heads": 16},
+        {"gate": "none", "mixer_heads": 4},
         {"tie_embeddings": False, "sigma_scale": "none"},
         {"d_ffn": 60, "ffn_elastic": {"knee_k": 3, "below": 16, "above": 8}},
         {"d_ffn": 53, "ffn_elastic": {"knee_k": 9, "below": 8, "above": 0}},
@@ -76,6 +79,32 @@ def test_the_scale_of_sigma_is_a_choice_of_each_spectral_layer() -> None:
     for model in (mixed, one):
         assert ModelConfig.model_validate_json(model.model_dump_json()) == model
     assert one.model_dump(mode="json")["sigma_scale"] == "quarter_power", "as in the checkpoints there are"
+
+
+def test_a_gate_that_was_true_or_false_still_opens() -> None:
+    """Checkpoints and exports made before gates had names."""
+    for old, name in ((True, "softmax"), (False, "equal")):
+        saved = config(gate=name).model_dump_json().replace(f'"gate":"{name}"', f'"gate":{str(old).lower()}')
+        assert ModelConfig.model_validate_json(saved) == config(gate=name)
+        assert config(gate=old) == config(gate=name)
+
+
+@pytest.mark.parametrize(("gate", "summands"), [("softmax", 1), ("equal", 1), ("sigmoid", 16), ("none", 16)])
+def test_channels_start_so_that_their_sum_has_the_size_of_one(gate: str, summands: int) -> None:
+    def std(**changes: object) -> float:
+        model = build_model(config(pattern="S", d_model=64, num_channels=16, gate=gate, **changes), 0)
+        return float(model.blocks[0].mixer.channels_KDD.detach().std())
+
+    depth = 1 / math.sqrt(8)
+    assert std() == pytest.approx(depth / math.sqrt(64 * summands), rel=0.02)
+    assert std(mixer_heads=4) == pytest.approx(1 / math.sqrt(16 * summands), rel=0.02), "the projection has the depth"
+    assert std(channel_init_std=0.1) == pytest.approx(0.1 * depth, rel=0.02)
+
+
+def test_the_gate_starts_at_its_bias() -> None:
+    model = build_model(config(gate_bias_init=-2.0, mixer_heads=2), 0)
+    assert (model.blocks[0].mixer.gate.score_bias_K == -2).all()
+    assert (model.blocks[0].mixer.gate.hidden.bias == 0).all()
 
 
 def test_the_feed_forward_width_follows_the_budget_at_two_rates() -> None:

@@ -76,6 +76,15 @@ def test_mup_groups_hold_every_parameter_once_and_decay_alike() -> None:
         assert group.lr_factor * group.weight_decay == pytest.approx(0.2 if matrices else 0.0)
 
 
+def test_mup_widens_by_heads_of_equal_width() -> None:
+    """M_k of several heads has inputs of one head, however wide the model: its rate is that of the embedding."""
+    config = wide(64, 16, mixer_heads=8)
+    groups = parameter_groups(parameter_shapes(config), config.width_factor, 0.2)
+    factors = {name: group.lr_factor for group in groups for name in group.names}
+    assert factors["blocks.0.mixer.channels_KDD"] == 1
+    assert factors["blocks.0.mixer.out_DD"] == factors["blocks.0.mixer.direct_DD"] == 0.25
+
+
 def train_alone(config: ModelConfig, steps: int, lr: float, scaled_outside: float | None = None) -> list[float]:
     """Losses on one batch, before each update and after the last. With `scaled_outside`, muP as its paper has it: the
     gain is as any other vector, and the logits are multiplied."""
@@ -108,9 +117,13 @@ def test_a_small_gain_is_a_multiplier_of_the_logits() -> None:
 @pytest.mark.parametrize("mup", [True, False])
 def test_the_first_updates_learn_the_same_at_every_width_with_mup_alone(mup: bool) -> None:
     """The coordinate check of arXiv 2203.03466, on the loss: without muP a wide model overshoots."""
-    narrow, wider = (train_alone(wide(d, 32 if mup else None), 4, 1e-2) for d in (32, 256))
-    distance = max(abs(a - b) for a, b in zip(narrow, wider, strict=True))
-    assert distance < 0.1 if mup else distance > 1.0
+    for width in (None, 8):
+        narrow, wider = (
+            train_alone(wide(d, 32 if mup else None, mixer_heads=d // width if width else 1), 4, 1e-2)
+            for d in (32, 256)
+        )
+        distance = max(abs(a - b) for a, b in zip(narrow, wider, strict=True))
+        assert distance < 0.1 if mup else distance > 1.0
 
 
 def largest_first_updates(configs: list[Config]) -> list[dict[str, float]]:

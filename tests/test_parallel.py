@@ -64,7 +64,9 @@ def tokens(config: ModelConfig) -> Tensor:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    "changes", [ELASTIC, {"n_kv_heads": 1, "window": 20, "tie_embeddings": False}], ids=["gqa", "mqa"]
+    "changes",
+    [ELASTIC, {"n_kv_heads": 1, "window": 20, "tie_embeddings": False}, {"mixer_heads": 4, "gate": "sigmoid"}],
+    ids=["gqa", "mqa", "heads"],
 )
 @pytest.mark.parametrize("mesh", [Mesh(1, 1, 2), Mesh(1, 1, 4), Mesh(1, 2, 1), Mesh(1, 4, 1), Mesh(1, 2, 2)], ids=str)
 def test_gradients_equal_those_of_one_process(mesh: Mesh, changes: dict[str, Any]) -> None:

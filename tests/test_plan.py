@@ -156,6 +156,7 @@ CASES = {
         *(case("tiny", "train.micro_batch_sequences=2", f"parallel.zero_stage={stage}") for stage in (1, 2)),
         case("tiny", *HYBRID, "parallel.tensor=2", "train.recompute=true", "model.n_kv_heads=1"),
         case("tiny", *HYBRID, "parallel.sequence=2", "train.recompute=true", "model.n_kv_heads=1"),
+        case("tiny", *HYBRID, "parallel.tensor=2", "model.mixer_heads=8", "model.gate=sigmoid"),
     ]),
     "125m in bf16 on one rank": (1, [case("125m", *LIGHT)]),
 }  # fmt: skip
@@ -194,9 +195,12 @@ def kept_buffers(config: Config, memory: dict[str, float]) -> float:
 
 @pytest.mark.parametrize("name", ["tiny", "1b_hybrid", "7b_hybrid"])
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-@pytest.mark.parametrize("elastic", ["null", "{knee_k: 4, below: 16, above: 8}"])
-def test_parameters_of_the_fullest_rank(name: str, ranks: int, elastic: str) -> None:
-    model = shipped(name, f"model.ffn_elastic={elastic}").model
+@pytest.mark.parametrize(
+    "override",
+    ["model.ffn_elastic=null", "model.ffn_elastic={knee_k: 4, below: 16, above: 8}", "model.mixer_heads=8"],
+)
+def test_parameters_of_the_fullest_rank(name: str, ranks: int, override: str) -> None:
+    model = shipped(name, override).model
     shapes = parameter_shapes(model)
     held = []
     for rank in range(ranks):
@@ -207,7 +211,7 @@ def test_parameters_of_the_fullest_rank(name: str, ranks: int, elastic: str) -> 
                 shape[part.axis] = len(part.indices)
             sizes[parameter] = torch.Size(shape).numel()
         held.append(sum(sizes.values()))
-        assert largest_parameter(shipped(name), ranks) >= max(sizes.values())
+        assert largest_parameter(shipped(name, override), ranks) >= max(sizes.values())
     assert rank_parameters(model, ranks) == max(held)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megassm.config.model import SigmaScale
+from megassm.config.model import Gate, SigmaScale
 from megassm.layers.context import Context
 from megassm.layers.filterbank import FilterBank
 from megassm.layers.spectral import SpectralMixer
@@ -26,34 +26,46 @@ def equations(mixer: SpectralMixer, bank: FilterBank, u_BLD: Tensor, k_budget: i
         rows = []
         for t in range(u_LD.shape[0]):
             features = [sum(phi[s, k] * u_LD[t - s] for s in range(t + 1)) for k in range(K_MAX)]
-            alpha = masked_weights(mixer, u_LD[t], k_budget)
-            y = u_LD[t] @ mixer.direct_DD
-            for k in range(K_MAX):
-                y = y + alpha[k] * scale[k] * (features[k] @ mixer.channels_KDD[k])
-            rows.append(y)
+            heads = [head_sum(mixer, u_LD[t], features, scale, head, k_budget) for head in range(mixer.heads)]
+            mixed = torch.cat(heads) if mixer.out_DD is None else torch.cat(heads) @ mixer.out_DD
+            rows.append(u_LD[t] @ mixer.direct_DD + mixed)
         outputs.append(torch.stack(rows))
     return torch.stack(outputs)
 
 
-def masked_weights(mixer: SpectralMixer, u_D: Tensor, k_budget: int) -> list[Tensor]:
+def head_sum(
+    mixer: SpectralMixer, u_D: Tensor, features: list[Tensor], scale: Tensor, head: int, k_budget: int
+) -> Tensor:
+    """sum_k alpha_k sigma_k^(1/4) M_k f_k of one head, which has its own inputs, weights and block of M_k."""
+    size = WIDTH // mixer.heads
+    mine = slice(head * size, (head + 1) * size)
+    alpha = masked_weights(mixer, u_D, head, k_budget)
+    return sum(alpha[k] * scale[k] * (features[k][mine] @ mixer.channels_KDD[k, mine]) for k in range(K_MAX))
+
+
+def masked_weights(mixer: SpectralMixer, u_D: Tensor, head: int, k_budget: int) -> list[Tensor]:
     gate = mixer.gate
+    zeros = [torch.zeros((), dtype=u_D.dtype)] * (K_MAX - k_budget)
     if gate is None:
-        return [torch.tensor(1.0 / k_budget if k < k_budget else 0.0, dtype=u_D.dtype) for k in range(K_MAX)]
+        alpha = 1.0 / k_budget if mixer.normalised else 1.0
+        return [torch.tensor(alpha, dtype=u_D.dtype)] * k_budget + zeros
     pre = gate.hidden.weight @ u_D + gate.hidden.bias
     hidden = torch.stack([x * 0.5 * (1 + torch.erf(x / math.sqrt(2))) for x in pre])
-    scores = [gate.score_KH[k] @ hidden + gate.score_bias_K[k] for k in range(k_budget)]
+    rows = [k * mixer.heads + head for k in range(k_budget)]
+    scores = [gate.score_KH[row] @ hidden + gate.score_bias_K[row] for row in rows]
+    if not mixer.normalised:
+        return [2 / (1 + torch.exp(-score)) for score in scores] + zeros
     if gate.rescale:
         norm = torch.sqrt(sum(score**2 for score in scores))
         scores = [math.sqrt(k_budget) * score / norm for score in scores]
     exponentials = [torch.exp(score) for score in scores]
     total = sum(exponentials)
-    zero = torch.zeros((), dtype=u_D.dtype)
-    return [e / total for e in exponentials] + [zero] * (K_MAX - k_budget)
+    return [e / total for e in exponentials] + zeros
 
 
-def make(gate: bool, rescale: bool, scale: SigmaScale) -> tuple[SpectralMixer, FilterBank]:
+def make(gate: Gate, rescale: bool, scale: SigmaScale, heads: int = 1) -> tuple[SpectralMixer, FilterBank]:
     torch.manual_seed(0)
-    mixer = SpectralMixer(WIDTH, K_MAX, gate, rescale, scale).double()
+    mixer = SpectralMixer(WIDTH, K_MAX, heads, gate, rescale, scale).double()
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     bank = FilterBank(LENGTH, K_MAX, "auto")
@@ -64,11 +76,16 @@ def make(gate: bool, rescale: bool, scale: SigmaScale) -> tuple[SpectralMixer, F
 @pytest.mark.parametrize("k", range(1, K_MAX + 1))
 @pytest.mark.parametrize(
     ("gate", "rescale", "scale"),
-    [(True, True, "quarter_power"), (True, True, "none"), (True, False, "quarter_power"), (False, True, "none")],
-    ids=["paper", "no sigma", "no rescaling", "no gate"],
-)
-def test_layer_equals_its_equations(k: int, gate: bool, rescale: bool, scale: SigmaScale) -> None:
-    mixer, bank = make(gate, rescale, scale)
+    [
+        ("softmax", True, "quarter_power"), ("softmax", True, "none"), ("softmax", False, "quarter_power"),
+        ("equal", True, "none"), ("sigmoid", True, "none"), ("none", True, "quarter_power"),
+    ],
+    ids=["paper", "no sigma", "no rescaling", "no gate", "sigmoid", "plain sum"],
+)  # fmt: skip
+@pytest.mark.parametrize("heads", [1, 2, 3, 6])
+def test_layer_equals_its_equations(k: int, gate: Gate, rescale: bool, scale: SigmaScale, heads: int) -> None:
+    mixer, bank = make(gate, rescale, scale, heads)
+    assert (mixer.out_DD is None) == (heads == 1), "one head is the paper's layer"
     u_BLD = torch.randn(2, LENGTH, WIDTH, dtype=torch.float64, requires_grad=True)
     expected = equations(mixer, bank, u_BLD, k)
     found = mixer(u_BLD, Context(k, bank, None))
@@ -82,17 +99,35 @@ def test_layer_equals_its_equations(k: int, gate: bool, rescale: bool, scale: Si
         assert torch.allclose(found_grad, expected_grad, atol=1e-11)
 
 
-def test_channels_beyond_the_budget_get_zero_gradient_and_are_not_read() -> None:
-    mixer, bank = make(True, True, "quarter_power")
+@pytest.mark.parametrize(("gate", "heads"), [("softmax", 1), ("sigmoid", 1), ("softmax", 2), ("sigmoid", 3)])
+def test_channels_beyond_the_budget_get_zero_gradient_and_are_not_read(gate: Gate, heads: int) -> None:
+    mixer, bank = make(gate, True, "quarter_power", heads)
     assert mixer.gate is not None
+    stacks = {mixer.channels_KDD: 3, mixer.gate.score_KH: 3 * heads, mixer.gate.score_bias_K: 3 * heads}
     with torch.no_grad():
-        for stacked in (mixer.channels_KDD, mixer.gate.score_KH, mixer.gate.score_bias_K):
-            stacked[3:] = torch.nan  # would spread, were it multiplied by a zero weight
+        for stacked, used in stacks.items():
+            stacked[used:] = torch.nan  # would spread, were it multiplied by a zero weight
     mixer(torch.randn(1, LENGTH, WIDTH, dtype=torch.float64), Context(3, bank, None)).sum().backward()
-    for stacked in (mixer.channels_KDD, mixer.gate.score_KH, mixer.gate.score_bias_K):
+    for stacked, used in stacks.items():
         assert stacked.grad is not None, "every parameter needs a gradient, or ZeRO-3 keeps a stale one"
-        assert (stacked.grad[3:] == 0).all()
+        assert (stacked.grad[used:] == 0).all()
         assert torch.isfinite(stacked.grad).all()
+    assert all(parameter.grad is not None for parameter in mixer.parameters())
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "none"])
+def test_a_budget_is_a_partial_sum_where_weights_are_not_normalised(gate: Gate) -> None:
+    """A channel adds to the output what it adds at every other budget; of a softmax it does not."""
+    u_BLD = torch.randn(1, LENGTH, WIDTH, dtype=torch.float64)
+    mixer, bank = make(gate, True, "none", 2)
+    whole = mixer(u_BLD, Context(K_MAX, bank, None))
+    for k in range(1, K_MAX):
+        with torch.no_grad():
+            kept = mixer.channels_KDD.clone()
+            mixer.channels_KDD[:k] = 0
+            rest = mixer(u_BLD, Context(K_MAX, bank, None)) - u_BLD @ mixer.direct_DD
+            mixer.channels_KDD.copy_(kept)
+        assert torch.allclose(mixer(u_BLD, Context(k, bank, None)) + rest, whole, atol=1e-12)
 
 
 def test_rescaling_keeps_the_temperature_at_every_budget() -> None:

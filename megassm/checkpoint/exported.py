@@ -36,7 +36,7 @@ CONFIG, WEIGHTS, CODE = "config.json", "model.safetensors", "modeling_megassm.py
 SECTION = "megassm"
 PREFIX = "model."
 CODE_PATH = Path(__file__).parents[1] / "hf" / CODE
-OF_TRAINING_ONLY = ("filterbank", "channel_init_std", "embed_init_std", "base_width")
+OF_TRAINING_ONLY = ("filterbank", "gate_bias_init", "channel_init_std", "embed_init_std", "base_width")
 """Knobs of a model that its results do not depend on."""
 
 

@@ -21,6 +21,11 @@ def _as_tuple(value: object) -> object:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
+def _gate_by_name(value: object) -> object:
+    """What was true or false before gates had names."""
+    return {True: "softmax", False: "equal"}[value] if isinstance(value, bool) else value
+
+
 class Section(BaseModel):
     """A frozen group of knobs: no coercion, no unknown key."""
 

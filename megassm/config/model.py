@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer
 
-from megassm.config.fields import Positive, PositiveInt, Section, UnitsPerChannel, _as_tuple
+from megassm.config.fields import Positive, PositiveInt, Section, UnitsPerChannel, _as_tuple, _gate_by_name
 
 CHUNK = 64
 """Positions that the chunked filter bank computes at a time; near its number of states, so that neither half of the
@@ -16,6 +16,7 @@ product dominates."""
 MAX_CHANNELS = 128
 """Most spectral channels of a model: float64 knows fewer filters at any length."""
 SigmaScale = Literal["quarter_power", "none"]
+Gate = Literal["softmax", "sigmoid", "none", "equal"]
 
 
 class ElasticFfnConfig(Section):
@@ -53,14 +54,21 @@ class ModelConfig(Section):
     """Spectral channels K_max; every budget is K <= K_max."""
     sigma_scale: Annotated[tuple[SigmaScale, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("quarter_power",)
     """Weight of channel k: sigma_k^(1/4) as in the paper, or 1 (none); a list is tiled over the spectral layers."""
-    gate: bool = True
-    """Input-adaptive gate; false is the ablation with equal weights 1/K."""
+    mixer_heads: PositiveInt = 1
+    """Heads H of a spectral layer: M_k is H blocks of d/H, each with a gate of its own, then an output projection; 1 is
+    the paper's dense M_k without a projection."""
+    gate: Annotated[Gate, BeforeValidator(_gate_by_name)] = "softmax"
+    """Weights alpha_k of the channels: softmax of input-dependent scores over the budget (the paper's); 2 sigmoid of
+    each score, so that a smaller budget leaves out summands and changes no other; none: 1 each; equal: 1/K each."""
     gate_rescale: bool = True
-    """RMS rescaling of the gate's scores (paper, Eq. 8b); false is the ablation."""
+    """RMS rescaling of the softmax gate's scores (paper, Eq. 8b); false is the ablation."""
+    gate_bias_init: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    """Bias of the gate's scores at the start; the authors' -2 makes a rescaled softmax nearly uniform there."""
     filterbank: Literal["auto", "direct", "fft", "flashfft", "chunked"] = "auto"
     """How the causal filter bank is computed; the results agree to rounding. auto is chunked."""
     channel_init_std: Positive | None = None
-    """Standard deviation of the channel matrices M_k at the start; null means 1/sqrt(d_model)."""
+    """Standard deviation of the channel matrices M_k at the start; null means 1/sqrt(inputs of a head), divided by
+    sqrt(num_channels) where the weights do not add up to 1 (gate: sigmoid or none)."""
     n_heads: PositiveInt = 8
     """Query heads of an attention layer."""
     n_kv_heads: PositiveInt | None = None
@@ -92,6 +100,11 @@ class ModelConfig(Section):
         2^20, and all of the filter five to fifteen channels later.
         """
         return min(self.seq_len, MAX_CHANNELS, max(1, round(5 * math.log2(self.seq_len))))
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether the channels' weights depend on the input."""
+        return self.gate in ("softmax", "sigmoid")
 
     @property
     def width_factor(self) -> float:

@@ -51,6 +51,7 @@ def _model_violations(model: ModelConfig) -> Iterator[Violation]:
             ("model.sigma_scale", "model.pattern", "model.n_layers"),
             f"one choice, or as many as divide the model's {spectral} spectral layers",
         )
+    yield from _mixer_violations(model)
     if "A" not in model.pattern:
         return
     if model.d_model % model.n_heads:
@@ -63,6 +64,20 @@ def _model_violations(model: ModelConfig) -> Iterator[Violation]:
         )
     if model.n_heads % model.kv_heads:
         yield Violation(("model.n_kv_heads", "model.n_heads"), f"a divisor of model.n_heads = {model.n_heads}")
+
+
+def _mixer_violations(model: ModelConfig) -> Iterator[Violation]:
+    """Rules of spectral layers."""
+    if model.d_model % model.mixer_heads:
+        yield Violation(("model.mixer_heads", "model.d_model"), f"a divisor of model.d_model = {model.d_model}")
+    if not model.gate_rescale and model.gate == "sigmoid":
+        yield Violation(
+            ("model.gate_rescale", "model.gate"), "true with model.gate = 'sigmoid': only a softmax has a temperature"
+        )
+    if model.gate_bias_init and not model.has_gate:
+        yield Violation(
+            ("model.gate_bias_init", "model.gate"), f"0 with model.gate = {model.gate!r}: there are no scores"
+        )
 
 
 def _budget_violations(config: Config) -> Iterator[Violation]:
@@ -153,6 +168,11 @@ def _split_violations(model: ModelConfig, parallel: ParallelConfig) -> Iterator[
         yield Violation(
             ("model.n_heads", "parallel.tensor", "parallel.sequence"),
             f"divisible by parallel.tensor x parallel.sequence = {tensor} x {sequence} = {heads}: they share the heads",
+        )
+    if "S" in model.pattern and model.mixer_heads > 1 and model.mixer_heads % tensor:
+        yield Violation(
+            ("model.mixer_heads", "parallel.tensor"),
+            f"1, or divisible by parallel.tensor = {tensor}: the ranks share the heads",
         )
     if "A" in model.pattern and model.kv_heads % tensor and tensor % model.kv_heads:
         yield Violation(

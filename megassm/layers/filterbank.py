@@ -3,7 +3,7 @@
 Filters and the matrices made from them are derived data: float64, recomputed or read from the cache, never in a
 checkpoint, never cast in place; each use casts a copy to the dtype it computes in.
 
-Shapes: B batch, L length, D width, K filters, C chunk, S states, I = C + S.
+Shapes: B batch, L length, D width, K filters, H heads, E outputs of a head, C chunk, S states, I = C + S.
 """
 
 from __future__ import annotations
@@ -188,19 +188,20 @@ class FilterBank(nn.Module):
     def mix(
         self,
         u_BLD: Tensor,
-        weights_BLK: Tensor,
+        weights_BLHK: Tensor,
         channels_KDE: Tensor,
         segments: Segments | None = None,
         sent: SentState | None = None,
     ) -> Tensor:
-        """sum_k weights[k] * (features[k] @ channels[k]), (B, L, E); features are kept by the FFT ways only.
+        """sum_k weights[k] * (features[k] @ channels[k]), (B, L, H*E), as `mix_channels` has it; features are kept by
+        the FFT ways only.
 
         `sent` is what `send_state(u_BLD)` gave.
         """
-        batch, length, k = weights_BLK.shape
+        batch, length, heads, k = weights_BLHK.shape
         way = self.way(length)
         if way in ("fft", "flashfft"):
-            return mix_channels(self(u_BLD, k, segments), weights_BLK, channels_KDE)
+            return mix_channels(self(u_BLD, k, segments), weights_BLHK, channels_KDE)
         if u_BLD.device.type == "cpu":  # no fast bfloat16 products there
             u_BLD = u_BLD.to(torch.promote_types(u_BLD.dtype, torch.float32))
         if way == "direct":
@@ -211,11 +212,11 @@ class FilterBank(nn.Module):
             z_NID, rows_CKI = chunk_inputs(u_BLD, tables, segments, states_BNSD), tables.rows_CKI
         positions = rows_CKI.shape[0]
         padding = -length % positions
-        weights_NCK = F.pad(weights_BLK, (0, 0, 0, padding)).view(-1, positions, k)
-        mixed_NCE = gated_product(z_NID, rows_CKI, weights_NCK, channels_KDE)
+        weights_NCHK = F.pad(weights_BLHK, (0, 0, 0, 0, 0, padding)).reshape(-1, positions, heads, k)
+        mixed_NCE = gated_product(z_NID, rows_CKI, weights_NCHK, channels_KDE)
         if segments is not None and segments.has_copies:
-            z_XID, weights_XCK = copied_inputs(z_NID, segments), weights_NCK[segments.copied_X]
-            mixed_NCE = segments.join(mixed_NCE, gated_product(z_XID, rows_CKI, weights_XCK, channels_KDE))
+            z_XID, weights_XCHK = copied_inputs(z_NID, segments), weights_NCHK[segments.copied_X]
+            mixed_NCE = segments.join(mixed_NCE, gated_product(z_XID, rows_CKI, weights_XCHK, channels_KDE))
         return mixed_NCE.reshape(batch, length + padding, -1)[:, :length]
 
     def _received(self, sent: SentState) -> Tensor:

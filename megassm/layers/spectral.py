@@ -5,13 +5,19 @@
     alpha  = softmax(sqrt(K) s_{1..K} / max(||s_{1..K}||, eps))   exactly 0 beyond K (Eq. 8b)
     y_t    = D u_t + sum_{k<=K} alpha_k(t) sigma_k^(1/4) M_k f_k(t)
 
-Channels beyond the budget K are not computed. All M_k are ONE parameter (K_max, d, d), sliced inside the forward
+That is the paper's layer. With H > 1 heads M_k is block-diagonal, H blocks of P = d/H, each head h has scores and
+weights alpha_kh of its own, and the sum goes through an output projection O before it is added to D u_t: K d P + d^2
+parameters instead of K d^2. With the sigmoid gate alpha_k = 2 sigmoid(s_k), neither rescaled nor normalised over K: a
+smaller budget is then a partial sum, in which channel k means what it means at K_max.
+
+Channels beyond the budget K are not computed. All M_k are ONE parameter (K_max, d, P), sliced inside the forward
 pass: autograd then delivers a full gradient with zeros beyond K, and the set of parameters that get a gradient never
 changes (it must not: DeepSpeed ZeRO-3 keeps stale gradients of a parameter that gets none). The price: under AdamW
 a channel that sat out an update still moves by its momentum and its weight decay. That is deliberate, and mild:
 a channel misses at most a few updates in a row (`budget.full_every`), while beta1 forgets within ten.
 
-Shapes: B batch, L length, D width, K channels, H hidden width of the gate.
+Shapes: B batch, L length, D width, H heads, P = D/H, K channels, F hidden width of the gate. The names of parameters
+are those of the paper's form, and of the checkpoints there are: channels_KDD is (K, D, P), score_KH is (K H, F).
 """
 
 from __future__ import annotations
@@ -20,58 +26,78 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megassm.config.model import SigmaScale
+from megassm.config.model import Gate, SigmaScale
 from megassm.layers.context import Context
-from megassm.ops.mixing import gate_weights, mix_channels
+from megassm.ops.mixing import gate_weights, mix_channels, open_weights
 
 
 class SpectralGate(nn.Module):
-    """u (B, L, D) -> alpha (B, L, k): input-dependent weights of the k leading channels, summing to 1."""
+    """u (B, L, D) -> alpha (B, L, H, k): input-dependent weights of the k leading channels.
 
-    def __init__(self, d_model: int, num_channels: int, rescale: bool) -> None:
+    Args:
+        d_model: D.
+        num_channels: K_max.
+        heads: H.
+        normalised: weights of a head sum to 1 (softmax); otherwise each is 2 sigmoid of its score.
+        rescale: Eq. 8b, for the softmax.
+    """
+
+    def __init__(self, d_model: int, num_channels: int, heads: int, normalised: bool, rescale: bool) -> None:
         super().__init__()
         hidden = max(1, d_model // 2)
-        self.rescale = rescale
+        self.heads, self.normalised, self.rescale = heads, normalised, rescale
         self.hidden = nn.Linear(d_model, hidden)
-        self.score_KH = nn.Parameter(torch.empty(num_channels, hidden))
-        self.score_bias_K = nn.Parameter(torch.empty(num_channels))
+        # channel by channel, and within a channel head by head: a budget's scores come first
+        self.score_KH = nn.Parameter(torch.empty(num_channels * heads, hidden))
+        self.score_bias_K = nn.Parameter(torch.empty(num_channels * heads))
 
     def forward(self, u_BLD: Tensor, k: int) -> Tensor:
-        hidden_BLH = F.gelu(self.hidden(u_BLD))
-        scores_BLK = F.linear(hidden_BLH, self.score_KH[:k], self.score_bias_K[:k])
-        return gate_weights(scores_BLK, self.rescale)
+        hidden_BLF = F.gelu(self.hidden(u_BLD))
+        scores = k * self.heads
+        scores_BLX = F.linear(hidden_BLF, self.score_KH[:scores], self.score_bias_K[:scores])
+        scores_BLHK = torch.unflatten(scores_BLX, -1, (k, self.heads)).transpose(-1, -2)
+        return gate_weights(scores_BLHK, self.rescale) if self.normalised else open_weights(scores_BLHK)
 
 
 class SpectralMixer(nn.Module):
     """u (B, L, D) -> y (B, L, D) with the k leading spectral channels.
 
     Args:
-        d_model: D.
+        d_model: D, divisible by heads.
         num_channels: K_max.
-        gate: False gives every channel the weight 1/k (the ablation without input adaptivity).
+        heads: H; 1 is the paper's layer, without an output projection.
+        gate: how the channels' weights come about; "equal" is 1/k each, the ablation without input adaptivity.
         gate_rescale: False leaves out Eq. 8b (the ablation without RMS rescaling).
         sigma_scale: "none" leaves out sigma_k^(1/4).
     """
 
     def __init__(
-        self, d_model: int, num_channels: int, gate: bool, gate_rescale: bool, sigma_scale: SigmaScale
+        self, d_model: int, num_channels: int, heads: int, gate: Gate, gate_rescale: bool, sigma_scale: SigmaScale
     ) -> None:
         super().__init__()
         self.sigma_scale = sigma_scale
-        self.gate = SpectralGate(d_model, num_channels, gate_rescale) if gate else None
-        self.channels_KDD = nn.Parameter(torch.empty(num_channels, d_model, d_model))
+        self.heads = heads
+        self.normalised = gate in ("softmax", "equal")
+        self.gate = (
+            SpectralGate(d_model, num_channels, heads, self.normalised, gate_rescale)
+            if gate in ("softmax", "sigmoid")
+            else None
+        )
+        self.channels_KDD = nn.Parameter(torch.empty(num_channels, d_model, d_model // heads))
+        self.out_DD = nn.Parameter(torch.empty(d_model, d_model)) if heads > 1 else None
         self.direct_DD = nn.Parameter(torch.empty(d_model, d_model))
 
     def forward(self, u_BLD: Tensor, context: Context) -> Tensor:
         return self.mix(u_BLD, self._weights(u_BLD, context), context)
 
-    def mix(self, u_BLD: Tensor, weights_BLK: Tensor, context: Context) -> Tensor:
-        """D u + sum_k weights[k] M_k f_k. Linear in u, which may be a part of the inputs, as are M and D then."""
+    def mix(self, u_BLD: Tensor, weights_BLHK: Tensor, context: Context) -> Tensor:
+        """D u + O sum_k weights[k] M_k f_k. Linear in u, which may be a part of the inputs, as are M, O and D then."""
         assert context.filterbank is not None
         filterbank = context.filterbank
         sent = filterbank.send_state(u_BLD)
         direct_BLD = u_BLD @ self.direct_DD  # while the state is under way
-        return direct_BLD + filterbank.mix(u_BLD, weights_BLK, self.channels_KDD[: context.k], context.segments, sent)
+        channels_KDP = self.channels_KDD[: context.k]
+        return direct_BLD + self._out(filterbank.mix(u_BLD, weights_BLHK, channels_KDP, context.segments, sent))
 
     def final_state(self, u_BLD: Tensor, context: Context) -> Tensor:
         """The state (B, S, D) after u: all that later positions need, at any budget."""
@@ -83,17 +109,24 @@ class SpectralMixer(nn.Module):
         assert context.filterbank is not None
         u_B1D = u_BD[:, None]
         features_BKD, state_BSD = context.filterbank.step(u_BD, state_BSD, context.k)
-        weights_B1K = self._weights(u_B1D, context)
-        mixed_B1D = mix_channels(features_BKD[:, None], weights_B1K, self.channels_KDD[: context.k])
-        y_B1D: Tensor = mixed_B1D + u_B1D @ self.direct_DD
+        weights_B1HK = self._weights(u_B1D, context)
+        mixed_B1D = mix_channels(features_BKD[:, None], weights_B1HK, self.channels_KDD[: context.k])
+        y_B1D: Tensor = self._out(mixed_B1D) + u_B1D @ self.direct_DD
         return y_B1D[:, 0], state_BSD
 
+    def constant_divisor(self, k: int) -> int:
+        """1/alpha of each of k channels without a gate."""
+        return k if self.normalised else 1
+
+    def _out(self, mixed_BLD: Tensor) -> Tensor:
+        return mixed_BLD if self.out_DD is None else mixed_BLD @ self.out_DD
+
     def _weights(self, u_BLD: Tensor, context: Context) -> Tensor:
-        """alpha_k sigma_k^(1/4), or alpha_k, (B, L, k), in at least float32."""
+        """alpha_k sigma_k^(1/4), or alpha_k, (B, L, H, k), in at least float32."""
         assert context.filterbank is not None
         k = context.k
         scale_K = context.filterbank.scale(k, self.sigma_scale, torch.promote_types(u_BLD.dtype, torch.float32))
         if self.gate is not None:
-            weights_BLK: Tensor = self.gate(u_BLD, k)
-            return weights_BLK * scale_K.to(weights_BLK.dtype)
-        return (scale_K / k).expand(*u_BLD.shape[:-1], k)
+            weights_BLHK: Tensor = self.gate(u_BLD, k)
+            return weights_BLHK * scale_K.to(weights_BLHK.dtype)
+        return (scale_K / self.constant_divisor(k)).expand(*u_BLD.shape[:-1], self.heads, k)

@@ -1,11 +1,14 @@
-"""The gate's weights, and the gated features' one matrix product.
+"""The gate's weights, and the gated features' few large matrix products.
 
     shat  = sqrt(K) s / max(||s||_2, eps)               over the K leading scores (ES-SSM, Eq. 8b)
-    alpha = softmax(shat)
-    y     = sum_{k<=K} alpha_k sigma_k^(1/4) M_k f_k    as one product with inner dimension K*D
+    alpha = softmax(shat), or 2 sigmoid(s), which has nothing to do with the other channels
+    y     = sum_{k<=K} alpha_k sigma_k^(1/4) M_k f_k    as one product with inner dimension K*P
 
-Shapes: B batch, L length, K channels within the budget, D inputs, E outputs, C chunk, I inputs and states of a chunk,
-N chunks of all sequences.
+Each of H heads has P = D/H of the inputs, weights and matrices of its own: to the products they are H times as many
+chunks of an Hth of the width.
+
+Shapes: B batch, L length, H heads, K channels within the budget, D inputs, P = D/H, E outputs of a head, C chunk,
+I inputs and states of a chunk, N chunks of all sequences, M = H N, Q = N C.
 """
 
 from __future__ import annotations
@@ -40,14 +43,25 @@ def gate_weights(scores_BLK: Tensor, rescale: bool) -> Tensor:
     return scores_BLK.softmax(dim=-1)
 
 
-def mix_channels(features_BLKD: Tensor, weights_BLK: Tensor, channels_KDE: Tensor) -> Tensor:
-    """sum_k weights[k] * (features[k] @ channels[k]), (B, L, E), without forming any (B, L, K, E) product."""
-    gated_BLKD = features_BLKD * weights_BLK[..., None]
-    return gated_BLKD.flatten(2).to(channels_KDE.dtype) @ channels_KDE.flatten(0, 1)
+def open_weights(scores_BLHK: Tensor) -> Tensor:
+    """alpha = 2 sigmoid(s) in at least float32: 1 where the score is 0, and the same at every budget."""
+    return 2 * scores_BLHK.to(torch.promote_types(scores_BLHK.dtype, torch.float32)).sigmoid()
 
 
-def gated_product(z_NID: Tensor, rows_CKI: Tensor, weights_NCK: Tensor, channels_KDE: Tensor) -> Tensor:
-    """`mix_channels(rows @ z, weights, channels)` (N, C, E) that keeps no feature: they are made again in backward.
+def mix_channels(features_BLKD: Tensor, weights_BLHK: Tensor, channels_KDE: Tensor) -> Tensor:
+    """sum_k weights[k] * (features[k] @ channels[k]), (B, L, H*E), without forming any (B, L, K, E) product.
+
+    Head h has the features, and the rows of `channels`, from h*P on.
+    """
+    heads = weights_BLHK.shape[2]
+    gated_HBLKP = _heads_first(features_BLKD, heads) * weights_BLHK.movedim(2, 0)[..., None]
+    gated_HQX = gated_HBLKP.flatten(3).flatten(1, 2).to(channels_KDE.dtype)
+    mixed_HQE = torch.bmm(gated_HQX, _head_matrices(channels_KDE, heads))
+    return _heads_last(torch.unflatten(mixed_HQE, 1, features_BLKD.shape[:2]))
+
+
+def gated_product(z_NID: Tensor, rows_CKI: Tensor, weights_NCHK: Tensor, channels_KDE: Tensor) -> Tensor:
+    """`mix_channels(rows @ z, weights, channels)` (N, C, H*E) that keeps no feature: they are made again in backward.
 
     Features are formed, gated and multiplied in groups of filters, forward and backward, so that memory is O(N I D)
     whatever K is, and the cost of K filters is that of K products.
@@ -55,10 +69,10 @@ def gated_product(z_NID: Tensor, rows_CKI: Tensor, weights_NCK: Tensor, channels
     Args:
         z_NID: a chunk's inputs and states (`chunk_inputs`).
         rows_CKI: constant, [T | Q]; no gradient.
-        weights_NCK: alpha_k sigma_k^(1/4).
+        weights_NCHK: alpha_k sigma_k^(1/4).
         channels_KDE: M_k.
     """
-    mixed: Tensor = _GatedProduct.apply(z_NID, rows_CKI, weights_NCK, channels_KDE)  # type: ignore[no-untyped-call]
+    mixed: Tensor = _GatedProduct.apply(z_NID, rows_CKI, weights_NCHK, channels_KDE)  # type: ignore[no-untyped-call]
     return mixed
 
 
@@ -87,36 +101,42 @@ class _GatedProduct(torch.autograd.Function):
     """Filters go through in groups; X = (C, G) are the positions of a chunk and the filters of a group."""
 
     @staticmethod
-    def forward(ctx: Any, z_NID: Tensor, rows_CKI: Tensor, weights_NCK: Tensor, channels_KDE: Tensor) -> Tensor:
-        ctx.save_for_backward(z_NID, rows_CKI, weights_NCK, channels_KDE)
-        form, _ = _kernels(z_NID)
-        positions = weights_NCK[..., 0].numel()
-        y_PE = z_NID.new_zeros(positions, channels_KDE.shape[2], dtype=_accumulator(z_NID))
-        for ks in _groups(z_NID, rows_CKI):
-            gated_NXD = form(z_NID, _rows(rows_CKI, ks, z_NID), weights_NCK[:, :, ks].flatten(1))
-            _add_product(y_PE, gated_NXD.view(positions, -1), channels_KDE[ks].flatten(0, 1).to(z_NID.dtype))
-            del gated_NXD  # before the next group is formed
-        return y_PE.to(channels_KDE.dtype).view(*weights_NCK.shape[:2], -1)
+    def forward(ctx: Any, z_NID: Tensor, rows_CKI: Tensor, weights_NCHK: Tensor, channels_KDE: Tensor) -> Tensor:
+        ctx.save_for_backward(z_NID, rows_CKI, weights_NCHK, channels_KDE)
+        n, c, heads, _ = weights_NCHK.shape
+        z_MIP, weights_MCK = _heads_first(z_NID, heads).flatten(0, 1), weights_NCHK.movedim(2, 0).flatten(0, 1)
+        form, _ = _kernels(z_MIP)
+        y_HQE = z_NID.new_zeros(heads, n * c, channels_KDE.shape[2], dtype=_accumulator(z_NID))
+        for ks in _groups(z_MIP, rows_CKI):
+            gated_MXP = form(z_MIP, _rows(rows_CKI, ks, z_NID), weights_MCK[:, :, ks].flatten(1))
+            matrices_HXE = _head_matrices(channels_KDE[ks], heads).to(z_NID.dtype)
+            _add_product(y_HQE, gated_MXP.view(heads, n * c, -1), matrices_HXE)
+            del gated_MXP  # before the next group is formed
+        return _heads_last(y_HQE.to(channels_KDE.dtype).view(heads, n, c, -1))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
-        z_NID, rows_CKI, weights_NCK, channels_KDE = ctx.saved_tensors
-        _, form_again = _kernels(z_NID)
-        positions = weights_NCK[..., 0].numel()
-        dy_PE = grads[0].reshape(positions, -1).to(z_NID.dtype)
-        dz_NID = torch.zeros_like(z_NID, dtype=_accumulator(z_NID))
-        dweights_NCK = torch.empty_like(weights_NCK)
+        z_NID, rows_CKI, weights_NCHK, channels_KDE = ctx.saved_tensors
+        n, c, heads, _ = weights_NCHK.shape
+        z_MIP, weights_MCK = _heads_first(z_NID, heads).flatten(0, 1), weights_NCHK.movedim(2, 0).flatten(0, 1)
+        _, form_again = _kernels(z_MIP)
+        dy_HQE = _heads_first(grads[0].to(z_NID.dtype), heads).flatten(1, 2)
+        dz_MIP = torch.zeros_like(z_MIP, dtype=_accumulator(z_NID))
+        dweights_MCK = torch.empty_like(weights_MCK)
         dchannels_KDE = torch.empty_like(channels_KDE)
-        for ks in _groups(z_NID, rows_CKI):
-            rows_XI, weights_NCG = _rows(rows_CKI, ks, z_NID), weights_NCK[:, :, ks]
-            channels_XE = channels_KDE[ks].flatten(0, 1).to(z_NID.dtype)
-            dgated_NXD = (dy_PE @ channels_XE.t()).view(z_NID.shape[0], -1, z_NID.shape[2])
-            gated_NXD, dweights_NX = form_again(z_NID, rows_XI, weights_NCG.flatten(1), dgated_NXD)
-            dweights_NCK[:, :, ks] = dweights_NX.view_as(weights_NCG)
-            dchannels_KDE[ks] = (gated_NXD.view(positions, -1).t() @ dy_PE).view_as(channels_KDE[ks])
-            _add_batched_product(dz_NID, rows_XI.t().expand(z_NID.shape[0], -1, -1), dgated_NXD)
-            del gated_NXD, dgated_NXD
-        return dz_NID.to(z_NID.dtype), None, dweights_NCK, dchannels_KDE
+        for ks in _groups(z_MIP, rows_CKI):
+            rows_XI, weights_MCG = _rows(rows_CKI, ks, z_NID), weights_MCK[:, :, ks]
+            matrices_HXE = _head_matrices(channels_KDE[ks], heads).to(z_NID.dtype)
+            dgated_MXP = torch.bmm(dy_HQE, matrices_HXE.transpose(1, 2)).view(heads * n, -1, z_MIP.shape[2])
+            gated_MXP, dweights_MX = form_again(z_MIP, rows_XI, weights_MCG.flatten(1), dgated_MXP)
+            dweights_MCK[:, :, ks] = dweights_MX.view_as(weights_MCG)
+            dmatrices_HXE = torch.bmm(gated_MXP.view(heads, n * c, -1).transpose(1, 2), dy_HQE)
+            dmatrices_HGPE = torch.unflatten(dmatrices_HXE, 1, (-1, z_MIP.shape[2]))
+            dchannels_KDE[ks] = dmatrices_HGPE.transpose(0, 1).flatten(1, 2)
+            _add_product(dz_MIP, rows_XI.t().expand(heads * n, -1, -1), dgated_MXP)
+            del gated_MXP, dgated_MXP
+        dz_NID = _heads_last(dz_MIP.to(z_NID.dtype).view(heads, n, *z_MIP.shape[1:]))
+        return dz_NID, None, dweights_MCK.view(heads, n, c, -1).movedim(0, 2), dchannels_KDE
 
 
 def _kernels(z_NID: Tensor) -> tuple[Any, Any]:
@@ -162,6 +182,21 @@ def _triton_is_right(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
+def _heads_first(x_XD: Tensor, heads: int) -> Tensor:
+    """(..., D) -> (H, ..., P)."""
+    return torch.unflatten(x_XD, -1, (heads, -1)).movedim(-2, 0)
+
+
+def _heads_last(x_HXYP: Tensor) -> Tensor:
+    """(H, X, Y, P) -> (X, Y, H*P)."""
+    return x_HXYP.movedim(0, 2).flatten(2)
+
+
+def _head_matrices(channels_KDE: Tensor, heads: int) -> Tensor:
+    """(H, K*P, E): each head's rows of all matrices, one below the other."""
+    return torch.unflatten(channels_KDE, 1, (heads, -1)).transpose(0, 1).flatten(1, 2)
+
+
 def _rows(rows_CKI: Tensor, ks: slice, z_NID: Tensor) -> Tensor:
     """[T | Q] (X, I) of a group of filters, in z's dtype."""
     return rows_CKI[:, ks].flatten(0, 1).to(z_NID.dtype)
@@ -181,13 +216,7 @@ def _accumulator(z_NID: Tensor) -> torch.dtype:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        torch.addmm(total, left, right, out=total)  # torch's FLOP counter does not see addmm_
-    else:
-        total += left @ right
-
-
-def _add_batched_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds the batched product; torch's FLOP counter does not see baddbmm_."""
     if total.dtype == left.dtype:
         torch.baddbmm(total, left, right, out=total)
     else:

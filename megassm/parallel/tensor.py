@@ -4,8 +4,9 @@ Every large matrix is divided along the axis that leaves one sum per layer (arXi
 and feed-forward):
 
     spectral mixer     its input channels: rank r computes the convolutions of its own channels of u and holds rows
-                       M_k[d_r, :], D[d_r, :]; its product is a part of the sum y. The spectral channels K are never
-                       divided: a small budget would leave ranks idle. The gate is replicated
+                       M_k[d_r, :], D[d_r, :]; its product is a part of the sum y. With several heads these are whole
+                       heads, with their rows of the output projection. The spectral channels K are never divided: a
+                       small budget would leave ranks idle. The gate is replicated
     attention          its heads. Keys and values are replicated where there are fewer key-value heads than ranks
     feed-forward       its hidden units; of an elastic width rank r holds every `ranks`-th from the r-th on, so that the
                        leading units of a budget are the same on every mesh, and equally many on each rank
@@ -39,6 +40,7 @@ SPLIT_AXIS = {
     "head_VD": 0,
     "mixer.channels_KDD": 1,
     "mixer.direct_DD": 0,
+    "mixer.out_DD": 0,
     "mixer.query.weight": 0,
     "mixer.key.weight": 0,
     "mixer.value.weight": 0,
@@ -145,7 +147,7 @@ def _connect(model: LanguageModel, group: Group) -> None:
     for block in cast(list[Block], model.blocks):
         match block.mixer:
             case SpectralMixer():
-                _connect_spectral(block.mixer, model.config.d_model, group)
+                _connect_spectral(block.mixer, model.config, group)
             case Attention():
                 _connect_attention(block.mixer, model.config, group)
             case other:
@@ -157,13 +159,14 @@ def _replace(module: nn.Module, name: str, function: Callable[..., Any]) -> None
     object.__setattr__(module, name, function)
 
 
-def _connect_spectral(mixer: SpectralMixer, d_model: int, group: Group) -> None:
-    whole = mixer.mix
-    start, stop = bounds(d_model, group.size(), group.rank())
+def _connect_spectral(mixer: SpectralMixer, config: ModelConfig, group: Group) -> None:
+    whole, heads = mixer.mix, config.mixer_heads
+    channels = slice(*bounds(config.d_model, group.size(), group.rank()))
+    mine = slice(0, 1) if heads == 1 else slice(*bounds(heads, group.size(), group.rank()))
 
-    def mix(u_BLD: Tensor, weights_BLK: Tensor, context: Context) -> Tensor:
-        mine_BLD, weights_BLK = _EnterMixer.apply(u_BLD, weights_BLK, start, stop, group)  # type: ignore[no-untyped-call]
-        return _sum(whole(mine_BLD, weights_BLK, context), group)
+    def mix(u_BLD: Tensor, weights_BLHK: Tensor, context: Context) -> Tensor:
+        u_BLD, weights_BLHK = _EnterMixer.apply(u_BLD, weights_BLHK, channels, mine, group)  # type: ignore[no-untyped-call]
+        return _sum(whole(u_BLD, weights_BLHK, context), group)
 
     _replace(mixer, "mix", mix)
 
@@ -263,26 +266,29 @@ class _Sum(torch.autograd.Function):
 
 
 class _EnterMixer(torch.autograd.Function):
-    """(this rank's channels of u, the gate's weights); backward, one message carries the gradients of both.
+    """(this rank's channels of u, its heads' weights); backward, one message carries the gradients of both.
 
-    The message is (D + K) wide and in u's dtype: the gate's K numbers ride along with u's D.
+    The message is (D + H K) wide and in u's dtype: the gate's H K numbers ride along with u's D.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, u_BLD: Tensor, weights_BLK: Tensor, start: int, stop: int, group: Group
+        ctx: Any, u_BLD: Tensor, weights_BLHK: Tensor, channels: slice, heads: slice, group: Group
     ) -> tuple[Tensor, Tensor]:
-        ctx.bounds, ctx.width, ctx.group = (start, stop), u_BLD.shape[-1], group
-        return u_BLD[..., start:stop].contiguous(), weights_BLK.clone()
+        ctx.mine, ctx.group = (channels, heads), group
+        ctx.width, ctx.heads = u_BLD.shape[-1], weights_BLHK.shape[2]
+        return u_BLD[..., channels].contiguous(), weights_BLHK[:, :, heads].clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        (du_BLd, dweights_BLK), (start, stop) = grads, ctx.bounds
-        both = du_BLd.new_zeros(*du_BLd.shape[:-1], ctx.width + dweights_BLK.shape[-1])
-        both[..., start:stop] = du_BLd
-        both[..., ctx.width :] = dweights_BLK
+        (du_BLd, dweights_BLhK), (channels, heads) = grads, ctx.mine
+        shape = (ctx.heads, dweights_BLhK.shape[-1])
+        both = du_BLd.new_zeros(*du_BLd.shape[:-1], ctx.width + shape[0] * shape[1])
+        both[..., : ctx.width][..., channels] = du_BLd
+        torch.unflatten(both[..., ctx.width :], -1, shape)[:, :, heads] = dweights_BLhK
         both = _all_reduce(both, ctx.group)
-        return both[..., : ctx.width], both[..., ctx.width :].to(dweights_BLK.dtype), None, None, None
+        dweights_BLHK = torch.unflatten(both[..., ctx.width :], -1, shape).to(dweights_BLhK.dtype)
+        return both[..., : ctx.width], dweights_BLHK, None, None, None
 
 
 class _SplitCrossEntropy(torch.autograd.Function):

@@ -14,6 +14,7 @@ from megassm.config.schema import Config
 from megassm.cost import (
     filterbank_flops_per_token,
     forward_flops_per_token,
+    gate_flops_per_token,
 )
 from megassm.parallel.mesh import Mesh, mesh_of
 from megassm.plan.cluster import Cluster, Filters
@@ -90,8 +91,7 @@ def budget_shares(config: Config) -> dict[int, float]:
 def rank_flops_per_token(config: Config, mesh: Mesh, k: int, filters: Filters) -> float:
     """FLOPs of one tensor rank a token at budget k, filter bank and recomputation included; all compute the gates."""
     model = config.model
-    hidden = max(1, model.d_model // 2)
-    gate = 2.0 * hidden * (model.d_model + k) * model.mixers.count("S") if model.gate else 0.0
+    gate = gate_flops_per_token(model, k) * model.mixers.count("S")
     work = workload(config, mesh, filters)
     forwards = 4 if config.train.recompute else 3
     bank = filterbank_flops_per_token(model, k, work, backward=True)

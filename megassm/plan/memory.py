@@ -103,5 +103,5 @@ def largest_parameter(config: Config, tensor: int) -> int:
     """Numbers of a rank's largest part of a parameter."""
     model = config.model
     d, width = model.d_model, -(-model.d_model // tensor)
-    mixer = model.num_channels * d * width if "S" in model.mixers else d * width
-    return max(mixer, d * -(-model.d_ffn // tensor), -(-model.vocab_size // tensor) * d)
+    columns = max(d, model.num_channels * (d // model.mixer_heads)) if "S" in model.mixers else d
+    return max(columns * width, d * -(-model.d_ffn // tensor), -(-model.vocab_size // tensor) * d)

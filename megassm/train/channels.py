@@ -1,6 +1,7 @@
 """What goes on inside an elastic run: the channels' shares, and the two ways in which its training fails.
 
-    gate mass     mean of alpha_k over positions, layer by layer: which channels the gate listens to
+    gate mass     mean of alpha_k over positions and heads, layer by layer: which channels the gate listens to. Of a
+                  normalised gate (softmax) a layer's sum is 1; of the sigmoid each is between 0 and 2
     updates       how often each channel took part, given the budgets that were drawn: channel k in every update whose
                   largest budget is at least k
     norm          Frobenius norm of M_k, layer by layer
@@ -59,20 +60,20 @@ class GateMass:
     sums: list[Floats] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
 
-    def add(self, layer: int, alpha_BLK: Tensor) -> None:
-        alpha_NK = alpha_BLK.detach().flatten(0, -2).double().cpu().numpy()
+    def add(self, layer: int, alpha_BLHK: Tensor) -> None:
+        alpha_NK = alpha_BLHK.detach().double().mean(2).flatten(0, 1).cpu().numpy()
         self.sums[layer][: alpha_NK.shape[1]] += alpha_NK.sum(0)
         self.positions[layer] += len(alpha_NK)
 
     def mean(self) -> Floats:
-        """(spectral layers, K_max) mean alpha_k; each row sums to 1 where anything was computed."""
+        """(spectral layers, K_max) mean alpha_k; of a normalised gate each row sums to 1, if anything was computed."""
         counts = np.maximum(1, np.array(self.positions, dtype=np.float64))
         return np.stack(self.sums) / counts[:, None] if self.sums else np.empty((0, self.num_channels))
 
 
 @contextmanager
 def gate_masses(model: nn.Module) -> Iterator[GateMass]:
-    """Counts every gate's weights in the forward passes within the block. A mixer without a gate has 1/k a channel."""
+    """Counts every gate's weights in the forward passes within the block; a mixer without a gate has constant ones."""
     mixers = spectral_mixers(model)
     masses = GateMass(max((mixer.channels_KDD.shape[0] for _, mixer in mixers), default=0))
     handles = []
@@ -91,11 +92,11 @@ def _watch(mixer: SpectralMixer, place: int, masses: GateMass) -> Any:
     if mixer.gate is not None:
         return mixer.gate.register_forward_hook(lambda _module, _inputs, alpha: masses.add(place, alpha))
 
-    def equal_weights(_module: nn.Module, inputs: tuple[Any, ...], _output: Tensor) -> None:
+    def constant_weights(_module: nn.Module, inputs: tuple[Any, ...], _output: Tensor) -> None:
         u_BLD, context = inputs
-        masses.add(place, torch.full((*u_BLD.shape[:-1], context.k), 1 / context.k))
+        masses.add(place, torch.full((*u_BLD.shape[:-1], 1, context.k), 1 / mixer.constant_divisor(context.k)))
 
-    return mixer.register_forward_hook(equal_weights)
+    return mixer.register_forward_hook(constant_weights)
 
 
 def spectral_mixers(model: nn.Module) -> list[tuple[str, SpectralMixer]]:

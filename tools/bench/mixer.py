@@ -128,7 +128,7 @@ def _core(method: str, bank: FilterBank) -> Core:
         return authors_core(bank.filters_LK, by_filter=method == "authors_by_filter")
     other = FilterBank(bank.seq_len, bank.num_channels, method)  # type: ignore[arg-type]
     other.take(bank)
-    return other.mix
+    return lambda u_BLD, weights_BLK, channels_KDE: other.mix(u_BLD, weights_BLK[:, :, None], channels_KDE)
 
 
 def _peer(method: str, inputs: Sequence[Tensor]) -> tuple[Core, list[Tensor]]:

@@ -100,7 +100,7 @@ EXPERIMENTS = {
         _arms(
             ELASTIC,
             Arm("no RMS rescaling", ("model.gate_rescale=false",)),
-            Arm("no gate", ("model.gate=false",)),
+            Arm("no gate", ("model.gate=equal",)),
             Arm("no sigma^(1/4)", ("model.sigma_scale=none",)),
         ),
     ),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,13 +17,18 @@ import torch
 from megassm.config.load import load_config
 from megassm.config.schema import Config
 from megassm.cost import parameters
+from megassm.errors import UserError
 from megassm.eval.session import open_session
+from megassm.model import build_model
 from tests.conftest import ROOT, SMALL, run_python
-from tools.experiments.definitions import EXPERIMENTS, TEXT, Arm, Experiment, equal_width
+from tools.experiments import peers, runner
+from tools.experiments.arms import Arm
+from tools.experiments.definitions import EXPERIMENTS, FAMILY, TEXT, Experiment, equal_width
 from tools.experiments.measure import Point
 from tools.experiments.online import HIGH, LOW, POLICIES, Reading, read
+from tools.experiments.peers import build_peer, peer_parameters, peer_sizes, state_space_duality
 from tools.experiments.results import CONCLUSION, Results, curves, half_width, table, write
-from tools.experiments.runner import Options, run_experiment, workers
+from tools.experiments.runner import Job, Options, run_experiment, workers
 
 SMALL_TASK = (
     "model.d_model=16", "model.num_channels=8", "model.d_ffn=32", "budget.budgets=[2,8]", "eval.budgets=[2,8]",
@@ -120,6 +128,87 @@ def ends_of(experiment: Experiment) -> Callable[[Config], list[Arm]]:
     return lambda config: list(dict.fromkeys((experiment.arms(config)[0], experiment.arms(config)[-1])))
 
 
+def test_a_family_has_equal_sizes() -> None:
+    """Beside each size of the elastic model stand models of that many parameters."""
+    experiment = EXPERIMENTS["family"]
+    base = load_config(ROOT / experiment.config)
+    sizes = {k: parameters(base.model, k) for k in base.eval.budgets}
+    for arm in experiment.arms(base):
+        model = load_config(ROOT / experiment.config, arm.overrides).model
+        if arm.peer is not None:
+            peer = build_peer(arm.peer, model, 0)
+            largest = peer_sizes(arm.peer, model)[-1]
+            count = peer_parameters(peer, largest)
+            assert count == sum(parameter.numel() for parameter in peer.parameters())
+        else:
+            count = parameters(model, model.num_channels)
+        named = re.search(r"K=(\d+)", arm.name)
+        wanted = sizes[int(named[1])] if named else sizes[max(sizes)]
+        assert count == pytest.approx(wanted, rel=0.05 if arm.peer else 0.003), arm.name
+    assert 8.2e6 / sizes[max(sizes)] > 40, "tokens a parameter"
+
+
+def test_mamba2_is_the_published_layer() -> None:
+    """The chunked form against the recurrence, and the layer against transformers' own."""
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, dtype=torch.float64, generator=generator)
+    x_BLHP, input_BLN, output_BLN = draw(2, 150, 3, 4), draw(2, 150, 5), draw(2, 150, 5)
+    log_decay_BLH = -draw(2, 150, 3).abs()
+    state, expected = torch.zeros(2, 3, 5, 4, dtype=torch.float64), []
+    for t in range(150):
+        state = state * log_decay_BLH[:, t].exp()[..., None, None]
+        state = state + torch.einsum("bn,bhp->bhnp", input_BLN[:, t], x_BLHP[:, t])
+        expected.append(torch.einsum("bn,bhnp->bhp", output_BLN[:, t], state))
+    found = state_space_duality(x_BLHP, log_decay_BLH, input_BLN, output_BLN)
+    torch.testing.assert_close(found, torch.stack(expected, 1), atol=1e-11, rtol=0)
+
+    transformers = pytest.importorskip("transformers")
+    theirs_module = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    torch.manual_seed(0)
+    ours = peers.Mamba2Mixer(24, 2)
+    config = transformers.Mamba2Config(
+        hidden_size=24, num_heads=ours.heads, head_dim=peers.HEAD_DIM, state_size=peers.STATE, expand=peers.EXPAND,
+        conv_kernel=peers.TAPS, n_groups=1, chunk_size=32, time_step_limit=(0.0, math.inf),
+    )  # fmt: skip
+    theirs = theirs_module.Mamba2Mixer(config, 0)
+    names = {"inputs.weight": "in_proj.weight", "conv.weight": "conv1d.weight", "conv.bias": "conv1d.bias",
+             "step_bias_H": "dt_bias", "log_decay_H": "A_log", "skip_H": "D", "norm.weight": "norm.weight",
+             "out.weight": "out_proj.weight"}  # fmt: skip
+    theirs.load_state_dict({names[name]: value for name, value in ours.state_dict().items()})
+    u_BLD = torch.randn(2, 70, 24)
+    torch.testing.assert_close(ours(u_BLD), theirs(u_BLD), atol=2e-6, rtol=1e-5)
+
+
+def test_an_early_exit_is_a_shallower_model() -> None:
+    model = load_config(ROOT / "configs/family.yaml", ("model.pattern=A", "model.num_channels=1", "model.n_layers=3",
+                                                       "budget.budgets=[1]", "eval.budgets=[1]")).model  # fmt: skip
+    peer = build_peer("early_exit", model, 0)
+    assert isinstance(peer, peers.EarlyExit)
+    ids_BL = torch.randint(0, 257, (2, 9))
+    shallow = build_model(model.model_copy(update={"n_layers": 2}), 0)
+    kept = {name: value for name, value in peer.model.state_dict().items() if not name.startswith("blocks.2.")}
+    shallow.load_state_dict(kept)
+    torch.testing.assert_close(peer(ids_BL, 2), shallow(ids_BL, 1))
+    torch.testing.assert_close(peer(ids_BL, 3), peer.model(ids_BL, 1))
+    assert peer_parameters(peer, 2) == sum(parameter.numel() for parameter in shallow.parameters())
+
+
+def test_every_arm_goes_on_at_its_best_rate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def measured(job: Job) -> list[Point]:
+        best = {"elastic spectral": 4e-3, "Mamba-2": 2e-3}[job.arm.name]
+        return [Point("loss", "", k, 1 + abs(math.log(job.config.optim.lr / best)) + job.seed) for k in (2, 4)]
+
+    monkeypatch.setattr(runner, "carry_out", measured)
+    options = Options([3, 4], tmp_path, arms=("elastic spectral", "Mamba"), overrides=("data.path=x",))
+    with ThreadPoolExecutor(1) as pool:
+        found = run_experiment("family", options, "command", pool)
+    rates = {arm: overrides[-1] for arm, overrides in found.arms.items()}
+    assert rates == {"elastic spectral": "optim.lr=0.004", "Mamba-2": "optim.lr=0.002"}
+    assert [points[0].y for points in found.points["Mamba-2"]] == [4, 5]
+    with ThreadPoolExecutor(1) as pool, pytest.raises(UserError, match="no arm of family has nothing in its name"):
+        run_experiment("family", replace(options, arms=("nothing",)), "command", pool)
+
+
 @pytest.mark.ranks
 def test_experiments_run(tmp_path: Path, data_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them with their first arm and their last, in one worker; trainings in common are made once."""
@@ -127,9 +216,10 @@ def test_experiments_run(tmp_path: Path, data_path: Path, monkeypatch: pytest.Mo
     with workers(1) as pool:
         for name, experiment in EXPERIMENTS.items():
             monkeypatch.setitem(EXPERIMENTS, name, replace(experiment, arms=ends_of(experiment)))
-            own = SMALL if experiment.config == TEXT else SMALL_TASK
-            data = data_path if experiment.config == TEXT else small_task(Path(experiment.config).stem, tmp_path)
-            options = Options([0], tmp_path / "runs", overrides=(*own, f"data.path={data}", "train.steps=3"))
+            text = experiment.config in (TEXT, FAMILY)
+            own = SMALL if text else SMALL_TASK
+            data = data_path if text else small_task(Path(experiment.config).stem, tmp_path)
+            options = Options([0], tmp_path / "runs", None, (*own, f"data.path={data}", "train.steps=3"), rates=())
             found = run_experiment(name, options, "command", pool)
             runs += len(found.arms)
             for path in write(found, tmp_path):
@@ -137,7 +227,9 @@ def test_experiments_run(tmp_path: Path, data_path: Path, monkeypatch: pytest.Mo
             values = [point.y for by_seed in found.points.values() for points in by_seed for point in points]
             assert values
             assert all(math.isfinite(value) and value >= 0 for value in values)
-    assert len(list((tmp_path / "runs").iterdir())) == runs - 3, "static_elastic, ablations, sampling, online share one"
+    assert len(list((tmp_path / "runs").iterdir())) == runs - 4, (
+        "static_elastic, ablations, sampling, online share one; the families too"
+    )
 
 
 def small_task(name: str, folder: Path) -> Path:

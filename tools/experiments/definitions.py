@@ -6,22 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from megassm.config.schema import Config
 from megassm.cost import parameters
-from tools.experiments.measure import Point, cost_points, journal_points, length_points
+from tools.experiments.arms import Arm, width_of_size
+from tools.experiments.family import family_arms
+from tools.experiments.measure import Point, cost_points, family_points, journal_points, length_points
 from tools.experiments.online import online_points
 
 TEXT = "configs/experiment.yaml"
+FAMILY = "configs/family.yaml"
 MEASURED_COST = ("model.d_model=256", "model.n_layers=4", "model.seq_len=1024", "model.d_ffn=768")
-
-
-class Arm(NamedTuple):
-    """One of the things compared; the first of an experiment is what the others are held against."""
-
-    name: str
-    overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,6 +31,8 @@ class Experiment:
     """Of a finished run; of a run directory with nothing but a configuration where `trains` is false."""
     config: str = TEXT
     trains: bool = True
+    rates: tuple[float, ...] = ()
+    """Peak learning rates: each arm is trained at all of them at the first seed, and at the others at its best."""
     x_label: str = "budget K (spectral channels)"
 
 
@@ -73,14 +70,10 @@ def _hybrids(config: Config) -> list[Arm]:
 
 def equal_width(config: Config, pattern: str) -> int:
     """The feed-forward width at which `pattern` has nearest to the parameters of as many spectral layers at K_max."""
-
-    def count(layers: str, width: int) -> int:
-        update = {"pattern": layers, "n_layers": len(layers), "d_ffn": width}
-        return parameters(config.model.model_copy(update=update), config.model.num_channels)
-
-    width = config.model.d_ffn
-    wanted = count("S" * len(pattern), width)
-    return width + round((wanted - count(pattern, width)) / (count(pattern, width + 1) - count(pattern, width)))
+    layers = {"n_layers": len(pattern)}
+    spectral = config.model.model_copy(update={**layers, "pattern": "S"})
+    wanted = parameters(spectral, spectral.num_channels)
+    return width_of_size(config.model.model_copy(update={**layers, "pattern": pattern}), wanted)
 
 
 EXPERIMENTS = {
@@ -157,5 +150,21 @@ EXPERIMENTS = {
         _arms(ELASTIC),
         measure=online_points,
         x_label="average K",
+    ),
+    "family": Experiment(
+        "Does one elastic training replace a family of models, each trained at its size alone?",
+        "One training gives all sizes, each as good as a model of that size.",
+        family_arms,
+        measure=family_points,
+        config=FAMILY,
+        rates=(2e-3, 4e-3, 8e-3),
+    ),
+    "family_cost": Experiment(
+        "What do the members of the family cost in prefill, decoding and memory?",
+        "Latency and memory fall with K.",
+        lambda config: [arm for arm in family_arms(config) if arm.peer is None],
+        measure=cost_points,
+        config=FAMILY,
+        trains=False,
     ),
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megassm.config.load import load_config
 from megassm.config.schema import Config
+from megassm.cost import parameters, training_flops_per_token
 from megassm.data.stream import MicroBatch
 from megassm.eval.score import score
 from megassm.eval.session import open_session
@@ -19,9 +20,13 @@ from megassm.eval.sweep import measured_cost
 from megassm.model import build_model, truncate
 from megassm.run.directory import CONFIG
 from megassm.run.journal import Row, read_rows
+from megassm.train.loop import step_budgets
+from tools.experiments.peers import Peer
+from tools.experiments.plain import train_peer
 
 BITS = "validation bits per byte"
 ACCURACY = "validation accuracy"
+TRAINING = "training, PFLOPs"
 
 
 class Point(NamedTuple):
@@ -39,6 +44,25 @@ def journal_points(run_dir: Path) -> list[Point]:
     row = _last_validation(run_dir)
     metric, curve = (ACCURACY, row["valid_accuracy"]) if row.get("valid_accuracy") else (BITS, row["valid"])
     return [Point(metric, "", int(k), value) for k, value in curve.items()]
+
+
+def family_points(run_dir: Path) -> list[Point]:
+    """`journal_points`, the same over parameters, and what the training cost."""
+    config = load_config(run_dir / CONFIG)
+    curve = journal_points(run_dir)
+    over_size = [Point(f"{BITS} by size", "", parameters(config.model, int(point.x)), point.y) for point in curve]
+    steps = range(config.train.steps)
+    budgets = [k for step in steps for k in step_budgets(config, step, config.micro_steps(1))]
+    flops = {k: training_flops_per_token(config.model, k, config.model.seq_len) for k in set(budgets)}
+    total = sum(flops[k] for k in budgets) * config.tokens_per_step() / config.micro_steps(1)
+    return [*curve, *over_size, Point(TRAINING, "", max(point.x for point in over_size), total / 1e15)]
+
+
+def peer_points(config: Config, name: Peer) -> list[Point]:
+    """The same of a model that is not the package's own, trained if that is not done yet."""
+    found = train_peer(config, name)
+    curve = [Point(BITS, "", k, bits) for k, (_, bits) in found.items()]
+    return [*curve, *(Point(f"{BITS} by size", "", count, bits) for count, bits in found.values())]
 
 
 def length_points(run_dir: Path, factors: Sequence[int]) -> list[Point]:

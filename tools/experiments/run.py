@@ -18,6 +18,9 @@ def parser() -> Parser:
     add("names", nargs="+", metavar="NAME", help="experiments, or `all`; tools/experiments/README.md has the list")
     add("--seeds", type=positive, default=3, metavar="N", help="trainings of each arm, seeds 0..N-1 (default: 3)")
     add("--jobs", type=positive, default=1, metavar="N", help="trainings side by side (default: 1)")
+    add("--arms", nargs="+", default=[], metavar="TEXT", help="only the arms with one of these in their name")
+    what = "peak learning rates to choose from by arm (default: the experiment's own)"
+    add("--rates", type=float, nargs="*", metavar="LR", help=what)
     add("--config", type=path_argument, metavar="FILE", help="instead of the experiment's own, for a larger model")
     add("--runs", type=path_argument, default=Path("runs/experiments"), metavar="DIR", help="where trainings are kept")
     add("--output", type=path_argument, default=Path("docs/results"), metavar="DIR", help="(default: docs/results)")
@@ -37,7 +40,10 @@ def main() -> None:
     unknown = [name for name in names if name not in EXPERIMENTS]
     if unknown:
         command_line.error(f"no experiment {unknown[0]!r}; there are {', '.join(EXPERIMENTS)}, or all")
-    options = Options(range(arguments.seeds), arguments.runs, arguments.config, tuple(arguments.set))
+    rates = None if arguments.rates is None else tuple(arguments.rates)
+    options = Options(
+        range(arguments.seeds), arguments.runs, arguments.config, tuple(arguments.set), tuple(arguments.arms), rates
+    )
     with workers(arguments.jobs) as pool:
         for name in names:
             command = shlex.join(["python", *sys.argv[:1], name, *_flags(sys.argv[1:], arguments.names)])

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import multiprocessing
+import time
 from collections.abc import Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +24,9 @@ from megassm.data.dataset import open_dataset
 from megassm.errors import UserError
 from megassm.run.directory import open_run_directory, write_config
 from megassm.train.loop import pretrain
-from tools.experiments.definitions import EXPERIMENTS, Arm
-from tools.experiments.measure import Point
+from tools.experiments.arms import Arm
+from tools.experiments.definitions import EXPERIMENTS
+from tools.experiments.measure import Point, peer_points
 from tools.experiments.results import Results
 
 LOG = "train.log"
@@ -40,6 +43,10 @@ class Options:
     """Instead of the experiment's own configuration file."""
     overrides: tuple[str, ...] = ()
     """`section.key=value` of every arm."""
+    arms: tuple[str, ...] = ()
+    """Names, or parts of names, of the arms to run; empty for all."""
+    rates: tuple[float, ...] | None = None
+    """Peak learning rates to choose from, instead of the experiment's own."""
 
 
 class Job(NamedTuple):
@@ -66,12 +73,16 @@ def run_experiment(name: str, options: Options, command: str, pool: Executor) ->
     """
     experiment = EXPERIMENTS[name]
     base = _config(name, options, ())
-    arms = experiment.arms(base)
+    arms = [arm for arm in experiment.arms(base) if not options.arms or any(part in arm.name for part in options.arms)]
+    if not arms:
+        raise UserError(f"no arm of {name} has {' or '.join(options.arms)} in its name; "
+                        f"there are {', '.join(arm.name for arm in experiment.arms(base))}")  # fmt: skip
+    rates = _tuned(name, arms, options, pool)
+    arms = [arm._replace(overrides=(*arm.overrides, *rates.get(arm.name, ()))) for arm in arms]
     jobs = [_job(name, options, arm, seed) for arm in arms for seed in options.seeds]
     points: dict[str, list[list[Point]]] = {arm.name: [] for arm in arms}
-    for job, measured in zip(jobs, pool.map(carry_out, jobs), strict=True):
+    for job, measured in zip(jobs, _all_done(name, jobs, pool), strict=True):
         points[job.arm.name].append(measured)
-        print(f"{name}: {job.arm.name}, seed {job.seed}: {job.config.run.dir}", flush=True)
     return Results(
         name=name,
         question=experiment.question,
@@ -85,13 +96,43 @@ def run_experiment(name: str, options: Options, command: str, pool: Executor) ->
     )
 
 
+def _tuned(name: str, arms: Sequence[Arm], options: Options, pool: Executor) -> dict[str, tuple[str, ...]]:
+    """By arm, the override of its best learning rate at the first seed: the least mean over the arm's curve.
+
+    Empty where there are no rates to choose from.
+    """
+    rates = EXPERIMENTS[name].rates if options.rates is None else options.rates
+    trials = [(arm, f"optim.lr={rate!r}") for arm in arms for rate in rates]
+    jobs = [_job(name, options, arm._replace(overrides=(*arm.overrides, rate)), options.seeds[0])
+            for arm, rate in trials]  # fmt: skip
+    best: dict[str, tuple[float, str]] = {}
+    for (arm, rate), points in zip(trials, _all_done(f"{name}, learning rates", jobs, pool), strict=True):
+        curve = [point.y for point in points if point.metric == points[0].metric]
+        best[arm.name] = min(best.get(arm.name, (math.inf, "")), (sum(curve) / len(curve), rate))
+    return {arm: (rate,) for arm, (_, rate) in best.items()}
+
+
+def _all_done(what: str, jobs: Sequence[Job], pool: Executor) -> list[list[Point]]:
+    """What was measured on each job, in order; says how far they are."""
+    started = time.monotonic()
+    running = [pool.submit(carry_out, job) for job in jobs]
+    for done, future in enumerate(as_completed(running), 1):
+        arm, seed, config = jobs[running.index(future)][1:]
+        elapsed = time.monotonic() - started
+        left = f"about {elapsed / done * (len(jobs) - done) / 60:,.0f} min left" if done < len(jobs) else "done"
+        future.result()
+        print(f"{what}: {done} of {len(jobs)}, {left}: {arm.name}, seed {seed}: {config.run.dir}", flush=True)
+    return [future.result() for future in running]
+
+
 def _config(name: str, options: Options, overrides: tuple[str, ...]) -> Config:
     path = options.config or Path(EXPERIMENTS[name].config)
     return load_config(path, (*options.overrides, *overrides))
 
 
 def _job(name: str, options: Options, arm: Arm, seed: int) -> Job:
-    return Job(name, arm, seed, placed(_config(name, options, arm.overrides), options.runs, seed))
+    runs = options.runs / arm.peer if arm.peer else options.runs
+    return Job(name, arm, seed, placed(_config(name, options, arm.overrides), runs, seed))
 
 
 def placed(config: Config, runs: Path, seed: int) -> Config:
@@ -112,6 +153,8 @@ def carry_out(job: Job) -> list[Point]:
     """Trains a job, if that is not done yet, and measures it."""
     experiment = EXPERIMENTS[job.experiment]
     run_dir = Path(job.config.run.dir)
+    if job.arm.peer is not None:
+        return peer_points(job.config, job.arm.peer)
     if experiment.trains:
         train_to_end(job.config)
     else:

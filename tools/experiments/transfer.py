@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megassm.config.load import load_config
-from tools.experiments.definitions import TEXT, Arm
+from tools.experiments.arms import Arm
+from tools.experiments.definitions import TEXT
 from tools.experiments.measure import Point, journal_points
 from tools.experiments.results import Results
 from tools.experiments.runner import placed, train_to_end

@@ -1,0 +1,104 @@
+"""Does one elastic run replace a family of models? Arms of equal parameters and equal tokens, where capacity matters.
+
+A size is what the elastic model has at one of its budgets K. At each size stand beside it: the same model trained at
+that size alone, a transformer, and what else claims to be many sizes in one training: a transformer with an elastic
+feed-forward width (MatFormer, arXiv 2310.07707), one that may stop after any layer, and Mamba-2 at the full size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megassm.config.schema import Config
+from megassm.cost import parameters
+from tools.experiments.arms import Arm, width_of_size
+from tools.experiments.peers import build_peer, peer_parameters
+
+EXIT_LAYERS = 4
+
+
+def family_arms(config: Config) -> list[Arm]:
+    """The elastic model and hybrid first, then what they are held against, the sizes in order of K."""
+    sizes = {k: parameters(config.model, k) for k in config.eval.budgets}
+    full = sizes[max(sizes)]
+    arms = [Arm("elastic spectral"), _elastic_hybrid(config, full), _paper(config, full)]
+    arms += [_alone(config, k) for k in sizes]
+    arms += [_transformer(config, f"transformer of K={k}'s size", size) for k, size in sizes.items()]
+    return [*arms, _elastic_width(config, sizes), _early_exit(config, full), _mamba2(config, full)]
+
+
+def _overrides(**values: Any) -> tuple[str, ...]:
+    return tuple(f"{name.replace('__', '.')}={value}" for name, value in values.items())
+
+
+def _updated(config: Config, **values: Any) -> Any:
+    return config.model.model_copy(update=values)
+
+
+def _elastic_hybrid(config: Config, size: int) -> Arm:
+    width = width_of_size(_updated(config, pattern="SA"), size)
+    return Arm("elastic hybrid (SA)", _overrides(model__pattern="SA", model__d_ffn=width))
+
+
+def _paper(config: Config, size: int) -> Arm:
+    """The paper's layer: K dense matrices, a softmax gate, sigma^(1/4); so much narrower that the size is the same."""
+    paper = {"mixer_heads": 1, "gate": "softmax", "sigma_scale": ("quarter_power",)}
+
+    def width(d_model: int) -> int:
+        return width_of_size(_updated(config, d_model=d_model, **paper), size)
+
+    # the widest whose feed-forward layer still has twice its width
+    d_model = max(d for d in range(8, config.model.d_model + 1, 8) if width(d) >= 2 * d)
+    settings = _overrides(
+        model__mixer_heads=1, model__gate="softmax", model__sigma_scale="quarter_power", model__d_model=d_model,
+        model__d_ffn=width(d_model),
+    )  # fmt: skip
+    return Arm("elastic, the paper's layer", settings)
+
+
+def _alone(config: Config, k: int) -> Arm:
+    """The model that is left at K, trained at K."""
+    cut = config.model.cut(k)
+    return Arm(f"spectral K={k} alone", _overrides(model__num_channels=k, model__d_ffn=cut.d_ffn, **_fixed(k)))
+
+
+def _fixed(k: int) -> Mapping[str, Any]:
+    return {"budget__strategy": "fixed", "budget__budgets": f"[{k}]", "eval__budgets": f"[{k}]"}
+
+
+def _transformer(config: Config, name: str, size: int, **more: Any) -> Arm:
+    update = {"pattern": "A", "num_channels": 1, **more}
+    width = width_of_size(_updated(config, **update), size)
+    settings = {f"model__{key}": value for key, value in {**update, "d_ffn": width}.items()}
+    return Arm(name, _overrides(**settings, **_fixed(1)))
+
+
+def _elastic_width(config: Config, sizes: Mapping[int, int]) -> Arm:
+    """A transformer whose budgets cut the feed-forward width alone, from the smallest of `sizes` to the largest."""
+    k_max, k_min = max(sizes), min(sizes)
+    transformer = _updated(config, pattern="A")
+    widest = width_of_size(transformer, sizes[k_max])
+    narrowest = max(8, width_of_size(transformer, sizes[k_min]))
+    units = max(8, round((widest - narrowest) / (k_max - k_min) / 8) * 8)
+    widest = max(widest, units * k_max)
+    elastic = f"{{knee_k: {k_max}, below: {units}, above: {units}}}"
+    return Arm("transformer, elastic width",
+               _overrides(model__pattern="A", model__d_ffn=widest, model__ffn_elastic=elastic))  # fmt: skip
+
+
+def _early_exit(config: Config, size: int) -> Arm:
+    arm = _transformer(config, "transformer, early exit", size, n_layers=EXIT_LAYERS)
+    return arm._replace(peer="early_exit")
+
+
+def _mamba2(config: Config, size: int) -> Arm:
+    """Of the configured depth; the width makes the size."""
+
+    def count(d_model: int) -> int:
+        model = _updated(config, d_model=d_model, pattern="A", n_heads=1)
+        return peer_parameters(build_peer("mamba2", model, 0), 1)
+
+    d_model = min(range(16, 2 * config.model.d_model, 8), key=lambda d: abs(count(d) - size))
+    width = {"model__d_model": d_model, "model__pattern": "A", "model__n_heads": 1, "model__num_channels": 1}
+    return Arm("Mamba-2", _overrides(**width, **_fixed(1)), peer="mamba2")

@@ -40,7 +40,7 @@ def test_the_same_step_three_times_is_refused_with_the_way_out(tmp_path: Path) -
         ) as no:
             start(tmp_path)
     assert f"tools/inspect_data.py {tmp_path} --step 8" in str(no.value)
-    event = read_events(tmp_path)[-1]
+    event = list(read_events(tmp_path))[-1]
     assert (event["kind"], event["figures"]) == ("repeated failure", {"failed_step": 8, "jobs": 3})
     start(tmp_path, limit=None)
     (tmp_path / FAILURES).unlink()

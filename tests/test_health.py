@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,12 @@ from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
 from megassm.data.stream import MicroBatch
 from megassm.parallel.world import join_world, leave_world
+from megassm.run import records
 from megassm.run.events import read_events
 from megassm.run.journal import read_rows
+from megassm.run.records import METRICS
+from megassm.train.channels import update_counts
+from megassm.train.health import Health
 from megassm.train.loop import train
 from megassm.train.setup import Run, set_up
 from tests.ranks import run_on_ranks
@@ -95,7 +101,7 @@ def test_a_slow_rank_a_spike_and_the_channels_of_two_ranks(small_config: Make, t
 
 
 def check_slow_rank_and_spike(run_dir: Path, updates: int) -> None:
-    rows, events = read_rows(run_dir), read_events(run_dir)
+    rows, events = read_rows(run_dir), list(read_events(run_dir))
     assert [row["step"] for row in rows if row["skipped"]] == [SPIKE_STEP]
     assert [row["step"] for row in rows if row.get("spike")] == [SPIKE_STEP]
     assert updates == len(rows) - 1
@@ -118,3 +124,39 @@ def check_slow_rank_and_spike(run_dir: Path, updates: int) -> None:
     assert slow["s"] > 2 * SLOW_S > slow["median_s"] * 0.9
     assert rows[-1]["phases_s"]["communication"] > SLOW_S, "rank 0 waits for rank 1"
     assert [event["step"] for event in events if event["kind"] == "checkpoint"] == [10, 20, 30, 40, 50, 52]
+
+
+@pytest.mark.parametrize("validated", [(), (600,), (100, 601), (950,)])
+def test_a_resumed_run_knows_from_the_journals_end_what_all_of_it_says(
+    small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, validated: tuple[int, ...]
+) -> None:
+    config, rng, counts_K = small_config(), np.random.default_rng(0), np.zeros(8, dtype=int)
+    run: Any = SimpleNamespace(
+        config=config, done_steps=0, journal=object(), world=SimpleNamespace(mesh=SimpleNamespace(sequence=1, tensor=1))
+    )
+    never_stopped = Health(run)
+    with (tmp_path / "run.jsonl").open("w") as file:
+        for step in range(1, 1001):
+            row = {"step": step, "k_micro": [int(k) for k in rng.choice([1, 2, 4, 8], 2)], "skipped": step % 97 == 0,
+                   "loss": None if step % 97 == 0 else 2 + 3 / step + rng.normal(0, 0.01)}  # fmt: skip
+            never_stopped._remember(row)
+            counts_K += update_counts([row["k_micro"]], 8) * (not row["skipped"])
+            if step in validated:
+                row |= {"valid": {"8": 1.0}, "channels": {"updates": counts_K.tolist()}}
+            file.write(json.dumps(row) + "\n")
+    Path(config.run.dir).mkdir()
+    (tmp_path / "run.jsonl").rename(Path(config.run.dir) / METRICS)
+    parsed, parse_row = [0], records.parse_row
+
+    def counting(line: bytes) -> records.Row | None:
+        parsed[0] += 1
+        return parse_row(line)
+
+    monkeypatch.setattr(records, "parse_row", counting)
+    run.done_steps = 1000
+    resumed = Health(run)
+    assert resumed._updates_K.tolist() == never_stopped._updates_K.tolist() == counts_K.tolist()
+    assert [row["step"] for row in resumed._rows] == list(range(801, 1001))
+    assert resumed._spikes.limit([2, 4]) == pytest.approx(never_stopped._spikes.limit([2, 4]), rel=1e-12)
+    first = max(validated, default=1)
+    assert parsed[0] == max(1000 - first + 1 + (first > 1 and first < 800), 201), "and nothing from before"

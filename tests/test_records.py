@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megassm.run import records
-from megassm.run.records import RowFile, cut_after, iterate_rows
+from megassm.run.records import RowFile, cut_after, iterate_rows, newest_row, rows_newest_first
 
 
 @contextmanager
@@ -92,3 +92,30 @@ def test_rows_that_are_made_again_are_cut_off(tmp_path: Path, text: str, step: i
 def test_a_journal_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     cut_after(tmp_path / "m", 3)
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 2**18])
+def test_rows_are_read_from_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(records, "BLOCK_BYTES", block)
+    path = tmp_path / "m"
+    assert list(rows_newest_first(path)) == []
+    whole = [b'{"step": 1}\n', b'\xff\n\n{"step": 2, "text": "' + b"x" * 100 + b'"}\n', b'[]\n{"step": 3}\n']
+    path.write_bytes(b"".join(whole) + b'{"step": 4')
+    ends = [(3, len(b"".join(whole))), (2, len(b"".join(whole[:2]))), (1, len(whole[0]))]
+    assert [(row["step"], end) for row, end in rows_newest_first(path)] == ends
+    assert newest_row(path) == {"step": 3}
+
+
+def test_only_the_end_of_a_long_journal_is_read_to_cut_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, parsed, parse_row = tmp_path / "m", [0], records.parse_row
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 20_001)))
+
+    def counting(line: bytes) -> records.Row | None:
+        parsed[0] += 1
+        return parse_row(line)
+
+    monkeypatch.setattr(records, "parse_row", counting)
+    cut_after(path, 19_990)
+    assert parsed[0] == 11
+    monkeypatch.undo()
+    assert steps(path) == list(range(1, 19_991))

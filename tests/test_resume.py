@@ -15,7 +15,7 @@ from megassm.parallel.mesh import Mesh
 from megassm.parallel.world import join_world, leave_world
 from megassm.run.journal import read_rows
 from megassm.train.loop import train
-from megassm.train.setup import set_up
+from megassm.train.setup import Run, set_up
 from tests.ranks import run_on_ranks
 
 Make = Callable[..., Config]
@@ -39,15 +39,15 @@ def configured(make: Make, leg: Leg, *overrides: str) -> Config:
 
 
 class StopAfter:
-    """A signal that comes before the end of a micro-step; each asks once."""
+    """A signal that comes while the ranks agree on update `step`."""
 
-    def __init__(self, micro_steps: int) -> None:
-        self.left = micro_steps
+    def __init__(self, run: Run, step: int) -> None:
+        self.progress, self.step = run.world.progress, step
 
     @property
     def received(self) -> bool:
-        self.left -= 1
-        return self.left <= 0
+        mark = self.progress.mark
+        return mark.step == self.step and mark.phase == "agreement of all ranks"
 
 
 def train_legs(legs: list[tuple[Config, int]]) -> None:
@@ -57,7 +57,7 @@ def train_legs(legs: list[tuple[Config, int]]) -> None:
             world = join_world(config)
             Path(config.run.dir).mkdir(exist_ok=True, parents=True)
             run = set_up(config, open_dataset(config), world)
-            run.stop = StopAfter((step - run.done_steps) * run.engine.micro_steps)  # type: ignore[assignment]
+            run.stop = StopAfter(run, step)  # type: ignore[assignment]
             train(run)
             if run.journal is not None:
                 run.journal.close()

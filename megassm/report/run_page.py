@@ -22,7 +22,8 @@ from megassm.report.run_files import (
 )
 from megassm.report.run_plots import optimiser_panels, quality_panels, speed_panels
 from megassm.run.console import duration
-from megassm.run.records import EVENTS, METRICS, Row, iterate_rows, parse_object
+from megassm.run.events import read_events
+from megassm.run.records import METRICS, Row, iterate_rows
 
 EVENTS_SHOWN = 200
 """Of each run, the newest."""
@@ -61,9 +62,9 @@ def load_run(run_dir: Path, name: str) -> LoadedRun:
         UserError: there is none.
     """
     check_run_directory(run_dir)
-    journal, happened = run_dir / METRICS, run_dir / EVENTS
+    journal = run_dir / METRICS
     history = History().extend(iterate_rows(journal) if journal.exists() else ())
-    events, count = _newest_events(happened) if happened.exists() else ([], 0)
+    events, count = _newest_events(run_dir)
     return LoadedRun(name, history, read_knobs(run_dir), read_environment(run_dir), events, count, failure(run_dir))
 
 
@@ -204,14 +205,11 @@ def _union(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for mapping in mappings for name in mapping))
 
 
-def _newest_events(path: Path) -> tuple[list[Row], int]:
+def _newest_events(run_dir: Path) -> tuple[list[Row], int]:
     newest: deque[Row] = deque(maxlen=EVENTS_SHOWN)
     count = 0
-    with path.open("rb") as file:
-        for line in file:
-            if (event := parse_object(line)) is not None:
-                newest.append(event)
-                count += 1
+    for count, event in enumerate(read_events(run_dir), start=1):  # noqa: B007
+        newest.append(event)
     return list(newest), count
 
 

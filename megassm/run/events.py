@@ -6,9 +6,10 @@ writes. Nothing is ever removed: an update that is made again after a resume lea
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,11 +34,10 @@ def append_event(run_dir: Path, kind: Kind, step: int, text: str, figures: Mappi
         print_line(f"warning: {run_dir / EVENTS}: cannot be written ({error.strerror})")
 
 
-def read_events(run_dir: Path) -> list[Row]:
-    """A run's events, oldest first; without lines that a kill cut in half."""
-    path = run_dir / EVENTS
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    return [event for event in map(parse_object, lines) if event is not None and "kind" in event]
+def read_events(run_dir: Path) -> Iterator[Row]:
+    """A run's events, oldest first, one at a time; without lines that a kill cut in half."""
+    with contextlib.suppress(FileNotFoundError), (run_dir / EVENTS).open("rb") as file:
+        yield from (event for event in map(parse_object, file) if event is not None and "kind" in event)
 
 
 class Events:

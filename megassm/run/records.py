@@ -21,8 +21,8 @@ WAITING_BYTES = 64 * 2**20
 """Rows kept in memory at most while they cannot be written; about 100,000."""
 
 COPIED_BYTES = 2**24
-END_BYTES = 2**20
-"""Of a file's end, where its newest row is looked for."""
+BLOCK_BYTES = 2**18
+"""What is read at a time of a file that is read from its end."""
 
 Row = dict[str, Any]
 
@@ -89,15 +89,7 @@ def cut_after(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    place = end = 0
-    with path.open("rb") as file:
-        for line in file:
-            row = parse_row(line)
-            if row is not None and row["step"] > step:
-                break
-            place += len(line)
-            if row is not None and line.endswith(b"\n"):
-                end = place
+    end = next((end for row, end in rows_newest_first(path) if row["step"] <= step), 0)
     try:
         copy = open_temporary(path)
     except OSError:
@@ -130,13 +122,28 @@ def parse_object(line: bytes) -> Row | None:
 
 
 def newest_row(path: Path) -> Row | None:
-    """The newest whole row, from the file's end; None where there is none."""
+    """The newest whole row; None where there is none."""
+    return next((row for row, _ in rows_newest_first(path)), None)
+
+
+def rows_newest_first(path: Path) -> Iterator[tuple[Row, int]]:
+    """(row, where its line ends in the file) of every whole row from the end on; no more is read than is asked for."""
     if not path.exists():
-        return None
+        return
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - END_BYTES))
-        lines = file.read().splitlines()
-    return next((row for line in reversed(lines) if (row := parse_row(line)) is not None), None)
+        start = file.seek(0, os.SEEK_END)
+        rest = b""  # the end of a line whose beginning is further up
+        while start:
+            size = min(BLOCK_BYTES, start)
+            start = file.seek(start - size)
+            block = file.read(size) + rest
+            first = block.find(b"\n") + 1 or len(block) if start else 0
+            rest, end = block[:first], start + len(block)
+            for line in reversed(block[first:].splitlines(keepends=True)):
+                row = parse_row(line) if line.endswith(b"\n") else None
+                if row is not None:
+                    yield row, end
+                end -= len(line)
 
 
 def read_rows(run_dir: Path) -> list[Row]:
@@ -147,7 +154,4 @@ def read_rows(run_dir: Path) -> list[Row]:
 def iterate_rows(path: Path) -> Iterator[Row]:
     """The rows of a file, one at a time."""
     with path.open("rb") as file:
-        for line in file:
-            row = parse_row(line)
-            if row is not None:
-                yield row
+        yield from (row for row in map(parse_row, file) if row is not None)

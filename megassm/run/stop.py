@@ -11,9 +11,10 @@ from megassm.run.launcher import launcher_is_gone, launcher_pids
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1, SIGINT, or the launcher's end: finish the micro-batch, save, leave.
+    """SIGTERM, SIGUSR1, SIGINT, or the launcher's end: save what whole updates have made, leave.
 
-    They may come several times, from a cluster, its launcher and a script; only a second SIGINT acts at once.
+    One object a process: a signal is remembered when the run goes back to a checkpoint. Signals may come several times,
+    from a cluster, its launcher and a script; only a second SIGINT acts at once.
     """
 
     def __init__(self) -> None:

@@ -123,13 +123,13 @@ def report_skip(run: Run, step: int, totals: Totals, in_a_row: int) -> None:
     Raises:
         UserError: `train.max_skipped` in a row.
     """
-    batch = run.config.train.batch_sequences
+    first, last = run.sample_range(step)
     what = (
         f"step {step + 1}: the loss is {totals.score.loss:g}, the gradient norm {totals.grad_norm:g}: samples "
-        f"{step * batch}..{(step + 1) * batch - 1} changed no weight"
+        f"{first}..{last} changed no weight"
     )
     if not totals.dropped:
-        run.events.add("non-finite", step + 1, f"{what} ({in_a_row} in a row)", samples=run.sample_range(step))
+        run.events.add("non-finite", step + 1, f"{what} ({in_a_row} in a row)", samples=[first, last])
     if in_a_row >= run.config.train.max_skipped:
         raise UserError(
             f"{what}, the last of train.max_skipped = {in_a_row} in a row: training diverged. Lower optim.lr, or "

@@ -18,7 +18,7 @@ from megassm.checkpoint.space import pin
 from megassm.data.skipped import LeftOut, leave_out, read_left_out
 from megassm.eval.score import Score
 from megassm.parallel.world import gather_rows, gather_texts, sum_rows
-from megassm.run.journal import Row, read_rows
+from megassm.run.records import METRICS, Row, rows_newest_first
 from megassm.train.agreement import Tally, Totals
 from megassm.train.channels import OSCILLATION_ROWS, GateMass, spectral_mixers, update_counts, warnings_of
 from megassm.train.setup import Run
@@ -37,16 +37,13 @@ class Health:
         config = run.config
         self._run = run
         self._stragglers = Stragglers(run.world.mesh.sequence * run.world.mesh.tensor)
-        self._spikes = Spikes(config.health.spike_z or float("inf"))
+        self._spikes = self._new_spikes(0)
         self._updates_K = np.zeros(config.model.num_channels, dtype=np.int64)
         self._rows: deque[Row] = deque(maxlen=OSCILLATION_ROWS)
         self._told: dict[tuple[int, str], int] = {}
         self._warned: set[str] = set()
         if run.journal is not None and run.done_steps:
-            for row in read_rows(Path(config.run.dir)):
-                self._remember(row)
-                if "valid" in row:
-                    self._warned = {warning["name"] for warning in row.get("warnings", ())}
+            self._recall(Path(config.run.dir) / METRICS)
 
     def drops(self, budgets: list[int], tally: Tally) -> bool:
         """Whether the batch whose losses are in `tally` must change no weight; asked before its last backward pass.
@@ -88,6 +85,34 @@ class Health:
                 self._run.events.add(warning.name, row["step"], text, **warning.figures)
         self._warned = {warning.name for warning in found}
         return more | ({"warnings": [asdict(warning) for warning in found]} if found else {})
+
+    def _new_spikes(self, updates: int) -> Spikes:
+        return Spikes(self._run.config.health.spike_z or float("inf"), updates)
+
+    def _recall(self, journal: Path) -> None:
+        """What the windows need of the updates before a resume, from the journal's end.
+
+        A validation's row has the update counts up to it; only where there is none, all of the journal is read.
+        """
+        recent: list[Row] = []
+        counted = "S" not in self._run.config.model.mixers
+        counts_K = np.zeros_like(self._updates_K)
+        for row, _ in rows_newest_first(journal):
+            if len(recent) < OSCILLATION_ROWS:
+                recent.append(row)
+            elif counted:
+                break
+            if not counted and "updates" in row.get("channels", {}):
+                counts_K += row["channels"]["updates"]
+                counted = True
+            elif not counted and not row["skipped"]:
+                counts_K += update_counts([row["k_micro"]], len(counts_K))
+        self._spikes = self._new_spikes(recent[-1]["step"] - 1 if recent else 0)
+        for row in reversed(recent):
+            self._remember(row)
+            if "valid" in row:
+                self._warned = {warning["name"] for warning in row.get("warnings", ())}
+        self._updates_K = counts_K
 
     def _remember(self, row: Row) -> None:
         self._rows.append(row)

@@ -40,10 +40,14 @@ from megassm.parallel.world import (
 )
 from megassm.run.failures import job_begins, job_ends
 from megassm.run.journal import Row
+from megassm.run.stop import StopRequest
 from megassm.train.agreement import Tally, Totals, agree, report_skip
 from megassm.train.channels import gate_masses
 from megassm.train.health import Health, channels, rewinds, without_effect
 from megassm.train.setup import Run, say, set_up
+
+STOP_CHECK_S = 10.0
+"""Longest that a stop signal waits for the end of an update, seconds of computation."""
 
 End = Literal["done", "stopped", "rewound"]
 """All updates are done; a signal came, and what was done is saved; the loss jumped, and an older checkpoint waits."""
@@ -79,15 +83,16 @@ def pretrain(config: Config, data: Dataset) -> None:
 def set_up_and_train(config: Config, data: Dataset, world: World, watchdog: Watchdog) -> bool:
     """Returns whether all updates are done."""
     watchdog.start()
-    while (end := continue_run(config, data, world, watchdog)) == "rewound":
+    request = StopRequest()
+    while (end := continue_run(config, data, world, watchdog, request)) == "rewound":
         gc.collect()  # the engine that is left holds itself, and the device's memory
     barrier()  # some launchers end all ranks with the first that leaves: rank 0 has told wandb all by now
     return end == "done"
 
 
-def continue_run(config: Config, data: Dataset, world: World, watchdog: Watchdog) -> End:
+def continue_run(config: Config, data: Dataset, world: World, watchdog: Watchdog, request: StopRequest) -> End:
     """From the newest checkpoint, or the beginning, on."""
-    run = set_up(config, data, world)
+    run = set_up(config, data, world, request)
     watchdog.fence = run.fence
     try:
         if world.is_main:
@@ -108,29 +113,20 @@ def train(run: Run) -> End:
     if run.done_steps >= config.train.steps:
         say(run.world, f"nothing to do: {config.run.dir} has done {run.done_steps} of {config.train.steps} steps")
         return "done"
-    skipped, saved, health = 0, run.done_steps, Health(run)
+    skipped, saved, health, stride = 0, run.done_steps, Health(run), 1
     for step in range(run.done_steps, config.train.steps):
         started = time.perf_counter()
         note("beginning", step + 1)
         budgets = step_budgets(config, step, engine.micro_steps)
-        tally = Tally(torch.zeros((), dtype=torch.float64, device=run.world.device))
-        for micro_step, k in enumerate(budgets):
-            if micro_step and told_to_stop(run):
-                return stop(run, step, saved)
-            batch = next_batch(run, tally)
-            ids_BT, mask_BL = (torch.from_numpy(x).to(run.world.device) for x in (batch.ids_BT, batch.mask_BL))
-            note("forward pass")
-            nll_BL, objective_BL = engine.training_losses(ids_BT, k)
-            tally.nll += (nll_BL.detach() * mask_BL).sum()
-            if micro_step + 1 == len(budgets) and health.drops(budgets, tally):
-                tally.dropped, objective_BL = True, without_effect(objective_BL)
-            note("backward pass")
-            engine.backward(objective_BL, mask_BL)
+        tally = accumulate(run, health, budgets, stride)
+        if tally is None:
+            return stop(run, step, saved)
         rate = learning_rate(config.optim, config.train, step)
         note("update")
         norm = engine.update(rate)
         note("agreement of all ranks")
         totals = agree(run, step, budgets, tally, norm)
+        stride = stop_stride(totals, engine.micro_steps)
         note("looking at the update")
         skipped = 0 if totals.finite else skipped + 1
         row = journal_row(run, step, budgets, totals, time.perf_counter() - started) | {"lr": rate}
@@ -156,6 +152,37 @@ def train(run: Run) -> End:
     run.events.add("end", config.train.steps, f"done: {config.train.steps} steps in {config.run.dir}\n"
                    f"next: python tools/sweep_budgets.py {config.run.dir}")  # fmt: skip
     return "done"
+
+
+def accumulate(run: Run, health: Health, budgets: list[int], stride: int) -> Tally | None:
+    """Forward and backward pass of every micro-step of an update; None if a stop signal came in between.
+
+    The ranks ask each other about a signal before every `stride`-th micro-step.
+    """
+    engine, note = run.engine, run.world.progress.note
+    tally = Tally(torch.zeros((), dtype=torch.float64, device=run.world.device))
+    for micro_step, k in enumerate(budgets):
+        if micro_step and micro_step % stride == 0 and told_to_stop(run):
+            return None
+        batch = next_batch(run, tally)
+        ids_BT, mask_BL = (torch.from_numpy(x).to(run.world.device) for x in (batch.ids_BT, batch.mask_BL))
+        note("forward pass")
+        nll_BL, objective_BL = engine.training_losses(ids_BT, k)
+        tally.nll += (nll_BL.detach() * mask_BL).sum()
+        if micro_step + 1 == len(budgets) and health.drops(budgets, tally):
+            tally.dropped, objective_BL = True, without_effect(objective_BL)
+        note("backward pass")
+        engine.backward(objective_BL, mask_BL)
+    return tally
+
+
+def stop_stride(totals: Totals, micro_steps: int) -> int:
+    """Micro-steps between two checks for a stop signal, from the time that the last update took; alike on all ranks.
+
+    `agree` carries the flag at the end of every update; only an update longer than `STOP_CHECK_S` is interrupted.
+    """
+    slowest_s = max(sum(seconds) for seconds in totals.seconds_RP)
+    return max(1, int(STOP_CHECK_S * micro_steps / max(slowest_s, 1e-9)))
 
 
 def told_to_stop(run: Run) -> bool:

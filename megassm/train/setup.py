@@ -60,9 +60,12 @@ class Run:
         return batch * size, (batch + 1) * size - 1
 
 
-def set_up(config: Config, data: Dataset, world: World) -> Run:
-    """Builds the run, and continues from its newest complete checkpoint where there is one."""
-    stop = StopRequest()
+def set_up(config: Config, data: Dataset, world: World, stop: StopRequest | None = None) -> Run:
+    """Builds the run, and continues from its newest complete checkpoint where there is one.
+
+    `stop` is the process's own stop request, if it has one already: a signal must survive a second set-up.
+    """
+    stop = stop or StopRequest()
     fence = enter(Path(config.run.dir), world)
     digest = start_digest(config, data)
     asked = data.task.asked if data.task else None

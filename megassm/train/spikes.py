@@ -31,10 +31,11 @@ Floats = npt.NDArray[np.float64]
 class Spikes:
     """What is known of the last losses."""
 
-    def __init__(self, z: float) -> None:
+    def __init__(self, z: float, updates: int = 0) -> None:
+        """`z` deviations make a spike; `updates` were made before the first that `add` will tell of."""
         self._z = z
         self._rows: deque[tuple[list[float], float]] = deque(maxlen=WINDOW)
-        self._updates = self._in_a_row = 0
+        self._updates, self._in_a_row = updates, 0
 
     def expected(self, budgets: Sequence[int]) -> tuple[float, float]:
         """(loss, its standard deviation) of the next update at these K; (inf, inf) where too little is known."""

@@ -12,6 +12,7 @@ import bisect
 import hashlib
 import itertools
 import math
+from collections.abc import Sequence
 from typing import assert_never
 
 from megassm.config.schema import BudgetConfig, Config
@@ -44,7 +45,7 @@ def _strategy(config: Config, step: int, micro_step: int) -> int:
         case "paper":
             if step < config.full_budget_steps() or _is_full_update(budget, step):
                 return k_max
-            return _listed(budget, draw)
+            return _listed(config.paper_budgets(), budget.bias, draw)
     assert_never(budget.strategy)
 
 
@@ -65,9 +66,9 @@ def _is_full_update(budget: BudgetConfig, step: int) -> bool:
     return budget.full_every is not None and (step + 1) % budget.full_every == 0
 
 
-def _listed(budget: BudgetConfig, draw: float) -> int:
-    cumulative = list(itertools.accumulate(k**budget.bias for k in budget.budgets))
-    return budget.budgets[bisect.bisect_right(cumulative, draw * cumulative[-1])]
+def _listed(budgets: Sequence[int], bias: float, draw: float) -> int:
+    cumulative = list(itertools.accumulate(k**bias for k in budgets))
+    return budgets[bisect.bisect_right(cumulative, draw * cumulative[-1])]
 
 
 def _uniform(seed: int, step: int, micro_step: int) -> float:

@@ -121,37 +121,6 @@ def training_flops_per_token(config: ModelConfig, k: int, seq_len: int) -> float
     return 3.0 * forward_flops_per_token(config, k, seq_len)
 
 
-def decoding_flops_per_token(config: ModelConfig, k: int, context: int, state_size: int) -> float:
-    """FLOPs of one decoding step at budget k after `context` tokens, the filter bank's own products included.
-
-    `state_size` is S, `FilterBank.state_size`: a step multiplies the state by (S, S) and reads k features from it.
-    """
-    model_flops = forward_flops_per_token(config, k, 1) - 4.0 * config.d_model * config.mixers.count("A")
-    visible = min(context + 1, config.window or context + 1)
-    attention = 4.0 * config.d_model * visible * config.mixers.count("A")
-    filterbank = 2.0 * config.d_model * state_size * (state_size + k) * config.mixers.count("S")
-    return model_flops + attention + filterbank
-
-
-def decoding_state_bytes(config: ModelConfig, context: int, state_size: int, bytes_per_number: int) -> int:
-    """Bytes that a sequence keeps between steps: S x d numbers a spectral layer whatever the context; keys and values,
-    at most a window of them, an attention layer."""
-    spectral = config.mixers.count("S") * state_size * config.d_model
-    kept = min(context, config.window - 1) if config.window else context
-    attention = config.mixers.count("A") * 2 * kept * config.d_model // config.n_heads * config.kv_heads
-    return (spectral + attention) * bytes_per_number
-
-
-def decoding_bytes_per_token(config: ModelConfig, k: int, context: int, state_size: int, bytes_per_number: int) -> int:
-    """Bytes one step has to move: every weight within the budget once, the state read and written.
-
-    Of an untied embedding one row is read; a tied one is the head, and read whole.
-    """
-    unread = (config.vocab_size - 1) * config.d_model if config.has_head else 0
-    weights = (parameters(config, k) - unread) * bytes_per_number
-    return weights + 2 * decoding_state_bytes(config, context, state_size, bytes_per_number)
-
-
 class Workload(NamedTuple):
     """What one rank computes at a time, and how the filter bank computes it."""
 

@@ -12,12 +12,14 @@ import torch
 from pydantic import BaseModel
 
 from megassm.config.load import ConfigError, dump_config, load_config
+from megassm.config.model import ElasticFfnConfig
 from megassm.config.schema import Config, RunConfig
 from megassm.cost import parameters
 from megassm.model import LanguageModel
 from tests.conftest import ROOT, run_python
 from tools.make_task import OPTIONS
 
+TINY = ROOT / "configs/tiny.yaml"
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 PROMISED = {"125m": 125e6, "350m_hybrid": 350e6, "1b_hybrid": 1e9, "3b_hybrid": 3e9, "7b_hybrid": 7e9,
             "30b_hybrid": 30e9}  # fmt: skip
@@ -248,3 +250,39 @@ def test_command_line_mistakes_exit_with_2() -> None:
     done = subprocess.run([sys.executable, "launch/pretrain.py"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--config" in done.stderr
+
+
+def test_overrides_reach_into_optional_sections_and_mappings() -> None:
+    elastic = ("model.ffn_elastic.knee_k=8", "model.ffn_elastic.below=8", "model.ffn_elastic.above=0")
+    assert load_config(TINY, elastic).model.ffn_elastic == ElasticFfnConfig(knee_k=8, below=8, above=0)
+    mixture = ("data.path=null", "data.sources.books=x", "data.sources.web.v2=y",
+               "data.phases=[{start_step: 0, sources: {books: 1, web.v2: 2}}]")  # fmt: skip
+    assert load_config(TINY, mixture).data.sources == {"books": "x", "web.v2": "y"}
+    for override, rule in (
+        ("model.ffn_elastic.knee=8", "no key 'model.ffn_elastic.knee'; did you mean 'model.ffn_elastic.knee_k'?"),
+        ("model.ffn_elastic.knee_k=8", "key 'model.ffn_elastic.below' is missing"),
+        ("data.sources.books=3", "data.sources.books = 3: must be text"),
+        ("train.steps.x=1", "no key 'train.steps.x'"),
+        ("train.steps.=1", "an override is section.key=value"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(f"command line '{override}': {rule}")):
+            load_config(TINY, (override,))
+
+
+@pytest.mark.parametrize(
+    ("k_max", "paper", "validated"),
+    [
+        (1, (1,), (1,)),
+        (16, (2, 3, 4, 6, 8, 12, 16), (2, 4, 8, 16)),
+        (20, (2, 3, 4, 6, 8, 12, 16, 20), (2, 4, 8, 16, 20)),
+        (32, (2, 3, 4, 6, 8, 12, 16, 24, 32), (2, 4, 8, 16, 32)),
+        (48, (2, 3, 4, 6, 8, 12, 16, 24, 32, 48), (2, 4, 8, 16, 32, 48)),
+    ],
+)
+def test_default_budgets_follow_the_number_of_channels(
+    k_max: int, paper: tuple[int, ...], validated: tuple[int, ...]
+) -> None:
+    config = load_config(TINY, (f"model.num_channels={k_max}",))
+    assert (config.paper_budgets(), config.eval_budgets()) == (paper, validated)
+    own = load_config(TINY, (f"model.num_channels={k_max}", "budget.budgets=[1]", "eval.budgets=[1]"))
+    assert (own.paper_budgets(), own.eval_budgets()) == ((1,), (1,))

@@ -11,9 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megassm.config.schema import Config
 from megassm.cost import (
-    decoding_bytes_per_token,
-    decoding_flops_per_token,
-    decoding_state_bytes,
     forward_flops_per_token,
     mixer_parameters,
     parameters,
@@ -104,25 +101,3 @@ def test_parameters_at_k(changes: dict[str, object], k: int) -> None:
     assert sum(p.numel() for p in model.parameters()) == parameters(config(**changes), k)
     mixer = model.blocks[0].mixer
     assert sum(p.numel() for p in mixer.parameters()) == mixer_parameters(config(**changes), model.config.mixers[0], k)
-
-
-@pytest.mark.parametrize("pattern", ["S", "SA", "A"])
-@pytest.mark.parametrize("k", [1, K_MAX])
-@pytest.mark.parametrize("changes", [{"window": None}, {"window": 8}, ELASTIC, HEADS])
-def test_decoding_flops_and_state(pattern: str, k: int, changes: dict[str, object]) -> None:
-    settings = config(pattern=pattern, n_kv_heads=4, **changes)
-    model = build_model(settings, 0)
-    size = model.filterbank.state_size if model.filterbank is not None else 0
-    _, state = model.prefill(torch.randint(0, 50, (1, 20)), k)
-    assert state.nbytes == decoding_state_bytes(settings, 20, size, 4)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model.step(torch.tensor([3]), state, k)
-    assert counter.get_total_flops() == pytest.approx(decoding_flops_per_token(settings, k, 20, size), rel=1e-9)
-
-
-def test_decoding_bytes_fall_with_the_budget() -> None:
-    settings = config(pattern="S")
-    few, many = (decoding_bytes_per_token(settings, k, 1000, 10, 4) for k in (1, K_MAX))
-    assert many - few == 4 * (parameters(settings, K_MAX) - parameters(settings, 1))
-    untied = config(pattern="S", tie_embeddings=False)
-    assert decoding_bytes_per_token(untied, 1, 1000, 10, 4) == few + 4 * 16  # one row of the embedding

@@ -52,7 +52,7 @@ def main() -> None:
     sequences = arguments.sequences or session.config.eval.sequences
     plan = ExportPlan(getattr(torch, arguments.dtype), arguments.seq_len, sequences)
     family = arguments.output or session.run_dir / "export"
-    budgets = (arguments.budgets or session.config.eval.budgets) if arguments.all else [arguments.k]
+    budgets = (arguments.budgets or session.config.eval_budgets()) if arguments.all else [arguments.k]
     folders = {k: family / f"k-{k}" for k in budgets}
     if arguments.k and arguments.output:
         folders = {arguments.k: arguments.output}

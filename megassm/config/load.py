@@ -15,7 +15,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -23,6 +24,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from megassm.cli.arguments import refuse
+from megassm.config.fields import Section
 from megassm.config.rules import violations
 from megassm.config.schema import Config
 from megassm.errors import redacted
@@ -176,8 +178,7 @@ def _scalar(node: ScalarNode) -> Any:
 def _apply_override(source: _Source, override: str) -> None:
     place = f"command line {redacted(override)!r}"
     knob, equals, text = override.partition("=")
-    section, dot, key = knob.partition(".")
-    if not (equals and dot and section and key):
+    if not equals or "." not in knob or not all(knob.split(".")):
         source.mistakes.append((place, "an override is section.key=value, such as train.steps=100"))
         return
     try:
@@ -186,10 +187,37 @@ def _apply_override(source: _Source, override: str) -> None:
         source.mistakes.append((place, f"{text!r} is not a YAML value"))
         return
     value = None if node is None else _value(node, f"{knob}.", place, source)
-    if not isinstance(source.values.setdefault(section, {}), dict):
-        return  # the section itself is wrong in the file; that is reported there
-    source.values[section][key] = value
+    *sections, key = _keys(knob)
+    values, prefix = source.values, ""
+    for section in sections:
+        prefix += section
+        if values.get(section) is None:
+            values[section] = {}
+            source.places.setdefault(prefix, place)
+        values, prefix = values[section], f"{prefix}."
+        if not isinstance(values, dict):
+            return  # the section itself is wrong in the file; that is reported there
+    values[key] = value
     source.places[knob] = place
+
+
+def _keys(knob: str) -> list[str]:
+    """The sections that lead to a knob, and its key; a name in a mapping such as data.sources may have dots."""
+    section, dot, rest = knob.partition(".")
+    keys, kind = [section], Config.model_fields.get(section)
+    while dot and kind is not None and (inner := _section(kind.annotation)) is not None:
+        name, dot, others = rest.partition(".")
+        kind = inner.model_fields.get(name)
+        if not dot or kind is None or (_section(kind.annotation) is None and get_origin(kind.annotation) is not dict):
+            break
+        keys, rest = [*keys, name], others
+    return [*keys, rest]
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    """The section that a field is, one that may be null included."""
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def _build(source: _Source) -> tuple[Config, set[str]]:
@@ -291,8 +319,8 @@ def _nearest(knob: str) -> str:
 def _knobs(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, info in model.model_fields.items():
         yield f"{prefix}{name}"
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from _knobs(info.annotation, f"{prefix}{name}.")
+        if (section := _section(info.annotation)) is not None:
+            yield from _knobs(section, f"{prefix}{name}.")
 
 
 def _lookup(config: Config, knob: str) -> object:

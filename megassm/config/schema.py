@@ -44,8 +44,9 @@ class BudgetConfig(Section):
     """Share of the loss, at a K below K_max, that is the divergence from the model's own prediction at K_max."""
     distill_temperature: Positive = 1.0
     """Temperature of both predictions in that divergence."""
-    budgets: Budgets = (2, 3, 4, 6, 8, 12, 16, 24, 32)
-    """The budgets of `paper`, increasing; those beyond K_max are a violation."""
+    budgets: Budgets | None = None
+    """The budgets of `paper`, increasing, at most K_max; null: those of 2, 3, 4, 6, 8, 12, 16, 24, 32 below K_max, and
+    K_max."""
     full_every: PositiveInt | None = 8
     """`paper`: every n-th update runs at K_max; null never."""
     full_steps: NonNegativeInt | None = None
@@ -182,8 +183,8 @@ class EvalConfig(Section):
     """Updates between validations; null validates after the last update only."""
     sequences: PositiveInt = 64
     """Validation sequences, global; every K sees the same ones."""
-    budgets: Budgets = (2, 4, 8, 16, 32)
-    """The K at which validation runs."""
+    budgets: Budgets | None = None
+    """The K at which validation runs, increasing; null: those of 2, 4, 8, 16, 32 below K_max, and K_max."""
 
 
 class LogConfig(Section):
@@ -228,3 +229,15 @@ class Config(Section):
     def full_budget_steps(self) -> int:
         """Updates at the start that run at K_max under the paper's recipe."""
         return self.optim.warmup_steps if self.budget.full_steps is None else self.budget.full_steps
+
+    def paper_budgets(self) -> tuple[int, ...]:
+        """The budgets that `paper` draws from, increasing."""
+        return self.budget.budgets or _up_to(self.model.num_channels, (2, 3, 4, 6, 8, 12, 16, 24, 32))
+
+    def eval_budgets(self) -> tuple[int, ...]:
+        """The budgets of a validation, increasing."""
+        return self.eval.budgets or _up_to(self.model.num_channels, (2, 4, 8, 16, 32))
+
+
+def _up_to(k_max: int, budgets: tuple[int, ...]) -> tuple[int, ...]:
+    return (*(k for k in budgets if k < k_max), k_max)

@@ -61,10 +61,6 @@ class Shape:
     """The largest rise, if there is one."""
     cliffs: list[Step]
 
-    @property
-    def is_monotone(self) -> bool:
-        return not self.rises
-
 
 def shape(curve: Mapping[int, float], resampled: Mapping[int, Floats] | None = None) -> Shape:
     """What a curve says.

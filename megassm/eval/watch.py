@@ -53,7 +53,7 @@ class Request:
                 f"--seq-lens: the examples of {tokenizer.name} are {config.model.seq_len} long; leave it out"
             )
         return SweepPlan(
-            budgets=self.budgets or config.eval.budgets,
+            budgets=self.budgets or config.eval_budgets(),
             seq_lens=self.seq_lens or [config.model.seq_len],
             sequences=self.sequences or config.eval.sequences,
             micro_batch_sequences=config.train.micro_batch_sequences,

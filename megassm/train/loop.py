@@ -290,7 +290,7 @@ def update_flops_per_token(config: Config, k: int) -> float:
 
 def validation(run: Run) -> Row:
     """The scores by K, and what the channels of the whole model do at the largest of these K."""
-    *smaller, largest = run.config.eval.budgets
+    *smaller, largest = run.config.eval_budgets()
     scores = {k: validate(run, k) for k in smaller}
     with gate_masses(run.engine.model) as masses:
         scores[largest] = validate(run, largest)

@@ -20,7 +20,7 @@ EXIT_LAYERS = 4
 
 def family_arms(config: Config) -> list[Arm]:
     """The elastic model and hybrid first, then what they are held against, the sizes in order of K."""
-    sizes = {k: parameters(config.model, k) for k in config.eval.budgets}
+    sizes = {k: parameters(config.model, k) for k in config.eval_budgets()}
     full = sizes[max(sizes)]
     arms = [Arm("elastic spectral"), _elastic_hybrid(config, full), _paper(config, full)]
     arms += [_alone(config, k) for k in sizes]

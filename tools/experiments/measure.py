@@ -78,7 +78,7 @@ def length_points(run_dir: Path, factors: Sequence[int]) -> list[Point]:
     points = []
     for factor in factors:
         batches = session.validation(max(1, config.eval.sequences // factor), factor * length)
-        for k in config.eval.budgets:
+        for k in config.eval_budgets():
             found = score(losses, batches, k, session.token_bytes, session.device)
             points.append(Point(BITS, f"K={k}", factor, found.bits_per_byte))
     return points
@@ -90,7 +90,7 @@ def cost_points(run_dir: Path) -> list[Point]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config.model, config.run.seed)
     points = []
-    for k in config.eval.budgets:
+    for k in config.eval_budgets():
         cost = measured_cost(truncate(model, k).to(device).eval(), k, _random_batch(config), device)
         points += [
             Point("prefill, tokens/s", "", k, cost.prefill_tokens_per_s),

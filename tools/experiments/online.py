@@ -91,7 +91,7 @@ def online_points(run_dir: Path) -> list[Point]:
         nll = float((reading.nll_BL.double() * torch.from_numpy(text.mask_BL)).sum())
         return Point(BITS, series, reading.mean_k, Score(nll, float(text.mask_BL.sum()), size).bits_per_byte)
 
-    fixed = sorted({k for k in config.eval.budgets if low <= k <= high} | {low, high})
+    fixed = sorted({k for k in config.eval_budgets() if low <= k <= high} | {low, high})
     points = [point("one K", lambda entropy_B, _: entropy_B < 0, (k, k)) for k in fixed]
     for policy in POLICIES:
         generator = torch.Generator().manual_seed(config.run.seed)

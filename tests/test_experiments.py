@@ -132,7 +132,7 @@ def test_a_family_has_equal_sizes() -> None:
     """Beside each size of the elastic model stand models of that many parameters."""
     experiment = EXPERIMENTS["family"]
     base = load_config(ROOT / experiment.config)
-    sizes = {k: parameters(base.model, k) for k in base.eval.budgets}
+    sizes = {k: parameters(base.model, k) for k in base.eval_budgets()}
     for arm in experiment.arms(base):
         model = load_config(ROOT / experiment.config, arm.overrides).model
         if arm.peer is not None:

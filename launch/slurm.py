@@ -15,6 +15,7 @@ requeued and continues from its newest complete checkpoint. `COMMAND --help` has
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -30,8 +31,8 @@ from megassm import __version__
 from megassm.cli.arguments import Parser, path_argument, positive, print_table, run_tool
 from megassm.config.load import dump_config, load_config_or_exit
 from megassm.config.schema import Config
-from megassm.errors import UserError
-from megassm.files import write_atomically
+from megassm.errors import UserError, redacted
+from megassm.files import PRIVATE_MODE, write_atomically
 from megassm.run.directory import CHECKPOINTS
 from megassm.run.fence import newest_number
 from megassm.run.records import METRICS, newest_row
@@ -149,7 +150,9 @@ def submit(arguments: argparse.Namespace, path: Path, before: Request | None) ->
         print(script, end="")
         return
     if has_secrets(config):
-        raise UserError("data: a URL holds a password or signature, which is not written down: use MEGASSM_DATA_QUERY")
+        raise UserError(
+            "data: a URL holds a password or signature, which is not written down: use MEGASSM_DATA_QUERY=HOST?QUERY"
+        )
     folder.mkdir(parents=True)
     try:
         snapshot(folder, config, script)
@@ -157,8 +160,13 @@ def submit(arguments: argparse.Namespace, path: Path, before: Request | None) ->
     except UserError:
         shutil.rmtree(folder)  # nothing was queued
         raise
-    facts = {"job_id": job_id, "command": sys.argv[1:], "request": asdict(request), "folder": str(folder)}
-    write_atomically(folder / "job.json", (json.dumps(facts, indent=1) + "\n").encode())
+    facts = {
+        "job_id": job_id,
+        "command": [redacted(word) for word in sys.argv[1:]],
+        "request": asdict(request),
+        "folder": str(folder),
+    }
+    write_atomically(folder / "job.json", (json.dumps(facts, indent=1) + "\n").encode(), PRIVATE_MODE)
     print(f"job {job_id} trains in {run_dir}\nnext: python launch/slurm.py logs {run_dir} --follow")
 
 
@@ -168,21 +176,48 @@ def has_secrets(config: Config) -> bool:
 
 
 def snapshot(folder: Path, config: Config, script: str) -> None:
-    """Configuration, code and script as they are now: what the job runs, also when it is requeued."""
+    """Configuration, code and script as they are now: what the job runs, also when it is requeued.
+
+    A working tree may hold what nobody else may read, so what is copied of it is its owner's alone.
+    """
     write_atomically(folder / "config.yaml", dump_config(config).encode())
-    for name in ("megassm", "launch"):
-        shutil.copytree(ROOT / name, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    write_atomically(folder / "version.txt", code_version().encode())
-    write_atomically(folder / "job.sh", script.encode())
+    (folder / "code").mkdir(mode=0o700)
+    for file in code_files():
+        (folder / "code" / file.parent).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / file, folder / "code" / file)
+    write_atomically(folder / "version.txt", code_version().encode(errors="surrogateescape"), PRIVATE_MODE)
+    write_atomically(folder / "job.sh", script.encode(), PRIVATE_MODE)
+
+
+def code_files() -> list[Path]:
+    """What a job needs of megassm/ and launch/, below ROOT: Python files, and what git tracks besides.
+
+    An `.env` or a credential that lies there is neither. Without git: the files that a package is made of.
+    """
+    own = [folder for folder in ("megassm", "launch") if (ROOT / folder).is_dir()]
+    python = [path.relative_to(ROOT) for folder in own for path in (ROOT / folder).rglob("*.py")]
+    tracked = git("ls-files", "-z", "--", *own).split("\0")
+    others = [Path(name) for name in tracked if name]
+    if not others:
+        others = [path.relative_to(ROOT) for path in (ROOT / "megassm").rglob("*")
+                  if path.name == "py.typed" or path.match("eval/tasks/*.yaml")]  # fmt: skip
+    return sorted({path for path in (*python, *others) if (ROOT / path).is_file() and not (ROOT / path).is_symlink()})
 
 
 def code_version() -> str:
     """megassm's version; from a git checkout the commit and all that differs from it."""
-    parts = [f"megassm {__version__}\n"]
-    for command in (("rev-parse", "HEAD"), ("status", "--short"), ("diff", "HEAD")):
-        done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=False)
-        parts.append(done.stdout if done.returncode == 0 else "")
-    return "".join(parts)
+    return f"megassm {__version__}\n" + "".join(
+        git(*command) for command in (("rev-parse", "HEAD"), ("status", "--short"), ("diff", "HEAD"))
+    )
+
+
+def git(*command: str) -> str:
+    """What git prints about this checkout; empty where there is none."""
+    with contextlib.suppress(OSError):
+        asked = ["git", "-C", str(ROOT), *command]
+        done = subprocess.run(asked, capture_output=True, text=True, errors="surrogateescape", check=False)
+        return done.stdout if done.returncode == 0 else ""
+    return ""
 
 
 def ask_slurm(*command: str) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import IO
 
 TEMPORARY_SUFFIX = ".tmp"
+PRIVATE_MODE = 0o600
+"""Of a file that may hold what only its owner may read."""
 CACHE_VARIABLE = "MEGASSM_CACHE"
 
 
@@ -16,9 +18,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or default)
 
 
-def open_temporary(path: Path) -> IO[bytes]:
-    """A file to write what `commit` will put at `path`."""
-    return open(path.with_name(path.name + TEMPORARY_SUFFIX), "wb")
+def open_temporary(path: Path, mode: int = 0o666) -> IO[bytes]:
+    """A new file, with the permissions `mode` less the umask, to write what `commit` will put at `path`.
+
+    What lies at its name is removed, never written to: in a folder that another has made it may be a symbolic link.
+    """
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    temporary.unlink(missing_ok=True)
+    return open(temporary, "xb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, mode))
 
 
 def commit(file: IO[bytes], path: Path) -> None:
@@ -30,9 +37,9 @@ def commit(file: IO[bytes], path: Path) -> None:
     sync(path.parent)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
     """`path` holds either what it held or all of `data`."""
-    with open_temporary(path) as file:
+    with open_temporary(path, mode) as file:
         file.write(data)
         commit(file, path)
 

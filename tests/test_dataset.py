@@ -35,7 +35,7 @@ def test_a_run_on_a_signed_url_is_the_run_on_a_folder(data_path: Path, tmp_path:
         url = f"{server.url}/{data_path.name}"
         said = train(url_run, f"{url}?sig={SECRET}", "train.steps=5", f"data.cache_dir={cache}")
         assert all(path.endswith(f"?sig={SECRET}") for path, _ in server.requests)
-        said += train(url_run, url, f"data.cache_dir={cache}", MEGASSM_DATA_QUERY=f"sig={SECRET}")
+        said += train(url_run, url, f"data.cache_dir={cache}", MEGASSM_DATA_QUERY=f"{url}?sig={SECRET}")
     assert "continuing after step 5" in said
     over_http, local = rows_of(url_run), rows_of(folder_run)
     assert [row["loss"] for row in over_http] == [row["loss"] for row in local]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import slurm as launch_slurm
 from megassm.config.load import load_config
 from megassm.errors import UserError
 from megassm.slurm import Request, batch_script, first_host, per_node, rank_environment, seconds
@@ -154,6 +155,9 @@ def test_a_run_from_submission_to_resumption(tmp_path: Path, data_path: Path, fa
     assert {path.name for path in (job / "code").iterdir()} == {"megassm", "launch"}
     assert (job / "version.txt").read_text(encoding="utf-8").startswith("megassm 0.")
     assert json.loads((job / "job.json").read_text(encoding="utf-8"))["job_id"] == "41"
+    for private in ("version.txt", "job.json", "job.sh"):
+        assert (job / private).stat().st_mode & 0o777 == 0o600, private
+    assert (job / "code").stat().st_mode & 0o777 == 0o700
     inside = subprocess.run(
         [sys.executable, "-c", "import megassm; print(megassm.__file__)"], cwd=tmp_path, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(job / "code")}, check=True,
@@ -185,6 +189,25 @@ def test_a_run_from_submission_to_resumption(tmp_path: Path, data_path: Path, fa
     script = (again / "job.sh").read_text(encoding="utf-8")
     assert "--nodes=1\n" in script
     assert "--ntasks-per-node=2\n" in script
+
+
+def test_a_job_gets_code_and_not_what_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "megassm/new.py",
+        "megassm/py.typed",
+        "megassm/creds.json",
+        "launch/.env",
+        "megassm/eval/tasks/a.yaml",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("SECRET", encoding="utf-8")
+    (tmp_path / "megassm/link.py").symlink_to(tmp_path / "launch/.env")
+    monkeypatch.setattr(launch_slurm, "ROOT", tmp_path)
+    package = ["megassm/eval/tasks/a.yaml", "megassm/new.py", "megassm/py.typed"]
+    assert [str(path) for path in launch_slurm.code_files()] == package, "without git"
+    for command in (("init", "-q"), ("add", "megassm/py.typed")):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    assert [str(path) for path in launch_slurm.code_files()] == package[1:], "Python files, and what git tracks"
 
 
 def test_a_refused_submission_leaves_nothing(tmp_path: Path, data_path: Path, fake_slurm: dict[str, str]) -> None:

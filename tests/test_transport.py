@@ -16,6 +16,7 @@ from megassm.data import stores
 from megassm.data.blocks import FETCHES, BlockReader, DamagedBlockError
 from megassm.data.index import ShardSet, load_index
 from megassm.data.mixture import Mixture, MixturePhase, Reading, Source
+from megassm.data.signature import query_for
 from megassm.data.stores import FsspecStore, HttpStore, LinkedStore, LocalStore, Store, open_store
 from megassm.data.stream import StreamPlan, TokenStream
 from megassm.data.transport import DataCounters, Meter, Patience, Transport, read_file, total_counters
@@ -198,9 +199,37 @@ def test_a_signature_is_sent_and_never_told(
 
 
 def test_the_signature_may_stand_in_the_environment(server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MEGASSM_DATA_QUERY", SECRET)
+    monkeypatch.setenv("MEGASSM_DATA_QUERY", f"other.host?sig=x {server.url}?{SECRET}")
     load_index(open_store(f"{server.url}/set"))
     assert server.requests[0][0] == f"/set/index.json?{SECRET}"
+
+
+@pytest.mark.parametrize(
+    ("variable", "query"),
+    [
+        ("host?a=1", "a=1"),
+        ("HOST/data?a=1", "a=1"),
+        ("https://host/data/set?a=1&b=?", "a=1&b=?"),
+        ("other?b=2 host/data/?a=1", "a=1"),
+        ("host.evil.org?a=1", ""),
+        ("ost?a=1", ""),
+        ("host:8443?a=1", ""),
+        ("http://host?a=1", ""),
+        ("host/dat?a=1", ""),
+        ("", ""),
+    ],
+)
+def test_a_query_goes_to_the_server_that_it_names(variable: str, query: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGASSM_DATA_QUERY", variable)
+    assert query_for("https://user@host/data/set") == query
+
+
+@pytest.mark.parametrize("variable", [f"sig={SECRET}", f"?{SECRET}", SECRET, f"host?a=1 sig={SECRET}", "host?"])
+def test_a_query_that_names_no_server_is_sent_to_none(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGASSM_DATA_QUERY", variable)
+    with pytest.raises(UserError, match="does not say which server its query is for") as told:
+        open_store("https://host/set")
+    assert SECRET not in str(told.value)
 
 
 def test_a_list_of_links(local: ShardSet, server: FaultServer, tmp_path: Path) -> None:

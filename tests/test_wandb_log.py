@@ -12,6 +12,7 @@ import pytest
 
 from megassm.run.records import read_rows
 from tests.conftest import FINISHED, SMALL, run_python
+from tests.fault_server import serving
 
 LAUNCH = """
 import sys
@@ -34,9 +35,9 @@ def losses(run_dir: Path) -> list[float]:
     return [row["loss"] for row in read_rows(run_dir)]
 
 
-def train(run_dir: Path, data_path: Path, mode: str, first: str = "", **environment: str) -> str:
+def train(run_dir: Path, data_path: Path, mode: str, first: str = "", *more: str, **environment: str) -> str:
     """Trains what the fixture `trained` did, after the code `first`; returns what was said on stderr."""
-    own = (f"run.dir={run_dir}", f"data.path={data_path}", *FINISHED, f"log.wandb={mode}")
+    own = (f"run.dir={run_dir}", f"data.path={data_path}", *FINISHED, f"log.wandb={mode}", *more)
     home = str(run_dir.parent)  # no key there
     arguments = ("-c", first + LAUNCH, "--config", "configs/tiny.yaml", *SMALL, *own)
     return run_python(*arguments, **{"HOME": home, "NETRC": f"{home}/none"} | environment).stderr
@@ -105,3 +106,19 @@ def test_the_same_losses_where_the_disk_is_full_for_a_while(trained: Path, data_
     assert len(warnings) - len(own) == sum("wandb is given up" in line for line in warnings) <= 1
     assert "Traceback" not in said
     assert "Logging error" not in said
+
+
+def test_nothing_of_the_command_line_reaches_the_run_directory(data_path: Path, tmp_path: Path) -> None:
+    with serving(data_path.parent) as server:
+        place = server.url.replace("://", "://user:SECRET@")
+        train(
+            tmp_path / "run",
+            Path("x"),
+            "offline",
+            "",
+            f"data.path={place}/{data_path.name}?sig=SECRET",
+            SECRET="SECRET",
+        )
+    held = [path for path in tmp_path.rglob("*") if path.is_file() and b"SECRET" in path.read_bytes()]
+    assert not held
+    assert list((tmp_path / "run/wandb").rglob("*.wandb"))

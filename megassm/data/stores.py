@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from megassm.data.signature import QUERY_VARIABLE, query_for
 from megassm.errors import UserError, scheme_of, without_secrets
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ CHUNK_BYTES = 1 << 18
 CONNECTIONS = 8  # kept open to one host; more are opened and dropped
 CONNECT_S = 10.0
 READ_S = 20.0  # without one byte
-QUERY_VARIABLE = "MEGASSM_DATA_QUERY"
 RENEW = f"renew what gives access: the URL's signature (data.path, or {QUERY_VARIABLE}), or your credentials"
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -148,7 +147,7 @@ class HttpStore:
 
     def __init__(self, url: str, pool: urllib3.PoolManager | None = None) -> None:
         parts = urlsplit(url)
-        self._url = url if parts.query else urlunsplit(parts._replace(query=os.environ.get(QUERY_VARIABLE, "")))
+        self._url = url if parts.query else urlunsplit(parts._replace(query=query_for(url)))
         self._pool = pool or _pool(without_secrets(url))
 
     @property

@@ -24,6 +24,16 @@ INIT_TIMEOUT_S = 30
 """A server that does not answer is given up after this, and 10 s that wandb adds."""
 FINISH_TIMEOUT_S = 60
 """Uploads may take so long when training is done."""
+PRIVATE: dict[str, Any] = {
+    "x_disable_meta": True,  # sys.argv, in which data.path may hold a password; host, user, program
+    "x_disable_machine_info": True,
+    "x_save_requirements": False,  # a package's origin may hold a token
+    "disable_git": True,  # its patch of uncommitted files
+    "disable_code": True,
+    "save_code": False,
+    "disable_job_creation": True,
+}
+"""wandb is told what this module tells it, and records nothing of the process by itself."""
 WAITING_ROWS = 10_000
 """Rows that wait for wandb at most."""
 
@@ -91,7 +101,7 @@ class Tracker:
             "dir": config.run.dir,
             "config": config.model_dump(mode="json") | {"resumed_from_step": self._done_steps},
             "settings": wandb.Settings(
-                silent=True, console="off", init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S
+                silent=True, console="off", init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S, **PRIVATE
             ),
         }
         try:

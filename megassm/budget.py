@@ -2,8 +2,8 @@
 
 Every rank evaluates it for itself, so all agree without a message, and a resumed run draws what it would have drawn.
 The paper's recipe (ES-SSM, arXiv 2601.22488): K_max during warm-up and at every 8th update, otherwise one of the
-listed budgets, with a bias towards large ones. The sandwich (arXiv 1903.05134) takes the largest, the smallest and a
-random one in turn.
+listed budgets, with a bias towards large ones, as `budget.sampler` says. The sandwich (arXiv 1903.05134) takes the
+largest, the smallest and a random one in turn.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def _strategy(config: Config, step: int, micro_step: int) -> int:
         case "paper":
             if step < config.full_budget_steps() or _is_full_update(budget, step):
                 return k_max
-            return _listed(config.paper_budgets(), budget.bias, draw)
+            listed, bias = config.paper_budgets(), budget.bias
+            return _listed(listed, bias, draw) if budget.sampler == "weighted" else _nearest(listed, bias, draw)
     assert_never(budget.strategy)
 
 
@@ -63,12 +64,22 @@ def _log_uniform(least: int, most: int, draw: float) -> int:
 
 
 def _is_full_update(budget: BudgetConfig, step: int) -> bool:
-    return budget.full_every is not None and (step + 1) % budget.full_every == 0
+    if budget.full_every is None:
+        return False
+    counted = step if budget.sampler == "authors" else step + 1
+    return counted % budget.full_every == 0
 
 
 def _listed(budgets: Sequence[int], bias: float, draw: float) -> int:
     cumulative = list(itertools.accumulate(k**bias for k in budgets))
     return budgets[bisect.bisect_right(cumulative, draw * cumulative[-1])]
+
+
+def _nearest(budgets: Sequence[int], bias: float, draw: float) -> int:
+    """The authors' draw: u' = 1 - (1 - u)^(1/bias), K = least (most / least)^u', and of the list the nearest."""
+    least, most = budgets[0], budgets[-1]
+    wanted = least * (most / least) ** (1 - (1 - draw) ** (1 / bias))
+    return min(budgets, key=lambda k: abs(k - wanted))
 
 
 def _uniform(seed: int, step: int, micro_step: int) -> float:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from pydantic import BaseModel
 
-from megassm.config.load import ConfigError, dump_config, load_config
+from megassm.config.load import dump_config, load_config
 from megassm.config.model import ElasticFfnConfig
 from megassm.config.schema import Config, RunConfig
+from megassm.config.source import ConfigError
 from megassm.cost import parameters
 from megassm.model import LanguageModel
 from tests.conftest import ROOT, run_python

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megassm.config.load import ConfigError, dump_config, load_config
+from megassm.config.load import dump_config, load_config
 from megassm.config.schema import Config
+from megassm.config.source import ConfigError
 from megassm.errors import UserError, redacted, scheme_of, without_secrets
 from tests.conftest import ROOT
 

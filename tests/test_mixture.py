@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megassm.config.load import ConfigError
 from megassm.config.schema import Config
+from megassm.config.source import ConfigError
 from megassm.data.dataset import open_dataset
 from megassm.data.index import ShardSet, ShardSizes
 from megassm.data.mixture import Mixture, MixturePhase, Reading, Source, one_source

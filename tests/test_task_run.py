@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megassm.config.load import ConfigError
 from megassm.config.schema import Config
+from megassm.config.source import ConfigError
 from megassm.data.dataset import open_dataset
 from megassm.data.tasks.synthetic import HighFrequency, drawn
 from megassm.data.tasks.write import write_task

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megassm.cli.arguments import Parser, Row, positive, print_table, run_tool, tool_parser, write_json
-from megassm.config.load import ConfigError, load_config, load_config_or_exit
+from megassm.config.load import load_config, load_config_or_exit
 from megassm.config.schema import Config
+from megassm.config.source import ConfigError
 from megassm.cost import PEAK_TFLOPS, forward_flops_per_token, parameters, training_flops_per_token
 from megassm.errors import UserError
 

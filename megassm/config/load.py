@@ -13,46 +13,25 @@ import io
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from megassm.cli.arguments import refuse
-from megassm.config.fields import Section
 from megassm.config.rules import violations
 from megassm.config.schema import Config
-from megassm.errors import redacted
-
-Tree = dict[str, Any]
-
-
-class ConfigError(ValueError):
-    """All mistakes of a configuration; `str()` has one line each."""
-
-    def __init__(self, mistakes: Sequence[str]) -> None:
-        super().__init__("\n".join(mistakes))
-        self.mistakes = tuple(mistakes)
-
-
-@dataclass
-class _Source:
-    """Values as nested dicts, where each stands, and what was wrong already while reading."""
-
-    values: Tree = field(default_factory=dict)
-    places: dict[str, str] = field(default_factory=dict)
-    mistakes: list[tuple[str, str]] = field(default_factory=list)
-
-    def place(self, knob: str) -> str:
-        """Where a knob stands; for one that is not written down, where its section does."""
-        while knob and knob not in self.places:
-            knob = knob.rpartition(".")[0]
-        return self.places.get(knob, "")
+from megassm.config.source import (
+    ConfigError,
+    Source,
+    Tree,
+    apply_override,
+    read_yaml,
+    section_of,
+    show,
+    take_preset,
+)
 
 
 def world_size_from_environment() -> int:
@@ -87,9 +66,10 @@ def load_config(path: Path, overrides: Sequence[str] = (), world_size: int = 1) 
     Raises:
         ConfigError: with every mistake, in the order of the file.
     """
-    source = _read_yaml(path)
+    source = read_yaml(path)
+    take_preset(source)
     for override in overrides:
-        _apply_override(source, override)
+        apply_override(source, override)
     config, bad_knobs = _build(source)
     for violation in violations(config, world_size):
         if not bad_knobs.intersection(violation.knobs):
@@ -110,117 +90,7 @@ def dump_config(config: Config) -> str:
     return "# Resolved configuration of a run: every knob with its value. Usable as --config.\n" + text.getvalue()
 
 
-def _read_yaml(path: Path) -> _Source:
-    source = _Source()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError([f"{path}: no such file; --config takes a YAML file, such as configs/tiny.yaml"]) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8"]) from None
-    except OSError as error:
-        raise ConfigError([f"{path}: {error.strerror}; --config takes a YAML file"]) from None
-    try:
-        root = YAML(typ="safe", pure=True).compose(text)
-    except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError([f"{path}:{line}: not YAML: {error.problem or error.context}"]) from None
-    except YAMLError as error:
-        raise ConfigError([f"{path}:1: not YAML: {' '.join(str(error).split())}"]) from None
-    except RecursionError:
-        raise ConfigError([f"{path}:1: nested too deeply; a configuration has sections and keys"]) from None
-    source.places[""] = f"{path}:1"
-    if root is None:
-        return source
-    if not isinstance(root, MappingNode):
-        raise ConfigError([f"{path}:1: must be a mapping of sections such as 'model:' and 'train:'"])
-    try:
-        source.values = _mapping(root, "", str(path), source)
-    except RecursionError:
-        raise ConfigError([f"{path}:1: nested too deeply, or an alias of itself; write the values out"]) from None
-    return source
-
-
-def _mapping(node: MappingNode, prefix: str, file: str, source: _Source) -> Tree:
-    values: Tree = {}
-    for key_node, value_node in node.value:
-        key = str(key_node.value)
-        knob = f"{prefix}{key}"
-        place = f"{file}:{key_node.start_mark.line + 1}"
-        if key in values:
-            first = source.places[knob].rpartition(":")[2]
-            source.mistakes.append((place, f"key {knob!r} stands twice, first in line {first}; keep one of them"))
-            continue
-        source.places[knob] = place
-        values[key] = _value(value_node, f"{knob}.", file, source)
-    return values
-
-
-def _value(node: Node, prefix: str, file: str, source: _Source) -> Any:
-    match node:
-        case MappingNode():
-            return _mapping(node, prefix, file, source)
-        case SequenceNode():
-            return tuple(_value(item, f"{prefix}{number}.", file, source) for number, item in enumerate(node.value))
-        case ScalarNode():
-            return _scalar(node)
-    raise AssertionError(f"unexpected YAML node {node!r}")
-
-
-def _scalar(node: ScalarNode) -> Any:
-    constructor = YAML(typ="safe", pure=True).constructor
-    try:
-        return constructor.construct_object(node)
-    except (YAMLError, ValueError):  # an unknown tag, a number out of range: let the type check name it
-        return node.value
-
-
-def _apply_override(source: _Source, override: str) -> None:
-    place = f"command line {redacted(override)!r}"
-    knob, equals, text = override.partition("=")
-    if not equals or "." not in knob or not all(knob.split(".")):
-        source.mistakes.append((place, "an override is section.key=value, such as train.steps=100"))
-        return
-    try:
-        node = YAML(typ="safe", pure=True).compose(text)
-    except YAMLError:
-        source.mistakes.append((place, f"{text!r} is not a YAML value"))
-        return
-    value = None if node is None else _value(node, f"{knob}.", place, source)
-    *sections, key = _keys(knob)
-    values, prefix = source.values, ""
-    for section in sections:
-        prefix += section
-        if values.get(section) is None:
-            values[section] = {}
-            source.places.setdefault(prefix, place)
-        values, prefix = values[section], f"{prefix}."
-        if not isinstance(values, dict):
-            return  # the section itself is wrong in the file; that is reported there
-    values[key] = value
-    source.places[knob] = place
-
-
-def _keys(knob: str) -> list[str]:
-    """The sections that lead to a knob, and its key; a name in a mapping such as data.sources may have dots."""
-    section, dot, rest = knob.partition(".")
-    keys, kind = [section], Config.model_fields.get(section)
-    while dot and kind is not None and (inner := _section(kind.annotation)) is not None:
-        name, dot, others = rest.partition(".")
-        kind = inner.model_fields.get(name)
-        if not dot or kind is None or (_section(kind.annotation) is None and get_origin(kind.annotation) is not dict):
-            break
-        keys, rest = [*keys, name], others
-    return [*keys, rest]
-
-
-def _section(annotation: Any) -> type[Section] | None:
-    """The section that a field is, one that may be null included."""
-    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
-
-
-def _build(source: _Source) -> tuple[Config, set[str]]:
+def _build(source: Source) -> tuple[Config, set[str]]:
     """The configuration with stand-ins for its ill-formed knobs, and the names of those.
 
     Building what can be built lets the rules that span knobs be reported together with the simple mistakes;
@@ -254,7 +124,7 @@ def _repaired(model: type[BaseModel], values: Tree, bad: set[str], prefix: str =
     return repaired
 
 
-def _report(source: _Source, knob: str, problem: Mapping[str, Any]) -> None:
+def _report(source: Source, knob: str, problem: Mapping[str, Any]) -> None:
     match problem["type"]:
         case "extra_forbidden":
             source.mistakes.append((source.place(knob), f"no key {knob!r}{_nearest(knob)}"))
@@ -268,8 +138,8 @@ def _report(source: _Source, knob: str, problem: Mapping[str, Any]) -> None:
             _mistake(source, knob, _rule(problem), problem["input"])
 
 
-def _mistake(source: _Source, knob: str, rule: str, value: object) -> None:
-    source.mistakes.append((source.place(knob), f"{knob} = {_show(value)}: must be {rule}"))
+def _mistake(source: Source, knob: str, rule: str, value: object) -> None:
+    source.mistakes.append((source.place(knob), f"{knob} = {show(value)}: must be {rule}"))
 
 
 def _rule(problem: Mapping[str, Any]) -> str:
@@ -303,7 +173,7 @@ def _rule(problem: Mapping[str, Any]) -> str:
 
 
 def _nearest(knob: str) -> str:
-    known = list(_knobs(Config))
+    known = ["preset", *_knobs(Config)]
     section, _, key = knob.rpartition(".")
     siblings = [name for name in known if name.rpartition(".")[0] == section]
     keys = {name.rpartition(".")[2]: name for name in siblings}
@@ -319,7 +189,7 @@ def _nearest(knob: str) -> str:
 def _knobs(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, info in model.model_fields.items():
         yield f"{prefix}{name}"
-        if (section := _section(info.annotation)) is not None:
+        if (section := section_of(info.annotation)) is not None:
             yield from _knobs(section, f"{prefix}{name}.")
 
 
@@ -328,24 +198,6 @@ def _lookup(config: Config, knob: str) -> object:
     for part in knob.split("."):
         value = getattr(value, part)
     return value
-
-
-def _show(value: object) -> str:
-    match value:
-        case tuple():
-            return f"[{', '.join(_show(item) for item in value)}]"
-        case None:
-            return "null"
-        case dict():
-            return f"{{{', '.join(f'{name}: {_show(item)}' for name, item in value.items())}}}"
-        case BaseModel():
-            return _show(value.model_dump(mode="json"))
-        case str():
-            return repr(redacted(value))
-        case bool():
-            return str(value).lower()
-        case _:
-            return repr(value)
 
 
 def _in_file_order(mistakes: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -98,6 +98,8 @@ def _budget_violations(config: Config) -> Iterator[Violation]:
             ("budget.k", "budget.strategy"),
             f"null: budget.strategy = {budget.strategy!r} draws K; set budget.strategy: fixed to use it",
         )
+    if budget.sampler == "authors" and budget.bias == 0:
+        yield Violation(("budget.bias", "budget.sampler"), "greater than 0 with budget.sampler = 'authors'")
     if budget.min_k > limit:
         yield Violation(("budget.min_k", "model.num_channels"), rule)
 

@@ -44,6 +44,9 @@ class BudgetConfig(Section):
     """Share of the loss, at a K below K_max, that is the divergence from the model's own prediction at K_max."""
     distill_temperature: Positive = 1.0
     """Temperature of both predictions in that divergence."""
+    sampler: Literal["weighted", "authors"] = "weighted"
+    """`paper`: weighted draws K of the list with weight K^bias; authors is their notebook's: log-uniform, bent by bias
+    towards large K and taken to the nearest of the list."""
     budgets: Budgets | None = None
     """The budgets of `paper`, increasing, at most K_max; null: those of 2, 3, 4, 6, 8, 12, 16, 24, 32 below K_max, and
     K_max."""
@@ -52,7 +55,8 @@ class BudgetConfig(Section):
     full_steps: NonNegativeInt | None = None
     """`paper`: updates at the start that run at K_max; null means optim.warmup_steps."""
     bias: NonNegative = 0.5
-    """`paper`: a listed budget K is drawn with weight K^bias; 0 is log-uniform over the default list."""
+    """`paper`: prefers large budgets. weighted: weight K^bias, 0 is log-uniform over the default list. authors: u of
+    [0, 1) becomes 1 - (1 - u)^(1/bias), 1 is log-uniform, and the smaller the more it prefers them; theirs is 0.6."""
 
 
 class OptimConfig(Section):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megassm.cli.arguments import Parser, path_argument, positive, run_tool
-from megassm.config.load import ConfigError
+from megassm.config.source import ConfigError
 from megassm.errors import UserError
 
 

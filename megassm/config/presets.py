@@ -1,0 +1,20 @@
+"""Named sets of knobs. `preset: NAME` in a file gives defaults, which every knob written down overrides; `preset=NAME`
+among the overrides sets them over the file's, and later overrides win. A resolved configuration has knobs only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # arXiv 2601.22488, and its authors' notebook where the paper leaves something open
+    "paper": {
+        "model": {
+            "mixer_heads": 1,
+            "gate": "softmax",
+            "gate_rescale": True,
+            "sigma_scale": "quarter_power",
+            "ffn_elastic": None,
+        },
+        "budget": {"strategy": "paper", "sampler": "authors", "bias": 0.6, "full_every": 8, "draws": 1},
+    },
+}

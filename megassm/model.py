@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,8 @@ class Distillation(NamedTuple):
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x)); a `sigma_scale` of None makes the mixer attention."""
 
+    spectral_mixer: ClassVar[type[SpectralMixer]] = SpectralMixer
+
     def __init__(self, config: ModelConfig, sigma_scale: SigmaScale | None) -> None:
         super().__init__()
         d_model = config.d_model
@@ -63,7 +65,7 @@ class Block(nn.Module):
         self.mixer: Any = (
             Attention(d_model, config.n_heads, config.kv_heads, config.window)
             if sigma_scale is None
-            else SpectralMixer(
+            else self.spectral_mixer(
                 d_model, config.num_channels, config.mixer_heads, config.gate, config.gate_rescale, sigma_scale
             )
         )
@@ -71,12 +73,12 @@ class Block(nn.Module):
         self.ffn = FeedForward(d_model, config.d_ffn, config.ffn_width)
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
-        x_BLD = x_BLD + self.mixer(self.mixer_norm(x_BLD), context)
+        x_BLD = x_BLD + self.mixer(context.without_padding(self.mixer_norm(x_BLD)), context)
         return self._feed_forward(x_BLD, context)
 
     def prefill(self, x_BLD: Tensor, context: Context) -> tuple[Tensor, LayerState]:
         """(the block's output, the state after the last position)."""
-        u_BLD = self.mixer_norm(x_BLD)
+        u_BLD = context.without_padding(self.mixer_norm(x_BLD))
         state = self.mixer.final_state(u_BLD, context)
         return self._feed_forward(x_BLD + self.mixer(u_BLD, context), context), state
 

@@ -35,18 +35,23 @@ def rotate(x_BHLP: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
-def attention_mask(length: int, window: int | None, documents_BL: Tensor | None, like: Tensor) -> Tensor | None:
+def attention_mask(
+    length: int, window: int | None, documents_BL: Tensor | None, like: Tensor, real_BL: Tensor | None = None
+) -> Tensor | None:
     """What to add to the scores, in `like`'s dtype: 0 where query t may see key s, else -inf; (L, L) or (B, 1, L, L).
 
-    A query sees the last `window` positions, itself included, of its own document. None where it sees the whole past.
+    A query sees the last `window` positions, itself included, of its own document, and of others those that are `real`,
+    not padding. None where it sees the whole past.
     """
-    if documents_BL is None and (window is None or window >= length):
+    if documents_BL is None and real_BL is None and (window is None or window >= length):
         return None
     time = torch.arange(length, device=like.device)
     age = time[:, None] - time
     seen = (age >= 0) & (age < (window or length))
     if documents_BL is not None:
         seen = seen & (documents_BL[:, None, :, None] == documents_BL[:, None, None, :])
+    if real_BL is not None:  # padding sees itself: a softmax of nothing is no number
+        seen = seen & (real_BL[:, None, None, :] | (age == 0))
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)
 
 
@@ -100,7 +105,8 @@ class Attention(nn.Module):
         query_BH1P = rotate(self._heads(self.query(u_B1D)), context.rope)
         key_BGTP = torch.cat((state.key_BGTP, rotate(self._heads(self.key(u_B1D)), context.rope)), dim=2)
         value_BGTP = torch.cat((state.value_BGTP, self._heads(self.value(u_B1D))), dim=2)
-        mixed_BH1P = F.scaled_dot_product_attention(query_BH1P, key_BGTP, value_BGTP, enable_gqa=True)
+        mask = None if context.mask is None else context.mask[..., -key_BGTP.shape[2] :]
+        mixed_BH1P = F.scaled_dot_product_attention(query_BH1P, key_BGTP, value_BGTP, mask, enable_gqa=True)
         kept = slice(0 if self.window is None else max(0, key_BGTP.shape[2] - self.window + 1), None)
         cache = KeyValueCache(key_BGTP[:, :, kept], value_BGTP[:, :, kept])
         return self.out(mixed_BH1P.transpose(1, 2).flatten(2))[:, 0], cache

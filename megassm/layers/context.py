@@ -22,3 +22,9 @@ class Context(NamedTuple):
     """Added to attention's scores (`megassm.layers.attention.attention_mask`); None: the whole past is seen."""
     segments: Segments | None = None
     """Where documents begin, for the filter bank; None: all of a sequence is one document."""
+    real_BL1: Tensor | None = None
+    """False at padding, which no other position may see anything of; None: there is none."""
+
+    def without_padding(self, u_BLD: Tensor) -> Tensor:
+        """A mixer's inputs, zero at padding: to the filter bank a text that follows zeros begins there."""
+        return u_BLD if self.real_BL1 is None else u_BLD.where(self.real_BL1, 0)

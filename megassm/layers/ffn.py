@@ -7,8 +7,8 @@ reason that `megassm.layers.spectral` gives.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,18 +31,42 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BLD: Tensor, k: int) -> Tensor:
         width = self.width(k)
-        hidden_BLF = F.silu(self.gate(x_BLD, width)) * self.up(x_BLD, width)
-        mixed: Tensor = self.down(hidden_BLF, x_BLD.shape[-1])
-        return mixed
+        hidden_BLF = F.silu(leading(self.gate, x_BLD, width)) * leading(self.up, x_BLD, width)
+        return leading(self.down, hidden_BLF, x_BLD.shape[-1])
 
 
-class LeadingLinear(nn.Module):
-    """x (..., i) -> (..., outputs) by the leading rows and columns of a matrix."""
+class LeadingLinear(nn.Linear):
+    """x (..., i) -> (..., outputs) by the leading rows and columns of a matrix; all rows where `outputs` is None.
 
-    def __init__(self, d_in: int, d_out: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+    It is uninitialised memory, as all of a new model (`megassm.model.LanguageModel`).
+    """
 
-    def forward(self, x: Tensor, outputs: int) -> Tensor:
-        used = (outputs, x.shape[-1])
-        return F.linear(x, self.weight if used == self.weight.shape else self.weight[: used[0], : used[1]])
+    def __init__(self, d_in: int, d_out: int, bias: bool = False) -> None:
+        super().__init__(d_in, d_out, bias)
+
+    def reset_parameters(self) -> None:
+        pass
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight is an ordinary tensor, whose rows and columns can be taken; a quantised one is not."""
+        return type(self.weight) in (nn.Parameter, Tensor)
+
+    def forward(self, x: Tensor, outputs: int | None = None) -> Tensor:
+        used = (self.weight.shape[0] if outputs is None else outputs, x.shape[-1])
+        if used == self.weight.shape:
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight[: used[0], : used[1]], None if self.bias is None else self.bias[: used[0]])
+
+
+def leading(linear: nn.Module, x: Tensor, outputs: int) -> Tensor:
+    """`LeadingLinear`'s product, also by what has taken its place: an adapter's layer or a quantised one.
+
+    Those know whole matrices only: x is filled up with zeros, and the outputs beyond are left out.
+    """
+    if isinstance(linear, LeadingLinear) and linear.is_plain:
+        y: Tensor = linear(x, outputs)
+        return y
+    missing = cast(int, linear.in_features) - x.shape[-1]
+    whole: Tensor = linear(F.pad(x, (0, missing)) if missing else x)
+    return whole[..., :outputs]

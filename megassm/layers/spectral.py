@@ -22,12 +22,15 @@ are those of the paper's form, and of the checkpoints there are: channels_KDD is
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megassm.config.model import Gate, SigmaScale
 from megassm.layers.context import Context
+from megassm.layers.filterbank import SentState
 from megassm.ops.mixing import gate_weights, mix_channels, open_weights
 
 
@@ -48,15 +51,20 @@ class SpectralGate(nn.Module):
         self.heads, self.normalised, self.rescale = heads, normalised, rescale
         self.hidden = nn.Linear(d_model, hidden)
         # channel by channel, and within a channel head by head: a budget's scores come first
-        self.score_KH = nn.Parameter(torch.empty(num_channels * heads, hidden))
-        self.score_bias_K = nn.Parameter(torch.empty(num_channels * heads))
+        self._make_scores(hidden, num_channels * heads)
+
+    def _make_scores(self, hidden: int, scores: int) -> None:
+        self.score_KH = nn.Parameter(torch.empty(scores, hidden))
+        self.score_bias_K = nn.Parameter(torch.empty(scores))
 
     def forward(self, u_BLD: Tensor, k: int) -> Tensor:
         hidden_BLF = F.gelu(self.hidden(u_BLD))
-        scores = k * self.heads
-        scores_BLX = F.linear(hidden_BLF, self.score_KH[:scores], self.score_bias_K[:scores])
+        scores_BLX = self._scores(hidden_BLF, k * self.heads)
         scores_BLHK = torch.unflatten(scores_BLX, -1, (k, self.heads)).transpose(-1, -2)
         return gate_weights(scores_BLHK, self.rescale) if self.normalised else open_weights(scores_BLHK)
+
+    def _scores(self, hidden_BLF: Tensor, count: int) -> Tensor:
+        return F.linear(hidden_BLF, self.score_KH[:count], self.score_bias_K[:count])
 
 
 class SpectralMixer(nn.Module):
@@ -69,7 +77,11 @@ class SpectralMixer(nn.Module):
         gate: how the channels' weights come about; "equal" is 1/k each, the ablation without input adaptivity.
         gate_rescale: False leaves out Eq. 8b (the ablation without RMS rescaling).
         sigma_scale: "none" leaves out sigma_k^(1/4).
+
+    What is made, and multiplied with, in methods of its own is made of other modules in `megassm.hf.layers`.
     """
+
+    gate_module: ClassVar[type[SpectralGate]] = SpectralGate
 
     def __init__(
         self, d_model: int, num_channels: int, heads: int, gate: Gate, gate_rescale: bool, sigma_scale: SigmaScale
@@ -79,12 +91,15 @@ class SpectralMixer(nn.Module):
         self.heads = heads
         self.normalised = gate in ("softmax", "equal")
         self.gate = (
-            SpectralGate(d_model, num_channels, heads, self.normalised, gate_rescale)
+            self.gate_module(d_model, num_channels, heads, self.normalised, gate_rescale)
             if gate in ("softmax", "sigmoid")
             else None
         )
-        self.channels_KDD = nn.Parameter(torch.empty(num_channels, d_model, d_model // heads))
-        self.out_DD = nn.Parameter(torch.empty(d_model, d_model)) if heads > 1 else None
+        self._make_matrices(d_model, num_channels)
+
+    def _make_matrices(self, d_model: int, num_channels: int) -> None:
+        self.channels_KDD = nn.Parameter(torch.empty(num_channels, d_model, d_model // self.heads))
+        self.out_DD = nn.Parameter(torch.empty(d_model, d_model)) if self.heads > 1 else None
         self.direct_DD = nn.Parameter(torch.empty(d_model, d_model))
 
     def forward(self, u_BLD: Tensor, context: Context) -> Tensor:
@@ -93,11 +108,9 @@ class SpectralMixer(nn.Module):
     def mix(self, u_BLD: Tensor, weights_BLHK: Tensor, context: Context) -> Tensor:
         """D u + O sum_k weights[k] M_k f_k. Linear in u, which may be a part of the inputs, as are M, O and D then."""
         assert context.filterbank is not None
-        filterbank = context.filterbank
-        sent = filterbank.send_state(u_BLD)
-        direct_BLD = u_BLD @ self.direct_DD  # while the state is under way
-        channels_KDP = self.channels_KDD[: context.k]
-        return direct_BLD + self._out(filterbank.mix(u_BLD, weights_BLHK, channels_KDP, context.segments, sent))
+        sent = context.filterbank.send_state(u_BLD)
+        direct_BLD = self._direct(u_BLD)  # while the state is under way
+        return direct_BLD + self._out(self._mixed(u_BLD, weights_BLHK, context, sent))
 
     def final_state(self, u_BLD: Tensor, context: Context) -> Tensor:
         """The state (B, S, D) after u: all that later positions need, at any budget."""
@@ -110,13 +123,24 @@ class SpectralMixer(nn.Module):
         u_B1D = u_BD[:, None]
         features_BKD, state_BSD = context.filterbank.step(u_BD, state_BSD, context.k)
         weights_B1HK = self._weights(u_B1D, context)
-        mixed_B1D = mix_channels(features_BKD[:, None], weights_B1HK, self.channels_KDD[: context.k])
-        y_B1D: Tensor = self._out(mixed_B1D) + u_B1D @ self.direct_DD
+        mixed_B1D = self._mixed_features(features_BKD[:, None], weights_B1HK)
+        y_B1D = self._out(mixed_B1D) + self._direct(u_B1D)
         return y_B1D[:, 0], state_BSD
 
     def constant_divisor(self, k: int) -> int:
         """1/alpha of each of k channels without a gate."""
         return k if self.normalised else 1
+
+    def _mixed(self, u_BLD: Tensor, weights_BLHK: Tensor, context: Context, sent: SentState | None) -> Tensor:
+        assert context.filterbank is not None
+        channels_KDP = self.channels_KDD[: context.k]
+        return context.filterbank.mix(u_BLD, weights_BLHK, channels_KDP, context.segments, sent)
+
+    def _mixed_features(self, features_BLKD: Tensor, weights_BLHK: Tensor) -> Tensor:
+        return mix_channels(features_BLKD, weights_BLHK, self.channels_KDD[: features_BLKD.shape[2]])
+
+    def _direct(self, u_BLD: Tensor) -> Tensor:
+        return u_BLD @ self.direct_DD
 
     def _out(self, mixed_BLD: Tensor) -> Tensor:
         return mixed_BLD if self.out_DD is None else mixed_BLD @ self.out_DD

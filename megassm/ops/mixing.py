@@ -53,11 +53,15 @@ def mix_channels(features_BLKD: Tensor, weights_BLHK: Tensor, channels_KDE: Tens
 
     Head h has the features, and the rows of `channels`, from h*P on.
     """
-    heads = weights_BLHK.shape[2]
-    gated_HBLKP = _heads_first(features_BLKD, heads) * weights_BLHK.movedim(2, 0)[..., None]
-    gated_HQX = gated_HBLKP.flatten(3).flatten(1, 2).to(channels_KDE.dtype)
-    mixed_HQE = torch.bmm(gated_HQX, _head_matrices(channels_KDE, heads))
+    gated_HQX = gate_features(features_BLKD, weights_BLHK).flatten(1, 2).to(channels_KDE.dtype)
+    mixed_HQE = torch.bmm(gated_HQX, _head_matrices(channels_KDE, weights_BLHK.shape[2]))
     return _heads_last(torch.unflatten(mixed_HQE, 1, features_BLKD.shape[:2]))
+
+
+def gate_features(features_BLKD: Tensor, weights_BLHK: Tensor) -> Tensor:
+    """(H, B, L, K*P): each head's features times their weights, channel by channel."""
+    gated_HBLKP = _heads_first(features_BLKD, weights_BLHK.shape[2]) * weights_BLHK.movedim(2, 0)[..., None]
+    return gated_HBLKP.flatten(3)
 
 
 def gated_product(z_NID: Tensor, rows_CKI: Tensor, weights_NCHK: Tensor, channels_KDE: Tensor) -> Tensor:

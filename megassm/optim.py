@@ -80,15 +80,16 @@ def build_optimizer(model: nn.Module, factor: float, config: OptimConfig) -> tor
 
 def learning_rate(optim: OptimConfig, train: TrainConfig, step: int) -> float:
     """The learning rate of update `step`, from 0: linear warm-up, then the schedule down to min_lr_ratio * lr."""
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
+    steps, warmup = train.steps, optim.warmup(train.steps)
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
     match optim.schedule:
         case "cosine":
-            progress = (step - optim.warmup_steps) / max(1, train.steps - optim.warmup_steps)
+            progress = (step - warmup) / max(1, steps - warmup)
             height = (1 + math.cos(math.pi * min(1.0, progress))) / 2
         case "wsd":
-            decay_steps = optim.decay_steps or max(1, min(train.steps // 10, train.steps - optim.warmup_steps))
-            height = min(1.0, max(0.0, (train.steps - step) / decay_steps))
+            decay_steps = optim.decay_steps or max(1, min(steps // 10, steps - warmup))
+            height = min(1.0, max(0.0, (steps - step) / decay_steps))
         case _:
             assert_never(optim.schedule)
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * height)

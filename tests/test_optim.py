@@ -42,6 +42,14 @@ def test_warmup_stable_decay(small_config: Make) -> None:
     assert values[80:] == pytest.approx([1 - i / 20 for i in range(20)])
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (2, 1), (5, 2), (40, 20), (41, 40), (100, 40)])
+def test_a_trial_shorter_than_the_warm_up_warms_up_for_half_of_it(small_config: Make, steps: int, warmup: int) -> None:
+    config = small_config(f"train.steps={steps}", "optim.warmup_steps=40", "optim.lr=1.0")
+    assert rates(config)[:warmup] == pytest.approx([(i + 1) / warmup for i in range(warmup)])
+    assert rates(config)[warmup] == pytest.approx(1.0)
+    assert config.full_budget_steps() == warmup
+
+
 def test_only_matrices_decay(small_config: Make) -> None:
     config = small_config("optim.weight_decay=0.3")
     model = build_model(config.model, 0)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from megassm.cli.progress import Lines, shown_progress
+from megassm.cli.progress import Lines, shown_progress, tracked
 from tests.conftest import ROOT
 
 
@@ -31,6 +31,25 @@ def test_lines_come_when_due_and_say_rate_and_time_left(
     ]
 
 
+def test_other_units_and_phases_that_cannot_say_how_far_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    for _ in tracked("abcd", Lines(every_s=10), "sweep", 4, "batches"):
+        clock[0] += 10
+    assert capsys.readouterr().err.splitlines() == [
+        "sweep: 1 of 4 batches, 0.1 batches/s, 30 s left",
+        "sweep: 2 of 4 batches, 0.1 batches/s, 20 s left",
+        "sweep: 3 of 4 batches, 0.1 batches/s, 10 s left",
+        "sweep: 4 of 4 batches, 0.1 batches/s, 0 s left",
+    ]
+    monkeypatch.undo()
+    with Lines(every_s=0.01).busy("train"):
+        time.sleep(0.2)
+    assert "train: 0 s so far" in capsys.readouterr().err
+
+
 def test_without_a_terminal_short_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with shown_progress() as shown:
         shown.start("write", 10)
@@ -46,6 +65,10 @@ with shown_progress() as shown:
     shown.note("going [on]")
     shown.update(1_000_000)
     shown.update(2_000_000)
+    with shown.busy("wait"):
+        pass
+    shown.start("sweep", 4, "batches")
+    shown.update(4)
 """
 
 
@@ -57,5 +80,5 @@ def test_on_a_terminal_there_is_a_bar() -> None:
     shown = os.read(master, 1 << 16).decode()
     os.close(master)
     assert (done.returncode, done.stdout) == (0, b"")
-    for part in ("tokenize", "2.0/2.0 MB", "going [on]", "\u2501\u2501"):
+    for part in ("tokenize", "2.0 of 2.0 MB", "4 of 4 batches", "wait", "going [on]", "\u2501\u2501"):
         assert part in shown

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megassm.cli.arguments import Parser, positive, print_table, run_tool, tool_parser
+from megassm.cli.progress import shown_progress
 
 
 def parser() -> Parser:
@@ -25,7 +26,7 @@ def main() -> None:
     from tools.bench.data import BenchPlan, bench
 
     plan = BenchPlan(arguments.tokens, arguments.block_tokens, arguments.seq_len, arguments.batch, arguments.repeats)
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as work, shown_progress() as progress, progress.busy("bench"):
         rows = [asdict(row) for row in bench(plan, Path(work))]
     title = f"{plan.tokens:,} tokens, L={plan.seq_len}, B={plan.batch_sequences}, one process"
     print_table(title, rows, arguments.json)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from megassm.cli.arguments import Parser, Row, budget_list, print_table, run_tool, tool_parser
+from megassm.cli.progress import shown_progress, tracked
 
 if TYPE_CHECKING:
     from tools.bench.mixer import BenchRow
@@ -45,7 +45,9 @@ def main() -> None:
         device=torch.device(arguments.device),
         repeats=arguments.repeats,
     )
-    rows = list(bench(plan, say=lambda note: print(note, file=sys.stderr)))
+    with shown_progress() as progress:
+        total = len(plan.lengths) * len(plan.budgets) * len(plan.methods)
+        rows = list(tracked(bench(plan, progress.note), progress, "bench", total, "rows"))
     title = f"B={plan.batch}, d={plan.d_model}, {arguments.dtype} on {arguments.device}"
     print_table(title, [_with_ratio(row, rows) for row in rows], arguments.json)
 

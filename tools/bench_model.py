@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 
 from megassm.cli.arguments import Parser, budget_list, positive, print_table, run_tool, tool_parser
+from megassm.cli.progress import shown_progress
 
 
 def parser() -> Parser:
@@ -43,7 +43,8 @@ def main() -> None:
         repeats=arguments.repeats,
         peak_tflops=arguments.peak_tflops,
     )
-    rows = [asdict(row) for row in bench_models(plan, say=lambda note: print(note, file=sys.stderr))]
+    with shown_progress() as progress, progress.busy("bench"):
+        rows = [asdict(row) for row in bench_models(plan, progress.note)]
     print_table(f"B={plan.batch}, {arguments.dtype} on {arguments.device}", rows, arguments.json)
 
 

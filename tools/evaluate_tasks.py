@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from megassm.cli.arguments import Parser, budget_list, positive, print_table, run_tool, tool_parser
+from megassm.cli.progress import shown_progress
 
 
 def parser() -> Parser:
@@ -49,7 +50,8 @@ def main() -> None:
     opened = open_model(arguments.run, None, arguments.device)
     model = MegaSSMLM(opened, max_length=arguments.max_length, batch_size=arguments.batch)
     budgets = arguments.budgets or [opened.model.config.num_channels]
-    rows = evaluate_tasks(model, arguments.tasks.split(","), budgets, arguments.limit)
+    with shown_progress(not sys.stderr.isatty()) as progress, progress.busy("evaluate"):  # lm_eval has bars of its own
+        rows = evaluate_tasks(model, arguments.tasks.split(","), budgets, arguments.limit)
     print_table(opened.title, rows, arguments.json)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megassm.cli.arguments import Parser, budget_list, positive, print_table, run_tool, tool_parser
+from megassm.cli.progress import shown_progress
 
 DTYPES = ("float32", "bfloat16")
 
@@ -56,7 +57,8 @@ def main() -> None:
     folders = {k: family / f"k-{k}" for k in budgets}
     if arguments.k and arguments.output:
         folders = {arguments.k: arguments.output}
-    exported = export_models(session, folders, plan)
+    with shown_progress() as progress:
+        exported = export_models(session, folders, plan, progress)
     if arguments.all:
         title = f"# {session.run_dir.name}: one training run, {len(exported)} sizes\n\n"
         write_atomically(family / "README.md", (title + family_table(exported)).encode())

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from megassm.cli.arguments import path_argument, positive, print_table, run_tool, tool_parser
+from megassm.cli.progress import shown_progress
 from megassm.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def main() -> None:
     options = _chosen(arguments)
     made = _from_files if OPTIONS[arguments.task] is FILES else _drawn
     task, splits = made(arguments, options)
-    written = write_task(arguments.output, task, splits)
+    with shown_progress() as progress, progress.busy("write"):
+        written = write_task(arguments.output, task, splits)
     rows = [
         {"split": split, "examples": shards.documents, "tokens": shards.tokens, "shards": len(shards.shards)}
         for split, shards in written.items()

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megassm.cli.arguments import output_file, print_table, run_tool, tool_parser
+from megassm.cli.progress import Progress, shown_progress, tracked
 from megassm.errors import UserError
+
+if TYPE_CHECKING:
+    from megassm.data.prepare.documents import TextSource
 
 EXAMPLE = "python tools/train_tokenizer.py --input corpus/ --vocab-size 32000 --output data/english.model"
 
@@ -14,21 +20,21 @@ EXAMPLE = "python tools/train_tokenizer.py --input corpus/ --vocab-size 32000 --
 def main() -> None:
     """Trains on a sample of the text, then says how well the result compresses that sample."""
     arguments = _parser().parse_args()
-    from megassm.data.prepare.documents import ReadCounts, list_files, read_documents, sample_documents, source_of
+    from megassm.data.prepare.documents import source_of
     from megassm.data.tokenizer.base import load_tokenizer, train_sentencepiece
     from megassm.files import write_atomically
 
     _check_output(arguments.output)
-    source = source_of(arguments)
-    documents = read_documents(source, list_files(source), ReadCounts())
-    sample = sample_documents(documents, arguments.max_bytes, arguments.seed)
-    model = train_sentencepiece(sample, arguments.vocab_size, arguments.model_type)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(arguments.output, model)
-
-    tokenizer = load_tokenizer(arguments.output)
+    with shown_progress() as progress:
+        sample = _sample(source_of(arguments), arguments.max_bytes, arguments.seed, progress)
+        with progress.busy("train"):
+            model = train_sentencepiece(sample, arguments.vocab_size, arguments.model_type)
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(arguments.output, model)
+        tokenizer = load_tokenizer(arguments.output)
+        texts = tracked(sample, progress, "measure", len(sample), "documents")
+        sample_tokens = sum(ids.size for text in texts for ids in tokenizer.encode([text]))
     sample_bytes = sum(len(text.encode()) for text in sample)
-    sample_tokens = sum(ids.size for text in sample for ids in tokenizer.encode([text]))
     row = {
         "tokenizer": str(arguments.output),
         "vocab_size": tokenizer.vocab_size,
@@ -38,6 +44,21 @@ def main() -> None:
         "sha256": tokenizer.sha256,
     }
     print_table("tokenizer", [row], arguments.json)
+
+
+def _sample(source: TextSource, max_bytes: int, seed: int, progress: Progress) -> Sequence[str]:
+    """What to train on, from one pass over all documents."""
+    from megassm.data.prepare.documents import ReadCounts, list_files, read_documents, sample_documents
+
+    files, counts = list_files(source), ReadCounts()
+    progress.start("read", sum(path.stat().st_size for path in files))
+
+    def counted() -> Iterator[str]:
+        for text in read_documents(source, files, counts):
+            yield text
+            progress.update(counts.file_bytes)
+
+    return sample_documents(counted(), max_bytes, seed)
 
 
 def _check_output(path: Path) -> None:

@@ -9,15 +9,24 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TextIO
 
 from megassm.errors import UserError
 
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+LOG_COLUMNS = 120
+"""Width of tables that go to no terminal."""
+LEAST_TEXT_COLUMNS = 24
+"""Text up to this long is not broken either; longer text is folded, to no less."""
 OTHER_RANKS_WAIT_S = 2.0
 STOPPED = 75
 """Exit code of a job that was told to stop before its end, and has saved: "try again" (EX_TEMPFAIL)."""
@@ -143,19 +152,93 @@ def _span(part: str) -> range:
 
 
 def print_table(title: str, rows: Sequence[Row], json_path: Path | None = None) -> None:
-    """Prints rows (all with the keys of the first) as a table; writes them as JSON where asked."""
+    """Prints rows (all with the keys of the first) as a table; writes them as JSON where asked.
+
+    No figure is broken over lines. What is too wide becomes several tables, each with the first column; a single row
+    becomes a table of names and values.
+    """
     from rich.console import Console
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
+    columns = [_column(name, [row[name] for row in rows]) for name in (rows[0] if rows else ())]
+    if len(rows) == 1 and sum(column.least for column in columns) >= console.width:
+        values = _Column("", [column.cells[0] for column in columns])
+        tables = [[_Column("", [column.title for column in columns]), values]]
+    else:
+        tables = list(_fitting(columns, console.width - 1))
+    for number, table in enumerate(tables):
+        console.print(_drawn(Text(title if number == 0 else ""), table))
+    write_json(rows, json_path)
+
+
+class _Column(NamedTuple):
+    """A column as text. Figures and short words are never broken, longer text may be."""
+
+    title: str
+    cells: list[str]
+    numeric: bool = False
+
+    @property
+    def least(self) -> int:
+        """Characters it takes at least, its border included."""
+        title = max((len(word) for word in self.title.split()), default=0)
+        cells = max(map(len, self.cells), default=0)
+        return max(title, cells if self.numeric else min(cells, LEAST_TEXT_COLUMNS)) + 3
+
+
+def _column(name: str, values: Sequence[Any]) -> _Column:
+    style = _number_format([value for value in values if isinstance(value, float) and math.isfinite(value)])
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return "-"
+        if not _is_number(value):
+            return str(value)
+        if value == 0 and style.endswith("e"):
+            return "0"
+        return format(value, style if isinstance(value, float) else ",")
+
+    numeric = all(value is None or _is_number(value) for value in values)
+    return _Column(name.replace("_", " "), [cell(value) for value in values], numeric)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _number_format(values: Sequence[float]) -> str:
+    """One for a column: four digits of its largest figure, two of its smallest; powers of ten where six decimals would
+    not do."""
+    sizes = [abs(value) for value in values if value]
+    if not sizes:
+        return ",.1f"
+    decimals = max(3 - math.floor(math.log10(max(sizes))), 1 - math.floor(math.log10(min(sizes))), 0)
+    return f",.{decimals}f" if decimals <= 6 else ".2e"
+
+
+def _fitting(columns: Sequence[_Column], width: int) -> Iterator[list[_Column]]:
+    """The columns in tables that are no wider, the first column in each."""
+    table: list[_Column] = []
+    for column in columns:
+        if len(table) > 1 and sum(other.least for other in table) + column.least > width:
+            yield table
+            table = [columns[0]]
+        table.append(column)
+    yield table
+
+
+def _drawn(title: Text, columns: Sequence[_Column]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left")
-    for name in rows[0] if rows else ():
-        numeric = isinstance(rows[0][name], (int, float))
-        table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(_cell(value)) for value in row.values()))  # Text: brackets are no markup
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    write_json(rows, json_path)
+    drawn = Table(title=title if title.plain else None, title_justify="left", show_header=any(c.title for c in columns))
+    for column in columns:
+        justify: Literal["left", "right"] = "right" if column.numeric else "left"
+        drawn.add_column(column.title, justify=justify, overflow="fold", min_width=column.least - 3)
+    for cells in zip(*(column.cells for column in columns), strict=True):
+        drawn.add_row(*map(Text, cells))  # Text: brackets are no markup
+    return drawn
 
 
 def write_json(rows: Sequence[Row], path: Path | None) -> None:
@@ -163,15 +246,3 @@ def write_json(rows: Sequence[Row], path: Path | None) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps([dict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
-
-
-def _cell(value: Any) -> str:
-    match value:
-        case bool() | str() | None:
-            return str(value)
-        case int():
-            return f"{value:,}"
-        case float():
-            return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-        case _:
-            return str(value)

@@ -6,33 +6,57 @@ Always on stderr: stdout belongs to results.
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
+    from rich.progress import TaskID
 
 LINE_EVERY_S = 15.0
+BYTES = "bytes"
+
+T = TypeVar("T")
 
 
 class Progress(Protocol):
     """Where long work says how far it is."""
 
-    def start(self, phase: str, total_bytes: int) -> None:
-        """A phase begins."""
+    def start(self, phase: str, total: float, unit: str = BYTES) -> None:
+        """A phase of `total` units begins; the unit is a plural noun."""
 
-    def update(self, done_bytes: int) -> None:
-        """So much of the phase is done."""
+    def update(self, done: float) -> None:
+        """So many units of the phase are done."""
+
+    def busy(self, phase: str) -> AbstractContextManager[None]:
+        """A phase that cannot say how far it is."""
 
     def note(self, message: str) -> None:
         """Something the user should know."""
 
 
+class Silent:
+    """Says nothing: for callers that show no progress, and for ranks that do not speak."""
+
+    def start(self, phase: str, total: float, unit: str = BYTES) -> None: ...
+
+    def update(self, done: float) -> None: ...
+
+    def busy(self, phase: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def note(self, message: str) -> None: ...
+
+
 @contextmanager
-def shown_progress() -> Iterator[Progress]:
-    """Progress as the terminal, or the log file, in place of stderr allows."""
+def shown_progress(shown: bool = True) -> Iterator[Progress]:
+    """Progress as the terminal, or the log file, in place of stderr allows; none where it is not to be `shown`."""
+    if not shown:
+        yield Silent()
+        return
     if not sys.stderr.isatty():
         yield Lines()
         return
@@ -42,12 +66,38 @@ def shown_progress() -> Iterator[Progress]:
     columns = (
         progress.TextColumn("{task.description:8}"),
         progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[done]}"),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("{task.fields[left]}"),
     )
     with progress.Progress(*columns, console=Console(stderr=True)) as bar:
         yield _Bar(bar)
+
+
+SILENT = Silent()
+
+
+def tracked(items: Iterable[T], progress: Progress, phase: str, total: int, unit: str) -> Iterator[T]:
+    """The items, each counted when the next is asked for."""
+    progress.start(phase, total, unit)
+    for done, item in enumerate(items, start=1):
+        yield item
+        progress.update(done)
+
+
+class _Rate:
+    """A phase's size, speed and time left, in words."""
+
+    def __init__(self, total: float, unit: str) -> None:
+        self._total, self._unit, self._began = total, unit, time.monotonic()
+
+    def words(self, done: float) -> tuple[str, str]:
+        """("2.0 of 8.0 MB, 0.20 MB/s", "30 s left")."""
+        rate = done / max(time.monotonic() - self._began, 1e-9)
+        left = f"{max(0.0, self._total - done) / rate:,.0f} s left" if rate else "time left unknown"
+        if self._unit == BYTES:
+            return f"{done / 1e6:,.1f} of {self._total / 1e6:,.1f} MB, {rate / 1e6:,.2f} MB/s", left
+        return f"{done:,.0f} of {self._total:,.0f} {self._unit}, {rate:,.2g} {self._unit}/s", left
 
 
 class Lines:
@@ -57,19 +107,32 @@ class Lines:
         self._every_s = every_s
         self.start("", 0)
 
-    def start(self, phase: str, total_bytes: int) -> None:
-        self._phase, self._total_bytes = phase, total_bytes
-        self._started = self._last_line = time.monotonic()
+    def start(self, phase: str, total: float, unit: str = BYTES) -> None:
+        self._phase, self._rate = phase, _Rate(total, unit)
+        self._last_line = time.monotonic()
 
-    def update(self, done_bytes: int) -> None:
+    def update(self, done: float) -> None:
         now = time.monotonic()
         if now - self._last_line < self._every_s:
             return
         self._last_line = now
-        rate = done_bytes / (now - self._started)
-        left = f"{(self._total_bytes - done_bytes) / rate:,.0f} s left" if rate else "time left unknown"
-        done = f"{done_bytes / 1e6:,.1f} of {self._total_bytes / 1e6:,.1f} MB"
-        self.note(f"{self._phase}: {done}, {rate / 1e6:,.2f} MB/s, {left}")
+        self.note(f"{self._phase}: {', '.join(self._rate.words(done))}")
+
+    @contextmanager
+    def busy(self, phase: str) -> Iterator[None]:
+        over, began = threading.Event(), time.monotonic()
+
+        def tell() -> None:
+            while not over.wait(self._every_s):
+                self.note(f"{phase}: {time.monotonic() - began:,.0f} s so far")
+
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            over.set()
+            teller.join()
 
     def note(self, message: str) -> None:
         print(message, file=sys.stderr, flush=True)
@@ -80,13 +143,22 @@ class _Bar:
 
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
-        self._task = bar.add_task("", visible=False)
+        self._task: TaskID | None = None
 
-    def start(self, phase: str, total_bytes: int) -> None:
-        self._task = self._bar.add_task(phase, total=total_bytes)
+    def start(self, phase: str, total: float, unit: str = BYTES) -> None:
+        self._rate = _Rate(total, unit)
+        self._task = self._bar.add_task(phase, total=total, done="", left="")
 
-    def update(self, done_bytes: int) -> None:
-        self._bar.update(self._task, completed=done_bytes)
+    def update(self, done: float) -> None:
+        assert self._task is not None, "start comes first"
+        words, left = self._rate.words(done)
+        self._bar.update(self._task, completed=done, done=words, left=left)
+
+    @contextmanager
+    def busy(self, phase: str) -> Iterator[None]:
+        task = self._bar.add_task(phase, total=None, done="", left="")
+        yield
+        self._bar.update(task, total=1, completed=1)
 
     def note(self, message: str) -> None:
         self._bar.console.print(message, markup=False, highlight=False)

@@ -106,12 +106,11 @@ def _budget_violations(config: Config) -> Iterator[Violation]:
 
 def _schedule_violations(config: Config) -> Iterator[Violation]:
     optim, steps = config.optim, config.train.steps
-    if optim.warmup_steps >= steps:
-        yield Violation(("optim.warmup_steps", "train.steps"), f"less than train.steps = {steps}")
-    if optim.decay_steps is not None and optim.warmup_steps + optim.decay_steps > steps:
+    left = steps - optim.warmup(steps)
+    if optim.decay_steps is not None and optim.decay_steps > left:
         yield Violation(
             ("optim.decay_steps", "optim.warmup_steps", "train.steps"),
-            f"at most train.steps - optim.warmup_steps = {steps - optim.warmup_steps}",
+            f"at most the {left} updates of train.steps that the warm-up leaves",
         )
     if optim.decay_steps is not None and optim.schedule != "wsd":
         yield Violation(

@@ -69,7 +69,7 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "wsd"] = "cosine"
     """After the linear warm-up: cosine decay, or constant and a linear decay at the end (warm-up-stable-decay)."""
     warmup_steps: NonNegativeInt = 100
-    """Updates of linear warm-up."""
+    """Updates of linear warm-up; in a run that is no longer, half of its train.steps."""
     decay_steps: PositiveInt | None = None
     """wsd: updates of the final decay; null is a tenth of train.steps."""
     beta1: Fraction = 0.9
@@ -82,6 +82,10 @@ class OptimConfig(Section):
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
     grad_clip: Positive | None = 1.0
     """Largest global gradient norm; null does not clip."""
+
+    def warmup(self, steps: int) -> int:
+        """Updates of warm-up in a run of so many; half of a trial that is no longer than the warm-up."""
+        return self.warmup_steps if self.warmup_steps < steps else steps // 2
 
 
 class TrainConfig(Section):
@@ -232,7 +236,7 @@ class Config(Section):
 
     def full_budget_steps(self) -> int:
         """Updates at the start that run at K_max under the paper's recipe."""
-        return self.optim.warmup_steps if self.budget.full_steps is None else self.budget.full_steps
+        return self.optim.warmup(self.train.steps) if self.budget.full_steps is None else self.budget.full_steps
 
     def paper_budgets(self) -> tuple[int, ...]:
         """The budgets that `paper` draws from, increasing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megassm.cli.progress import SILENT, Progress
 from megassm.cost import forward_flops_per_token, parameters
 from megassm.data.stream import MicroBatch, StreamPlan
 from megassm.errors import UserError
@@ -127,7 +128,12 @@ class Cost:
 
 
 def sweep(
-    model: LanguageModel, texts: Sequence[EvalText], plan: SweepPlan, token_bytes: npt.NDArray[np.int64], peers: Peers
+    model: LanguageModel,
+    texts: Sequence[EvalText],
+    plan: SweepPlan,
+    token_bytes: npt.NDArray[np.int64],
+    peers: Peers,
+    progress: Progress = SILENT,
 ) -> list[Curve]:
     """Cuts `model` to each budget and to K_max in turn, and measures the smaller model.
 
@@ -139,6 +145,7 @@ def sweep(
         plan: budgets and lengths.
         token_bytes: (V,) UTF-8 bytes of each token.
         peers: the ranks, and where to compute.
+        progress: told of this rank's batches, of every budget.
 
     Raises:
         UserError: a budget beyond K_max, a length the filters cannot be continued to, or no text.
@@ -149,10 +156,11 @@ def sweep(
     batches = together(lambda: [list(_batches(text, length, model, plan, peers)) for text, length in keys])
     scores: list[dict[int, Floats]] = [{} for _ in keys]
     costs: list[dict[int, Cost]] = [{} for _ in keys]
+    counted = _counter(progress, len(budgets) * sum(len(of_text) for of_text in batches))
     for k in budgets:
         small = truncate(model, k).to(peers.device).eval()
         for place in range(len(keys)):
-            mine = _scores(small, batches[place], token_bytes, peers, plan)
+            mine = _scores(small, counted(batches[place]), token_bytes, peers, plan)
             scores[place][k] = _gathered(mine)
             first = place % len(texts) == 0
             costs[place][k] = _cost(small, k, batches[place][0], peers) if first else costs[place - 1][k]
@@ -160,6 +168,21 @@ def sweep(
         _curve(model, (text.name, length, plan), scores[place], costs[place], _unigram(batches[place], token_bytes))
         for place, (text, length) in enumerate(keys)
     ]
+
+
+def _counter(progress: Progress, total: int) -> Callable[[Sequence[MicroBatch]], Iterator[MicroBatch]]:
+    """Counts the batches that go through, of `total` in all."""
+    progress.start("sweep", total, "batches")
+    done = 0
+
+    def counted(batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
+        nonlocal done
+        for batch in batches:
+            yield batch
+            done += 1
+            progress.update(done)
+
+    return counted
 
 
 def _check(model: LanguageModel, plan: SweepPlan) -> None:
@@ -199,7 +222,7 @@ def _batches(text: EvalText, length: int, model: LanguageModel, plan: SweepPlan,
 
 def _scores(
     small: LanguageModel,
-    batches: Sequence[MicroBatch],
+    batches: Iterable[MicroBatch],
     token_bytes: npt.NDArray[np.int64],
     peers: Peers,
     plan: SweepPlan,

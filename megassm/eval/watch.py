@@ -16,6 +16,7 @@ from megassm.checkpoint.format import (
     newest_checkpoint,
     read_checkpoint,
 )
+from megassm.cli.progress import shown_progress
 from megassm.config.schema import Config
 from megassm.data.task import TaskTokenizer
 from megassm.data.tokenizer.base import Tokenizer
@@ -133,7 +134,8 @@ def _sweep(
     tokenizer = texts[1]
     token_bytes = tokenizer.token_bytes()
     token_bytes.resize(config.model.vocab_size)  # zeros for ids of the model that the tokenizer has not
-    curves = sweep(model, texts[0], request.plan(config, tokenizer), token_bytes, peers)
+    with shown_progress(peers.is_main) as progress:
+        curves = sweep(model, texts[0], request.plan(config, tokenizer), token_bytes, peers, progress)
     return Sweep(name, checkpoint.manifest.step, config.model.seq_len, curves)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megassm.checkpoint.exported import WEIGHTS, is_model_folder, open_model_folder, write_model_folder
+from megassm.cli.progress import SILENT, Progress, tracked
 from megassm.config.model import ModelConfig
 from megassm.data.stream import MicroBatch
 from megassm.errors import UserError
@@ -43,13 +44,16 @@ class ExportPlan:
     """Validation sequences to measure quality on."""
 
 
-def export_models(session: Session, folders: Mapping[int, Path], plan: ExportPlan) -> list[ExportedModel]:
+def export_models(
+    session: Session, folders: Mapping[int, Path], plan: ExportPlan, progress: Progress = SILENT
+) -> list[ExportedModel]:
     """Writes the model cut to each budget into its folder, with a card.
 
     Args:
         session: the trained model and its data.
         folders: by K; what an earlier export left there is replaced.
         plan: how.
+        progress: told of each model.
 
     Raises:
         UserError: a budget beyond K_max, a folder with something else in it, no validation text, or a file that does
@@ -69,7 +73,7 @@ def export_models(session: Session, folders: Mapping[int, Path], plan: ExportPla
     whole = _in_float64(session.model, plan.dtype)
     full = _bits_per_byte(session, rederived(session.model, k_max, seq_len), batches)
     exported = []
-    for k, folder in folders.items():
+    for k, folder in tracked(folders.items(), progress, "export", len(folders), "models"):
         with _replaced(folder) as partial:
             write_model_folder(partial, rederived(session.model, k, seq_len), session.tokenizer, plan.dtype)
             found = open_model_folder(partial).load_model()

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from megassm.run.records import Row
 
+WORTH_SAYING = 0.05
+"""Share of an update spent waiting from which on a line has it."""
+
 
 def format_row(row: Row, steps: int, eta_s: float) -> str:
-    """One line for people, and one more where validation ran."""
+    """One line for people, and one more where validation ran. Within 120 columns: the journal has the rest."""
     parts = [
         f"step {row['step']:>{len(str(steps))}}/{steps}",
-        tokens_of_planned(row, steps),
-        f"loss {_number(row['loss']):.4f}",
+        f"loss {_number(row['loss']):.3f}",
         *([] if row["bits_per_byte"] is None else [f"{row['bits_per_byte']:.3f} bits/byte"]),
         f"K {row['k']:>2}",
-        f"lr {row['lr']:.1e}",
+        f"lr {row['lr']:.1e}".replace("e-0", "e-"),
         f"norm {_number(row['grad_norm']):.2f}",
         f"{rate(row['tokens_per_s'])} tok/s",
-        f"MFU {row['mfu']:.1%}",
-        _phases(row),
-        f"{row['peak_memory_bytes'] / 2**30:.1f} GiB",
+        f"MFU {row['mfu']:.0%}",
+        *([f"wait {waiting:.0%}"] if (waiting := _waiting(row)) >= WORTH_SAYING else []),
         f"eta {duration(eta_s)}",
     ]
-    line = " | ".join(parts)
+    line = "  ".join(parts)
     if "valid" in row:
         scores = "  ".join(f"K={k}: {value:.3f}" for k, value in row["valid"].items())
         line += f"\n  validation bits/byte   {scores}"
@@ -49,13 +50,11 @@ def rate(tokens_per_s: float) -> str:
     return f"{tokens_per_s / 1e6:,.1f}M" if tokens_per_s >= 1e6 else f"{tokens_per_s:,.0f}"
 
 
-def _phases(row: Row) -> str:
-    """Where an update's time went: its phases where they were timed, else the wait for data."""
-    phases = row.get("phases_s")
-    if not phases:
-        return f"data wait {row['data_wait_s'] / row['step_s']:.0%}"
-    short = {"forward": "fwd", "backward": "bwd", "update": "upd", "communication": "comm"}
-    return " ".join(f"{short.get(name, name)} {seconds / row['step_s']:.0%}" for name, seconds in phases.items())
+def _waiting(row: Row) -> float:
+    """Share of an update in which this rank computed nothing: it waited for data, or for other ranks."""
+    phases = row.get("phases_s") or {"data": row["data_wait_s"]}
+    share: float = (phases["data"] + phases.get("communication", 0.0)) / row["step_s"]
+    return share
 
 
 def _number(value: float | None) -> float:
@@ -64,9 +63,11 @@ def _number(value: float | None) -> float:
 
 
 def duration(seconds: float) -> str:
-    """Such as 2m05s, 3h20m, 4d06h."""
+    """Such as 2m05s, 3h20m, 4d06h, 12d."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 240:
+        return f"{hours // 24}d"
     if hours >= 48:
         return f"{hours // 24}d{hours % 24:02d}h"
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

@@ -10,13 +10,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megassm.config.model import ModelConfig, SigmaScale
@@ -26,7 +25,8 @@ from megassm.layers.context import Context
 from megassm.layers.ffn import FeedForward
 from megassm.layers.filterbank import FilterBank
 from megassm.layers.spectral import SpectralMixer
-from megassm.ops.documents import check_documents
+from megassm.layers.vocabulary import Vocabulary
+from megassm.ops.documents import check_documents, document_numbers
 from megassm.ops.pooling import content_positions, pooled, separators
 
 LayerState = Tensor | KeyValueCache
@@ -44,13 +44,6 @@ class DecodingState(NamedTuple):
     def nbytes(self) -> int:
         tensors = (part for layer in self.layers for part in ((layer,) if isinstance(layer, Tensor) else layer))
         return sum(tensor.nbytes for tensor in tensors)
-
-
-class Distillation(NamedTuple):
-    """In-place distillation: the model at a larger budget teaches itself at a smaller one (arXiv 1903.05134)."""
-
-    teacher_k: int
-    temperature: float
 
 
 class Block(nn.Module):
@@ -106,6 +99,9 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = recompute
+        self.vocabulary = Vocabulary()
+        self.part = (0, 1)
+        """Which part of every sequence this model is given, and of how many (`megassm.parallel.sequence`)."""
         self.embedding_VD = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.blocks = nn.ModuleList(Block(config, sigma_scale) for sigma_scale in config.sigma_scales)
         self.head_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
@@ -118,56 +114,49 @@ class LanguageModel(nn.Module):
         self,
         ids_BL: Tensor,
         k: int,
-        targets_BL: Tensor | None = None,
         documents_BL: Tensor | None = None,
-        also: Distillation | Literal["hits"] | None = None,
     ) -> Tensor:
-        """Logits (B, L, V), or with `targets_BL` the negative log-likelihood in nats of each, (B, L) float32.
+        """Logits (B, L, V) of the token after each; of a model with classes (B, 1, C).
 
-        With `also`, (2, B, L): the negative log-likelihood, and the divergence from the teacher, or the `hits`.
-        Of a model with classes logits are (B, 1, C), and losses are 0 but where the label is the target.
+        A split model's are its own part of the vocabulary's; `losses`, `hits` and `divergences` take them as they are.
 
         Args:
             ids_BL: token ids.
             k: the budget, 1 <= k <= K_max.
-            targets_BL: the ids to predict, ids_BL one step later.
             documents_BL: the number of each position's document, which does not fall along a sequence: no position
                 then sees another document. Rotary positions run on. None: a sequence is one document.
-            also: which of its own predictions the model is to approach at k; or "hits", to count them.
 
         Raises:
-            UserError: a budget out of range, documents that are none.
+            UserError: a budget out of range, or `documents_BL` is not a valid numbering.
         """
         context = self.context(0, ids_BL.shape[1], k)
         if documents_BL is not None:
             check_documents(documents_BL, ids_BL)
             context = self._apart(context, documents_BL)
-        x_BLD = self._hidden(ids_BL, context)
-        if targets_BL is None:
-            return self.logits(x_BLD)
-        if self.config.classes is None:
-            return self._losses(ids_BL, context, x_BLD, targets_BL, also)
-        asked_BL = separators(ids_BL, self.config.classes)
-        label_B1 = (targets_BL * asked_BL).sum(1, keepdim=True)
-        return self._losses(ids_BL, context, x_BLD, label_B1, also) * asked_BL
+        return self.logits(self._hidden(ids_BL, context))
 
-    def _losses(
-        self,
-        ids_BL: Tensor,
-        context: Context,
-        x_BLD: Tensor,
-        targets_BL: Tensor,
-        also: Distillation | Literal["hits"] | None,
-    ) -> Tensor:
-        logits_BLV = self.trained_logits(x_BLD)
-        losses_BL = self.token_losses(logits_BLV, targets_BL)
-        if also is None:
-            return losses_BL
-        if also == "hits":
-            return torch.stack((losses_BL, self.hits(logits_BLV, targets_BL)))
-        with torch.no_grad():
-            teacher_BLV = self.logits(self._hidden(ids_BL, context._replace(k=also.teacher_k)))
-        return torch.stack((losses_BL, self.divergences(logits_BLV, teacher_BLV, also.temperature)))
+    def losses(self, ids_BL: Tensor, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+        """Negative log-likelihood in nats, (B, L) float32, of the `targets_BL` that follow `ids_BL`.
+
+        Of a model with classes it is 0 but where the label is the target.
+        """
+        return self._where_asked(ids_BL, self.token_losses(logits_BLV, self._asked(ids_BL, targets_BL)))
+
+    def hits(self, ids_BL: Tensor, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+        """1 where the target is the most likely of all, (B, L) float32; n equals share the one."""
+        return self._where_asked(ids_BL, self.vocabulary.hits(logits_BLV, self._asked(ids_BL, targets_BL)))
+
+    def divergences(self, ids_BL: Tensor, logits_BLV: Tensor, teacher_BLV: Tensor, temperature: float) -> Tensor:
+        """T^2 KL(teacher || student) of two logits for `ids_BL` at temperature T, (B, L) float32 (arXiv 1503.02531)."""
+        return self._where_asked(ids_BL, self.vocabulary.divergences(logits_BLV, teacher_BLV, temperature))
+
+    def _asked(self, ids_BL: Tensor, targets_BL: Tensor) -> Tensor:
+        """What is predicted: every target, or an example's label (B, 1)."""
+        classes = self.config.classes
+        return targets_BL if classes is None else (targets_BL * separators(ids_BL, classes)).sum(1, keepdim=True)
+
+    def _where_asked(self, ids_BL: Tensor, values_BL: Tensor) -> Tensor:
+        return values_BL if self.config.classes is None else values_BL * separators(ids_BL, self.config.classes)
 
     def features(self, ids_BL: Tensor, k: int) -> Tensor:
         """The normed output of the last block (B, L, D): for who wants logits at some positions only."""
@@ -187,32 +176,14 @@ class LanguageModel(nn.Module):
         return x_BLD if content_BL is None else pooled(x_BLD, content_BL)
 
     def embed(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.embedding_VD)
+        return self.vocabulary.embed(ids, self.embedding_VD)
 
     def logits(self, x: Tensor) -> Tensor:
         """Of the normed output of the last block."""
-        return F.linear(x, self.embedding_VD if self.head_VD is None else self.head_VD)
-
-    def trained_logits(self, x_BLD: Tensor) -> Tensor:
-        """`logits` that are trained; a split model's are a part of them, of which both losses are computed."""
-        return self.logits(x_BLD)
+        return self.vocabulary.logits(x, self.embedding_VD if self.head_VD is None else self.head_VD)
 
     def token_losses(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
-        """Negative log-likelihood in nats, float32."""
-        logits_NV = logits_BLV.flatten(0, 1).float()
-        return F.cross_entropy(logits_NV, targets_BL.flatten(), reduction="none").view_as(targets_BL)
-
-    def hits(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
-        """1 where the target is the most likely of all, 0 where it is not, float32; n equals share the one."""
-        best_BLV = logits_BLV == logits_BLV.amax(-1, keepdim=True)
-        hit_BL1 = best_BLV.gather(-1, targets_BL[..., None])
-        return hit_BL1[..., 0].float() / best_BLV.sum(-1)
-
-    def divergences(self, logits_BLV: Tensor, teacher_BLV: Tensor, temperature: float) -> Tensor:
-        """T^2 KL(teacher || student) of the predictions at temperature T, (B, L) float32 (arXiv 1503.02531)."""
-        student_BLV = (logits_BLV.float() / temperature).log_softmax(-1)
-        teacher_BLV = (teacher_BLV.float() / temperature).log_softmax(-1)
-        return temperature**2 * (teacher_BLV.exp() * (teacher_BLV - student_BLV)).sum(-1)
+        return self.vocabulary.losses(logits_BLV, targets_BL)
 
     @torch.no_grad()
     def prefill(self, ids_BL: Tensor, k: int) -> tuple[Tensor, DecodingState]:
@@ -242,9 +213,12 @@ class LanguageModel(nn.Module):
             raise UserError(f"budget K = {k}: must be between 1 and this model's K_max = {self.config.num_channels}")
         if "A" not in self.config.mixers:
             return Context(k, self.filterbank, None)
-        positions_L = torch.arange(first, first + length, device=self.embedding_VD.device)
+        part, parts = self.part
+        start = first + part * length
+        positions_L = torch.arange(start, start + length, device=self.embedding_VD.device)
         rope = rope_tables(positions_L, self.config.d_model // self.config.n_heads, self.config.rope_theta)
-        return Context(k, self.filterbank, rope, attention_mask(length, self.config.window, None, self.embedding_VD))
+        mask = attention_mask(parts * length, self.config.window, None, self.embedding_VD)
+        return Context(k, self.filterbank, rope, mask)
 
     def _apart(self, context: Context, documents_BL: Tensor) -> Context:
         """`context` with the documents kept apart."""
@@ -261,6 +235,26 @@ class LanguageModel(nn.Module):
     def check_filters(self) -> None:
         if self.filterbank is not None:
             self.filterbank.check_dtype()
+
+
+def losses_at(
+    model: LanguageModel,
+    ids_BT: Tensor,
+    k: int,
+    document_end: int | None = None,
+    forward: Callable[..., Tensor] | None = None,
+    hits: bool = False,
+) -> Tensor:
+    """Negative log-likelihood in nats, (B, L) float32, of the tokens that follow each of the first L = T - 1.
+
+    With `document_end`, the id of that name, no position sees another document. `forward` is what computes the model's
+    logits where something is wrapped around the model. With `hits` it is (2, B, L): `LanguageModel.hits` besides.
+    """
+    ids_BL = ids_BT[:, :-1]
+    call = model if forward is None else forward
+    logits_BLV: Tensor = call(ids_BL, k, document_numbers(ids_BL, document_end))
+    losses_BL = model.losses(ids_BL, logits_BLV, ids_BT[:, 1:])
+    return torch.stack((losses_BL, model.hits(ids_BL, logits_BLV, ids_BT[:, 1:]))) if hits else losses_BL
 
 
 @functools.cache

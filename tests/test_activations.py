@@ -11,7 +11,7 @@ from megassm.config.model import ModelConfig
 from megassm.cost import Workload, activation_bytes, layer_activation_bytes, peak_activation_bytes
 from megassm.eval.measure import peak_tensor_bytes
 from megassm.layers.filterbank import CHUNK
-from megassm.model import LanguageModel, build_model
+from megassm.model import LanguageModel, build_model, losses_at
 from megassm.ops.mixing import GROUP_BYTES
 from tests.test_model import config
 
@@ -55,7 +55,7 @@ def kept(model: LanguageModel, k: int, work: Workload) -> int:
 
     ids = text(work)
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(ids[:, :-1], k, ids[:, 1:])
+        losses_at(model, ids, k)
     return sum(storage.nbytes() for storage in saved.values())
 
 
@@ -129,6 +129,6 @@ def test_peak_of_a_step(pattern: str, k: int, vocab: int, heads: int, recompute:
     ids = text(work)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    found = peak_tensor_bytes([], lambda: model(ids[:, :-1], k, ids[:, 1:]).mean().backward(), torch.device("cpu"))
+    found = peak_tensor_bytes([], lambda: losses_at(model, ids, k).mean().backward(), torch.device("cpu"))
     expected = peak_activation_bytes(model.config, k, work, GROUP_BYTES["cpu"], recompute)
     assert expected == pytest.approx(found, rel=0.05)

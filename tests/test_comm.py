@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megassm.config.model import ModelConfig
-from megassm.model import LanguageModel, initial_weights
+from megassm.model import LanguageModel, initial_weights, losses_at
 from megassm.parallel.mesh import Mesh
 from megassm.parallel.sequence import split_sequence
 from megassm.parallel.tensor import build_split_model
@@ -95,7 +95,7 @@ def parts(model: LanguageModel, ids_BT: Tensor, sent: Sent) -> dict[str, Sent]:
         found[name] = sent.copy()
         sent.clear()
 
-    loss = model(ids_BT[:, :-1], K, ids_BT[:, 1:]).sum()
+    loss = losses_at(model, ids_BT, K).sum()
     take("forward")
     loss.backward()
     take("backward")
@@ -104,7 +104,7 @@ def parts(model: LanguageModel, ids_BT: Tensor, sent: Sent) -> dict[str, Sent]:
     take("mixer forward")
     y_BLD.sum().backward()
     take("mixer backward")
-    losses = model.token_losses(model.trained_logits(x_BLD), ids_BT[:, 1:])
+    losses = model.token_losses(model.logits(x_BLD), ids_BT[:, 1:])
     take("loss forward")
     losses.sum().backward()
     take("loss backward")

@@ -14,7 +14,7 @@ from megassm.errors import UserError
 from megassm.eval.generate import Sampling, generate, sample_text
 from megassm.eval.measure import peak_tensor_bytes
 from megassm.eval.score import Score, best_unigram, score, sequence_scores, token_counts
-from megassm.model import build_model
+from megassm.model import build_model, losses_at
 from tests.test_model import config
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def batches() -> list[MicroBatch]:
 
 def test_score_sums_only_what_the_mask_keeps() -> None:
     model = build_model(config(), 0)
-    found = score(lambda ids, k: model(ids[:, :-1], k, ids[:, 1:]), batches(), 3, TOKEN_BYTES, CPU)
+    found = score(lambda ids, k: losses_at(model, ids, k), batches(), 3, TOKEN_BYTES, CPU)
     nll = tokens = text = 0.0
     for batch in batches():
         log_p = model(torch.from_numpy(batch.ids_BT[:, :-1]), 3).log_softmax(-1)
@@ -49,10 +49,10 @@ def test_score_sums_only_what_the_mask_keeps() -> None:
 
 def test_scores_of_sequences_add_up_to_the_score() -> None:
     model = build_model(config(), 0)
-    rows = sequence_scores(lambda ids, k: model(ids[:, :-1], k, ids[:, 1:]), batches(), 3, TOKEN_BYTES, CPU)
+    rows = sequence_scores(lambda ids, k: losses_at(model, ids, k), batches(), 3, TOKEN_BYTES, CPU)
     assert rows.shape == (6, 5)
     assert rows[:, 0].tolist() == [0, 1] * 3
-    whole = score(lambda ids, k: model(ids[:, :-1], k, ids[:, 1:]), batches(), 3, TOKEN_BYTES, CPU)
+    whole = score(lambda ids, k: losses_at(model, ids, k), batches(), 3, TOKEN_BYTES, CPU)
     assert Score.total(rows[:, 1:].tolist()) == pytest.approx(whole)
     for i, batch in enumerate(batches()):
         assert rows[2 * i : 2 * i + 2, 2].tolist() == batch.mask_BL.sum(1).tolist()

@@ -19,7 +19,7 @@ from megassm.config.schema import Config
 from megassm.cost import parameters
 from megassm.errors import UserError
 from megassm.eval.session import open_session
-from megassm.model import build_model
+from megassm.model import build_model, losses_at
 from tests.conftest import ROOT, SMALL, run_python
 from tools.experiments import peers, runner
 from tools.experiments.arms import Arm
@@ -91,7 +91,7 @@ def test_a_token_by_token_budget_reads_what_the_model_reads(trained: Path) -> No
 
     def nll(k: int) -> torch.Tensor:
         with torch.no_grad():
-            return model(ids_BT[:, :-1], k, ids_BT[:, 1:])
+            return losses_at(model, ids_BT, k)
 
     same = read(model, ids_BT, lambda entropy_B, _: entropy_B < 0, (2, 2))
     torch.testing.assert_close(same.nll_BL, nll(2), atol=2e-5, rtol=1e-4)

@@ -20,8 +20,7 @@ from megassm.eval.score import score
 from megassm.eval.session import Session, open_model, open_session
 from megassm.eval.watch import Request, sweep_path
 from megassm.export.write import ExportPlan, export_models
-from megassm.model import build_model
-from megassm.ops.documents import document_numbers
+from megassm.model import build_model, losses_at
 from megassm.parallel.world import join_peers, leave_world
 from tests.conftest import HYBRID, ROOT, SMALL, run_python
 from tests.test_model import config
@@ -47,7 +46,7 @@ def bits_per_byte(folder: Path, session: Session) -> float:
     model = open_model_folder(folder).load_model()
 
     def losses(ids_BT: Tensor, k: int) -> Tensor:
-        nll: Tensor = model(ids_BT[:, :-1], k, ids_BT[:, 1:], document_numbers(ids_BT[:, :-1], session.document_end))
+        nll: Tensor = losses_at(model, ids_BT, k, session.document_end)
         return nll
 
     batches = session.validation(session.config.eval.sequences)

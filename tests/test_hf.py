@@ -15,7 +15,7 @@ from megassm.errors import UserError
 from megassm.eval.generate import Sampling, generate
 from megassm.eval.session import open_session
 from megassm.export.write import ExportPlan, export_models
-from megassm.model import LanguageModel, build_model
+from megassm.model import LanguageModel, build_model, losses_at
 from tests.test_model import config
 
 pytest.importorskip("transformers", reason="needs the extra 'hf'")
@@ -111,7 +111,7 @@ def test_logits_and_loss(pair: tuple[LanguageModel, Any, Any]) -> None:
         ids = torch.tensor([list(text.encode())])
         logits = ours(ids, 6)
         assert torch.allclose(done.logits[row, -ids.shape[1] :], logits[0], atol=1e-5)
-        nll += float(ours(ids[:, :-1], 6, ids[:, 1:]).sum().detach())
+        nll += float(losses_at(ours, ids, 6).sum().detach())
         count += ids.shape[1] - 1
     assert float(done.loss.detach()) == pytest.approx(nll / count, rel=1e-4)
     right = tokenizer(TEXTS, return_tensors="pt", padding=True, padding_side="right")

@@ -157,7 +157,7 @@ def test_recomputation_keeps_them_apart() -> None:
     gradients = []
     for recompute in (False, True):
         network = build_model(config(seq_len=100), 0, recompute)
-        network(text, 4, text, documents).mean().backward()
+        network.losses(text, network(text, 4, documents), text).mean().backward()
         gradients.append([parameter.grad for parameter in network.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)

@@ -12,7 +12,7 @@ from megassm.config.model import ModelConfig
 from megassm.errors import UserError
 from megassm.layers.attention import Attention, attention_mask, rope_tables
 from megassm.layers.context import Context
-from megassm.model import Distillation, LanguageModel, build_model, truncate
+from megassm.model import LanguageModel, build_model, losses_at, truncate
 
 K_MAX = 6
 
@@ -124,7 +124,7 @@ def test_hidden_units_beyond_the_width_are_not_read_and_get_zero_gradients() -> 
     with torch.no_grad():
         for block in elastic.blocks:
             block.ffn.gate.weight[32:], block.ffn.up.weight[32:], block.ffn.down.weight[:, 32:] = (torch.nan,) * 3
-    elastic(ids(), 2, ids()).sum().backward()
+    elastic.losses(ids(), elastic(ids(), 2), ids()).sum().backward()
     for block in elastic.blocks:
         for weight in (block.ffn.gate.weight, block.ffn.up.weight, block.ffn.down.weight.t()):
             assert weight.shape == (72, 16)
@@ -146,7 +146,7 @@ def test_budget_out_of_range_is_refused(k: int) -> None:
 def test_losses_are_the_negative_log_likelihoods() -> None:
     model = build_model(config(), seed=0)
     text = ids(25)
-    losses = model(text[:, :-1], 3, text[:, 1:])
+    losses = losses_at(model, text, 3)
     logits = model(text[:, :-1], 3).double()
     expected = -(logits.log_softmax(-1).gather(-1, text[:, 1:, None])[..., 0])
     assert torch.allclose(losses.double(), expected, atol=1e-5)
@@ -158,7 +158,7 @@ def test_recomputation_changes_nothing() -> None:
     gradients = []
     for recompute in (False, True):
         model = build_model(config(), seed=0, recompute=recompute)
-        model(text[:, :-1], 4, text[:, 1:]).mean().backward()
+        losses_at(model, text, 4).mean().backward()
         gradients.append([p.grad for p in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert plain is not None
@@ -168,7 +168,7 @@ def test_recomputation_changes_nothing() -> None:
 def test_every_parameter_gets_a_gradient_at_every_budget() -> None:
     for k in (1, K_MAX):
         model = build_model(config(), seed=0)
-        model(ids(), k, ids()).mean().backward()
+        model.losses(ids(), model(ids(), k), ids()).mean().backward()
         assert all(p.grad is not None for p in model.parameters())
 
 
@@ -240,10 +240,10 @@ def test_untied_head_is_its_own_matrix() -> None:
 def test_a_model_taught_at_its_own_budget_has_nothing_to_learn() -> None:
     model = build_model(config(), seed=0)
     text = ids()
-    same = model(text, 3, text, also=Distillation(3, 2.0))
-    losses, divergence = model(text, 3, text, also=Distillation(K_MAX, 2.0))
-    assert torch.allclose(same[1], torch.zeros(()), atol=1e-6)
-    assert torch.equal(losses, model(text, 3, text))
+    logits_BLV = model(text, 3)
+    same = model.divergences(text, logits_BLV, logits_BLV.detach(), 2.0)
+    divergence = model.divergences(text, logits_BLV, model(text, K_MAX).detach(), 2.0)
+    assert torch.allclose(same, torch.zeros(()), atol=1e-6)
     student, teacher = (model(text, k).double() / 2 for k in (3, K_MAX))
     expected = 4 * (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1)
     assert torch.allclose(divergence.double(), expected, atol=5e-6)

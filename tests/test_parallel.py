@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import os
+import pickle
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megassm.config.model import ModelConfig
-from megassm.model import build_model, initial_weights, parameter_shapes
+from megassm.model import LanguageModel, build_model, initial_weights, losses_at, parameter_shapes
 from megassm.parallel.mesh import Mesh
 from megassm.parallel.sequence import split_sequence
 from megassm.parallel.tensor import build_split_model, gather_whole, parts_of
@@ -25,21 +30,8 @@ ELASTIC: dict[str, Any] = {"d_ffn": 77, "ffn_elastic": {"knee_k": 3, "below": 16
 
 def gradients(config: ModelConfig, mesh: Mesh, budgets: list[int]) -> tuple[list[Any], dict[str, Any]]:
     """(losses (B, L) at each budget, whole gradients of their sum) computed by the ranks of `mesh`."""
-    import os
-
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo")
-    groups = [dist.new_subgroups_by_enumeration(g)[0] for g in (mesh.tensor_groups(), mesh.sequence_groups())]
-    tensor, sequence = groups
-    model = build_split_model(config, initial_weights(config, seed=3), tensor)
-    split_sequence(model, sequence)
-    share = config.seq_len // mesh.sequence
-    first = mesh.place(rank).sequence * share
-    ids_BT = tokens(config)[:, first : first + share + 1]
-    parts = [model(ids_BT[:, :-1], k, ids_BT[:, 1:]) for k in budgets]
+    model, ids_BT, rank, (tensor, sequence) = split(config, mesh)
+    parts = [losses_at(model, ids_BT, k) for k in budgets]
     torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
     losses = []
     for part in parts:
@@ -55,6 +47,40 @@ def gradients(config: ModelConfig, mesh: Mesh, budgets: list[int]) -> tuple[list
     dist.destroy_process_group()
     # as arrays: a tensor in a queue needs its sender alive
     return [part.numpy() for part in losses], {name: value.numpy() for name, value in whole.items()}
+
+
+def split(config: ModelConfig, mesh: Mesh) -> tuple[LanguageModel, Tensor, int, list[dist.ProcessGroup]]:
+    """This rank's part of a model and of its ids (B, T), the rank, its tensor and sequence group."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo")
+    groups = [dist.new_subgroups_by_enumeration(g)[0] for g in (mesh.tensor_groups(), mesh.sequence_groups())]
+    model = build_split_model(config, initial_weights(config, seed=3), groups[0])
+    split_sequence(model, groups[1])
+    share = config.seq_len // mesh.sequence
+    first = mesh.place(rank).sequence * share
+    return model, tokens(config)[:, first : first + share + 1], rank, groups
+
+
+@torch.no_grad()
+def copies(config: ModelConfig, mesh: Mesh) -> list[bool]:
+    model, ids_BT, _, _ = split(config, mesh)
+    before = losses_at(model, ids_BT, 3)
+    copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    same = [torch.equal(losses_at(other, ids_BT, 3), before) for other in (copied, pickled)]
+    for parameter in copied.parameters():
+        parameter.zero_()
+    unknowing = torch.full_like(before, math.log(config.vocab_size))
+    same += [torch.allclose(losses_at(copied, ids_BT, 3), unknowing), torch.equal(losses_at(model, ids_BT, 3), before)]
+    dist.destroy_process_group()
+    return same
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("changes", [ELASTIC, {"n_kv_heads": 1, "n_heads": 4}], ids=["elastic", "mqa"])
+def test_a_split_model_is_copied_and_pickled_with_its_weights(changes: dict[str, Any]) -> None:
+    answers = run_on_ranks(4, copies, ModelConfig(**(BASE | changes)), Mesh(1, 2, 2))
+    assert answers == [[True] * 4] * 4, "copy, pickle, a copy's own weights, the first one's untouched"
 
 
 def tokens(config: ModelConfig) -> Tensor:
@@ -73,7 +99,7 @@ def test_gradients_equal_those_of_one_process(mesh: Mesh, changes: dict[str, Any
     config, budgets = ModelConfig(**(BASE | changes)), [8, 3]
     model = build_model(config, seed=3)
     ids_BT = tokens(config)
-    truth = [model(ids_BT[:, :-1], k, ids_BT[:, 1:]) for k in budgets]
+    truth = [losses_at(model, ids_BT, k) for k in budgets]
     torch.stack(truth).sum().backward()  # type: ignore[no-untyped-call]
     answers = run_on_ranks(mesh.size, gradients, config, mesh, budgets)
     for losses, whole in answers:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from megassm.config.model import ModelConfig
 from megassm.cost import forward_flops_per_token, parameters
-from megassm.model import Distillation, LanguageModel, build_model, truncate
+from megassm.model import LanguageModel, build_model, losses_at, truncate
 from megassm.ops.pooling import pooled
 
 CLASSES, LENGTH, K = 3, 40, 4
@@ -61,7 +61,7 @@ def test_the_mean_is_over_the_content() -> None:
 def test_losses_stand_where_the_label_is_the_target(model: LanguageModel) -> None:
     sizes = [5, 30, 38]
     ids_BT = texts(sizes)
-    losses_BL, hits_BL = model(ids_BT[:, :-1], K, ids_BT[:, 1:], also="hits")
+    losses_BL, hits_BL = losses_at(model, ids_BT, K, hits=True)
     logits_BC = model(ids_BT[:, :-1], K)[:, 0]
     labels = torch.tensor([0, 1, 2])
     for row, size in enumerate(sizes):
@@ -69,9 +69,10 @@ def test_losses_stand_where_the_label_is_the_target(model: LanguageModel) -> Non
         expected[size] = F.cross_entropy(logits_BC[row], labels[row])
         assert torch.allclose(losses_BL[row], expected)
         assert float(hits_BL[row].sum()) == float(logits_BC[row].argmax() == labels[row])
-    none_BL = model(ids_BT[:, :5], K, ids_BT[:, 1:6])
+    none_BL = losses_at(model, ids_BT[:, :6], K)
     assert not none_BL.any(), "a row without a label"
-    losses_BL, divergences_BL = model(ids_BT[:, :-1], 2, ids_BT[:, 1:], also=Distillation(8, 2.0))
+    ids_BL = ids_BT[:, :-1]
+    divergences_BL = model.divergences(ids_BL, model(ids_BL, 2), model(ids_BL, 8), 2.0)
     assert (divergences_BL > 0).sum() == (losses_BL > 0).sum() == 3
 
 
@@ -80,7 +81,7 @@ def test_equals_share_a_hit() -> None:
     with torch.no_grad():
         model.embedding_VD.zero_()
     ids_BT = torch.zeros(1, LENGTH + 1, dtype=torch.int64)
-    _, hits_BL = model(ids_BT[:, :-1], K, ids_BT[:, 1:], also="hits")
+    _, hits_BL = losses_at(model, ids_BT, K, hits=True)
     assert torch.allclose(hits_BL, torch.full((1, LENGTH), 1 / 20))
 
 

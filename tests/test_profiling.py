@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megassm.config.model import ModelConfig
 from megassm.cost import forward_flops_by_kind, forward_flops_per_token
-from megassm.model import build_model
+from megassm.model import build_model, losses_at
 from megassm.train.profiling import GRADIENT_SUMS, OTHER, marked_layers, seconds_by_kind
 from tests.conftest import SMALL, run_python
 
@@ -24,7 +24,7 @@ def marked_pass(pattern: str, recompute: bool) -> tuple[dict[str, float], dict[s
     ids_BT = torch.randint(0, 97, (2, 33))
     with marked_layers(model), profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         with torch.profiler.record_function("megassm: forward"):
-            loss = model(ids_BT[:, :-1], 3, ids_BT[:, 1:]).mean()
+            loss = losses_at(model, ids_BT, 3).mean()
         with torch.profiler.record_function("megassm: backward"):
             loss.backward()
     return seconds_by_kind(list(profiler.events() or ()), cuda=False)
@@ -44,10 +44,10 @@ def test_every_kind_of_layer_is_found_forward_and_backward(pattern: str, mixers:
 def test_marks_change_nothing_and_go() -> None:
     model = build_model(MODEL, 0)
     ids_BT = torch.randint(0, 97, (2, 33))
-    plain = model(ids_BT[:, :-1], 3, ids_BT[:, 1:])
+    plain = losses_at(model, ids_BT, 3)
     before = set(vars(model))
     with marked_layers(model):
-        assert torch.equal(model(ids_BT[:, :-1], 3, ids_BT[:, 1:]), plain)
+        assert torch.equal(losses_at(model, ids_BT, 3), plain)
     assert set(vars(model)) == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 

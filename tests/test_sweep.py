@@ -15,7 +15,7 @@ from megassm.errors import UserError
 from megassm.eval.score import score
 from megassm.eval.sweep import Curve, SweepPlan, sweep
 from megassm.eval.text import EvalText, token_batches
-from megassm.model import build_model, truncate
+from megassm.model import build_model, losses_at, truncate
 from megassm.parallel.world import Peers, join_peers, leave_world, together
 from tests.ranks import run_on_ranks
 from tests.test_model import K_MAX, config
@@ -44,7 +44,7 @@ def test_sweep_equals_the_model_at_each_budget(peers: Peers) -> None:
     assert [row.k for row in curve.rows] == [1, 3, K_MAX], "full K is added"
     for row in curve.rows:
         k = row.k
-        direct = score(lambda ids, _, k=k: model(ids[:, :-1], k, ids[:, 1:]), batches, k, TOKEN_BYTES, peers.device)
+        direct = score(lambda ids, _, k=k: losses_at(model, ids, k), batches, k, TOKEN_BYTES, peers.device)
         assert row.bits_per_byte == pytest.approx(direct.bits_per_byte, rel=1e-5)
         assert row.bits_per_token == pytest.approx(direct.loss / math.log(2), rel=1e-5)
         assert row.perplexity == pytest.approx(direct.perplexity, rel=1e-5)
@@ -76,7 +76,7 @@ def test_lengths_beyond_training_score_the_same_text(peers: Peers) -> None:
     ]  # fmt: skip
     assert [c.predicted_tokens for c in curves] == [96] * 6
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 50, 215)[None, :97])
-    nll = model(ids[:, :-1], 2, ids[:, 1:]).double().sum().item()
+    nll = losses_at(model, ids, 2).double().sum().item()
     size = TOKEN_BYTES[ids.numpy()[0, 1:]].sum()
     assert curves[4].rows[0].bits_per_byte == pytest.approx(nll / math.log(2) / size, rel=1e-5)
     assert curves[4].rows[0].perplexity_low is None, "one sequence has no interval"

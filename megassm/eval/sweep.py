@@ -20,8 +20,7 @@ from megassm.eval.curve import Floats, Shape, interval, resample, shape
 from megassm.eval.measure import peak_tensor_bytes, timed_seconds
 from megassm.eval.score import Score, best_unigram, sequence_scores, token_counts
 from megassm.eval.text import EvalText
-from megassm.model import LanguageModel, truncate
-from megassm.ops.documents import document_numbers
+from megassm.model import LanguageModel, losses_at, truncate
 from megassm.parallel.world import Peers, barrier, gather_rows, together
 
 TIMED_REPEATS = 5
@@ -230,9 +229,7 @@ def _scores(
     """This rank's (N, 5) as `sequence_scores`, of a model at its own full budget."""
 
     def losses(ids_BT: Tensor, k: int) -> Tensor:
-        documents_BL = document_numbers(ids_BT[:, :-1], plan.document_end)
-        nll_BL: Tensor = small(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL, "hits" if plan.is_task else None)
-        return nll_BL
+        return losses_at(small, ids_BT, k, plan.document_end, hits=plan.is_task)
 
     return sequence_scores(losses, batches, small.config.num_channels, token_bytes, peers.device)
 

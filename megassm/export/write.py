@@ -25,8 +25,7 @@ from megassm.eval.score import score
 from megassm.eval.session import Session
 from megassm.export.card import ExportedModel, Origin, model_card
 from megassm.files import sync, write_atomically
-from megassm.model import LanguageModel, truncate
-from megassm.ops.documents import document_numbers
+from megassm.model import LanguageModel, losses_at, truncate
 
 TOLERANCE = 1e-5
 """Largest difference of a logit: weights are copied; the filters, derived anew for fewer channels, agree to less."""
@@ -164,9 +163,7 @@ def _bits_per_byte(session: Session, model: LanguageModel, batches: Sequence[Mic
     model = model.to(session.device)
 
     def losses(ids_BT: Tensor, k: int) -> Tensor:
-        documents_BL = document_numbers(ids_BT[:, :-1], session.document_end)
-        nll_BL: Tensor = model(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL)
-        return nll_BL
+        return losses_at(model, ids_BT, k, session.document_end)
 
     k = model.config.num_channels
     return score(losses, batches, k, session.token_bytes, session.device).bits_per_byte

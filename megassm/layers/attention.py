@@ -5,6 +5,7 @@ Shapes: B batch, L length, D width, H query heads, G key-value heads, P dimensio
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,16 @@ def attention_mask(
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def attend(query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, mask: Tensor | None) -> Tensor:
+    """Causal attention of H heads over G heads of keys and values, H a multiple of G: (B, H, L, P)."""
+    return F.scaled_dot_product_attention(
+        query_BHLP, key_BGLP, value_BGLP, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+
+
 class Attention(nn.Module):
     """u (B, L, D) -> (B, L, D).
 
@@ -70,6 +81,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = d_model // n_heads
         self.window = window
+        self.attend: Attend = attend
+        """What is done with queries, keys and values; `megassm.parallel` puts its exchanges around it."""
         self.query = nn.Linear(d_model, d_model, bias=False)
         self.key = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=False)
         self.value = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=False)
@@ -83,12 +96,6 @@ class Attention(nn.Module):
         mixed_BHLP = self.attend(query_BHLP, key_BGLP, value_BGLP, context.mask)
         mixed: Tensor = self.out(mixed_BHLP.transpose(1, 2).flatten(2))
         return mixed
-
-    def attend(self, query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, mask: Tensor | None) -> Tensor:
-        """Causal attention of H heads over G heads of keys and values, H a multiple of G: (B, H, L, P)."""
-        return F.scaled_dot_product_attention(
-            query_BHLP, key_BGLP, value_BGLP, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
 
     def final_state(self, u_BLD: Tensor, context: Context) -> KeyValueCache:
         """The keys and values that positions after u can see."""

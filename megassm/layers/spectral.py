@@ -22,7 +22,7 @@ are those of the paper's form, and of the checkpoints there are: channels_KDD is
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,16 @@ class SpectralGate(nn.Module):
         return F.linear(hidden_BLF, self.score_KH[:count], self.score_bias_K[:count])
 
 
+class MixerSplit(Protocol):
+    """Around the `mix` of one holder of a part of the inputs' channels (`megassm.parallel.tensor`)."""
+
+    def enter(self, u_BLD: Tensor, weights_BLHK: Tensor) -> tuple[Tensor, Tensor]:
+        """This part's channels of u, and the weights of its heads."""
+
+    def leave(self, y_BLD: Tensor) -> Tensor:
+        """The sum of what all parts give."""
+
+
 class SpectralMixer(nn.Module):
     """u (B, L, D) -> y (B, L, D) with the k leading spectral channels.
 
@@ -89,6 +99,7 @@ class SpectralMixer(nn.Module):
         super().__init__()
         self.sigma_scale = sigma_scale
         self.heads = heads
+        self.split: MixerSplit | None = None
         self.normalised = gate in ("softmax", "equal")
         self.gate = (
             self.gate_module(d_model, num_channels, heads, self.normalised, gate_rescale)
@@ -103,7 +114,10 @@ class SpectralMixer(nn.Module):
         self.direct_DD = nn.Parameter(torch.empty(d_model, d_model))
 
     def forward(self, u_BLD: Tensor, context: Context) -> Tensor:
-        return self.mix(u_BLD, self._weights(u_BLD, context), context)
+        weights_BLHK = self._weights(u_BLD, context)
+        if self.split is None:
+            return self.mix(u_BLD, weights_BLHK, context)
+        return self.split.leave(self.mix(*self.split.enter(u_BLD, weights_BLHK), context))
 
     def mix(self, u_BLD: Tensor, weights_BLHK: Tensor, context: Context) -> Tensor:
         """D u + O sum_k weights[k] M_k f_k. Linear in u, which may be a part of the inputs, as are M, O and D then."""

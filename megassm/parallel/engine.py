@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megassm.config.schema import Config
 from megassm.cost import reduce_bucket_numbers
-from megassm.model import Distillation, LanguageModel, initial_weights, parameter_shapes
+from megassm.model import LanguageModel, initial_weights, losses_at, parameter_shapes
 from megassm.ops.documents import document_numbers
 from megassm.optim import LR_FACTOR, build_optimizer
 from megassm.parallel import state
@@ -130,7 +130,7 @@ class Engine:
 
     def losses(self, ids_BT: Tensor, k: int) -> Tensor:
         """Negative log-likelihood in nats (B, L) of the tokens that follow each of the first L = T - 1."""
-        return self._forward(ids_BT, k, None)
+        return losses_at(self.model, ids_BT, k, self.document_end, self._engine)
 
     def training_losses(self, ids_BT: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(`losses`, what to train on): the same, or partly the divergence from the prediction at K_max."""
@@ -138,21 +138,21 @@ class Engine:
         if budget.distill_weight == 0 or k == k_max:
             nll_BL = self.losses(ids_BT, k)
             return nll_BL, nll_BL
-        both_2BL = self._forward(ids_BT, k, Distillation(k_max, budget.distill_temperature))
-        nll_BL, divergence_BL = both_2BL.unbind(0)
+        ids_BL = ids_BT[:, :-1]
+        documents_BL = document_numbers(ids_BL, self.document_end)
+        with torch.no_grad():
+            teacher_BLV = self._engine(ids_BL, k_max, documents_BL)
+        logits_BLV = self._engine(ids_BL, k, documents_BL)
+        nll_BL = self.model.losses(ids_BL, logits_BLV, ids_BT[:, 1:])
+        divergence_BL = self.model.divergences(ids_BL, logits_BLV, teacher_BLV, budget.distill_temperature)
         return nll_BL, nll_BL.lerp(divergence_BL, budget.distill_weight)
-
-    def _forward(self, ids_BT: Tensor, k: int, also: Distillation | Literal["hits"] | None) -> Tensor:
-        documents_BL = document_numbers(ids_BT[:, :-1], self.document_end)
-        losses: Tensor = self._engine(ids_BT[:, :-1], k, ids_BT[:, 1:], documents_BL, also)
-        return losses
 
     @torch.no_grad()
     def eval_losses(self, ids_BT: Tensor, k: int, hits: bool = False) -> Tensor:
         """`losses` for validation, (2, B, L) with `hits`. Under ZeRO-3 all ranks must call it equally often."""
         self._engine.eval()
         try:
-            return self._forward(ids_BT, k, "hits" if hits else None)
+            return losses_at(self.model, ids_BT, k, self.document_end, self._engine, hits)
         finally:
             self._engine.train()
 

@@ -18,15 +18,16 @@ Shapes: B batch, L length, D width, S states, H heads, G key-value heads, P dime
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megassm.layers.attention import Attention
-from megassm.layers.context import Context
+from megassm.layers.attention import Attend, Attention
 from megassm.model import Block, LanguageModel
+from megassm.parallel.link import Link
 from megassm.parallel.world import Group
 
 
@@ -34,22 +35,14 @@ def split_sequence(model: LanguageModel, group: Group) -> None:
     """Makes `model` compute this rank's part of every sequence; what it is given are the ids of that part."""
     if group.size() == 1:
         return
-    whole = model.context
-
-    def context(first: int, length: int, k: int) -> Context:
-        every = whole(first, length * group.size(), k)  # attention's mask is of all positions: see `_exchange_heads`
-        if every.rope is None:
-            return every
-        mine = slice(group.rank() * length, (group.rank() + 1) * length)
-        return every._replace(rope=(every.rope[0][mine], every.rope[1][mine]))
-
-    object.__setattr__(model, "context", context)
+    link = Link(group)
+    model.part = (link.rank, link.size)
     if model.filterbank is not None:
         assert model.filterbank.state_size, "there is a state to hand on"
-        model.filterbank.carry = StateCarry(group)
+        model.filterbank.carry = StateCarry(link)
     for block in cast(list[Block], model.blocks):
         if isinstance(block.mixer, Attention):
-            _exchange_heads(block.mixer, group)
+            block.mixer.attend = ExchangeHeads(link, block.mixer.attend)
 
 
 class _Exchange:
@@ -74,11 +67,11 @@ class _Exchange:
 class StateCarry:
     """A `megassm.layers.filterbank.Carry` over the ranks of a group."""
 
-    def __init__(self, group: Group) -> None:
-        self.group = group
+    def __init__(self, link: Link) -> None:
+        self.link = link
 
     def send(self, end_BSD: Tensor) -> tuple[Tensor, _Exchange]:
-        exchange = _Exchange(self.group)
+        exchange = _Exchange(self.link.group)
         return _Send.apply(end_BSD, exchange), exchange  # type: ignore[no-untyped-call]
 
     def receive(self, sent: tuple[Tensor, _Exchange], power_SS: Tensor) -> Tensor:
@@ -126,16 +119,19 @@ def _scan(parts_RBSD: Tensor, power_SS: Tensor, like: Tensor) -> Tensor:
     return x_BSD
 
 
-def _exchange_heads(attention: Attention, group: Group) -> None:
-    whole, ranks = attention.attend, group.size()
+@dataclass(frozen=True)
+class ExchangeHeads:
+    """An `Attention.attend` between two exchanges: of all positions, and of this rank's share of the heads."""
 
-    def attend(query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, mask: Tensor | None) -> Tensor:
+    link: Link
+    whole: Attend
+
+    def __call__(self, query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, mask: Tensor | None) -> Tensor:
+        group, ranks = self.link.group, self.link.size
         copies = ranks // math.gcd(key_BGLP.shape[1], ranks)  # so that every rank gets whole key-value heads
         key_BGLP, value_BGLP = (x.repeat_interleave(copies, dim=1) for x in (key_BGLP, value_BGLP))
         query_BHLP, key_BGLP, value_BGLP = (_to_heads(x, group) for x in (query_BHLP, key_BGLP, value_BGLP))
-        return _to_positions(whole(query_BHLP, key_BGLP, value_BGLP, mask), group)
-
-    object.__setattr__(attention, "attend", attend)
+        return _to_positions(self.whole(query_BHLP, key_BGLP, value_BGLP, mask), group)
 
 
 def _to_heads(x_BHLP: Tensor, group: Group) -> Tensor:

@@ -20,7 +20,8 @@ Shapes: B batch, L length, D width, K budget, V vocabulary, N = B * L.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,11 +29,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megassm.config.model import ModelConfig
-from megassm.layers.attention import Attention
-from megassm.layers.context import Context
-from megassm.layers.ffn import FeedForward
+from megassm.layers.attention import Attend, Attention
 from megassm.layers.spectral import SpectralMixer
+from megassm.layers.vocabulary import Vocabulary
 from megassm.model import Block, LanguageModel, parameter_shapes
+from megassm.parallel.link import Link
 from megassm.parallel.world import Group
 
 SPLIT_AXIS = {
@@ -116,7 +117,7 @@ def build_split_model(
         model.filterbank.to_empty(device="cpu")
     model.reset_filters()
     if ranks > 1:
-        _connect(model, group)
+        _connect(model, Link(group))
     return model
 
 
@@ -136,94 +137,133 @@ def gather_whole(part: Tensor, of: Part, shape: torch.Size, group: Group) -> Ten
     return whole
 
 
-def _connect(model: LanguageModel, group: Group) -> None:
+def _connect(model: LanguageModel, link: Link) -> None:
     """Puts the collectives around the parts of a model."""
-    first, _ = bounds(model.config.outputs, group.size(), group.rank())
-    _replace(model, "embed", lambda ids: _sum(_embedded(model, ids, group), group))
-    _replace(model, "trained_logits", lambda x: model.logits(_spread(x, group)))
-    _replace(model, "token_losses", lambda logits, targets: _split_losses(logits, targets, first, group))
-    _replace(model, "hits", lambda logits, targets: _split_hits(logits, targets, first, group))
-    _replace(model, "divergences", lambda logits, teacher, t: _split_divergences(logits, teacher, t, group))
+    model.vocabulary = SplitVocabulary(link, model.config)
     for block in cast(list[Block], model.blocks):
         match block.mixer:
             case SpectralMixer():
-                _connect_spectral(block.mixer, model.config, group)
+                block.mixer.split = SplitMixer(link, model.config)
             case Attention():
-                _connect_attention(block.mixer, model.config, group)
+                _connect_attention(block.mixer, model.config, link)
             case other:
                 raise AssertionError(f"no split is known for {type(other)}")
-        _connect_feed_forward(block.ffn, model.config, group)
+        block.ffn.width = SplitWidth(link, model.config)
+        block.ffn.register_forward_pre_hook(_SpreadInput(link))
+        block.ffn.register_forward_hook(_SumOutput(link))
 
 
-def _replace(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-    object.__setattr__(module, name, function)
-
-
-def _connect_spectral(mixer: SpectralMixer, config: ModelConfig, group: Group) -> None:
-    whole, heads = mixer.mix, config.mixer_heads
-    channels = slice(*bounds(config.d_model, group.size(), group.rank()))
-    mine = slice(0, 1) if heads == 1 else slice(*bounds(heads, group.size(), group.rank()))
-
-    def mix(u_BLD: Tensor, weights_BLHK: Tensor, context: Context) -> Tensor:
-        u_BLD, weights_BLHK = _EnterMixer.apply(u_BLD, weights_BLHK, channels, mine, group)  # type: ignore[no-untyped-call]
-        return _sum(whole(u_BLD, weights_BLHK, context), group)
-
-    _replace(mixer, "mix", mix)
-
-
-def _connect_feed_forward(ffn: FeedForward, config: ModelConfig, group: Group) -> None:
-    mine = _part(0, config.d_ffn, group.size(), group.rank(), config.ffn_elastic is not None).indices
-    _replace(ffn, "width", lambda k: len(range(mine.start, min(mine.stop, config.ffn_width(k)), mine.step)))
-    ffn.register_forward_pre_hook(lambda _, inputs: (_spread(inputs[0], group), *inputs[1:]))
-    ffn.register_forward_hook(lambda _module, _inputs, output: _sum(output, group))
-
-
-def _connect_attention(attention: Attention, config: ModelConfig, group: Group) -> None:
-    attention.out.register_forward_hook(lambda _module, _inputs, output: _sum(output, group))
-    if config.kv_heads >= group.size():
-        attention.register_forward_pre_hook(lambda _, inputs: (_spread(inputs[0], group), *inputs[1:]))
+def _connect_attention(attention: Attention, config: ModelConfig, link: Link) -> None:
+    attention.out.register_forward_hook(_SumOutput(link))
+    if config.kv_heads >= link.size:
+        attention.register_forward_pre_hook(_SpreadInput(link))
         return
     # fewer key-value heads than ranks: all are computed everywhere, and each rank's queries use one of them
-    attention.query.register_forward_pre_hook(lambda _, inputs: (_spread(inputs[0], group),))
-    whole = attention.attend
-    head = group.rank() * config.kv_heads // group.size()
-
-    def attend(query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, mask: Tensor | None) -> Tensor:
-        both_BGLQ = _spread(torch.cat((key_BGLP, value_BGLP), dim=-1), group)
-        key_B1LP, value_B1LP = both_BGLQ[:, head : head + 1].chunk(2, dim=-1)
-        return whole(query_BHLP, key_B1LP, value_B1LP, mask)
-
-    _replace(attention, "attend", attend)
+    attention.query.register_forward_pre_hook(_SpreadInput(link))
+    attention.attend = OneHead(link, link.rank * config.kv_heads // link.size, attention.attend)
 
 
-def _embedded(model: LanguageModel, ids: Tensor, group: Group) -> Tensor:
-    """The rows of the ids that this rank holds, and zeros for the others."""
-    start, stop = bounds(model.config.vocab_size, group.size(), group.rank())
-    mine = (ids >= start) & (ids < stop)
-    rows = nn.functional.embedding((ids - start).where(mine, 0), model.embedding_VD)
-    return rows * mine[..., None].to(rows.dtype)
+@dataclass(frozen=True)
+class _SpreadInput:
+    """A hook: the gradient of a module's input is summed over the group."""
+
+    link: Link
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (_spread(inputs[0], self.link.group), *inputs[1:])
 
 
-def _split_losses(logits_BLV: Tensor, targets_BL: Tensor, start: int, group: Group) -> Tensor:
-    logits_NV = logits_BLV.flatten(0, 1).float()
-    losses: Tensor = _SplitCrossEntropy.apply(logits_NV, targets_BL.flatten() - start, group)  # type: ignore[no-untyped-call]
-    return losses.view_as(targets_BL)
+@dataclass(frozen=True)
+class _SumOutput:
+    """A hook: a module's output is summed over the group."""
+
+    link: Link
+
+    def __call__(self, _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        return _sum(output, self.link.group)
 
 
-@torch.no_grad()
-def _split_hits(logits_BLV: Tensor, targets_BL: Tensor, start: int, group: Group) -> Tensor:
-    best_BLV = logits_BLV == _all_reduce(logits_BLV.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
-    mine_BL = (targets_BL >= start) & (targets_BL < start + logits_BLV.shape[-1])
-    hit_BL1 = best_BLV.gather(-1, (targets_BL - start).where(mine_BL, 0)[..., None])
-    hit_BL, count_BL = _all_reduce(torch.stack((hit_BL1[..., 0] & mine_BL, best_BLV.sum(-1))).float(), group)
-    hits_BL: Tensor = hit_BL / count_BL
-    return hits_BL
+@dataclass(frozen=True)
+class SplitWidth:
+    """A `FeedForward.width`: the hidden units in use of those that this rank holds."""
+
+    link: Link
+    config: ModelConfig
+
+    def __call__(self, k: int) -> int:
+        dealt = self.config.ffn_elastic is not None
+        mine = _part(0, self.config.d_ffn, self.link.size, self.link.rank, dealt).indices
+        return len(range(mine.start, min(mine.stop, self.config.ffn_width(k)), mine.step))
 
 
-def _split_divergences(logits_BLV: Tensor, teacher_BLV: Tensor, temperature: float, group: Group) -> Tensor:
-    student_BLV, teacher_BLV = (part.float() / temperature for part in (logits_BLV, teacher_BLV))
-    divergences: Tensor = _SplitDivergence.apply(student_BLV, teacher_BLV, group)  # type: ignore[no-untyped-call]
-    return temperature**2 * divergences
+@dataclass(frozen=True)
+class SplitMixer:
+    """A `megassm.layers.spectral.MixerSplit`: this rank's channels of the input, and its heads."""
+
+    link: Link
+    config: ModelConfig
+
+    def enter(self, u_BLD: Tensor, weights_BLHK: Tensor) -> tuple[Tensor, Tensor]:
+        heads, place = self.config.mixer_heads, (self.link.size, self.link.rank)
+        channels = slice(*bounds(self.config.d_model, *place))
+        mine = slice(0, 1) if heads == 1 else slice(*bounds(heads, *place))
+        both: tuple[Tensor, Tensor] = _EnterMixer.apply(u_BLD, weights_BLHK, channels, mine, self.link.group)  # type: ignore[no-untyped-call]
+        return both
+
+    def leave(self, y_BLD: Tensor) -> Tensor:
+        return _sum(y_BLD, self.link.group)
+
+
+@dataclass(frozen=True)
+class OneHead:
+    """An `Attention.attend` of queries that all use one of the key-value heads."""
+
+    link: Link
+    head: int
+    whole: Attend
+
+    def __call__(self, query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, mask: Tensor | None) -> Tensor:
+        both_BGLQ = _spread(torch.cat((key_BGLP, value_BGLP), dim=-1), self.link.group)
+        key_B1LP, value_B1LP = both_BGLQ[:, self.head : self.head + 1].chunk(2, dim=-1)
+        return self.whole(query_BHLP, key_B1LP, value_B1LP, mask)
+
+
+class SplitVocabulary(Vocabulary):
+    """This rank's rows of the embedding and the head; the logits of all ranks are never gathered."""
+
+    def __init__(self, link: Link, config: ModelConfig) -> None:
+        self.link = link
+        self.ids = bounds(config.vocab_size, link.size, link.rank)
+        self.first_output, _ = bounds(config.outputs, link.size, link.rank)
+
+    def embed(self, ids: Tensor, embedding_VD: Tensor) -> Tensor:
+        start, stop = self.ids
+        mine = (ids >= start) & (ids < stop)
+        rows = super().embed((ids - start).where(mine, 0), embedding_VD)
+        return _sum(rows * mine[..., None].to(rows.dtype), self.link.group)
+
+    def logits(self, x: Tensor, head_VD: Tensor) -> Tensor:
+        return super().logits(_spread(x, self.link.group), head_VD)
+
+    def losses(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+        logits_NV, targets_N = logits_BLV.flatten(0, 1).float(), targets_BL.flatten() - self.first_output
+        losses: Tensor = _SplitCrossEntropy.apply(logits_NV, targets_N, self.link.group)  # type: ignore[no-untyped-call]
+        return losses.view_as(targets_BL)
+
+    @torch.no_grad()
+    def hits(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+        group, start = self.link.group, self.first_output
+        best_BLV = logits_BLV == _all_reduce(logits_BLV.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
+        mine_BL = (targets_BL >= start) & (targets_BL < start + logits_BLV.shape[-1])
+        hit_BL1 = best_BLV.gather(-1, (targets_BL - start).where(mine_BL, 0)[..., None])
+        hit_BL, count_BL = _all_reduce(torch.stack((hit_BL1[..., 0] & mine_BL, best_BLV.sum(-1))).float(), group)
+        hits_BL: Tensor = hit_BL / count_BL
+        return hits_BL
+
+    def divergences(self, logits_BLV: Tensor, teacher_BLV: Tensor, temperature: float) -> Tensor:
+        student_BLV, teacher_BLV = (part.float() / temperature for part in (logits_BLV, teacher_BLV))
+        divergences: Tensor = _SplitDivergence.apply(student_BLV, teacher_BLV, self.link.group)  # type: ignore[no-untyped-call]
+        return temperature**2 * divergences
 
 
 def _spread(x: Tensor, group: Group) -> Tensor:

@@ -21,7 +21,7 @@ from megassm.config.model import ModelConfig
 from megassm.cost import mixer_parameters, parameters, training_flops_per_token
 from megassm.eval.measure import peak_tensor_bytes, timed_seconds
 from megassm.layers.context import Context
-from megassm.model import Block, LanguageModel, build_model
+from megassm.model import Block, LanguageModel, build_model, losses_at
 from megassm.run.journal import peak_flops
 from tools.bench.peers import peer_layer, why_no_peer
 
@@ -126,7 +126,7 @@ def _measure(name: str, plan: ModelBenchPlan, spectral: ModelConfig, peak: float
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        model(ids_BT[:, :-1], k, ids_BT[:, 1:]).mean().backward()
+        losses_at(model, ids_BT, k).mean().backward()  # type: ignore[no-untyped-call]
 
     rate = plan.batch * length / statistics.median(timed_seconds(step, plan.device, plan.repeats))
     model.zero_grad(set_to_none=True)

@@ -17,7 +17,7 @@ from megassm.data.stream import MicroBatch
 from megassm.eval.score import score
 from megassm.eval.session import open_session
 from megassm.eval.sweep import measured_cost
-from megassm.model import build_model, truncate
+from megassm.model import build_model, losses_at, truncate
 from megassm.run.directory import CONFIG
 from megassm.run.journal import Row, read_rows
 from megassm.train.loop import step_budgets
@@ -72,8 +72,7 @@ def length_points(run_dir: Path, factors: Sequence[int]) -> list[Point]:
     length = config.model.seq_len
 
     def losses(ids_BT: Tensor, k: int) -> Tensor:
-        nll_BL: Tensor = model(ids_BT[:, :-1], k, ids_BT[:, 1:])
-        return nll_BL
+        return losses_at(model, ids_BT, k)
 
     points = []
     for factor in factors:

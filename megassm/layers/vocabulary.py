@@ -1,0 +1,40 @@
+"""The two ends of a model, where token ids come in and predictions leave.
+
+A model that holds a part of the vocabulary has another one (`megassm.parallel.tensor.SplitVocabulary`).
+
+Shapes: B batch, L length, D width, V outputs.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Vocabulary:
+    """All of the vocabulary in one place."""
+
+    def embed(self, ids: Tensor, embedding_VD: Tensor) -> Tensor:
+        """Rows of the embedding, (..., D)."""
+        return F.embedding(ids, embedding_VD)
+
+    def logits(self, x: Tensor, head_VD: Tensor) -> Tensor:
+        """(..., V), of which the three functions below make sense."""
+        return F.linear(x, head_VD)
+
+    def losses(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+        """Negative log-likelihood in nats, (B, L) float32."""
+        logits_NV = logits_BLV.flatten(0, 1).float()
+        return F.cross_entropy(logits_NV, targets_BL.flatten(), reduction="none").view_as(targets_BL)
+
+    def hits(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+        """1 where the target is the most likely of all, 0 where it is not, float32; n equals share the one."""
+        best_BLV = logits_BLV == logits_BLV.amax(-1, keepdim=True)
+        hit_BL1 = best_BLV.gather(-1, targets_BL[..., None])
+        return hit_BL1[..., 0].float() / best_BLV.sum(-1)
+
+    def divergences(self, logits_BLV: Tensor, teacher_BLV: Tensor, temperature: float) -> Tensor:
+        """T^2 KL(teacher || student) of the predictions at temperature T, (B, L) float32 (arXiv 1503.02531)."""
+        student_BLV = (logits_BLV.float() / temperature).log_softmax(-1)
+        teacher_BLV = (teacher_BLV.float() / temperature).log_softmax(-1)
+        return temperature**2 * (teacher_BLV.exp() * (teacher_BLV - student_BLV)).sum(-1)

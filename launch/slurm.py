@@ -18,12 +18,11 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,11 @@ from megassm.config.load import dump_config, load_config_or_exit
 from megassm.config.schema import Config
 from megassm.errors import UserError, redacted
 from megassm.files import PRIVATE_MODE, write_atomically
+from megassm.guarded import read_json
 from megassm.run.directory import CHECKPOINTS
 from megassm.run.fence import newest_number
 from megassm.run.records import METRICS, newest_row
-from megassm.slurm import Request, batch_script, seconds
+from megassm.slurm import JOB_BYTES, Request, Submitted, add_request, asked_before, batch_script, given_request, seconds
 
 ROOT = Path(__file__).parents[1]
 JOBS = "jobs"
@@ -44,66 +44,10 @@ ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 GONE = {"JobState": "GONE", "ExitCode": "?"}
 
 
-def node_range(text: str) -> str:
-    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", text) or (
-        "-" in text and int(text.split("-")[0]) > int(text.split("-")[1])
-    ):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of nodes, or FIRST-LAST such as 2-4")
-    return text
-
-
-def count(text: str) -> int:
-    return 0 if text == "0" else positive(text)
-
-
-def time_limit(text: str) -> str:
-    try:
-        seconds(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: must be a time of SLURM's, such as 90 (minutes), 12:00:00 or 2-00:00:00"
-        ) from None
-    return text
-
-
-def sbatch_option(text: str) -> str:
-    if not re.fullmatch(r"[a-z][a-z-]*(=[^\n]+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be an option of sbatch without its dashes: partition=gpu")
-    return text
-
-
 def job_parser(name: str, description: str, example: str) -> Parser:
     parser = Parser(description, f"python launch/slurm.py {name} {example}")
     parser.prog = f"slurm.py {name}"
     return parser
-
-
-def add_request(parser: Parser, required: bool) -> None:
-    parser.add_argument("--nodes", type=node_range, required=required, metavar="N",
-                        help="nodes; 2-4 takes what there is, and after the loss of a node what is left")  # fmt: skip
-    parser.add_argument("--gpus-per-node", type=count, required=required, metavar="M", help="0: CPUs only")
-    parser.add_argument("--tasks-per-node", type=positive, metavar="T", help="ranks a node; default: its GPUs, or 1")
-    parser.add_argument("--time", type=time_limit, help="limit, after which the job is requeued; default 24:00:00")
-    parser.add_argument("--save-before-s", type=positive, metavar="S",
-                        help="save at least so many seconds before the limit; default 180")  # fmt: skip
-    parser.add_argument("--sbatch", action="append", type=sbatch_option, metavar="OPTION=VALUE",
-                        help="further option of sbatch, such as partition=gpu; may be repeated")  # fmt: skip
-    parser.add_argument("--print", action="store_true", help="print the script; write and submit nothing")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
-
-
-def given_request(arguments: argparse.Namespace, before: Request | None) -> Request:
-    """What the command line asks for, on top of what the run asked for before."""
-    given: dict[str, Any] = {
-        name: getattr(arguments, name)
-        for name in ("nodes", "gpus_per_node", "tasks_per_node", "time", "save_before_s", "sbatch")
-        if getattr(arguments, name) is not None
-    }
-    if "sbatch" in given:
-        given["sbatch"] = tuple(given["sbatch"])
-    if "gpus_per_node" in given:
-        given.setdefault("tasks_per_node", given["gpus_per_node"] or 1)
-    return Request(**given) if before is None else replace(before, **given)
 
 
 def check_request(request: Request, config: Config, path: Path, overrides: Sequence[str]) -> None:
@@ -244,8 +188,9 @@ def newest_job(run_dir: Path) -> dict[str, Any] | None:
     folders = [folder for folder in job_folders(run_dir) if (folder / "job.json").exists()]
     if not folders:
         return None
-    facts: dict[str, Any] = json.loads((folders[-1] / "job.json").read_text(encoding="utf-8"))
-    return facts | {"folder": str(folders[-1])}  # the run directory may have been moved
+    path = folders[-1] / "job.json"
+    submitted = read_json(path, Submitted, "submit the run again", JOB_BYTES)
+    return {"job_id": submitted.job_id, "request": asked_before(submitted.request, path), "folder": str(folders[-1])}
 
 
 def known_job(run_dir: Path) -> dict[str, Any]:
@@ -298,7 +243,7 @@ def logs(run_dir: Path, lines: int, follow: bool) -> None:
     if not log.exists() and not follow:
         raise UserError(f"{log}: not there yet: the job has not started; `slurm.py status {run_dir}` says its state")
     sys.stdout.flush()
-    os.execvp("tail", ["tail", "-n", str(lines), *(["-F"] if follow else []), str(log)])
+    os.execvp("tail", ["tail", "-n", str(lines), *(["-F"] if follow else []), "--", str(log)])
 
 
 def cancel(run_dir: Path) -> None:
@@ -348,8 +293,8 @@ def main() -> None:
             cancel(arguments.run_dir)
         case "resume":
             job = known_job(arguments.run_dir)
-            last = job["request"] | {"sbatch": tuple(job["request"]["sbatch"])}
-            submit(arguments, Path(job["folder"]) / "config.yaml", Request(**last))
+            arguments.overrides.insert(0, f"run.dir={json.dumps(str(arguments.run_dir))}")  # whatever the file says
+            submit(arguments, Path(job["folder"]) / "config.yaml", job["request"])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 TEMPORARY_SUFFIX = ".tmp"
 PRIVATE_MODE = 0o600
@@ -26,6 +26,18 @@ def open_temporary(path: Path, mode: int = 0o666) -> IO[bytes]:
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     temporary.unlink(missing_ok=True)
     return open(temporary, "xb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, mode))
+
+
+def open_own(path: Path, mode: str) -> IO[Any]:
+    """A file of a run directory to append to, in `mode` as `open` has it.
+
+    Raises:
+        OSError: it is a symbolic link; another may have made the folder, and it may lead to any file of this user.
+    """
+    encoding = None if "b" in mode else "utf-8"
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe would wait for a reader
+    buffering = 0 if "b" in mode else -1
+    return open(path, mode, buffering, encoding, opener=lambda name, given: os.open(name, given | flags, 0o666))
 
 
 def commit(file: IO[bytes], path: Path) -> None:

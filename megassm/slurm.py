@@ -5,15 +5,32 @@ srun starts every rank itself, so nothing else has to reach the nodes: no ssh, n
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
-from megassm.cli.arguments import STOPPED
+from pydantic import Field
+
+from megassm.cli.arguments import STOPPED, Parser, positive
 from megassm.errors import UserError
+from megassm.guarded import Described
 
+MAX_NODES = 20_000
+JOB_BYTES = 2**20
+"""Of a job.json."""
+CARRIED = frozenset(
+    {
+        "account", "clusters", "comment", "constraint", "cores-per-socket", "cpus-per-gpu", "cpus-per-task", "exclude",
+        "exclusive", "gpu-bind", "gpu-freq", "gpus", "gpus-per-task", "gres", "hint", "licenses", "mail-type",
+        "mem", "mem-per-cpu", "mem-per-gpu", "network", "nice", "nodelist", "partition", "priority", "qos",
+        "reservation", "switches", "threads-per-core", "time-min", "tmp", "use-min-nodes", "wckey",
+    }
+)  # fmt: skip
+"""Options of sbatch that `resume` takes from the run directory: what a job runs on. Not what it runs or writes."""
 FIRST_PORT, PORTS = 15_000, 17_000
 """Below the ports that Linux gives to connections of its own."""
 LAST_RESORT_S = 600
@@ -101,6 +118,112 @@ def seconds(time: str) -> int:
     else:
         hours, (minutes, secs) = 0, (*parts, 0)[:2]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + secs
+
+
+def node_range(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", text) or (
+        "-" in text and int(text.split("-")[0]) > int(text.split("-")[1])
+    ):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of nodes, or FIRST-LAST such as 2-4")
+    if int(text.split("-")[-1]) > MAX_NODES:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be at most {MAX_NODES:,} nodes")
+    return text
+
+
+def count(text: str) -> int:
+    return 0 if text == "0" else positive(text)
+
+
+def time_limit(text: str) -> str:
+    try:
+        seconds(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must be a time of SLURM's, such as 90 (minutes), 12:00:00 or 2-00:00:00"
+        ) from None
+    return text
+
+
+def sbatch_option(text: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z-]*(=[^\x00-\x1f\x7f]+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be an option of sbatch without its dashes: partition=gpu")
+    return text
+
+
+def add_request(parser: Parser, required: bool) -> None:
+    parser.add_argument("--nodes", type=node_range, required=required, metavar="N",
+                        help="nodes; 2-4 takes what there is, and after the loss of a node what is left")  # fmt: skip
+    parser.add_argument("--gpus-per-node", type=count, required=required, metavar="M", help="0: CPUs only")
+    parser.add_argument("--tasks-per-node", type=positive, metavar="T", help="ranks a node; default: its GPUs, or 1")
+    parser.add_argument("--time", type=time_limit, help="limit, after which the job is requeued; default 24:00:00")
+    parser.add_argument("--save-before-s", type=positive, metavar="S",
+                        help="save at least so many seconds before the limit; default 180")  # fmt: skip
+    parser.add_argument("--sbatch", action="append", type=sbatch_option, metavar="OPTION=VALUE",
+                        help="further option of sbatch, such as partition=gpu; may be repeated")  # fmt: skip
+    parser.add_argument("--print", action="store_true", help="print the script; write and submit nothing")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
+
+
+def given_request(arguments: argparse.Namespace, before: Request | None) -> Request:
+    """What the command line asks for, on top of what the run asked for before."""
+    given: dict[str, Any] = {
+        name: getattr(arguments, name)
+        for name in ("nodes", "gpus_per_node", "tasks_per_node", "time", "save_before_s", "sbatch")
+        if getattr(arguments, name) is not None
+    }
+    if "sbatch" in given:
+        given["sbatch"] = tuple(given["sbatch"])
+    if "gpus_per_node" in given:
+        given.setdefault("tasks_per_node", given["gpus_per_node"] or 1)
+    return Request(**given) if before is None else replace(before, **given)
+
+
+class Asked(Described):
+    """What was asked of SLURM: values of a command line, checked where they are read as one."""
+
+    nodes: str
+    gpus_per_node: int
+    tasks_per_node: int
+    time: str
+    save_before_s: int
+    sbatch: tuple[str, ...]
+
+
+class Submitted(Described):
+    """job.json: what was submitted. The run directory may be another's, or have been moved: no path is read there."""
+
+    job_id: Annotated[str, Field(pattern="^[1-9][0-9]{0,18}$")]
+    request: Asked
+
+
+def asked_before(request: Asked, path: Path) -> Request:
+    """The `Request` of a job.json, every value checked as if it were typed.
+
+    Raises:
+        UserError: naming the file and the value.
+    """
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in request if name != "sbatch"]
+    words += [f"--sbatch={option}" for option in request.sbatch]
+    parser = FileParser(path)
+    add_request(parser, required=True)
+    asked = given_request(parser.parse_args(words), None)
+    for option in asked.sbatch:
+        if option.partition("=")[0] not in CARRIED:
+            raise UserError(
+                f"{path}: asks sbatch for {option!r}, which is not taken from a file; give it with --sbatch"
+            )
+    return asked
+
+
+class FileParser(Parser):
+    """Reads what a file asks for."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("", "")
+        self._path = path
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self._path}: {message}; submit the run again")
 
 
 def batch_script(request: Request, folder: Path, python: Path, cwd: Path, patience_s: int) -> str:

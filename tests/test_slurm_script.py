@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +209,65 @@ def test_a_job_gets_code_and_not_what_lies_beside_it(tmp_path: Path, monkeypatch
     for command in (("init", "-q"), ("add", "megassm/py.typed")):
         subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
     assert [str(path) for path in launch_slurm.code_files()] == package[1:], "Python files, and what git tracks"
+
+
+ASKED = {"nodes": "1", "gpus_per_node": 0, "tasks_per_node": 2, "time": "24:00:00", "save_before_s": 180, "sbatch": []}
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        (b"{}", "job_id: Field required"),
+        (b"[]", "job.json: the whole: "),
+        (b"\xff\xfe", "not JSON"),
+        (b"[" * 100_000, "nested more than 64 deep"),
+        ({"job_id": "--user=root"}, "job_id: String should match"),
+        ({"job_id": "41\n"}, "job_id: String should match"),
+        ({"job_id": 41}, "job_id: Input should be a valid string"),
+        ({"sbatch": ["comment=x\n\ncommand"]}, "must be an option of sbatch"),
+        ({"sbatch": ["comment=x\r"]}, "must be an option of sbatch"),
+        ({"sbatch": ["wrap=rm -r ."]}, "is not taken from a file; give it with --sbatch"),
+        ({"sbatch": ["output=.bashrc"]}, "is not taken from a file; give it with --sbatch"),
+        ({"sbatch": "x"}, "sbatch: Input should be a valid"),
+        ({"nodes": "1\n#SBATCH --uid=0"}, "must be a number of nodes"),
+        ({"nodes": "1-999999999"}, "must be at most 20,000 nodes"),
+        ({"nodes": ["1"]}, "nodes: Input should be a valid string"),
+        ({"time": "1; id"}, "must be a time of SLURM's"),
+        ({"gpus_per_node": "8"}, "gpus_per_node: Input should be a valid integer"),
+        ({"gpus_per_node": -1}, "must be a whole number of at least 1"),
+        ({"save_before_s": 0}, "must be a whole number of at least 1"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+@pytest.mark.parametrize("name", ["cancel", "resume"])
+def test_a_job_of_a_stranger_is_read_as_if_it_were_typed(
+    name: str, facts: bytes | dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tmp_path / "jobs/0001"
+    job.mkdir(parents=True)
+    if isinstance(facts, dict):
+        request = ASKED | {key: value for key, value in facts.items() if key != "job_id"}
+        facts = json.dumps({"job_id": facts.get("job_id", "41"), "request": request}).encode()
+    (job / "job.json").write_bytes(facts)
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(launch_slurm, "ask_slurm", lambda *command: asked.append(command))
+    monkeypatch.setattr(sys, "argv", ["slurm.py", name, str(tmp_path)])
+    with pytest.raises(UserError, match=re.escape(message)) as told:
+        launch_slurm.main()
+    assert str(job / "job.json") in str(told.value)
+    assert not asked
+
+
+def test_a_resumed_run_trains_in_the_folder_that_was_named(
+    tmp_path: Path, data_path: Path, fake_slurm: dict[str, str]
+) -> None:
+    assert submit(tmp_path / "theirs", data_path, **fake_slurm).returncode == 0
+    moved = (tmp_path / "theirs").rename(tmp_path / "ours: [x]")
+    (tmp_path / "state").write_text("COMPLETED", encoding="utf-8")
+    done = slurm("resume", str(moved), **fake_slurm)
+    assert done.returncode == 0, done.stderr
+    assert load_config(moved / "jobs/0002/config.yaml", world_size=4).run.dir == str(moved)
+    assert not (tmp_path / "theirs").exists()
 
 
 def test_a_refused_submission_leaves_nothing(tmp_path: Path, data_path: Path, fake_slurm: dict[str, str]) -> None:

@@ -13,24 +13,29 @@ needs one process. Everything else of a run is a pure function of the step.
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
-from safetensors import safe_open
 from torch import Tensor
 
 from megassm.config.schema import Config
 from megassm.errors import UserError
+from megassm.guarded import as_tensors, check_inside, open_tensors, read_json
 from megassm.model import LanguageModel
 from megassm.parallel.state import Kind
 from megassm.run.directory import CHECKPOINTS
 
 FORMAT = 3
 MANIFEST = "manifest.json"
+MANIFEST_BYTES = 2**24
+AGAIN = "use another checkpoint of this run"
+TENSORS = re.compile(r"(weights|moments)-\d{5,9}-of-\d{5,9}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Manifest:
     """Ranks along each axis, and the ZeRO stage, that it was written by; it can be continued by others."""
     identity: dict[str, Any]
     config: dict[str, Any]
-    files: dict[str, list[int]]
+    files: dict[str, tuple[int, int]]
     """Size in bytes and CRC-32 of every file, by its path below the checkpoint."""
     checksum: int = 0
     """CRC-32 of all the above."""
@@ -78,14 +83,17 @@ class Checkpoint:
 
     def tensors(self) -> Callable[[str, Kind], Tensor]:
         """Reads a parameter's weight or moment, whole, by name; one at a time."""
-        files: list[Any] = [safe_open(self.folder / name, framework="pt") for name in self.manifest.files]
+        files: list[Any] = [open_tensors(self.folder / name, AGAIN) for name in self.manifest.files]
         place = {key: file for file in files for key in file.keys()}  # noqa: SIM118
 
         def read(name: str, kind: Kind) -> Tensor:
             key = _key(name, kind)
             if key not in place:
-                raise UserError(f"{self.folder}: has no {key}; use another checkpoint of this run")
-            tensor: Tensor = place[key].get_tensor(key)
+                raise UserError(f"{self.folder}: has no {key}; {AGAIN}")
+            with as_tensors(self.folder, AGAIN):
+                tensor: Tensor = place[key].get_tensor(key)
+            if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+                raise UserError(f"{self.folder}: {key} is {tensor.dtype}, or not finite; {AGAIN}")
             return tensor
 
         return read
@@ -169,16 +177,18 @@ def read_checkpoint(folder: Path, check: str | None = None) -> Checkpoint:
     """
     path = folder / MANIFEST
     try:
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-        files = [(name, int(size), int(crc)) for name, (size, crc) in manifest.files.items()]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a checkpoint's manifest ({error})") from None
+        manifest = read_json(path, Manifest, "use another checkpoint", MANIFEST_BYTES)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not there: {folder} is no complete checkpoint") from None
     if manifest.format != FORMAT:
         raise UserError(f"{path}: checkpoint format {manifest.format}, this version reads {FORMAT}")
     if manifest.checksum != manifest.own_checksum():
         raise UserError(f"{path}: damaged: its checksum is not that of what it says")
-    for name, size, crc in files:
+    for name, (size, crc) in manifest.files.items():
+        if not TENSORS.fullmatch(name):
+            raise UserError(f"{path}: names the file {name[:200]!r}, which is none of a checkpoint's; it is not opened")
         file = folder / name
+        check_inside(file, folder)
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"

@@ -64,7 +64,7 @@ def save_checkpoint(engine: Engine, config: Config, step: int, data_fingerprint:
     world.progress.note("checkpoint, publication")
     failure = next((f"rank {rank}: {share}" for rank, share in enumerate(shares) if isinstance(share, str)), "")
     if world.is_main and not failure:
-        files = {name: facts for share in shares for name, facts in share.items()}
+        files = {name: (facts[0], facts[1]) for share in shares for name, facts in share.items()}
         fence.check()
         try:
             _publish(partial, folder / folder_name(step), _manifest(engine, config, step, data_fingerprint, files))
@@ -116,7 +116,7 @@ def _owned(engine: Engine, rank: int) -> set[str]:
 
 
 def _manifest(
-    engine: Engine, config: Config, step: int, data_fingerprint: str, files: dict[str, list[int]]
+    engine: Engine, config: Config, step: int, data_fingerprint: str, files: dict[str, tuple[int, int]]
 ) -> Manifest:
     manifest = Manifest(
         format=FORMAT,

@@ -29,7 +29,7 @@ from megassm.cli.arguments import is_rank_zero, refusal_text
 from megassm.config.load import dump_config
 from megassm.config.schema import Config
 from megassm.errors import UserError
-from megassm.files import write_atomically
+from megassm.files import open_own, write_atomically
 from megassm.run.failures import check_failures
 from megassm.run.fence import restarts_the_newest
 from megassm.run.records import METRICS
@@ -73,7 +73,7 @@ def open_run_directory(config: Config) -> IO[str] | None:
 
 
 def _lock(path: Path) -> IO[str]:
-    file = path.open("a+", encoding="utf-8")
+    file = open_own(path, "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

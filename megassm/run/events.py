@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megassm.cli.arguments import print_line
+from megassm.files import open_own
 from megassm.run.fence import Fence
 from megassm.run.records import EVENTS, Row, parse_object
 
@@ -28,7 +29,7 @@ def append_event(run_dir: Path, kind: Kind, step: int, text: str, figures: Mappi
     """Adds a line. A disk that is full ends no run for it."""
     event = {"time": time.time(), "step": step, "kind": kind, "text": text, "figures": dict(figures)}
     try:
-        with (run_dir / EVENTS).open("a", encoding="utf-8") as file:
+        with open_own(run_dir / EVENTS, "a") as file:
             file.write(json.dumps(event) + "\n")
     except OSError as error:
         print_line(f"warning: {run_dir / EVENTS}: cannot be written ({error.strerror})")

@@ -85,7 +85,7 @@ def newest_number(run_dir: Path) -> int:
     # NFS answers a listing from a cache that may be a minute old; a name created here makes it ask the server
     probe = folder / f".probe-{socket.gethostname()}-{os.getpid()}"
     with contextlib.suppress(OSError):
-        probe.touch()
+        probe.open("x").close()
         probe.unlink()
     return max((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0)
 

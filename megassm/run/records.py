@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megassm.files import commit, open_temporary
+from megassm.files import commit, open_own, open_temporary
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -34,7 +34,7 @@ class RowFile:
     """
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
-        self._file = path.open("ab", buffering=0)
+        self._file = open_own(path, "ab")
         self._path = path
         self._warn = warn
         self._waiting: deque[bytes] = deque()

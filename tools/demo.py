@@ -1,47 +1,99 @@
-"""The whole path on real text, on a plain machine: tokenizer, shards, training, budget sweep, samples.
+"""The whole path on real text, on a plain machine: tokenizer, shards, training, budget sweep, baselines, samples.
 
 Without `--text`, the text is the source code of Python's own standard library: real, large enough, and on every
-machine that can run this. Each step is an ordinary command, printed before it runs; copy what you need.
+machine that can run this. Each step is an ordinary command, printed as it runs; copy what you need. Data and run are
+named by what they are made of, so another text never meets the files of this one, and the same command again goes on
+where it was.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 import shlex
 import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megassm.cli.arguments import Parser, run_tool
 from megassm.errors import UserError
 
+CONFIG = "configs/demo.yaml"
 NOT_TEXT = {"site-packages", "dist-packages", "test", "lib-dynload", "__pycache__", "encodings", "lib2to3", "idlelib"}
 """Entries of the standard library's folder that are not its own prose-like source code."""
+VOCABULARY = 2048
+ENOUGH_FOR_A_VOCABULARY = 400_000
+"""Bytes of text; a smaller one is read byte by byte, for its words are too few to count."""
+BUDGETS = "1,2,3,4,6,8,12,16"
+SCORED_SEQUENCES = 512
+PROMPT_CHARS = 60
+
+
+@dataclass(frozen=True)
+class Text:
+    """What to train on, as the tools' options."""
+
+    options: list[str]
+    name: str
+    """Of its data: a word, and a hash of all that decides what the data holds."""
+    size: int
+    """Bytes."""
 
 
 def parser() -> Parser:
-    result = Parser(__doc__ or "", "python tools/demo.py --text my_notes/ --glob '*.md'")
+    result = Parser(__doc__ or "", "python tools/demo.py --text 'my notes/' --glob '*.md'")
     result.add_argument("--text", type=Path, nargs="+", metavar="PATH", help="train on these files or folders instead")
     result.add_argument("--glob", metavar="PATTERN", help="files to take from folders")
-    result.add_argument("--run", default="runs/demo", metavar="DIR", help="run directory (default: %(default)s)")
-    result.add_argument("--data", default="data/demo", metavar="DIR", help="data set (default: %(default)s)")
+    result.add_argument("--run", metavar="DIR", help="run directory (default: runs/demo-NAME-HASH)")
+    result.add_argument("--data", metavar="DIR", help="data set (default: data/demo-NAME-HASH)")
     result.add_argument("--ranks", type=int, default=2, help="processes to train on (default: %(default)s)")
     result.add_argument("overrides", nargs="*", metavar="section.key=value", help="passed to the training run")
     return result
 
 
-def standard_library() -> list[str]:
+def standard_library() -> list[Path]:
     """The files and packages of Python's standard library, in a fixed order."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     entries = [path for path in sorted(folder.iterdir()) if path.name not in NOT_TEXT]
-    return [str(path) for path in entries if path.suffix == ".py" or (path / "__init__.py").exists()]
+    return [path for path in entries if path.suffix == ".py" or (path / "__init__.py").exists()]
 
 
-def step(title: str, program: str, *arguments: str, shown: str | None = None) -> None:
+def find_text(inputs: Sequence[Path] | None, glob: str | None) -> Text:
+    """The text that was asked for. Its files are read once, for their hash.
+
+    Raises:
+        UserError: there is none.
+    """
+    from megassm.data.prepare.documents import TextSource, list_files
+
+    chosen = tuple(inputs or standard_library())
+    glob = glob or (None if inputs else "*.py")
+    size, digest = 0, hashlib.sha256()
+    for path in list_files(TextSource(chosen, glob)):
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        size += path.stat().st_size
+    word = re.sub(r"[^a-z0-9]+", "-", chosen[0].absolute().name.lower()).strip("-")[:20] if inputs else "python"
+    name = f"demo-{word or 'text'}-{digest.hexdigest()[:8]}"
+    if not inputs:  # too many for a command line that people read
+        listed = Path("data") / f"{name}.inputs"
+        listed.parent.mkdir(exist_ok=True)
+        listed.write_text("".join(f"{path}\n" for path in chosen), encoding="utf-8")
+        named = [f"@{listed}"]
+    else:
+        named = [str(path) for path in chosen]
+    return Text(["--input", *named, *(["--glob", glob] if glob else []), "--on-bad-utf8", "skip"], name, size)
+
+
+def step(title: str, program: str, *arguments: str) -> None:
     """Prints a command and runs it; a failure ends the demo with its exit code."""
-    command = [program, *arguments]
-    print(f"\n== {title}\n$ {shown or shlex.join(command)}", flush=True)
+    command = [_as_typed(program), *arguments]
+    print(f"\n== {title}\n$ {shlex.join(command)}", flush=True)
     started = time.monotonic()
     code = subprocess.run(command, check=False).returncode
     if code:
@@ -49,39 +101,77 @@ def step(title: str, program: str, *arguments: str, shown: str | None = None) ->
     print(f"({time.monotonic() - started:.0f} s)", flush=True)
 
 
+def _as_typed(program: str) -> str:
+    """Relative to this folder where it lies below it."""
+    relative = os.path.relpath(program)
+    return program if relative.startswith("..") else relative
+
+
 def main() -> None:
     arguments = parser().parse_intermixed_args()
     started = time.monotonic()
-    python, launcher = sys.executable, str(Path(sys.executable).with_name("deepspeed"))
-    inputs = [str(path) for path in arguments.text] if arguments.text else standard_library()
-    source = ["--input", *inputs, "--on-bad-utf8", "skip"]
-    pattern = arguments.glob or (None if arguments.text else "*.py")
-    if pattern:
-        source += ["--glob", pattern]
-    shown = f"--input {'TEXT' if arguments.text else 'PYTHON_STANDARD_LIBRARY'} ..."
-    tokenizer, data, run = f"{arguments.data}.model", arguments.data, arguments.run
-
-    options = ["--vocab-size", "2048", "--max-bytes", "4000000", "--output", tokenizer]
-    step("train a tokenizer", python, "tools/train_tokenizer.py", *source, *options,
-         shown=shlex.join(["python", "tools/train_tokenizer.py"]) + f" {shown} {shlex.join(options)}")  # fmt: skip
-    options = ["--tokenizer", tokenizer, "--output", data, "--block-tokens", "65536"]
-    step("write shards", python, "tools/prepare_data.py", *source, *options,
-         shown=shlex.join(["python", "tools/prepare_data.py"]) + f" {shown} {shlex.join(options)}")  # fmt: skip
+    if not Path(CONFIG).exists():
+        raise UserError(f"{CONFIG}: not here; run this from the folder that holds it, the project's root")
+    text = find_text(arguments.text, arguments.glob)
+    settings = " ".join([Path(CONFIG).read_text(encoding="utf-8"), text.name, *arguments.overrides])
+    data = arguments.data or f"data/{text.name}"
+    run = arguments.run or f"runs/{text.name}-{hashlib.sha256(settings.encode()).hexdigest()[:4]}"
+    print(f"{text.size / 1e6:,.1f} MB of text; data in {data}, run in {run}; five to six minutes on two cores")
+    prepare(text, data)
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
     step("train on all budgets at once", launcher, "--num_gpus", str(arguments.ranks), "launch/pretrain.py",
-         "--config", "configs/tiny.yaml", f"run.dir={run}", f"data.path={data}", *arguments.overrides)  # fmt: skip
-    step("measure every budget", python, "tools/sweep_budgets.py", run, "--budgets", "1,2,3,4,6,8,16,32")
-    step("sample at two budgets", python, "tools/generate.py", run, "--budgets", "4,32",
-         "--prompt", "def __init__(self, ", "--json", f"{run}/samples.json")  # fmt: skip
+         "--config", CONFIG, f"run.dir={run}", f"data.path={data}", *arguments.overrides)  # fmt: skip
+    python = sys.executable
+    step("measure every budget", python, "tools/sweep_budgets.py", run, "--budgets", BUDGETS,
+         "--sequences", str(SCORED_SEQUENCES))  # fmt: skip
+    step("sample at two budgets, after a beginning from the validation text", python, "tools/generate.py", run,
+         "--budgets", "4,16", "--prompt", prompt(Path(data)), "--json", f"{run}/samples.json")  # fmt: skip
+    step("what needs no network, on the same text", python, "tools/baselines.py", run)
+    say_where_to_look(run, time.monotonic() - started)
 
-    print(f"\ndone in {time.monotonic() - started:.0f} s. Look at:")
+
+def prepare(text: Text, data: str) -> None:
+    """Makes the tokenizer and the data set, or finds them done."""
+    python, tokenizer = sys.executable, "bytes"
+    if text.size >= ENOUGH_FOR_A_VOCABULARY:
+        tokenizer = f"{data}.model"
+        if Path(tokenizer).exists():
+            print(f"\n{tokenizer} is there already")
+        else:
+            step("train a tokenizer", python, "tools/train_tokenizer.py", *text.options,
+                 "--vocab-size", str(VOCABULARY), "--max-bytes", "4000000", "--output", tokenizer)  # fmt: skip
+    step("write shards", python, "tools/prepare_data.py", *text.options, "--tokenizer", tokenizer, "--output", data,
+         "--block-tokens", "65536")  # fmt: skip
+
+
+def prompt(data: Path) -> str:
+    """The beginning of a line of the validation text."""
+    from megassm.data.index import load_index
+    from megassm.data.prepare.verify import sample_texts
+    from megassm.data.tokenizer.base import MODEL_NAME, load_tokenizer
+
+    own = data / MODEL_NAME
+    tokenizer = load_tokenizer(str(own) if own.exists() else "bytes")
+    for sample in sample_texts(load_index(data / "valid"), tokenizer, 8):
+        for line in sample.text.splitlines()[1:] + sample.text.splitlines()[:1]:
+            words = line.rstrip()[: PROMPT_CHARS // 2 if len(line) < PROMPT_CHARS else PROMPT_CHARS]
+            if len(words.split()) > 1 and words.isprintable():
+                return words
+    return "The "
+
+
+def say_where_to_look(run: str, seconds: float) -> None:
+    """Ends with the files that are worth a look."""
+    print(f"\ndone in {seconds:.0f} s. Look at:")
     for name, what in (
-        ("sweep.png", "quality and speed against the budget K"),
-        ("sweep.html", "the same with every figure, in a browser"),
+        ("baselines.png", "the model at every budget, beside trigram, gzip and xz"),
+        ("sweep.html", "quality and speed against the budget K, with every figure, in a browser"),
+        ("sweep.png", "its curves"),
         ("sweep.json", "the table above (sweep.csv too)"),
         ("metrics.jsonl", "one line an update: loss, bits per byte, K, learning rate, speed, utilisation"),
         ("config.yaml", "the resolved configuration; usable as --config"),
         ("checkpoints", "to continue, to sweep, to sample from"),
-        ("samples.json", "what the model wrote at K=4 and K=32"),
+        ("samples.json", "what the model wrote at K=4 and K=16"),
     ):
         print(f"  {run}/{name:<15} {what}")
 

@@ -141,7 +141,7 @@ class DataConfig(Section):
     phases: tuple[PhaseConfig, ...] = ()
     """Weights of the sources over the run; required with sources."""
     max_epochs: Positive = 4.0
-    """With sources: a run that would read one of them more often over train.steps is refused."""
+    """With sources, a run that would read one of them more often over train.steps is an error; with path, a warning."""
     tokenizer: str | None = None
     """"bytes" or a SentencePiece model; null is the one the data set was made with."""
     isolate_documents: bool = False

@@ -188,9 +188,13 @@ def _field_of(line: str, place: str, field: str) -> str:
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every tool that reads documents; `source_of` takes them from the parsed arguments."""
+    """The options of every tool that reads documents; `source_of` takes them from the parsed arguments.
+
+    A word @FILE stands for the lines of FILE, so that a command can name any number of inputs.
+    """
+    parser.fromfile_prefix_chars = "@"
     add, default = parser.add_argument, "(default: %(default)s)"
-    inputs_help = f"files or directories: {', '.join(DEFAULT_PATTERNS)} (WebDataset shards of text)"
+    inputs_help = f"files or directories: {', '.join(DEFAULT_PATTERNS)} (WebDataset shards of text); @FILE: one a line"
     add("--input", type=path_argument, nargs="+", required=True, metavar="PATH", help=inputs_help)
     add("--glob", metavar="PATTERN", help="files to take from directories instead, for example '*.py'")
     add("--text-field", default="text", metavar="NAME", help=f"of a JSON object, or a Parquet column {default}")

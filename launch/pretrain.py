@@ -61,7 +61,7 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one message of ours, not pages of frames
     # imported one after another, so that what is wrong early is refused early
     from megassm.data.dataset import open_dataset
-    from megassm.run.directory import open_run_directory
+    from megassm.run.opening import open_run_directory
 
     data = open_dataset(config)
     lock = open_run_directory(config)

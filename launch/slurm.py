@@ -33,13 +33,12 @@ from megassm.config.schema import Config
 from megassm.errors import UserError, redacted
 from megassm.files import PRIVATE_MODE, write_atomically
 from megassm.guarded import read_json
-from megassm.run.directory import CHECKPOINTS
+from megassm.run.directory import CHECKPOINTS, CONFIG, JOBS, METRICS
 from megassm.run.fence import newest_number
-from megassm.run.records import METRICS, newest_row
+from megassm.run.records import newest_row
 from megassm.slurm import JOB_BYTES, Request, Submitted, add_request, asked_before, batch_script, given_request, seconds
 
 ROOT = Path(__file__).parents[1]
-JOBS = "jobs"
 ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "GONE")
 GONE = {"JobState": "GONE", "ExitCode": "?"}
 
@@ -124,7 +123,7 @@ def snapshot(folder: Path, config: Config, script: str) -> None:
 
     A working tree may hold what nobody else may read, so what is copied of it is its owner's alone.
     """
-    write_atomically(folder / "config.yaml", dump_config(config).encode())
+    write_atomically(folder / CONFIG, dump_config(config).encode())
     (folder / "code").mkdir(mode=0o700)
     for file in code_files():
         (folder / "code" / file.parent).mkdir(parents=True, exist_ok=True)
@@ -294,7 +293,7 @@ def main() -> None:
         case "resume":
             job = known_job(arguments.run_dir)
             arguments.overrides.insert(0, f"run.dir={json.dumps(str(arguments.run_dir))}")  # whatever the file says
-            submit(arguments, Path(job["folder"]) / "config.yaml", job["request"])
+            submit(arguments, Path(job["folder"]) / CONFIG, job["request"])
 
 
 if __name__ == "__main__":

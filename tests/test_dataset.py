@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megassm.run.journal import METRICS
+from megassm.run.directory import METRICS
 from tests.conftest import SMALL, run_python
 from tests.fault_server import FaultServer, serving
 from tests.test_train import command

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megassm.errors import UserError
+from megassm.run.directory import FAILURES
 from megassm.run.events import read_events
-from megassm.run.failures import FAILURES, check_failures, job_begins, job_ends
+from megassm.run.failures import check_failures, job_begins, job_ends
 from tests.conftest import SMALL, run_python
 
 HANGS = "rank 1 hangs: in step 8, forward pass"

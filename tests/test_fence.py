@@ -16,9 +16,10 @@ from megassm.data.dataset import open_dataset
 from megassm.errors import UserError
 from megassm.parallel.watchdog import Progress, Watchdog
 from megassm.parallel.world import join_world, leave_world
-from megassm.run.directory import FAILURE, open_run_directory
-from megassm.run.fence import INCARNATIONS, SupersededError, newest_number, restarts_the_newest, take
+from megassm.run.directory import FAILURE, INCARNATIONS
+from megassm.run.fence import SupersededError, newest_number, restarts_the_newest, take
 from megassm.run.journal import Journal
+from megassm.run.opening import open_run_directory
 from megassm.train.setup import enter, set_up
 from tests.conftest import run_python
 from tests.ranks import run_on_ranks

@@ -20,9 +20,9 @@ from megassm.data.dataset import open_dataset
 from megassm.data.stream import MicroBatch
 from megassm.parallel.world import join_world, leave_world
 from megassm.run import records
+from megassm.run.directory import METRICS
 from megassm.run.events import read_events
 from megassm.run.journal import read_rows
-from megassm.run.records import METRICS
 from megassm.train.channels import update_counts
 from megassm.train.health import Health
 from megassm.train.loop import train

@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
 from megassm.data.inspect import read_samples, samples_of_update
-from megassm.data.skipped import LEFT_OUT, LeftOut, batch_of, leave_out, read_left_out, step_of
+from megassm.data.skipped import LeftOut, batch_of, step_of
 from megassm.data.stream import MicroBatch
 from megassm.errors import UserError
 from megassm.parallel.watchdog import Watchdog
 from megassm.parallel.world import join_world, leave_world
+from megassm.run.directory import LEFT_OUT
 from megassm.run.events import read_events
 from megassm.run.journal import read_rows
+from megassm.run.left_out import leave_out, read_left_out
 from megassm.train import loop
 from megassm.train.setup import Run, set_up
 

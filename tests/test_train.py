@@ -19,8 +19,8 @@ from megassm.checkpoint.format import MANIFEST, find_checkpoint, newest_checkpoi
 from megassm.cli.arguments import STOPPED
 from megassm.config.load import load_config
 from megassm.config.schema import Config
-from megassm.run.directory import open_run_directory
 from megassm.run.journal import read_rows
+from megassm.run.opening import open_run_directory
 from tests.conftest import ROOT, SMALL, run_python
 
 LONG = (*SMALL, "model.pattern=SA", "train.steps=40", "checkpoint.every_steps=5", "checkpoint.keep=2")

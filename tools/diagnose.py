@@ -28,8 +28,8 @@ def main() -> None:
     from megassm.eval.session import open_session
     from megassm.eval.watch import run_directory
     from megassm.ops.documents import document_numbers
+    from megassm.run.directory import METRICS
     from megassm.run.journal import read_rows
-    from megassm.run.records import METRICS
     from megassm.train.channels import channel_norms, gate_masses, loss_explained_by_budget, update_counts, warnings_of
 
     session = open_session(arguments.run, None, arguments.device)

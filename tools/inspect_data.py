@@ -38,12 +38,13 @@ def main() -> None:
     arguments = parser().parse_intermixed_args()
     from megassm.config.load import load_config_or_exit
     from megassm.data.inspect import read_samples, samples_of_update
-    from megassm.data.skipped import read_left_out
+    from megassm.run.directory import CONFIG
+    from megassm.run.left_out import read_left_out
 
     # how a run is spread over ranks decides no batch, and must not be refused in this one process
     one_process = ["parallel.tensor=1", "parallel.sequence=1", "parallel.data=null"]
     alone = [*arguments.overrides, *one_process]
-    config = load_config_or_exit(arguments.run / "config.yaml", alone)
+    config = load_config_or_exit(arguments.run / CONFIG, alone)
     left_out = read_left_out(arguments.run)
     samples = arguments.samples or samples_of_update(config, arguments.step, left_out)
     rows = []

@@ -94,8 +94,9 @@ def measure(path: Path, request: Request, peers: Peers) -> Sweep:
 
 def follow(run_dir: Path, request: Request, peers: Peers) -> list[Sweep]:
     """Sweeps a live run until its end."""
-    from megassm.eval.watch import SWEEPS, sweep_file, watch
+    from megassm.eval.watch import sweep_file, watch
     from megassm.report.sweep_files import plot_steps, write_json_sweep
+    from megassm.run.directory import SWEEPS
 
     sweeps = []
     for sweep in watch(run_dir, request, peers):

@@ -35,8 +35,8 @@ from megassm.model import parameter_shapes
 from megassm.parallel.engine import Engine
 from megassm.parallel.state import KINDS, MOMENTS
 from megassm.parallel.world import gather_texts
-from megassm.run.directory import clear_partial
 from megassm.run.fence import Fence
+from megassm.run.opening import clear_partial
 
 
 def save_checkpoint(engine: Engine, config: Config, step: int, data_fingerprint: str, fence: Fence) -> str | None:

@@ -25,10 +25,9 @@ from megassm.eval.sweep import Sweep, SweepPlan, sweep
 from megassm.eval.text import EvalText, open_texts
 from megassm.model import LanguageModel
 from megassm.parallel.world import Peers, gather_texts, together
-from megassm.run.directory import CHECKPOINTS
+from megassm.run.directory import CHECKPOINTS, SWEEPS
 from megassm.run.launcher import launcher_is_gone, launcher_pids
 
-SWEEPS = "sweeps"
 POLL_S = 5.0
 """Between two looks for a new checkpoint."""
 FINISHED = "finished"

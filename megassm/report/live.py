@@ -10,7 +10,8 @@ from typing import Any, Literal
 from megassm.report.follow import Tail
 from megassm.report.history import History
 from megassm.report.run_files import age_s, failure, planned_steps, read_environment, read_knobs
-from megassm.run.records import EVENTS, METRICS, Row
+from megassm.run.directory import CONFIG, EVENTS, METRICS
+from megassm.run.records import Row
 
 EVENTS_KEPT = 200
 STALL_MIN_S = 60.0
@@ -58,7 +59,7 @@ class LiveRun:
     @property
     def age_s(self) -> float | None:
         """Seconds since the last row, or since the run began where there is none; None where neither is known."""
-        return age_s(self.run_dir / (METRICS if self.history.rows else "config.yaml"), self._looked)
+        return age_s(self.run_dir / (METRICS if self.history.rows else CONFIG), self._looked)
 
     @property
     def failure(self) -> str:

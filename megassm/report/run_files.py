@@ -11,8 +11,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from megassm.errors import UserError
-from megassm.run.directory import FAILURE
-from megassm.run.records import METRICS, Row, parse_object
+from megassm.run.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, FAILURE, METRICS
+from megassm.run.records import Row, parse_object
 
 
 def check_run_directory(path: Path) -> Path:
@@ -23,7 +23,7 @@ def check_run_directory(path: Path) -> Path:
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such run directory; give run.dir of a run, such as runs/demo")
-    if not any((path / name).exists() for name in ("config.yaml", METRICS, "checkpoints")):
+    if not any((path / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS)):
         raise UserError(
             f"{path}: is no run directory (it has neither config.yaml nor {METRICS}); give run.dir of a run"
         )
@@ -33,7 +33,7 @@ def check_run_directory(path: Path) -> Path:
 def read_knobs(run_dir: Path) -> dict[str, Any]:
     """The resolved configuration as section.key -> value."""
     try:
-        tree = YAML(typ="safe").load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        tree = YAML(typ="safe").load((run_dir / CONFIG).read_text(encoding="utf-8"))
     except (OSError, YAMLError):
         return {}
     if not isinstance(tree, dict):
@@ -47,7 +47,7 @@ def read_knobs(run_dir: Path) -> dict[str, Any]:
 
 def read_environment(run_dir: Path) -> dict[str, Any]:
     try:
-        return parse_object((run_dir / "environment.json").read_bytes()) or {}
+        return parse_object((run_dir / ENVIRONMENT).read_bytes()) or {}
     except OSError:
         return {}
 

@@ -22,8 +22,9 @@ from megassm.report.run_files import (
 )
 from megassm.report.run_plots import optimiser_panels, quality_panels, speed_panels
 from megassm.run.console import duration
+from megassm.run.directory import METRICS
 from megassm.run.events import read_events
-from megassm.run.records import METRICS, Row, iterate_rows
+from megassm.run.records import Row, iterate_rows
 
 EVENTS_SHOWN = 200
 """Of each run, the newest."""

@@ -15,8 +15,7 @@ from megassm.files import write_atomically
 from megassm.report.figures import plot_over_steps, save_panels
 from megassm.report.sweep_page import render_page
 from megassm.report.sweep_plots import panels
-
-STEPS_PLOT = "steps.png"
+from megassm.run.directory import STEPS_PLOT, SWEEP
 
 
 def flat_rows(sweep: Sweep) -> list[dict[str, Any]]:
@@ -31,7 +30,7 @@ def flat_rows(sweep: Sweep) -> list[dict[str, Any]]:
 def write_sweep(sweep: Sweep, folder: Path) -> list[Path]:
     """Writes sweep.json, sweep.csv, sweep.png and sweep.html into `folder`; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"sweep.{suffix}" for suffix in ("json", "csv", "png", "html")]
+    paths = [folder / f"{SWEEP}.{suffix}" for suffix in ("json", "csv", "png", "html")]
     write_json_sweep(sweep, paths[0])
     write_csv([sweep], paths[1])
     save_panels(panels([sweep]), paths[2])

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from megassm.cli.arguments import print_line
 from megassm.files import open_own
+from megassm.run.directory import EVENTS
 from megassm.run.fence import Fence
-from megassm.run.records import EVENTS, Row, parse_object
+from megassm.run.records import Row, parse_object
 
 Kind = Literal[
     "resume", "checkpoint", "passed over", "disk", "stop", "end", "straggler", "loss spike", "non-finite",

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from megassm.errors import UserError
 from megassm.files import write_atomically
+from megassm.run.directory import FAILURES
 from megassm.run.events import append_event
 from megassm.run.records import Row, newest_row, parse_object
 
-FAILURES = "failures.jsonl"
 KILLED = 0.5
 """A job that was killed counts so much: machines are taken away, and most often nothing is wrong with the step."""
 LOST_RANK = "no longer answer"

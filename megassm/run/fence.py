@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megassm.errors import UserError
-
-INCARNATIONS = "incarnations"
+from megassm.run.directory import INCARNATIONS
 
 
 class SupersededError(UserError):

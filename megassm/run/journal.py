@@ -18,8 +18,9 @@ from megassm.cli.arguments import print_line
 from megassm.config.schema import Config
 from megassm.cost import PEAK_TFLOPS
 from megassm.run.console import format_row, is_validated
+from megassm.run.directory import METRICS
 from megassm.run.fence import Fence
-from megassm.run.records import METRICS, Row, RowFile, cut_after, read_rows
+from megassm.run.records import Row, RowFile, cut_after, read_rows
 from megassm.run.wandb_log import Tracker
 
 __all__ = ["METRICS", "Journal", "Row", "peak_flops", "peak_memory_bytes", "read_rows"]

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megassm.files import commit, open_own, open_temporary
+from megassm.run.directory import METRICS
 
-METRICS = "metrics.jsonl"
-EVENTS = "events.jsonl"
-"""Beside it: {"time", "step", "kind", "text", ...} of what happened to a run, where something did."""
 WAITING_BYTES = 64 * 2**20
 """Rows kept in memory at most while they cannot be written; about 100,000."""
 

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from megassm.config.schema import Config
-from megassm.run.records import METRICS, Row
+from megassm.run.directory import METRICS
+from megassm.run.records import Row
 
 INIT_TIMEOUT_S = 30
 """A server that does not answer is given up after this, and 10 s that wandb adds."""

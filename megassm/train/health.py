@@ -15,10 +15,12 @@ import torch
 
 from megassm.checkpoint.format import newest_checkpoint
 from megassm.checkpoint.space import pin
-from megassm.data.skipped import LeftOut, leave_out, read_left_out
+from megassm.data.skipped import LeftOut
 from megassm.eval.score import Score
 from megassm.parallel.world import gather_rows, gather_texts, sum_rows
-from megassm.run.records import METRICS, Row, rows_newest_first
+from megassm.run.directory import METRICS
+from megassm.run.left_out import leave_out, read_left_out
+from megassm.run.records import Row, rows_newest_first
 from megassm.train.agreement import Tally, Totals
 from megassm.train.channels import OSCILLATION_ROWS, GateMass, spectral_mixers, update_counts, warnings_of
 from megassm.train.setup import Run

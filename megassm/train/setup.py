@@ -21,16 +21,18 @@ from megassm.cli.arguments import print_line
 from megassm.config.schema import Config
 from megassm.cost import parameters
 from megassm.data.dataset import Dataset
-from megassm.data.skipped import batch_of, read_left_out
+from megassm.data.skipped import batch_of
 from megassm.data.stream import MicroBatch, StreamPlan, TokenStream, validation_batches
 from megassm.errors import UserError
 from megassm.parallel.engine import Engine
 from megassm.parallel.state import Kind
 from megassm.parallel.world import World, gather_rows, together
-from megassm.run.directory import clear_partial, write_config
+from megassm.run.directory import ENVIRONMENT
 from megassm.run.events import Events
 from megassm.run.fence import Fence, take
 from megassm.run.journal import Journal, peak_flops
+from megassm.run.left_out import read_left_out
+from megassm.run.opening import clear_partial, write_config
 from megassm.run.stop import StopRequest
 
 
@@ -227,7 +229,7 @@ def write_environment(run_dir: Path, world: World, peak: float, peak_source: str
         "peak_flops_per_rank": peak,
         "peak_flops_source": peak_source,
     }
-    (run_dir / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (run_dir / ENVIRONMENT).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def start_digest(config: Config, data: Dataset) -> int:

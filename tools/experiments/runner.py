@@ -22,7 +22,7 @@ from megassm.config.load import load_config
 from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
 from megassm.errors import UserError
-from megassm.run.directory import open_run_directory, write_config
+from megassm.run.opening import open_run_directory, write_config
 from megassm.train.loop import pretrain
 from tools.experiments.arms import Arm
 from tools.experiments.definitions import EXPERIMENTS

@@ -1,0 +1,88 @@
+"""A run directory is made and locked before anything is started; needs no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import IO
+
+from megassm.cli.arguments import is_rank_zero, refusal_text
+from megassm.config.load import dump_config
+from megassm.config.schema import Config
+from megassm.errors import UserError
+from megassm.files import open_own, write_atomically
+from megassm.run.directory import CHECKPOINTS, CONFIG, FAILURE, LOCK, METRICS
+from megassm.run.failures import check_failures
+from megassm.run.fence import restarts_the_newest
+
+
+def open_run_directory(config: Config) -> IO[str] | None:
+    """Makes the run directory, tries that it can be written, and locks it against a second job.
+
+    Every rank tries it, before anything is started: so all refuse together where one would. Nothing a finished run
+    left there is changed yet.
+
+    Returns:
+        On rank 0 the lock; it is held as long as this file is open.
+
+    Raises:
+        UserError: it cannot be written, another job is training there, or jobs keep failing at the same step.
+    """
+    folder = Path(config.run.dir)
+    try:
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder / CHECKPOINTS):
+            pass
+        if not is_rank_zero():
+            return None
+        lock = _lock(folder / LOCK)
+        check_failures(folder, folder / METRICS, folder / FAILURE, config.health.max_failures)
+        (folder / FAILURE).unlink(missing_ok=True)
+        return lock
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        why = refusal_text(error) if isinstance(error, OSError) else str(error)
+        raise UserError(
+            f"run.dir = {config.run.dir!r}: cannot be written ({why}); choose another directory with run.dir=DIR"
+        ) from None
+
+
+def _lock(path: Path) -> IO[str]:
+    file = open_own(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if restarts_the_newest(path.parent):  # SLURM has given the holder up; the fence keeps it from writing
+            path.unlink()
+            return _lock(path)
+        file.seek(0)
+        raise UserError(
+            f"run.dir = {str(path.parent)!r}: another job is training there (process {file.read().strip() or '?'}); "
+            "wait for it, end it, or choose another directory with run.dir=DIR"
+        ) from None
+    except OSError:
+        return file  # a file system without locks
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def write_config(config: Config) -> None:
+    """Writes the resolved configuration of the run that is about to train, atomically."""
+    write_atomically(Path(config.run.dir) / CONFIG, dump_config(config).encode())
+
+
+def clear_partial(run_dir: Path) -> None:
+    """Removes what saves that did not end have left. Renamed first: another's rename to its final name then fails."""
+    folder = run_dir / CHECKPOINTS
+    for remains in folder.glob(".partial-*"):
+        with contextlib.suppress(OSError):
+            remains.rename(remains.with_name(remains.name.replace(".partial", ".removed")))
+    for removed in folder.glob(".removed-*"):
+        shutil.rmtree(removed, ignore_errors=True)

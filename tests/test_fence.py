@@ -63,8 +63,8 @@ def test_a_superseded_start_writes_no_row_and_no_failure(small_config: Make, tmp
     run_dir = Path(config.run.dir)
     old = take(run_dir)
     journal = Journal(config, 0, old)
-    watchdog = Watchdog((0, 1), Progress(), 60, run_dir)
-    watchdog.fence = old
+    watchdog = Watchdog((0, 1), Progress(), 60, run_dir / FAILURE)
+    watchdog.may_write = old.holds
     take(run_dir)
     before = files(run_dir)
     with pytest.raises(SupersededError):

@@ -47,7 +47,7 @@ class StopAfter:
     @property
     def received(self) -> bool:
         mark = self.progress.mark
-        return mark.step == self.step and mark.phase == "agreement of all ranks"
+        return mark.step == self.step and mark.place == "agreement of all ranks"
 
 
 def train_legs(legs: list[tuple[Config, int]]) -> None:

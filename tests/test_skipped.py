@@ -21,7 +21,7 @@ from megassm.data.stream import MicroBatch
 from megassm.errors import UserError
 from megassm.parallel.watchdog import Watchdog
 from megassm.parallel.world import join_world, leave_world
-from megassm.run.directory import LEFT_OUT
+from megassm.run.directory import FAILURE, LEFT_OUT
 from megassm.run.events import read_events
 from megassm.run.journal import read_rows
 from megassm.run.left_out import leave_out, read_left_out
@@ -80,7 +80,7 @@ def train_in_process(config: Config, monkeypatch: pytest.MonkeyPatch, planted: C
     Path(config.run.dir).mkdir(parents=True, exist_ok=True)
     try:
         world = join_world(config)
-        watchdog = Watchdog((0, 1), world.progress, config.parallel.timeout_s, Path(config.run.dir))
+        watchdog = Watchdog((0, 1), world.progress, config.parallel.timeout_s, Path(config.run.dir, FAILURE))
         done = loop.set_up_and_train(config, open_dataset(config), world, watchdog)
         watchdog.stop()
         return done

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
-from megassm.parallel.phases import COMPUTE, Waits
+from megassm.data.transport import DataCounters
+from megassm.parallel.phases import COMPUTE, Phase, Waits
 from megassm.parallel.watchdog import Progress
+from megassm.train.agreement import Message
 from megassm.train.stragglers import WINDOW, Straggler, Stragglers
 
 USUAL = (0.01, 0.20, 0.40, 0.05)
@@ -68,9 +71,9 @@ def test_waiting_for_others_is_communication(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     progress = Progress()
     progress.note("checkpoint", 3)
-    for phase, own_s, waited_s in (("reading data", 1, 0), ("sharing data", 0, 2), ("forward pass", 4, 0),
-                                   ("reading data", 1, 0), ("backward pass", 5, 7), ("update", 1, 1)):  # fmt: skip
-        progress.note(phase)
+    for phase, own_s, waited_s in ((Phase.DATA, 1, 0), (Phase.DATA, 0, 2), (Phase.FORWARD, 4, 0),
+                                   (Phase.DATA, 1, 0), (Phase.BACKWARD, 5, 7), (Phase.UPDATE, 1, 1)):  # fmt: skip
+        progress.note("somewhere", phase=phase)
         now[0] += own_s + waited_s
         monkeypatch.setattr(Waits, "seconds", Waits.seconds + waited_s)
     assert progress.phases() == {"data": 2, "forward": 4, "backward": 5, "update": 1, "communication": 10}
@@ -78,3 +81,12 @@ def test_waiting_for_others_is_communication(monkeypatch: pytest.MonkeyPatch) ->
     now[0] += 50
     progress.note("beginning", 4)
     assert set(progress.phases().values()) == {0}
+
+
+def test_what_a_rank_tells_the_others_comes_out_as_it_went_in() -> None:
+    counters = DataCounters(*map(float, range(20, 20 + len(fields(DataCounters)))))
+    message = Message(1.5, 2.0, 3.0, float("inf"), 0.25, 2.0**40, 1.0, 2.0**40 - 1, 7.0, (0.1, 0.2, 0.3, 0.4), counters,
+                      (8.0, 2.0, 4.0))  # fmt: skip
+    numbers = message.packed()
+    assert all(isinstance(number, float) for number in numbers)
+    assert Message.unpacked(numbers) == message

@@ -1,6 +1,6 @@
 """Where an update's time goes on one rank: data, forward, backward, update, and waiting for other ranks.
 
-The phases are those that the loop notes for the watchdog (`megassm.parallel.watchdog.Progress`). What a phase spends in
+The loop notes them with its places for the watchdog (`megassm.parallel.watchdog.Progress`). What a phase spends in
 a collective is taken out of it and counted as communication: so a slow rank's own phases are long, and those of the
 ranks that only wait for it are not.
 
@@ -11,23 +11,24 @@ the device's time shows in update, which reads the gradient norm.
 from __future__ import annotations
 
 import time
+from enum import StrEnum
 from typing import Any
 
 from torch._C._distributed_c10d import Work
 
-PHASES = ("data", "forward", "backward", "update", "communication")
-COMPUTE = PHASES[:-1]
+
+class Phase(StrEnum):
+    """A part of an update."""
+
+    DATA = "data"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    UPDATE = "update"
+    COMMUNICATION = "communication"
+
+
+COMPUTE = (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.UPDATE)
 """What a rank does itself."""
-OF_MARK = {
-    "reading data": "data",
-    "sharing data": "data",
-    "forward pass": "forward",
-    "agreement on the loss": "forward",
-    "backward pass": "backward",
-    "update": "update",
-    "agreement of all ranks": "update",
-}
-"""Phase of what the loop notes; the rest is not part of an update."""
 
 
 class Waits:
@@ -62,16 +63,16 @@ class PhaseClock:
 
     def restart(self, now: float) -> None:
         """Begins an update."""
-        self._spent = dict.fromkeys(PHASES, 0.0)
+        self._spent = dict.fromkeys(Phase, 0.0)
         self._counted_to, self._waited = now, Waits.seconds
 
-    def count(self, mark: str, now: float) -> None:
-        """What has passed since the last count was spent in what the loop noted as `mark`."""
+    def count(self, phase: Phase | None, now: float) -> None:
+        """What has passed since the last count was spent in `phase`; None: beside the update."""
         seconds, waited = now - self._counted_to, Waits.seconds - self._waited
         self._counted_to, self._waited = now, Waits.seconds
-        if mark in OF_MARK:
-            self._spent[OF_MARK[mark]] += max(0.0, seconds - waited)
-            self._spent["communication"] += waited
+        if phase is not None:
+            self._spent[phase] += max(0.0, seconds - waited)
+            self._spent[Phase.COMMUNICATION] += waited
 
-    def spent(self) -> dict[str, float]:
+    def spent(self) -> dict[Phase, float]:
         return dict(self._spent)

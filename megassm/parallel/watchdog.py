@@ -10,8 +10,8 @@ A rank that must end the job, because its main thread is stuck or because a coll
 told the store, twice: who has stopped telling is dead or stopped; else who is behind the others hangs. The first to
 find out speaks, all write their stacks, and all leave with code 1.
 
-Every wait here is bounded: the store may be held by the very rank that has stopped. So a file in the run directory
-decides who is the first to speak.
+Every wait here is bounded: the store may be held by the very rank that has stopped. So a file, created by
+whoever speaks first, decides who is the first to speak.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ from typing import NamedTuple, NoReturn, TypeVar, cast
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from megassm.parallel.phases import PhaseClock
-from megassm.run.directory import FAILURE
-from megassm.run.fence import Fence
+from megassm.parallel.phases import Phase, PhaseClock
 
 BEAT_S = 1.0
 SILENCE_S = 4.0
@@ -56,8 +54,10 @@ class Mark(NamedTuple):
 
     number: int
     step: int
-    phase: str
+    place: str
     at: float
+    phase: Phase | None = None
+    """What its time counts for; None for what is beside the update."""
 
 
 class Progress:
@@ -68,17 +68,17 @@ class Progress:
         self.steps_begun = 0
         self._clock = PhaseClock()
 
-    def note(self, phase: str, step: int | None = None) -> None:
-        """Costs nothing worth mentioning. All ranks must note the same phases in the same order."""
+    def note(self, place: str, step: int | None = None, phase: Phase | None = None) -> None:
+        """Costs nothing worth mentioning. All ranks must note the same places in the same order."""
         last, now = self.mark, time.monotonic()
         self.steps_begun += step is not None
         if step is None:
             self._clock.count(last.phase, now)
         else:
             self._clock.restart(now)
-        self.mark = Mark(last.number + 1, last.step if step is None else step, phase, now)
+        self.mark = Mark(last.number + 1, last.step if step is None else step, place, now, phase)
 
-    def phases(self) -> dict[str, float]:
+    def phases(self) -> dict[Phase, float]:
         """Seconds of this update so far, by phase."""
         self._clock.count(self.mark.phase, time.monotonic())
         return self._clock.spent()
@@ -131,14 +131,15 @@ Coordinates = tuple[int, int]
 class Watchdog:
     """Looks after the ranks of a job, from `start` on."""
 
-    def __init__(self, world: Coordinates, progress: Progress, timeout_s: float, run_dir: Path) -> None:
+    def __init__(self, world: Coordinates, progress: Progress, timeout_s: float, failure: Path) -> None:
+        """`failure` is the file that the first to speak creates with what it says."""
         self._rank, self._size = world
-        self._progress, self._timeout_s, self._run_dir = progress, timeout_s, run_dir
+        self._progress, self._timeout_s, self._failure = progress, timeout_s, failure
         self._beat = Beat()
         self._requests: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._store_failed, self._stopped, self._spoken = (threading.Event() for _ in range(3))
-        self.fence: Fence | None = None
-        """This start's, once it has one."""
+        self.may_write: Callable[[], bool] = lambda: True
+        """Whether the failure file is still this job's to write."""
         self._hang = False
         self._ending = threading.Lock()
         self._store: Store = _own_connection() if self._size > 1 else HashStore()
@@ -207,7 +208,7 @@ class Watchdog:
         mark = self._progress.mark
         stuck_s = time.monotonic() - mark.at
         where, waits = _main_thread() if stuck_s > SILENCE_S else ("", False)
-        place = f"step {mark.step}, {mark.phase}" if mark.step else mark.phase
+        place = f"step {mark.step}, {mark.place}" if mark.step else mark.place
         self._beat = replace(
             self._beat, number=self._beat.number + 1, count=mark.number, place=place, stuck_s=stuck_s, where=where,
             waits=waits,
@@ -231,10 +232,10 @@ class Watchdog:
         return verdict(before, after)
 
     def _is_first(self, message: str) -> bool:
-        if self.fence is not None and not self.fence.holds():
+        if not self.may_write():
             return True  # the file is the newer start's
         try:
-            with (self._run_dir / FAILURE).open("x", encoding="utf-8") as file:
+            with self._failure.open("x", encoding="utf-8") as file:
                 file.write(f"{message}\n")
         except FileExistsError:
             return False

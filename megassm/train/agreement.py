@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -18,8 +19,37 @@ from megassm.parallel.world import gather_rows
 from megassm.run.journal import peak_memory_bytes
 from megassm.train.setup import Run
 
-COUNTERS = len(fields(DataCounters))
-BUDGETS_END = -COUNTERS - len(COMPUTE)
+
+@dataclass(frozen=True)
+class Message:
+    """What one rank tells all others after an update. Packed as float64, which holds whole numbers up to 2^53."""
+
+    nll: float
+    tokens: float
+    text_bytes: float
+    grad_norm: float
+    data_wait_s: float
+    peak_memory_bytes: float
+    stop: float
+    start_digest: float
+    sample_digest: float
+    seconds: tuple[float, ...]
+    """By phase of `COMPUTE`."""
+    counters: DataCounters
+    budgets: tuple[float, ...]
+    """K of every micro-step."""
+
+    def packed(self) -> list[float]:
+        *single, seconds, counters, budgets = (getattr(self, part.name) for part in fields(self))
+        return [*single, *seconds, *astuple(counters), *budgets]
+
+    @classmethod
+    def unpacked(cls, numbers: Iterable[float]) -> Message:
+        rest = iter(numbers)
+        single, seconds, counters = (
+            tuple(islice(rest, count)) for count in (len(fields(cls)) - 3, len(COMPUTE), len(fields(DataCounters)))
+        )
+        return cls(*single, seconds, DataCounters(*counters), tuple(rest))  # type: ignore[arg-type, call-arg]
 
 
 @dataclass
@@ -59,24 +89,39 @@ def agree(run: Run, step: int, budgets: list[int], tally: Tally, grad_norm: floa
     Raises:
         UserError: ranks drew different K, read other samples than this step's, or run something else.
     """
-    mine = [tally.nll.item(), tally.tokens, tally.text_bytes, grad_norm, tally.data_wait_s]
-    mine += [peak_memory_bytes(run.world.device), run.stop.received]
     phases = run.world.progress.phases()
-    mine += [run.start_digest, sample_digest(tally.sample_ids), *budgets]
-    mine += [*(phases[name] for name in COMPUTE), *astuple(run.stream.meter.take())]
-    rows = gather_rows(mine)
-    check_agreement(run, step, rows)
-    norm = max((row[3] for row in rows), key=lambda norm: (not math.isfinite(norm), norm))
-    wait, memory, stop = (max(row[column] for row in rows) for column in (4, 5, 6))
+    mine = Message(
+        nll=tally.nll.item(),
+        tokens=tally.tokens,
+        text_bytes=tally.text_bytes,
+        grad_norm=grad_norm,
+        data_wait_s=tally.data_wait_s,
+        peak_memory_bytes=peak_memory_bytes(run.world.device),
+        stop=run.stop.received,
+        start_digest=run.start_digest,
+        sample_digest=sample_digest(tally.sample_ids),
+        seconds=tuple(phases[phase] for phase in COMPUTE),
+        counters=run.stream.meter.take(),
+        budgets=tuple(budgets),
+    )
+    ranks = [Message.unpacked(row) for row in gather_rows(mine.packed())]
+    check_agreement(run, step, ranks)
     # tensor ranks, which are neighbours, count the same tokens
-    score = Score.total(row[:3] for row in rows[:: run.world.mesh.tensor])
-    data = replace(total_counters([row[-COUNTERS:] for row in rows]), data_wait_s=wait)
-    seconds_RP = [row[BUDGETS_END:-COUNTERS] for row in rows]
-    return Totals(score, norm, data, int(memory), bool(stop), seconds_RP, tally.dropped)
+    readers = ranks[:: run.world.mesh.tensor]
+    data = total_counters([astuple(rank.counters) for rank in ranks])
+    return Totals(
+        score=Score.total((rank.nll, rank.tokens, rank.text_bytes) for rank in readers),
+        grad_norm=max((rank.grad_norm for rank in ranks), key=lambda norm: (not math.isfinite(norm), norm)),
+        data=replace(data, data_wait_s=max(rank.data_wait_s for rank in ranks)),
+        peak_memory_bytes=int(max(rank.peak_memory_bytes for rank in ranks)),
+        stop=any(rank.stop for rank in ranks),
+        seconds_RP=[list(rank.seconds) for rank in ranks],
+        dropped=tally.dropped,
+    )
 
 
-def check_agreement(run: Run, step: int, rows: list[list[float]]) -> None:
-    """Every rank's start-up, samples and budgets (columns 7, 8, 9.. up to the phases) are what they must be.
+def check_agreement(run: Run, step: int, ranks: Sequence[Message]) -> None:
+    """Every rank's start-up, samples and budgets are what they must be.
 
     Raises:
         UserError: naming the ranks and their values.
@@ -85,26 +130,28 @@ def check_agreement(run: Run, step: int, rows: list[list[float]]) -> None:
     def per_rank(values: Iterable[float]) -> str:
         return ", ".join(f"rank {rank}: {int(value)}" for rank, value in enumerate(values))
 
-    for micro_step, drawn in enumerate(zip(*(row[9:BUDGETS_END] for row in rows), strict=True)):
+    for micro_step, drawn in enumerate(zip(*(rank.budgets for rank in ranks), strict=True)):
         if min(drawn) != max(drawn):
             raise UserError(
                 f"step {step + 1}, micro-step {micro_step}: the ranks drew different budgets K ({per_rank(drawn)}). "
                 "K is a function of the configuration: start all ranks with the same --config, overrides and version"
             )
-    if len({row[7] for row in rows}) > 1:
+    if len({rank.start_digest for rank in ranks}) > 1:
         raise UserError(
             f"step {step + 1}: the ranks were started differently; digests of configuration, data and version are "
-            f"{per_rank(row[7] for row in rows)}. Start all ranks with the same --config, overrides and version"
+            f"{per_rank(rank.start_digest for rank in ranks)}. Start all ranks with the same --config, overrides and "
+            "version"
         )
     mesh = run.world.mesh
     readers = mesh.sequence * mesh.tensor
     first, last = run.sample_range(step)
     expected = sample_digest(range(first, last + 1))
-    within = all(row[8] == rows[rank // readers * readers][8] for rank, row in enumerate(rows))
-    if not within or sum(row[8] for row in rows[::readers]) % DIGEST_RANGE != expected:
+    found = [rank.sample_digest for rank in ranks]
+    within = all(digest == found[rank // readers * readers] for rank, digest in enumerate(found))
+    if not within or sum(found[::readers]) % DIGEST_RANGE != expected:
         raise UserError(
             f"step {step + 1}: the ranks did not read samples {first}..{last} once each; "
-            f"digests of what they read are {per_rank(row[8] for row in rows)}. This is a fault of megassm"
+            f"digests of what they read are {per_rank(found)}. This is a fault of megassm"
         )
 
 

@@ -17,6 +17,7 @@ from megassm.checkpoint.format import newest_checkpoint
 from megassm.checkpoint.space import pin
 from megassm.data.skipped import LeftOut
 from megassm.eval.score import Score
+from megassm.parallel.phases import Phase
 from megassm.parallel.world import gather_rows, gather_texts, sum_rows
 from megassm.run.directory import METRICS
 from megassm.run.left_out import leave_out, read_left_out
@@ -55,7 +56,7 @@ class Health:
         health = self._run.config.health
         if health.spike_action == "report":
             return False
-        self._run.world.progress.note("agreement on the loss")
+        self._run.world.progress.note("agreement on the loss", phase=Phase.FORWARD)
         limit = self._spikes.limit(budgets) if self._run.world.is_main else 0.0
         rows = gather_rows([tally.nll.item(), tally.tokens, tally.text_bytes, limit])
         loss = Score.total(row[:3] for row in rows[:: self._run.world.mesh.tensor]).loss

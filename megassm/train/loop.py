@@ -27,6 +27,7 @@ from megassm.data.task import Task
 from megassm.errors import UserError
 from megassm.eval.score import Score, score, text_bytes
 from megassm.optim import learning_rate
+from megassm.parallel.phases import Phase
 from megassm.parallel.watchdog import Watchdog
 from megassm.parallel.world import (
     World,
@@ -38,6 +39,7 @@ from megassm.parallel.world import (
     join_world,
     leave_world,
 )
+from megassm.run.directory import FAILURE
 from megassm.run.failures import job_begins, job_ends
 from megassm.run.journal import Row
 from megassm.run.stop import StopRequest
@@ -60,7 +62,9 @@ def pretrain(config: Config, data: Dataset) -> None:
     """
     try:
         world = join_world(config)
-        watchdog = Watchdog((world.rank, world.size), world.progress, config.parallel.timeout_s, Path(config.run.dir))
+        watchdog = Watchdog(
+            (world.rank, world.size), world.progress, config.parallel.timeout_s, Path(config.run.dir, FAILURE)
+        )
         try:
             done = set_up_and_train(config, data, world, watchdog)
         except (UserError, OSError) as error:
@@ -93,7 +97,7 @@ def set_up_and_train(config: Config, data: Dataset, world: World, watchdog: Watc
 def continue_run(config: Config, data: Dataset, world: World, watchdog: Watchdog, request: StopRequest) -> End:
     """From the newest checkpoint, or the beginning, on."""
     run = set_up(config, data, world, request)
-    watchdog.fence = run.fence
+    watchdog.may_write = run.fence.holds
     try:
         if world.is_main:
             job_begins(Path(config.run.dir))
@@ -122,9 +126,9 @@ def train(run: Run) -> End:
         if tally is None:
             return stop(run, step, saved)
         rate = learning_rate(config.optim, config.train, step)
-        note("update")
+        note("update", phase=Phase.UPDATE)
         norm = engine.update(rate)
-        note("agreement of all ranks")
+        note("agreement of all ranks", phase=Phase.UPDATE)
         totals = agree(run, step, budgets, tally, norm)
         stride = stop_stride(totals, engine.micro_steps)
         note("looking at the update")
@@ -166,12 +170,12 @@ def accumulate(run: Run, health: Health, budgets: list[int], stride: int) -> Tal
             return None
         batch = next_batch(run, tally)
         ids_BT, mask_BL = (torch.from_numpy(x).to(run.world.device) for x in (batch.ids_BT, batch.mask_BL))
-        note("forward pass")
+        note("forward pass", phase=Phase.FORWARD)
         nll_BL, objective_BL = engine.training_losses(ids_BT, k)
         tally.nll += (nll_BL.detach() * mask_BL).sum()
         if micro_step + 1 == len(budgets) and health.drops(budgets, tally):
             tally.dropped, objective_BL = True, without_effect(objective_BL)
-        note("backward pass")
+        note("backward pass", phase=Phase.BACKWARD)
         engine.backward(objective_BL, mask_BL)
     return tally
 
@@ -212,9 +216,9 @@ def next_batch(run: Run, tally: Tally) -> MicroBatch:
     One rank of a reader group reads, and hands what it read to the others.
     """
     started = time.perf_counter()
-    run.world.progress.note("reading data")
+    run.world.progress.note("reading data", phase=Phase.DATA)
     own = next(run.batches) if run.world.readers.rank() == 0 else None
-    run.world.progress.note("sharing data")
+    run.world.progress.note("sharing data", phase=Phase.DATA)
     batch = share_batch(own, run.config, run.world)
     tally.data_wait_s += time.perf_counter() - started
     tally.sample_ids += batch.sample_ids_B.tolist()

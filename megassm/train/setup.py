@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megassm import __version__
 from megassm.checkpoint.exported import open_model_folder
-from megassm.checkpoint.format import check_identity, checkpoints_folder, newest_checkpoint, run_identity
+from megassm.checkpoint.format import Checkpoint, check_identity, checkpoints_folder, newest_checkpoint, run_identity
 from megassm.cli.arguments import print_line
 from megassm.config.schema import Config
 from megassm.cost import parameters
@@ -70,10 +70,12 @@ def set_up(config: Config, data: Dataset, world: World, stop: StopRequest | None
     stop = stop or StopRequest()
     fence = enter(Path(config.run.dir), world)
     digest = start_digest(config, data)
-    asked = data.task.asked if data.task else None
-    engine = Engine(config, world, data.document_end(config), start_weights(config, data, world), asked)
     events = Events(Path(config.run.dir), world.is_main, fence)
-    config, done_steps = resume(engine, config, data, events)
+    weights = start_weights(config, data, world)
+    checkpoint = checkpoint_to_continue(config, data, events)
+    config = with_draws(config, checkpoint, world)
+    engine = Engine(config, world, data.document_end(config), weights, data.task.asked if data.task else None)
+    done_steps = 0 if checkpoint is None else restore(engine, checkpoint, events)
     plan = stream_plan(config, world)
     stream = TokenStream(data.train, plan)
     peak, peak_source = peak_flops(config.log.peak_tflops, world.device)
@@ -134,11 +136,11 @@ def start_weights(config: Config, data: Dataset, world: World) -> Iterator[tuple
     return weights
 
 
-def resume(engine: Engine, config: Config, data: Dataset, events: Events) -> tuple[Config, int]:
-    """Loads the newest complete checkpoint of the run, whatever mesh wrote it.
+def checkpoint_to_continue(config: Config, data: Dataset, events: Events) -> Checkpoint | None:
+    """The newest complete checkpoint of the run, whatever mesh wrote it; None for a new run.
 
-    Returns:
-        The configuration with its number of draws, and how many steps are done.
+    Raises:
+        UserError: it is another run's, or there are checkpoints and none can be continued.
     """
     checkpoint, skipped = newest_checkpoint(Path(config.run.dir))
     for reason in skipped:
@@ -148,18 +150,32 @@ def resume(engine: Engine, config: Config, data: Dataset, events: Events) -> tup
             f"{config.run.dir}: has checkpoints, but none that can be continued; move them away to start from the "
             "beginning, or choose another run.dir"
         )
-    if checkpoint is None:
-        return with_draws(config, config.budget.draws or engine.micro_steps), 0
-    manifest = checkpoint.manifest
-    check_identity(checkpoint, run_identity(config, data.train.fingerprint))
-    draws = config.budget.draws or checkpoint.config.budget.draws or engine.micro_steps
-    if engine.micro_steps % draws:
+    if checkpoint is not None:
+        check_identity(checkpoint, run_identity(config, data.train.fingerprint))
+    return checkpoint
+
+
+def with_draws(config: Config, checkpoint: Checkpoint | None, world: World) -> Config:
+    """The configuration with the number of budgets that the run draws an update.
+
+    Raises:
+        UserError: it does not divide the micro-steps that this mesh makes of an update.
+    """
+    micro_steps = config.micro_steps(world.mesh.data)
+    began_with = None if checkpoint is None else checkpoint.config.budget.draws
+    draws = config.budget.draws or began_with or micro_steps
+    if checkpoint is not None and micro_steps % draws:
         raise UserError(
-            f"{checkpoint.folder}: the run draws {draws} budgets a step, but {engine.world.mesh.data} data-parallel "
-            f"ranks with train.micro_batch_sequences = {config.train.micro_batch_sequences} make {engine.micro_steps} "
+            f"{checkpoint.folder}: the run draws {draws} budgets a step, but {world.mesh.data} data-parallel "
+            f"ranks with train.micro_batch_sequences = {config.train.micro_batch_sequences} make {micro_steps} "
             f"micro-steps of it. Choose them so that the micro-steps are a multiple of {draws}, or set budget.draws"
         )
-    read = checkpoint.tensors()
+    return config.model_copy(update={"budget": config.budget.model_copy(update={"draws": draws})})
+
+
+def restore(engine: Engine, checkpoint: Checkpoint, events: Events) -> int:
+    """Loads a checkpoint; returns how many updates are done."""
+    manifest, read = checkpoint.manifest, checkpoint.tensors()
 
     def source(name: str, kind: Kind) -> torch.Tensor:
         engine.world.progress.note("reading the checkpoint")
@@ -168,11 +184,7 @@ def resume(engine: Engine, config: Config, data: Dataset, events: Events) -> tup
     engine.write_state(source, manifest.updates)
     other = "" if engine.shape == manifest.mesh else f", written by {manifest.mesh} and continued by {engine.shape}"
     events.add("resume", manifest.step, f"continuing after step {manifest.step} from {checkpoint.folder}{other}")
-    return with_draws(config, draws), manifest.step
-
-
-def with_draws(config: Config, draws: int) -> Config:
-    return config.model_copy(update={"budget": config.budget.model_copy(update={"draws": draws})})
+    return manifest.step
 
 
 def stream_plan(config: Config, world: World) -> StreamPlan:

@@ -46,7 +46,7 @@ class Stragglers:
             return {}
         typical_RP = np.median(np.stack(self._seconds), axis=0)
         update_s = float(np.median(typical_RP.sum(axis=1)))
-        found = {}
+        found: dict[str, Straggler] = {}
         for column, phase in enumerate(COMPUTE):
             step = self._readers if phase == "data" else 1
             slowest = _slowest(typical_RP[::step, column], update_s)

@@ -12,77 +12,22 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megassm.config.model import ModelConfig, SigmaScale
+from megassm.config.model import ModelConfig
 from megassm.errors import UserError
-from megassm.layers.attention import Attention, KeyValueCache, attention_mask, rope_tables
+from megassm.layers.attention import attention_mask, rope_tables
+from megassm.layers.block import Block
 from megassm.layers.context import Context
-from megassm.layers.ffn import FeedForward
 from megassm.layers.filterbank import FilterBank
-from megassm.layers.spectral import SpectralMixer
+from megassm.layers.state import Continued, DecodingState, Extension
 from megassm.layers.vocabulary import Vocabulary
 from megassm.ops.documents import check_documents, document_numbers
 from megassm.ops.pooling import content_positions, pooled, separators
-
-LayerState = Tensor | KeyValueCache
-"""S x D numbers a sequence for a spectral layer, keys and values for attention."""
-
-
-class DecodingState(NamedTuple):
-    """What a model needs to remember of a text to continue it."""
-
-    position: int
-    """Tokens seen."""
-    layers: list[LayerState]
-
-    @property
-    def nbytes(self) -> int:
-        tensors = (part for layer in self.layers for part in ((layer,) if isinstance(layer, Tensor) else layer))
-        return sum(tensor.nbytes for tensor in tensors)
-
-
-class Block(nn.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x)); a `sigma_scale` of None makes the mixer attention."""
-
-    spectral_mixer: ClassVar[type[SpectralMixer]] = SpectralMixer
-
-    def __init__(self, config: ModelConfig, sigma_scale: SigmaScale | None) -> None:
-        super().__init__()
-        d_model = config.d_model
-        self.mixer_norm = nn.RMSNorm(d_model, eps=config.norm_eps)
-        self.mixer: Any = (
-            Attention(d_model, config.n_heads, config.kv_heads, config.window)
-            if sigma_scale is None
-            else self.spectral_mixer(
-                d_model, config.num_channels, config.mixer_heads, config.gate, config.gate_rescale, sigma_scale
-            )
-        )
-        self.ffn_norm = nn.RMSNorm(d_model, eps=config.norm_eps)
-        self.ffn = FeedForward(d_model, config.d_ffn, config.ffn_width)
-
-    def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
-        x_BLD = x_BLD + self.mixer(context.without_padding(self.mixer_norm(x_BLD)), context)
-        return self._feed_forward(x_BLD, context)
-
-    def prefill(self, x_BLD: Tensor, context: Context) -> tuple[Tensor, LayerState]:
-        """(the block's output, the state after the last position)."""
-        u_BLD = context.without_padding(self.mixer_norm(x_BLD))
-        state = self.mixer.final_state(u_BLD, context)
-        return self._feed_forward(x_BLD + self.mixer(u_BLD, context), context), state
-
-    def step(self, x_BD: Tensor, state: LayerState, context: Context) -> tuple[Tensor, LayerState]:
-        """(the block's output at one position, the state after it)."""
-        y_BD, state = self.mixer.step(self.mixer_norm(x_BD), state, context)
-        return self._feed_forward(x_BD + y_BD, context), state
-
-    def _feed_forward(self, x_BLD: Tensor, context: Context) -> Tensor:
-        out_BLD: Tensor = x_BLD + self.ffn(self.ffn_norm(x_BLD), context.k)
-        return out_BLD
 
 
 class LanguageModel(nn.Module):
@@ -187,38 +132,75 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def prefill(self, ids_BL: Tensor, k: int) -> tuple[Tensor, DecodingState]:
-        """(logits (B, V) of the token after the last, the state that `step` continues from), by the parallel form."""
-        context = self.context(0, ids_BL.shape[1], k)
+        """(logits (B, V) of the token after the last, the state that `step` and `extend` continue from)."""
+        x_BLD, extension = self._extended(ids_BL, None, k)
+        return self.logits(self.head_norm(x_BLD[:, -1])), extension.keep()
+
+    @torch.no_grad()
+    def extend(self, ids_BL: Tensor, state: DecodingState | None, k: int) -> tuple[Tensor, Extension]:
+        """Reads L more tokens of every text by the parallel form; from nothing where `state` is None.
+
+        Returns:
+            (logits (B, L, V) of the tokens after each, what the state after all or some of the L is kept from). Texts
+            that take fewer than L are padded on the right, and the rest of theirs is not kept.
+
+        Raises:
+            UserError: a budget out of range.
+        """
+        x_BLD, extension = self._extended(ids_BL, state, k)
+        return self.logits(self.head_norm(x_BLD)), extension
+
+    def _extended(self, ids_BL: Tensor, state: DecodingState | None, k: int) -> tuple[Tensor, Extension]:
+        batch, length = ids_BL.shape
+        lengths = (0,) * batch if state is None else state.lengths
+        context = self.context(0, length, k) if state is None else self._decoding_context(lengths, length, k)
         x_BLD = self.embed(ids_BL)
-        layers = []
-        for block in cast(list[Block], self.blocks):
-            x_BLD, state = block.prefill(x_BLD, context)
-            layers.append(state)
-        return self.logits(self.head_norm(x_BLD[:, -1])), DecodingState(ids_BL.shape[1], layers)
+        layers: list[Continued] = []
+        for number, block in enumerate(cast(list[Block], self.blocks)):
+            x_BLD, continued = block.extend(x_BLD, None if state is None else state.layers[number], context)
+            layers.append(continued)
+        return x_BLD, Extension(lengths, length, layers)
 
     @torch.no_grad()
     def step(self, ids_B: Tensor, state: DecodingState, k: int) -> tuple[Tensor, DecodingState]:
         """(logits (B, V) of the token after `ids_B`, the state after it); k may differ from step to step."""
-        context = self.context(state.position, 1, k)
+        context = self._decoding_context(state.lengths, 1, k)
         x_BD = self.embed(ids_B)
         layers = []
         for block, layer in zip(cast(list[Block], self.blocks), state.layers, strict=True):
             x_BD, after = block.step(x_BD, layer, context)
             layers.append(after)
-        return self.logits(self.head_norm(x_BD)), DecodingState(state.position + 1, layers)
+        lengths = tuple(seen + 1 for seen in state.lengths)
+        return self.logits(self.head_norm(x_BD)), DecodingState(lengths, layers)
+
+    def _decoding_context(self, lengths: tuple[int, ...], length: int, k: int) -> Context:
+        """For `length` positions after those that each text has; rotary tables (L, P/2), or (B, L, P/2) for texts of
+        different lengths. Whom a query may see is the caches' to say."""
+        self._check_budget(k)
+        if "A" not in self.config.mixers:
+            return Context(k, self.filterbank, None)
+        starts = lengths[:1] if len(set(lengths)) == 1 else lengths
+        device = self.embedding_VD.device
+        positions_BL = torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
+        return Context(k, self.filterbank, self._rope(positions_BL[0] if len(starts) == 1 else positions_BL))
 
     def context(self, first: int, length: int, k: int) -> Context:
         """For `length` positions from `first` on."""
-        if not 1 <= k <= self.config.num_channels:
-            raise UserError(f"budget K = {k}: must be between 1 and this model's K_max = {self.config.num_channels}")
+        self._check_budget(k)
         if "A" not in self.config.mixers:
             return Context(k, self.filterbank, None)
         part, parts = self.part
         start = first + part * length
         positions_L = torch.arange(start, start + length, device=self.embedding_VD.device)
-        rope = rope_tables(positions_L, self.config.d_model // self.config.n_heads, self.config.rope_theta)
         mask = attention_mask(parts * length, self.config.window, None, self.embedding_VD)
-        return Context(k, self.filterbank, rope, mask)
+        return Context(k, self.filterbank, self._rope(positions_L), mask)
+
+    def _check_budget(self, k: int) -> None:
+        if not 1 <= k <= self.config.num_channels:
+            raise UserError(f"budget K = {k}: must be between 1 and this model's K_max = {self.config.num_channels}")
+
+    def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return rope_tables(positions, self.config.d_model // self.config.n_heads, self.config.rope_theta)
 
     def _apart(self, context: Context, documents_BL: Tensor) -> Context:
         """`context` with the documents kept apart."""

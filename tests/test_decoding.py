@@ -6,10 +6,13 @@ from functools import lru_cache
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megassm.eval.generate import Sampling, generate
-from megassm.model import DecodingState, LanguageModel, build_model
+from megassm.layers.state import SLACK, DecodingState, KeyValueCache
+from megassm.model import LanguageModel, build_model
 from tests.conftest import run_python
 from tests.test_model import config
 
@@ -60,6 +63,100 @@ def test_changing_budgets_equal_the_parallel_form_of_one_layer() -> None:
         assert torch.allclose(found[:, position], expected, atol=1e-4)
 
 
+BIG = 1000
+"""More than a chunk, and more than what a window has room for."""
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    pattern=st.sampled_from(("S", "SA")),
+    heads=st.sampled_from((1, 4)),
+    k=st.sampled_from((1, 7, 32)),
+    lengths=st.lists(st.sampled_from((1, 2, 5, 63, 64, 65, 130, 300)), min_size=1, max_size=4),
+)
+@torch.no_grad()
+def test_extending_equals_the_parallel_form(pattern: str, heads: int, k: int, lengths: list[int]) -> None:
+    """A text read in pieces of any length, each from the state before it."""
+    ids_BL, network = text(sum(lengths), 2), model(pattern, heads)
+    expected = network(ids_BL, k)
+    state, found = None, []
+    for piece_BL in ids_BL.split(lengths, dim=1):
+        logits_BLV, extension = network.extend(piece_BL, state, k)
+        found.append(logits_BLV)
+        state = extension.keep()
+    torch.testing.assert_close(torch.cat(found, 1), expected, atol=2e-5, rtol=1e-4)
+    assert state is not None
+    assert state.lengths == (sum(lengths),) * 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    pattern=st.sampled_from(("S", "SA")),
+    rounds=st.lists(st.lists(st.integers(0, 70), min_size=3, max_size=3), min_size=1, max_size=4),
+)
+@torch.no_grad()
+def test_texts_of_a_batch_take_what_they_keep(pattern: str, rounds: list[list[int]]) -> None:
+    """Each text keeps its own share of what was read, and what it did not keep leaves no trace."""
+    network, noise = model(pattern, 4), torch.Generator().manual_seed(2)
+    length = 1 + sum(max(counts) for counts in rounds) + 1
+    ids_BL = text(length, 3)
+    _, state = network.prefill(ids_BL[:, :1], 8)
+    for counts in rounds:
+        wide = max(counts) + 3
+        piece_BL = torch.randint(0, 50, (3, wide), generator=noise)
+        for row, count in enumerate(counts):
+            start = state.lengths[row]
+            piece_BL[row, :count] = ids_BL[row, start : start + count]
+        _, extension = network.extend(piece_BL, state, 8)
+        state = extension.keep(counts)
+    assert state.lengths == tuple(1 + sum(taken) for taken in zip(*rounds, strict=True))
+    last_B = torch.stack([ids_BL[row, state.lengths[row]] for row in range(3)])
+    found, _ = network.step(last_B, state, 8)
+    for row in range(3):
+        expected = network(ids_BL[row : row + 1, : state.lengths[row] + 1], 8)[0, -1]
+        torch.testing.assert_close(found[row], expected, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_states_are_values() -> None:
+    """A state may be continued twice, taken in parts and rewound; an older one still means what it meant."""
+    network, ids_BL = model("SA", 4), text(BIG, 2)
+    _, state = network.prefill(ids_BL[:, :50], 8)
+    states = [state]
+    for position in range(50, 300):
+        _, state = network.step(ids_BL[:, position], state, 8)
+        states.append(state)
+    for number in (0, 17, 120, 249):
+        found, _ = network.step(ids_BL[:, 50 + number], states[number], 8)
+        expected = network(ids_BL[:, : 51 + number], 8)[:, -1]
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    rows = torch.tensor([1, 1, 0])
+    found, _ = network.step(ids_BL[rows, 300], state.take(rows), 8)
+    torch.testing.assert_close(found, network(ids_BL[:, :301], 8)[rows, -1], atol=2e-5, rtol=1e-4)
+    network.extend(text(30, 2), state, 8)
+    state.rewind()
+    logits_BLV, _ = network.extend(ids_BL[:, 300:], state, 8)
+    torch.testing.assert_close(logits_BLV, network(ids_BL, 8)[:, 300:], atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_keys_and_values_are_written_in_place() -> None:
+    network, ids_BL = model("SA", 4), text(BIG)
+    wide = build_model(network.config.model_copy(update={"window": None}), 0).eval()
+    for case, copies in ((wide, 4), (network, BIG // SLACK + 1)):
+        _, state = case.prefill(ids_BL[:, :100], 8)
+        moves, newest = 0, None
+        for position in range(100, BIG):
+            _, state = case.step(ids_BL[:, position], state, 8)
+            cache = state.layers[1]
+            assert isinstance(cache, KeyValueCache)
+            moves += cache.store is not newest
+            newest = cache.store
+        assert moves <= copies
+    assert newest is not None
+    assert newest.key_BGTP.shape[2] <= 99 + SLACK
+
+
 def test_budget_as_a_function_of_the_position() -> None:
     network = build_model(config(pattern="SA"), 0).eval()
     greedy = Sampling(20, temperature=0)
@@ -86,7 +183,7 @@ def test_state_is_small_and_does_not_grow() -> None:
         assert after("S", length).nbytes == network.config.n_layers * network.filterbank.state_size * 32 * 4
     windowed = after("SA", 6000).nbytes
     assert windowed == after("SA", 3000).nbytes
-    attention = 2 * (network.config.window or 0) * 16 * 4  # keys and values of 2 heads of 8, a layer
+    attention = 2 * ((network.config.window or 0) + SLACK) * 16 * 4  # keys and values of 2 heads of 8, a layer
     assert windowed <= after("S", 1).nbytes // 2 + network.config.n_layers // 2 * attention
 
 

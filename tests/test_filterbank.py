@@ -115,7 +115,7 @@ def test_steps_equal_the_parallel_form_from_any_position(seq_len: int, channels:
     for start in (0, 1, 63, 64, 130):
         if start >= u_BLD.shape[1]:
             continue
-        state = bank.final_state(u_BLD[:, :start])
+        state = bank.advance(u_BLD[:, :start], None)
         for t in range(start, u_BLD.shape[1]):
             features, state = bank.step(u_BLD[:, t], state, channels)
             assert torch.allclose(features, expected[:, t], atol=2e-5)
@@ -126,7 +126,7 @@ def test_longer_than_trained(way: str) -> None:
     """All ways continue the filters alike beyond the length they were made for."""
     bank, u_BLD = make(512, 16, way), torch.randn(1, 1500, 2, generator=torch.Generator().manual_seed(0))
     found = bank(u_BLD, 16)
-    state = bank.final_state(u_BLD[:, :1400])
+    state = bank.advance(u_BLD[:, :1400], None)
     for t in range(1400, 1500):
         features, state = bank.step(u_BLD[:, t], state, 16)
         assert torch.allclose(features, found[:, t], atol=5e-5)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megassm.data.tokenizer.base import Tokenizer
 from megassm.errors import UserError
-from megassm.model import DecodingState, LanguageModel
+from megassm.layers.state import DecodingState
+from megassm.model import LanguageModel
 
 Budget = int | Callable[[int], int]
 """K, or the K at which the token at a position (from 0) is processed."""

@@ -18,8 +18,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from megassm.config.model import ModelConfig
 from megassm.errors import UserError
-from megassm.layers.attention import KeyValueCache
-from megassm.model import DecodingState, LanguageModel, LayerState, initial_weights
+from megassm.layers.state import DecodingState
+from megassm.model import LanguageModel, initial_weights
 
 
 class MegaSSMConfig(PretrainedConfig):
@@ -88,7 +88,7 @@ class MegaSSMCache:
         for rows, state in self.groups:
             new_rows, chosen = (beam_idx[:, None] == rows).nonzero(as_tuple=True)
             if len(new_rows):
-                groups.append(Group(new_rows, _take(state, chosen)))
+                groups.append(Group(new_rows, state.take(chosen)))
         self.groups = groups
 
 
@@ -173,7 +173,7 @@ class MegaSSMForCausalLM(PreTrainedModel, GenerationMixin):
         order = torch.cat([group.rows for group in groups]).argsort()
         if "A" not in self.model.config.mixers and len(groups) > 1:  # a state knows no position
             layers = [torch.cat(cast(Any, layer)) for layer in zip(*(state.layers for _, state in groups), strict=True)]
-            state = _take(DecodingState(ids_BL.shape[1], list(layers)), order)
+            state = DecodingState((ids_BL.shape[1],) * len(order), list(layers)).take(order)
             groups = [Group(torch.arange(len(ids_BL), device=ids_BL.device), state)]
         return torch.cat(parts)[order], MegaSSMCache(groups, ids_BL.shape[1])
 
@@ -232,10 +232,3 @@ def _equal_starts(ids_BL: Tensor, mask_BL: Tensor | None, left_only: bool) -> li
     if left_only and bool((ends_B < length).any()):
         raise UserError("padding on the right: there is nothing to continue; use tokenizer.padding_side = 'left'")
     return [((starts_B == start).nonzero()[:, 0], int(start)) for start in starts_B.unique()]
-
-
-def _take(state: DecodingState, rows: Tensor) -> DecodingState:
-    def of(layer: LayerState) -> LayerState:
-        return layer[rows] if isinstance(layer, Tensor) else KeyValueCache(*(part[rows] for part in layer))
-
-    return DecodingState(state.position, [of(layer) for layer in state.layers])

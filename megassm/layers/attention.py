@@ -5,7 +5,7 @@ Shapes: B batch, L length, D width, H query heads, G key-value heads, P dimensio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,23 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megassm.layers.context import Context
-
-
-class KeyValueCache(NamedTuple):
-    """What later queries may still see: rotated keys and values (B, G, T, P)."""
-
-    key_BGTP: Tensor
-    value_BGTP: Tensor
+from megassm.layers.state import KeyValueCache, LayerState
 
 
 def rope_tables(positions_L: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine (L, P/2) of t * theta^(-2i/P) at the positions t, float32."""
     dimensions = torch.arange(0, head_dim, 2, device=positions_L.device, dtype=torch.float32)
-    angles = positions_L.float()[:, None] * theta ** (-dimensions / head_dim)
+    angles = positions_L.float()[..., None] * theta ** (-dimensions / head_dim)
     return angles.cos(), angles.sin()
 
 
-def rotate(x_BHLP: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x_BHLP: Tensor, rope: tuple[Tensor, ...]) -> Tensor:
     """Rotates the pairs (i, i + P/2) of every head by the position's angles."""
     cos, sin = (table.to(x_BHLP.dtype) for table in rope)
     first, second = x_BHLP.chunk(2, dim=-1)
@@ -66,6 +60,18 @@ def attend(query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, mask: Tenso
     )
 
 
+class ContinuedAttention(NamedTuple):
+    """A cache with `length` positions that may be taken back."""
+
+    cache: KeyValueCache
+    length: int
+    window: int | None
+
+    def keep(self, counts: Sequence[int]) -> KeyValueCache:
+        cache = self.cache.keep(self.length, counts)
+        return cache if self.window is None else cache.fitted(self.window)
+
+
 class Attention(nn.Module):
     """u (B, L, D) -> (B, L, D).
 
@@ -73,8 +79,8 @@ class Attention(nn.Module):
         d_model: D, divisible by n_heads.
         n_heads: H, divisible by n_kv_heads.
         n_kv_heads: G.
-        window: tokens a query may look back on, itself included; None for all. Here it bounds what `final_state` and
-            `step` keep; in `forward` the context's mask has it.
+        window: tokens a query may look back on, itself included; None for all. Here it bounds what `extend`
+            looks at and keeps; in `forward` the context's mask has it.
     """
 
     def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, window: int | None) -> None:
@@ -97,26 +103,24 @@ class Attention(nn.Module):
         mixed: Tensor = self.out(mixed_BHLP.transpose(1, 2).flatten(2))
         return mixed
 
-    def final_state(self, u_BLD: Tensor, context: Context) -> KeyValueCache:
-        """The keys and values that positions after u can see."""
+    def extend(self, u_BLD: Tensor, state: LayerState | None, context: Context) -> tuple[Tensor, ContinuedAttention]:
+        """(y (B, L, D) of L positions that follow those of `state`, what a state is kept from)."""
         assert context.rope is not None
-        first = 0 if self.window is None else max(0, u_BLD.shape[1] - self.window + 1)
-        rope = (context.rope[0][first:], context.rope[1][first:])
-        seen_BTD = u_BLD[:, first:]
-        return KeyValueCache(rotate(self._heads(self.key(seen_BTD)), rope), self._heads(self.value(seen_BTD)))
-
-    def step(self, u_BD: Tensor, state: KeyValueCache, context: Context) -> tuple[Tensor, KeyValueCache]:
-        """(y (B, D) of one position, the cache with it); the oldest position leaves a full window."""
-        assert context.rope is not None
-        u_B1D = u_BD[:, None]
-        query_BH1P = rotate(self._heads(self.query(u_B1D)), context.rope)
-        key_BGTP = torch.cat((state.key_BGTP, rotate(self._heads(self.key(u_B1D)), context.rope)), dim=2)
-        value_BGTP = torch.cat((state.value_BGTP, self._heads(self.value(u_B1D))), dim=2)
-        mask = None if context.mask is None else context.mask[..., -key_BGTP.shape[2] :]
-        mixed_BH1P = F.scaled_dot_product_attention(query_BH1P, key_BGTP, value_BGTP, mask, enable_gqa=True)
-        kept = slice(0 if self.window is None else max(0, key_BGTP.shape[2] - self.window + 1), None)
-        cache = KeyValueCache(key_BGTP[:, :, kept], value_BGTP[:, :, kept])
-        return self.out(mixed_BH1P.transpose(1, 2).flatten(2))[:, 0], cache
+        rope = tuple(table[:, None] if table.dim() == 3 else table for table in context.rope)
+        query_BHLP = rotate(self._heads(self.query(u_BLD)), rope)
+        key_BGLP, value_BGLP = rotate(self._heads(self.key(u_BLD)), rope), self._heads(self.value(u_BLD))
+        cache = state if isinstance(state, KeyValueCache) else KeyValueCache.empty(key_BGLP, value_BGLP)
+        cache = cache.append(key_BGLP, value_BGLP, self.window)
+        if state is None:
+            mixed_BHLP = attend(query_BHLP, key_BGLP, value_BGLP, context.mask)
+        else:
+            key_BGTP, value_BGTP, mask = cache.seen(u_BLD.shape[1], self.window)
+            if context.mask is not None:  # padding among what was read before
+                hidden = context.mask[..., -key_BGTP.shape[2] :]
+                mask = hidden if mask is None else hidden.masked_fill(~mask, -torch.inf)
+            mixed_BHLP = F.scaled_dot_product_attention(query_BHLP, key_BGTP, value_BGTP, mask, enable_gqa=True)
+        out_BLD: Tensor = self.out(mixed_BHLP.transpose(1, 2).flatten(2))
+        return out_BLD, ContinuedAttention(cache, u_BLD.shape[1], self.window)
 
     def _heads(self, x_BLE: Tensor) -> Tensor:
         return x_BLE.view(*x_BLE.shape[:-1], -1, self.head_dim).transpose(1, 2)

@@ -236,17 +236,50 @@ class FilterBank(nn.Module):
         change_BSD = self.step_change_SS.to(dtype) @ state_BSD + self.step_input_S.to(dtype)[:, None] * u_B1D
         return features_BKD, state_BSD + change_BSD
 
-    def final_state(self, u_BLD: Tensor) -> Tensor:
-        """The state (B, S, D) after all L positions, in at least float32: what `step` continues from."""
+    def mix_from(self, state_BSD: Tensor, u_BLD: Tensor, weights_BLHK: Tensor, channels_KDE: Tensor) -> Tensor:
+        """`mix` of L positions that follow those of a state: one short chunk of all, or whole chunks."""
+        batch, length, heads, k = weights_BLHK.shape
+        if u_BLD.device.type == "cpu":
+            u_BLD = u_BLD.to(torch.promote_types(u_BLD.dtype, torch.float32))
+        tables, states_BNSD = self.tables(u_BLD.dtype, k), state_BSD[:, None]
+        if length <= CHUNK:
+            z_NID = torch.cat((u_BLD, state_BSD.to(u_BLD.dtype)), dim=1)
+            rows_CKI = torch.cat((tables.rows_CKI[:length, :, :length], tables.rows_CKI[:length, :, CHUNK:]), dim=2)
+        else:
+            own_BNSD = chunk_states(chunked(u_BLD, CHUNK), tables)
+            powers_NSS = chunk_powers(self.transition_SS, own_BNSD.shape[1]).to(state_BSD.dtype)
+            states_BNSD = own_BNSD.to(state_BSD.dtype) + powers_NSS @ states_BNSD
+            z_NID, rows_CKI = chunk_inputs(u_BLD, tables, None, states_BNSD), tables.rows_CKI
+        padding = -length % rows_CKI.shape[0]
+        weights_NCHK = F.pad(weights_BLHK, (0, 0, 0, 0, 0, padding)).reshape(-1, rows_CKI.shape[0], heads, k)
+        mixed_NCE = gated_product(z_NID, rows_CKI, weights_NCHK, channels_KDE)
+        return mixed_NCE.reshape(batch, length + padding, -1)[:, :length]
+
+    def advance(self, u_BLD: Tensor, state_BSD: Tensor | None) -> Tensor:
+        """The state (B, S, D) after L more positions, in at least float32: all that later ones need, at any budget."""
         assert self.state_size
         dtype = torch.promote_types(u_BLD.dtype, torch.float32)
         u_BLD = u_BLD.to(dtype)
-        whole = u_BLD.shape[1] // CHUNK * CHUNK
-        u_BNCD = F.pad(u_BLD[:, :whole], (0, 0, 0, CHUNK)).view(len(u_BLD), -1, CHUNK, u_BLD.shape[2])
-        state_BSD = chunk_states(u_BNCD, self.tables(dtype, 0))[:, -1]
-        for u_BD in u_BLD[:, whole:].unbind(1):
-            _, state_BSD = self.step(u_BD, state_BSD, 0)
+        if state_BSD is None:
+            state_BSD = u_BLD.new_zeros(len(u_BLD), self.state_size, u_BLD.shape[2])
+        whole = u_BLD.shape[1] // CHUNK
+        if whole:
+            u_BNCD = F.pad(u_BLD[:, : whole * CHUNK], (0, 0, 0, CHUNK)).view(len(u_BLD), -1, CHUNK, u_BLD.shape[2])
+            own_BSD = chunk_states(u_BNCD, self.tables(dtype, 0))[:, -1]
+            state_BSD = self._changed(state_BSD, torch.linalg.matrix_power(self.transition_SS, whole)) + own_BSD
+        rest = u_BLD.shape[1] - whole * CHUNK
+        if rest:
+            step_SS = self.step_change_SS + self._identity()
+            own_BSD = self.input_SC[:, CHUNK - rest :].to(dtype) @ u_BLD[:, whole * CHUNK :]
+            state_BSD = self._changed(state_BSD, torch.linalg.matrix_power(step_SS, rest)) + own_BSD
         return state_BSD
+
+    def _changed(self, state_BSD: Tensor, power_SS: Tensor) -> Tensor:
+        """power @ state: a rounded power would lose how near to 1 its eigenvalues are, so its change is rounded."""
+        return state_BSD + (power_SS - self._identity()).to(state_BSD.dtype) @ state_BSD
+
+    def _identity(self) -> Tensor:
+        return torch.eye(self.state_size, dtype=torch.float64, device=self.filters_LK.device)
 
     def tables(self, dtype: torch.dtype, k: int) -> ChunkTables:
         """The chunk's matrices for k filters in `dtype`."""
@@ -262,7 +295,7 @@ class FilterBank(nn.Module):
     def _continued(self, count: int) -> Tensor:
         """(count, K) rows after the last: the response q A1^(i-1) b of the state, so that all ways agree on them."""
         response_SC = self.input_SC.flip(1)  # A1^m b for m = 0..C-1
-        step_SS = self.step_change_SS + torch.eye(self.state_size, dtype=torch.float64, device=self.filters_LK.device)
+        step_SS = self.step_change_SS + self._identity()
         power_SS = torch.linalg.matrix_power(step_SS, self.seq_len - 1)
         rows = []
         for _ in range(0, count, CHUNK):

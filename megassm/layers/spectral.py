@@ -22,7 +22,8 @@ are those of the paper's form, and of the checkpoints there are: channels_KDD is
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ from torch.nn import functional as F
 
 from megassm.config.model import Gate, SigmaScale
 from megassm.layers.context import Context
-from megassm.layers.filterbank import SentState
+from megassm.layers.filterbank import FilterBank, SentState
+from megassm.layers.state import LayerState
 from megassm.ops.mixing import gate_weights, mix_channels, open_weights
 
 
@@ -75,6 +77,25 @@ class MixerSplit(Protocol):
 
     def leave(self, y_BLD: Tensor) -> Tensor:
         """The sum of what all parts give."""
+
+
+class ContinuedSpectral(NamedTuple):
+    """L inputs (B, L, D) that follow a state, of which some may be taken back."""
+
+    filterbank: FilterBank
+    u_BLD: Tensor
+    state_BSD: Tensor | None
+
+    def keep(self, counts: Sequence[int]) -> Tensor:
+        if len(set(counts)) == 1:
+            return self.filterbank.advance(self.u_BLD[:, : counts[0]], self.state_BSD)
+        kept: dict[int, Tensor] = {}
+        for count in set(counts):
+            rows = [row for row, other in enumerate(counts) if other == count]
+            before = None if self.state_BSD is None else self.state_BSD[rows]
+            after_BSD = self.filterbank.advance(self.u_BLD[rows, :count], before)
+            kept.update(zip(rows, after_BSD, strict=True))
+        return torch.stack([kept[row] for row in range(len(counts))])
 
 
 class SpectralMixer(nn.Module):
@@ -126,10 +147,15 @@ class SpectralMixer(nn.Module):
         direct_BLD = self._direct(u_BLD)  # while the state is under way
         return direct_BLD + self._out(self._mixed(u_BLD, weights_BLHK, context, sent))
 
-    def final_state(self, u_BLD: Tensor, context: Context) -> Tensor:
-        """The state (B, S, D) after u: all that later positions need, at any budget."""
+    def extend(self, u_BLD: Tensor, state: LayerState | None, context: Context) -> tuple[Tensor, ContinuedSpectral]:
+        """(y (B, L, D) of L positions that follow those of `state`, what a state is kept from)."""
         assert context.filterbank is not None
-        return context.filterbank.final_state(u_BLD)
+        assert state is None or isinstance(state, Tensor)
+        if state is None:
+            y_BLD = self(u_BLD, context)
+        else:
+            y_BLD = self._direct(u_BLD) + self._out(self._mixed_from(state, u_BLD, context))
+        return y_BLD, ContinuedSpectral(context.filterbank, u_BLD, state)
 
     def step(self, u_BD: Tensor, state_BSD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """(y (B, D) of one position, the state after it)."""
@@ -149,6 +175,11 @@ class SpectralMixer(nn.Module):
         assert context.filterbank is not None
         channels_KDP = self.channels_KDD[: context.k]
         return context.filterbank.mix(u_BLD, weights_BLHK, channels_KDP, context.segments, sent)
+
+    def _mixed_from(self, state_BSD: Tensor, u_BLD: Tensor, context: Context) -> Tensor:
+        assert context.filterbank is not None
+        channels_KDP = self.channels_KDD[: context.k]
+        return context.filterbank.mix_from(state_BSD, u_BLD, self._weights(u_BLD, context), channels_KDP)
 
     def _mixed_features(self, features_BLKD: Tensor, weights_BLHK: Tensor) -> Tensor:
         return mix_channels(features_BLKD, weights_BLHK, self.channels_KDD[: features_BLKD.shape[2]])

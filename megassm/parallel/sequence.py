@@ -26,7 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megassm.layers.attention import Attend, Attention
-from megassm.model import Block, LanguageModel
+from megassm.layers.block import Block
+from megassm.model import LanguageModel
 from megassm.parallel.link import Link
 from megassm.parallel.world import Group
 

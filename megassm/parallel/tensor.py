@@ -30,9 +30,10 @@ from torch import Tensor, nn
 
 from megassm.config.model import ModelConfig
 from megassm.layers.attention import Attend, Attention
+from megassm.layers.block import Block
 from megassm.layers.spectral import SpectralMixer
 from megassm.layers.vocabulary import Vocabulary
-from megassm.model import Block, LanguageModel, parameter_shapes
+from megassm.model import LanguageModel, parameter_shapes
 from megassm.parallel.link import Link
 from megassm.parallel.world import Group
 

@@ -27,8 +27,9 @@ from megassm.config.schema import Config
 from megassm.cost import LayerKind, forward_flops_by_kind
 from megassm.data.dataset import Dataset
 from megassm.data.stream import TokenStream
+from megassm.layers.block import Block
 from megassm.layers.spectral import SpectralMixer
-from megassm.model import Block, LanguageModel
+from megassm.model import LanguageModel
 from megassm.optim import learning_rate
 from megassm.parallel.engine import Engine
 from megassm.train.setup import stream_plan

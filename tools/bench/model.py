@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from megassm.config.model import ModelConfig
 from megassm.cost import mixer_parameters, parameters, training_flops_per_token
 from megassm.eval.measure import peak_tensor_bytes, timed_seconds
+from megassm.layers.block import Block
 from megassm.layers.context import Context
-from megassm.model import Block, LanguageModel, build_model, losses_at
+from megassm.model import LanguageModel, build_model, losses_at
 from megassm.run.journal import peak_flops
 from tools.bench.peers import peer_layer, why_no_peer
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megassm.config.model import ModelConfig
-from megassm.model import Block, LanguageModel, build_model
+from megassm.layers.block import Block
+from megassm.model import LanguageModel, build_model
 
 Peer = Literal["mamba2", "early_exit"]
 

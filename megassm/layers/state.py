@@ -1,0 +1,177 @@
+"""What layers remember of a text, so that it can be continued by any number of tokens, and taken back.
+
+A spectral layer's state is S x D numbers a sequence; an attention layer's the keys and values that later queries may
+see. States are values: a step gives a new one and leaves the old one as it was. Keys and values are nevertheless
+written in place, into room kept for them: only a state that is continued twice pays for a copy, unless it says first
+that nothing else is left of what came after it (`DecodingState.rewind`).
+
+Shapes: B batch, L length, D width, S states, G key-value heads, P dimensions a head, T positions held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+SLACK = 64
+"""Positions that a window has room for beyond those it needs, so that it is moved to the front once in so many."""
+
+
+@dataclass
+class _Store:
+    """Room for keys and values (B, G, room, P), and how many positions of each sequence the newest state holds."""
+
+    key_BGTP: Tensor
+    value_BGTP: Tensor
+    newest: tuple[int, ...]
+
+    def moved(self, firsts: Sequence[int], used: Sequence[int], room: int) -> _Store:
+        """A copy with room for `room` positions, of positions first..used of each sequence."""
+        size = (*self.key_BGTP.shape[:2], room, self.key_BGTP.shape[3])
+        store = _Store(self.key_BGTP.new_zeros(size), self.value_BGTP.new_zeros(size), ())
+        for row, (first, end) in enumerate(zip(firsts, used, strict=True)):
+            store.key_BGTP[row, :, : end - first] = self.key_BGTP[row, :, first:end]
+            store.value_BGTP[row, :, : end - first] = self.value_BGTP[row, :, first:end]
+        store.newest = tuple(end - first for first, end in zip(firsts, used, strict=True))
+        return store
+
+
+class KeyValueCache(NamedTuple):
+    """The rotated keys and the values of the last `used` positions of each sequence."""
+
+    store: _Store
+    used: tuple[int, ...]
+
+    @classmethod
+    def empty(cls, key_BGLP: Tensor, value_BGLP: Tensor) -> KeyValueCache:
+        """Holds nothing, of as many sequences and heads as these."""
+        room = (*key_BGLP.shape[:2], 0, key_BGLP.shape[3])
+        nothing = (0,) * len(key_BGLP)
+        return cls(_Store(key_BGLP.new_zeros(room), value_BGLP.new_zeros(room), nothing), nothing)
+
+    def append(self, key_BGLP: Tensor, value_BGLP: Tensor, window: int | None) -> KeyValueCache:
+        """With L more positions of every sequence; what no later query can see makes room for them."""
+        store, used, length = self.store, self.used, key_BGLP.shape[2]
+        room = store.key_BGTP.shape[2]
+        if max(used) + length > room:
+            firsts = [0 if window is None else max(0, count - window + 1) for count in used]
+            needed = length + max(count - first for first, count in zip(firsts, used, strict=True))
+            grown = max(needed, 2 * room) if window is None else max(needed, window - 1 + SLACK)
+            store = store.moved(firsts, used, grown)
+            used = store.newest
+        elif store.newest != used:  # another state has been continued from here
+            store = store.moved([0] * len(used), used, room)
+        if len(set(used)) == 1:
+            store.key_BGTP[:, :, used[0] : used[0] + length] = key_BGLP
+            store.value_BGTP[:, :, used[0] : used[0] + length] = value_BGLP
+        else:
+            for row, first in enumerate(used):
+                store.key_BGTP[row, :, first : first + length] = key_BGLP[row]
+                store.value_BGTP[row, :, first : first + length] = value_BGLP[row]
+        store.newest = tuple(count + length for count in used)
+        return KeyValueCache(store, store.newest)
+
+    def seen(self, length: int, window: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(keys, values, mask) that the last `length` positions of each sequence look at.
+
+        The mask is True where a query may look, (L, T) or (B, 1, L, T); None where all may look at all.
+        """
+        before = [count - length for count in self.used]
+        first = 0 if window is None else max(0, min(before) - window + 1)
+        span = slice(first, max(self.used))
+        key_BGTP, value_BGTP = self.store.key_BGTP[:, :, span], self.store.value_BGTP[:, :, span]
+        alike = len(set(before)) == 1
+        if length == 1 and alike:
+            return key_BGTP, value_BGTP, None
+        device = key_BGTP.device
+        starts_B = torch.tensor(before[:1] if alike else before, device=device)
+        queries_BL1 = (starts_B[:, None] + torch.arange(length, device=device))[..., None]
+        age_BLT = queries_BL1 - torch.arange(first, span.stop, device=device)
+        seen_BLT = (age_BLT >= 0) & (age_BLT < (window or span.stop))
+        return key_BGTP, value_BGTP, seen_BLT[0] if alike else seen_BLT[:, None]
+
+    def keep(self, length: int, counts: Sequence[int]) -> KeyValueCache:
+        """Without all but the first `counts` of the last `length` positions, which are gone for good."""
+        used = tuple(count - length + kept for count, kept in zip(self.used, counts, strict=True))
+        self.store.newest = used
+        return KeyValueCache(self.store, used)
+
+    def fitted(self, window: int) -> KeyValueCache:
+        """In no more room than a window needs: a long text that was read at once has taken more."""
+        room = window - 1 + SLACK
+        if self.store.key_BGTP.shape[2] <= room:
+            return self
+        firsts = [max(0, count - window + 1) for count in self.used]
+        store = self.store.moved(firsts, self.used, room)
+        return KeyValueCache(store, store.newest)
+
+    def rewind(self) -> None:
+        self.store.newest = self.used
+
+    def take(self, rows: Tensor) -> KeyValueCache:
+        used = tuple(self.used[row] for row in rows.tolist())
+        store = _Store(self.store.key_BGTP[rows], self.store.value_BGTP[rows], used)
+        return KeyValueCache(store, used)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the room, used or not."""
+        return self.store.key_BGTP.nbytes + self.store.value_BGTP.nbytes
+
+
+LayerState = Tensor | KeyValueCache
+"""(B, S, D) of a spectral layer; keys and values of attention."""
+
+
+class Continued(Protocol):
+    """What a layer has read of L more positions, not yet decided on."""
+
+    def keep(self, counts: Sequence[int]) -> LayerState:
+        """The state after the first `counts` positions of each sequence."""
+
+
+class DecodingState(NamedTuple):
+    """What a model needs to remember of the texts of a batch to continue them."""
+
+    lengths: tuple[int, ...]
+    """Tokens seen of each."""
+    layers: list[LayerState]
+
+    @property
+    def position(self) -> int:
+        """Tokens seen of the longest."""
+        return max(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    def rewind(self) -> None:
+        """Says that no state that came after this one will be used again: continuing from here costs no copy then."""
+        for layer in self.layers:
+            if isinstance(layer, KeyValueCache):
+                layer.rewind()
+
+    def take(self, rows: Tensor) -> DecodingState:
+        """The state of some of the texts, in the order of `rows`, one of them perhaps several times."""
+        layers = [layer[rows] if isinstance(layer, Tensor) else layer.take(rows) for layer in self.layers]
+        return DecodingState(tuple(self.lengths[row] for row in rows.tolist()), layers)
+
+
+class Extension(NamedTuple):
+    """L more tokens of every text, read but not yet decided on: see `LanguageModel.extend`."""
+
+    before: tuple[int, ...]
+    """Tokens seen of each text until then."""
+    length: int
+    layers: list[Continued]
+
+    def keep(self, counts: Sequence[int] | None = None) -> DecodingState:
+        """The state after the first `counts` of the L tokens of each text, or after all; to be called once."""
+        kept = (self.length,) * len(self.before) if counts is None else tuple(counts)
+        lengths = tuple(seen + count for seen, count in zip(self.before, kept, strict=True))
+        return DecodingState(lengths, [layer.keep(kept) for layer in self.layers])

@@ -11,7 +11,7 @@ help:
 	@echo "                    (TEXT='my notes/' GLOB='*.md' for your own)"
 	@echo "make test           all tests"
 	@echo "make test-kernels   all tests as three kinds of processor would run them"
-	@echo "make lint           ruff, mypy --strict, import contracts"
+	@echo "make lint           ruff, mypy --strict, import contracts, sizes of files and functions"
 	@echo "make setup          the virtual environment in $(VENV) only, with all that development needs"
 	@echo "make check-install  what a package index would install for each Python here; installs nothing"
 
@@ -46,6 +46,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/check_sizes.py
 
 check-install:
 	tools/check_install.sh

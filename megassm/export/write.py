@@ -58,16 +58,8 @@ def export_models(
         UserError: a budget beyond K_max, a folder with something else in it, no validation text, or a file that does
             not compute what the model does.
     """
-    if session.data.task is not None:
-        rule = f"task {session.data.task.name!r} has no text to prompt it with, so it is not exported"
-        raise UserError(f"{session.run_dir}: {rule}; tools/sweep_budgets.py measures it at every budget")
     seq_len = plan.seq_len or session.config.model.seq_len
-    for k, folder in folders.items():
-        resized(session.config.model, k, seq_len)
-        _check_replaceable(folder)
-    batches = session.validation(plan.sequences, seq_len)
-    if not batches:
-        raise UserError("no validation text to check the files with: prepare the data with a --valid-fraction")
+    batches = _text_to_check_with(session, folders, plan.sequences, seq_len)
     k_max = session.config.model.num_channels
     whole = _in_float64(session.model, plan.dtype)
     full = _bits_per_byte(session, rederived(session.model, k_max, seq_len), batches)
@@ -96,6 +88,22 @@ def export_models(
         card = model_card(open_model_folder(model.folder), exported, origin)
         write_atomically(model.folder / "README.md", card.encode())
     return exported
+
+
+def _text_to_check_with(
+    session: Session, folders: Mapping[int, Path], sequences: int, seq_len: int
+) -> Sequence[MicroBatch]:
+    """Validation text, after everything that can be said before a file is written has been checked."""
+    if session.data.task is not None:
+        rule = f"task {session.data.task.name!r} has no text to prompt it with, so it is not exported"
+        raise UserError(f"{session.run_dir}: {rule}; tools/sweep_budgets.py measures it at every budget")
+    for k, folder in folders.items():
+        resized(session.config.model, k, seq_len)
+        _check_replaceable(folder)
+    batches = session.validation(sequences, seq_len)
+    if not batches:
+        raise UserError("no validation text to check the files with: prepare the data with a --valid-fraction")
+    return batches
 
 
 def resized(config: ModelConfig, k: int, seq_len: int) -> ModelConfig:

@@ -34,6 +34,14 @@ from megassm.layers.block import Block
 from megassm.layers.spectral import SpectralMixer
 from megassm.layers.vocabulary import Vocabulary
 from megassm.model import LanguageModel, parameter_shapes
+from megassm.parallel.collectives import (
+    EnterMixer,
+    SplitCrossEntropy,
+    SplitDivergence,
+    all_reduce,
+    spread,
+    summed,
+)
 from megassm.parallel.link import Link
 from megassm.parallel.world import Group
 
@@ -171,7 +179,7 @@ class _SpreadInput:
     link: Link
 
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (_spread(inputs[0], self.link.group), *inputs[1:])
+        return (spread(inputs[0], self.link.group), *inputs[1:])
 
 
 @dataclass(frozen=True)
@@ -181,7 +189,7 @@ class _SumOutput:
     link: Link
 
     def __call__(self, _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return _sum(output, self.link.group)
+        return summed(output, self.link.group)
 
 
 @dataclass(frozen=True)
@@ -208,11 +216,11 @@ class SplitMixer:
         heads, place = self.config.mixer_heads, (self.link.size, self.link.rank)
         channels = slice(*bounds(self.config.d_model, *place))
         mine = slice(0, 1) if heads == 1 else slice(*bounds(heads, *place))
-        both: tuple[Tensor, Tensor] = _EnterMixer.apply(u_BLD, weights_BLHK, channels, mine, self.link.group)  # type: ignore[no-untyped-call]
+        both: tuple[Tensor, Tensor] = EnterMixer.apply(u_BLD, weights_BLHK, channels, mine, self.link.group)  # type: ignore[no-untyped-call]
         return both
 
     def leave(self, y_BLD: Tensor) -> Tensor:
-        return _sum(y_BLD, self.link.group)
+        return summed(y_BLD, self.link.group)
 
 
 @dataclass(frozen=True)
@@ -224,7 +232,7 @@ class OneHead:
     whole: Attend
 
     def __call__(self, query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, mask: Tensor | None) -> Tensor:
-        both_BGLQ = _spread(torch.cat((key_BGLP, value_BGLP), dim=-1), self.link.group)
+        both_BGLQ = spread(torch.cat((key_BGLP, value_BGLP), dim=-1), self.link.group)
         key_B1LP, value_B1LP = both_BGLQ[:, self.head : self.head + 1].chunk(2, dim=-1)
         return self.whole(query_BHLP, key_B1LP, value_B1LP, mask)
 
@@ -241,134 +249,27 @@ class SplitVocabulary(Vocabulary):
         start, stop = self.ids
         mine = (ids >= start) & (ids < stop)
         rows = super().embed((ids - start).where(mine, 0), embedding_VD)
-        return _sum(rows * mine[..., None].to(rows.dtype), self.link.group)
+        return summed(rows * mine[..., None].to(rows.dtype), self.link.group)
 
     def logits(self, x: Tensor, head_VD: Tensor) -> Tensor:
-        return super().logits(_spread(x, self.link.group), head_VD)
+        return super().logits(spread(x, self.link.group), head_VD)
 
     def losses(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
         logits_NV, targets_N = logits_BLV.flatten(0, 1).float(), targets_BL.flatten() - self.first_output
-        losses: Tensor = _SplitCrossEntropy.apply(logits_NV, targets_N, self.link.group)  # type: ignore[no-untyped-call]
+        losses: Tensor = SplitCrossEntropy.apply(logits_NV, targets_N, self.link.group)  # type: ignore[no-untyped-call]
         return losses.view_as(targets_BL)
 
     @torch.no_grad()
     def hits(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
         group, start = self.link.group, self.first_output
-        best_BLV = logits_BLV == _all_reduce(logits_BLV.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
+        best_BLV = logits_BLV == all_reduce(logits_BLV.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
         mine_BL = (targets_BL >= start) & (targets_BL < start + logits_BLV.shape[-1])
         hit_BL1 = best_BLV.gather(-1, (targets_BL - start).where(mine_BL, 0)[..., None])
-        hit_BL, count_BL = _all_reduce(torch.stack((hit_BL1[..., 0] & mine_BL, best_BLV.sum(-1))).float(), group)
+        hit_BL, count_BL = all_reduce(torch.stack((hit_BL1[..., 0] & mine_BL, best_BLV.sum(-1))).float(), group)
         hits_BL: Tensor = hit_BL / count_BL
         return hits_BL
 
     def divergences(self, logits_BLV: Tensor, teacher_BLV: Tensor, temperature: float) -> Tensor:
         student_BLV, teacher_BLV = (part.float() / temperature for part in (logits_BLV, teacher_BLV))
-        divergences: Tensor = _SplitDivergence.apply(student_BLV, teacher_BLV, self.link.group)  # type: ignore[no-untyped-call]
+        divergences: Tensor = SplitDivergence.apply(student_BLV, teacher_BLV, self.link.group)  # type: ignore[no-untyped-call]
         return temperature**2 * divergences
-
-
-def _spread(x: Tensor, group: Group) -> Tensor:
-    """The same x on all ranks of the group; backward, its gradients are summed."""
-    spread: Tensor = _Spread.apply(x, group)  # type: ignore[no-untyped-call]
-    return spread
-
-
-def _sum(x: Tensor, group: Group) -> Tensor:
-    """The sum of the ranks' x; backward, the gradient is that of each."""
-    total: Tensor = _Sum.apply(x, group)  # type: ignore[no-untyped-call]
-    return total
-
-
-def _all_reduce(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    x = x.contiguous()
-    dist.all_reduce(x, op=op, group=group)
-    return x
-
-
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grads[0].clone(), ctx.group), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return _all_reduce(x.clone(), group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-class _EnterMixer(torch.autograd.Function):
-    """(this rank's channels of u, its heads' weights); backward, one message carries the gradients of both.
-
-    The message is (D + H K) wide and in u's dtype: the gate's H K numbers ride along with u's D.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, u_BLD: Tensor, weights_BLHK: Tensor, channels: slice, heads: slice, group: Group
-    ) -> tuple[Tensor, Tensor]:
-        ctx.mine, ctx.group = (channels, heads), group
-        ctx.width, ctx.heads = u_BLD.shape[-1], weights_BLHK.shape[2]
-        return u_BLD[..., channels].contiguous(), weights_BLHK[:, :, heads].clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        (du_BLd, dweights_BLhK), (channels, heads) = grads, ctx.mine
-        shape = (ctx.heads, dweights_BLhK.shape[-1])
-        both = du_BLd.new_zeros(*du_BLd.shape[:-1], ctx.width + shape[0] * shape[1])
-        both[..., : ctx.width][..., channels] = du_BLd
-        torch.unflatten(both[..., ctx.width :], -1, shape)[:, :, heads] = dweights_BLhK
-        both = _all_reduce(both, ctx.group)
-        dweights_BLHK = torch.unflatten(both[..., ctx.width :], -1, shape).to(dweights_BLhK.dtype)
-        return both[..., : ctx.width], dweights_BLHK, None, None, None
-
-
-class _SplitCrossEntropy(torch.autograd.Function):
-    """Cross-entropy (N,) from each rank's columns of the logits; `targets_N` count from the rank's first column."""
-
-    @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, group: Group) -> Tensor:
-        top_N = _all_reduce(logits_NV.amax(dim=-1), group, dist.ReduceOp.MAX)
-        shifted_NV = logits_NV - top_N[:, None]
-        mine_N = (targets_N >= 0) & (targets_N < logits_NV.shape[-1])
-        column_N1 = targets_N.where(mine_N, 0)[:, None]
-        target_N = shifted_NV.gather(1, column_N1)[:, 0] * mine_N
-        exp_NV = shifted_NV.exp_()
-        totals_2N = _all_reduce(torch.stack((exp_NV.sum(dim=-1), target_N)), group)
-        ctx.save_for_backward(exp_NV.div_(totals_2N[0][:, None]), mine_N, column_N1)
-        return totals_2N[0].log() - totals_2N[1]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        softmax_NV, mine_N, column_N1 = ctx.saved_tensors
-        dlogits_NV = softmax_NV.scatter_add(1, column_N1, -mine_N.to(softmax_NV.dtype)[:, None])
-        return dlogits_NV * grads[0][:, None], None, None
-
-
-class _SplitDivergence(torch.autograd.Function):
-    """KL(teacher || student) (B, L) from each rank's columns of both logits; the teacher gets no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, student_BLV: Tensor, teacher_BLV: Tensor, group: Group) -> Tensor:
-        both = torch.stack((student_BLV, teacher_BLV))
-        top = _all_reduce(both.amax(dim=-1), group, dist.ReduceOp.MAX)
-        both -= top[..., None]
-        totals = _all_reduce(both.exp().sum(dim=-1), group)
-        both -= totals.log()[..., None]
-        teacher_BLV = both[1].exp()
-        ctx.save_for_backward(both[0].exp() - teacher_BLV)
-        return _all_reduce((teacher_BLV * (both[1] - both[0])).sum(dim=-1), group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (difference_BLV,) = ctx.saved_tensors
-        return difference_BLV * grads[0][..., None], None, None

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit, urlunsplit
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*[^\s'\"<>:;,.)]")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s'\"<>]*[^\s'\"<>:;,.)]")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 HIDDEN = "..."
 
 
@@ -16,12 +17,18 @@ class UserError(ValueError):
     """A refusal that a user can act on.
 
     The message names the place, the value, the rule and the way out; what may be secret in a URL is taken
-    out of it here, whoever wrote it. Entry points print it without a traceback and exit with code 1 (see
-    `megassm.cli.arguments.run_tool`); anything else that escapes is a bug of ours.
+    out of it here, and control characters are shown, whoever wrote it. Entry points print it without a traceback and
+    exit with code 1 (see `megassm.cli.arguments.run_tool`); anything else that escapes is a bug of ours.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(redacted(message))
+        super().__init__(visible(redacted(message)))
+
+
+def visible(text: str) -> str:
+    """A text from outside for a terminal: control characters but newline and tab, and marks that reorder what is
+    written, as \\x1b or \\u202e. What a terminal would obey is seen instead."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def scheme_of(place: str) -> str:
@@ -33,7 +40,10 @@ def without_secrets(place: str) -> str:
     """A URL without user, password, query and fragment; a path as it is."""
     if not scheme_of(place):
         return place
-    parts = urlsplit(place)
+    try:
+        parts = urlsplit(place)
+    except ValueError:  # no URL after all, such as http://[::1
+        return f"{scheme_of(place)}://{HIDDEN}"
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
@@ -43,6 +53,9 @@ def redacted(text: str) -> str:
 
 
 def _redacted_url(url: str) -> str:
-    parts = urlsplit(url)
     shown = without_secrets(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return shown
     return f"{shown}?{HIDDEN}" if parts.query or parts.fragment else shown

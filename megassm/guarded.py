@@ -19,13 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from megassm.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from ruamel.yaml.nodes import Node
 
 JSON_BYTES = 2**28
@@ -44,6 +44,8 @@ NPZ_EXPANSION = 8
 TAR_HEADER_BYTES = 2**20
 """Of a long name or of PAX's attributes of one member."""
 NAME_IN_FOLDER = re.compile(r"[^\x00-\x1f\x7f-\x9f\\]+")
+
+_MANY_DASHES = re.compile(rf"(?m)^[ \t]*(?:[-?][ \t]+){{{YAML_DEPTH}}}")
 
 T = TypeVar("T")
 
@@ -145,6 +147,8 @@ def compose_yaml(text: str) -> Node | None:
 
     if len(text) > YAML_BYTES:
         raise ValueError(f"{len(text):,} characters, at most {YAML_BYTES:,} are read")
+    if _deepest(text) > YAML_DEPTH or _MANY_DASHES.search(text):
+        raise ValueError(f"nested too deeply: more than {YAML_DEPTH} deep")  # ruamel's time grows with the square of it
     try:
         root: Node | None = YAML(typ="safe", pure=True).compose(text)
         if root is not None and (values := _values_below(root, {}, 0)) > YAML_VALUES:
@@ -220,8 +224,10 @@ def load_npy(raw: bytes) -> npt.NDArray[Any]:
     Raises:
         ValueError: it is none.
     """
+    from numpy.lib import format as npy
+
     try:
-        return np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False, max_header_size=2**14)
+        return npy.read_array(io.BytesIO(raw), allow_pickle=False, max_header_size=2**14)
     except Exception as error:  # of many types, whatever the header leads numpy to
         raise ValueError(f"not an array ({type(error).__name__}: {_short(error)})") from None
 
@@ -285,6 +291,15 @@ def _check_attributes(file: IO[bytes], size: int, offset: int) -> None:
 
 def _column(packed: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
     return load_npy(packed.read(f"{name}.npy"))
+
+
+def _deepest(text: str) -> int:
+    """How many brackets are open at once, those in quoted text and comments among them."""
+    deepest = depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _may_be_deep(raw: bytes | str) -> bool:

@@ -3,17 +3,30 @@ outside of it."""
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
 import os
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from megassm.checkpoint.format import FORMAT, MANIFEST, Manifest, read_checkpoint
-from megassm.errors import UserError
+from megassm.cli.arguments import budget_list
+from megassm.config.load import load_config
+from megassm.config.source import ConfigError
+from megassm.data.stores import open_store
+from megassm.errors import UserError, visible
 from megassm.files import open_own, write_atomically
-from megassm.run.events import append_event
-from megassm.run.records import RowFile
+from megassm.guarded import LINE_BYTES
+from megassm.report.live import LiveRun
+from megassm.report.run_files import read_knobs
+from megassm.report.terminal import frame
+from megassm.run.events import append_event, read_events
+from megassm.run.failures import check_failures
+from megassm.run.records import RowFile, cut_after, newest_row, read_rows
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -89,3 +102,105 @@ def test_a_manifest_is_what_it_should_be(text: str, tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match="use another checkpoint"):
         read_checkpoint(tmp_path)
+
+
+ROWS = [b'{"step": 1, "loss": 2.5}\n', b'{"step": 2, "loss": 2.4, "tokens": 20}\n']
+NO_ROWS = [
+    b"[[[\n", b"[" * 2000 + b"\n", b"\xff\xfe\n", b"{}\n", b'{"step": 1e999}\n', b'{"step": "x"}\n', b'{"step": 0}\n',
+    b'{"step": 3, "loss": "low"}\n', b'{"step": 3, "tokens": [1]}\n', b'{"step": 3, "valid": {"a": 1}}\n',
+    b'{"step": 3, "valid": 5}\n', b'{"step": 3, "step_s": NaN}\n', b'{"step": ' + b"9" * 5000 + b"}\n",
+    json.dumps({"step": 3, "phases_s": {str(n): 1.0 for n in range(100_000)}}).encode() + b"\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", NO_ROWS, ids=lambda line: line[:20])
+def test_a_line_that_is_no_row_is_passed_over(line: bytes, tmp_path: Path) -> None:
+    """By watch, report and resume alike."""
+    (tmp_path / "metrics.jsonl").write_bytes(ROWS[0] + line + ROWS[1] + line)
+    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2]
+    assert (newest_row(tmp_path / "metrics.jsonl") or {})["step"] == 2
+    run = LiveRun(tmp_path)
+    while run.look().read_share < 1:
+        pass
+    assert run.history.rows == 2
+    cut_after(tmp_path / "metrics.jsonl", 1)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == ROWS[0]
+
+
+def test_a_line_without_an_end_is_not_kept(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(ROWS[0] + b"x" * (3 * LINE_BYTES) + b"\n" + ROWS[1])
+    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2]
+    run = LiveRun(tmp_path)
+    while run.look().read_share < 1:
+        pass
+    assert run.history.rows == 2
+
+
+BOMB = "a: &a [1,1,1,1,1,1,1,1]\n" + "".join(
+    f"{new}: &{new} [{','.join([f'*{old}'] * 8)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+NO_YAML = [
+    BOMB,
+    "[" * 1500,
+    "a: &a [*a]",
+    "\xff",
+    "a: !!bool 5",
+    "a: !!python/object:os.system x",
+    "x: 1\n" * 60_000,
+    "- " * 900,
+]
+
+
+@pytest.mark.parametrize("text", NO_YAML, ids=lambda text: text[:20])
+def test_a_configuration_that_is_a_bomb_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        load_config(path)
+    assert len(str(read_knobs(tmp_path))) < 1000, "as watch and report read it"
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train.compile=!!bool 5", "train.steps=-0x" + "F" * 5000, "train.steps=" + "[" * 3000,
+     "model.n_layers=0xffffffffffffffffffff",
+     "model.n_layers=1000000000", "model.vocab_size=10000000000", "model.seq_len=1000000000", "train.steps=&a [*a]",
+     "train.steps=" + "9" * 5000, "train.steps=!!int x", "train.steps=!!timestamp x", "train.steps=*a",
+     "model.pattern=" + "S" * 99_999],
+    ids=lambda text: text[:30],
+)  # fmt: skip
+def test_an_override_is_no_bomb(override: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(ROOT / "configs/tiny.yaml", [override])
+
+
+@pytest.mark.parametrize("name", ["failures.jsonl", "failure.txt", "environment.json", "events.jsonl"])
+@pytest.mark.parametrize(
+    "text", [b"{}\n", b"[]\n", b"\xff", b"[" * 2000, b'{"failed": "x"}\n', b'{"time": 1e300, "kind": 1}\n']
+)
+def test_what_lies_in_a_run_directory_may_be_anything(name: str, text: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(text)
+    check_failures(tmp_path, tmp_path / "metrics.jsonl", tmp_path / "none", 3)
+    run = LiveRun(tmp_path).look()
+    Console(file=io.StringIO(), width=100).print(frame(run, 100))
+    assert list(read_events(tmp_path)) == []
+
+
+@pytest.mark.parametrize("words", ["1-999999999", "9" * 5000, "1-2-3", "100001"])
+def test_budgets_have_a_limit(words: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        budget_list(words)
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://host:port/x", "s3://[x", "https://host:99999/set"])
+def test_what_is_no_url_is_said(url: str) -> None:
+    with pytest.raises(UserError, match="not a URL"):
+        open_store(url)
+
+
+@pytest.mark.parametrize("text", ["a\x1b[2Jb", "\x9b31m", "a\u202eb", "\rfaked", "\x00"])
+def test_control_characters_are_seen_and_not_obeyed(text: str) -> None:
+    for shown in (visible(text), str(UserError(text))):
+        assert shown.isprintable()
+        assert shown != text
+    assert visible("a\tb\nc \u4e16 \U0001f642") == "a\tb\nc \u4e16 \U0001f642"

@@ -28,6 +28,8 @@ LOG_COLUMNS = 120
 LEAST_TEXT_COLUMNS = 24
 """Text up to this long is not broken either; longer text is folded, to no less."""
 OTHER_RANKS_WAIT_S = 2.0
+MAX_DIGITS = 12
+MAX_BUDGET = 100_000
 STOPPED = 75
 """Exit code of a job that was told to stop before its end, and has saved: "try again" (EX_TEMPFAIL)."""
 
@@ -125,8 +127,10 @@ def image_file(text: str) -> Path:
 
 def positive(text: str) -> int:
     """A whole number above 0; for argparse's `type`."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 1")
+    if not text.isdecimal() or not 0 < len(text.lstrip("0")) <= MAX_DIGITS:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r}: must be a whole number of at least 1, of {MAX_DIGITS} digits at most"
+        )
     return int(text)
 
 
@@ -148,7 +152,10 @@ def _span(part: str) -> range:
     first, dash, last = ends.partition("-")
     if step and not dash:
         raise ValueError(part)
-    return range(int(first), int(last if dash else first) + 1, int(step or 1))
+    found = range(int(first), int(last if dash else first) + 1, int(step or 1))
+    if found and found[-1] > MAX_BUDGET:
+        raise argparse.ArgumentTypeError(f"{part[:40]!r}: a budget is at most {MAX_BUDGET:,}")
+    return found
 
 
 def print_table(title: str, rows: Sequence[Row], json_path: Path | None = None) -> None:

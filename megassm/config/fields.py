@@ -6,12 +6,16 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+LARGEST = 2**53
+"""Whole numbers beyond it are not exact as float64."""
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
+Size = Annotated[int, Field(ge=1, le=2**24)]
+"""Of one axis of a tensor; a larger one is a slip of the pen, or of a file that should exhaust the memory."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-UnitsPerChannel = Annotated[int, Field(ge=0, multiple_of=8)]
+UnitsPerChannel = Annotated[int, Field(ge=0, le=2**24, multiple_of=8)]
 
 Budgets = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 

@@ -8,11 +8,12 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer
 
-from megassm.config.fields import Positive, PositiveInt, Section, UnitsPerChannel, _as_tuple, _gate_by_name
+from megassm.config.fields import Positive, PositiveInt, Section, Size, UnitsPerChannel, _as_tuple, _gate_by_name
 
 CHUNK = 64
 """Positions that the chunked filter bank computes at a time; near its number of states, so that neither half of the
 product dominates."""
+MAX_LAYERS = 10_000
 MAX_CHANNELS = 128
 """Most spectral channels of a model: float64 knows fewer filters at any length."""
 SigmaScale = Literal["quarter_power", "none"]
@@ -40,21 +41,21 @@ class ElasticFfnConfig(Section):
 class ModelConfig(Section):
     """The network. Equations: `megassm.layers.spectral`."""
 
-    vocab_size: PositiveInt
+    vocab_size: Size
     """Rows of the embedding; at least the tokenizer's vocabulary."""
-    d_model: PositiveInt
+    d_model: Size
     """Width d of the residual stream."""
-    n_layers: PositiveInt
+    n_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
     """Number of blocks."""
-    pattern: Annotated[str, Field(pattern=r"^[SA]+$")] = "S"
+    pattern: Annotated[str, Field(pattern=r"^[SA]+$", max_length=MAX_LAYERS)] = "S"
     """Mixers, tiled over depth: S is an elastic spectral layer, A is causal attention ("SSSA")."""
-    seq_len: PositiveInt
+    seq_len: Size
     """Training sequence length L, tokens; also the length the filters are derived for."""
-    num_channels: PositiveInt = 32
+    num_channels: Size = 32
     """Spectral channels K_max; every budget is K <= K_max."""
     sigma_scale: Annotated[tuple[SigmaScale, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("quarter_power",)
     """Weight of channel k: sigma_k^(1/4) as in the paper, or 1 (none); a list is tiled over the spectral layers."""
-    mixer_heads: PositiveInt = 1
+    mixer_heads: Size = 1
     """Heads H of a spectral layer: M_k is H blocks of d/H, each with a gate of its own, then an output projection; 1 is
     the paper's dense M_k without a projection."""
     gate: Annotated[Gate, BeforeValidator(_gate_by_name)] = "softmax"
@@ -69,27 +70,27 @@ class ModelConfig(Section):
     channel_init_std: Positive | None = None
     """Standard deviation of the channel matrices M_k at the start; null means 1/sqrt(inputs of a head), divided by
     sqrt(num_channels) where the weights do not add up to 1 (gate: sigmoid or none)."""
-    n_heads: PositiveInt = 8
+    n_heads: Size = 8
     """Query heads of an attention layer."""
-    n_kv_heads: PositiveInt | None = None
+    n_kv_heads: Size | None = None
     """Key-value heads (grouped-query attention); null means n_heads."""
     window: PositiveInt | None = None
     """Sliding attention window, tokens; null attends to the whole past."""
     rope_theta: Positive = 10_000.0
     """Base of the rotary position frequencies."""
-    d_ffn: PositiveInt
+    d_ffn: Size
     """Hidden width of the gated feed-forward layer, at K_max."""
     ffn_elastic: ElasticFfnConfig | None = None
     """How many of the d_ffn units a smaller budget uses, the leading ones; null: all at every K."""
     tie_embeddings: bool = True
     """Use the embedding matrix as the output head too."""
-    classes: PositiveInt | None = None
+    classes: Size | None = None
     """Classes of a head on the mean over an example's positions, instead of the vocabulary's; null predicts tokens."""
     norm_eps: Positive = 1e-6
     """Epsilon of RMSNorm."""
     embed_init_std: Positive = 0.02
     """Standard deviation of the embeddings at the start. Other matrices start at 1/sqrt(inputs)."""
-    base_width: PositiveInt | None = None
+    base_width: Size | None = None
     """The d_model at which optim.lr was found, for muP (`megassm.optim`); null: one rate for all parameters."""
 
     @property

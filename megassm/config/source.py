@@ -19,7 +19,8 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from megassm.config.fields import Section
 from megassm.config.presets import PRESETS
 from megassm.config.schema import Config
-from megassm.errors import redacted
+from megassm.errors import UserError, redacted
+from megassm.guarded import YAML_BYTES, compose_yaml, read_bytes
 
 Tree = dict[str, Any]
 
@@ -50,31 +51,28 @@ class Source:
 def read_yaml(path: Path) -> Source:
     source = Source()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, YAML_BYTES, "a configuration has sections and keys").decode()
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such file; --config takes a YAML file, such as configs/tiny.yaml"]) from None
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8"]) from None
-    except OSError as error:
-        raise ConfigError([f"{path}: {error.strerror}; --config takes a YAML file"]) from None
+    except UserError as error:
+        raise ConfigError([f"{error}; --config takes a YAML file"]) from None
     try:
-        root = YAML(typ="safe", pure=True).compose(text)
+        root = compose_yaml(text)
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError([f"{path}:{line}: not YAML: {error.problem or error.context}"]) from None
     except YAMLError as error:
         raise ConfigError([f"{path}:1: not YAML: {' '.join(str(error).split())}"]) from None
-    except RecursionError:
-        raise ConfigError([f"{path}:1: nested too deeply; a configuration has sections and keys"]) from None
+    except ValueError as error:
+        raise ConfigError([f"{path}:1: {error}; a configuration has sections and keys"]) from None
     source.places[""] = f"{path}:1"
     if root is None:
         return source
     if not isinstance(root, MappingNode):
         raise ConfigError([f"{path}:1: must be a mapping of sections such as 'model:' and 'train:'"])
-    try:
-        source.values = _mapping(root, "", str(path), source)
-    except RecursionError:
-        raise ConfigError([f"{path}:1: nested too deeply, or an alias of itself; write the values out"]) from None
+    source.values = _mapping(root, "", str(path), source)
     return source
 
 
@@ -107,9 +105,10 @@ def _value(node: Node, prefix: str, file: str, source: Source) -> Any:
 def _scalar(node: ScalarNode) -> Any:
     constructor = YAML(typ="safe", pure=True).constructor
     try:
-        return constructor.construct_object(node)
-    except (YAMLError, ValueError):  # an unknown tag, a number out of range: let the type check name it
+        value = constructor.construct_object(node)
+    except Exception:  # an unknown tag, or one of another type: let the type check name it
         return node.value
+    return node.value if isinstance(value, int) and abs(value) >= 2**63 else value
 
 
 def apply_override(source: Source, override: str) -> None:
@@ -123,9 +122,9 @@ def apply_override(source: Source, override: str) -> None:
         source.mistakes.append((place, "an override is section.key=value, such as train.steps=100"))
         return
     try:
-        node = YAML(typ="safe", pure=True).compose(text)
-    except YAMLError:
-        source.mistakes.append((place, f"{text!r} is not a YAML value"))
+        node = compose_yaml(text)
+    except (YAMLError, ValueError):
+        source.mistakes.append((place, f"{redacted(text)[:100]!r} is not a YAML value"))
         return
     _set(source, knob, None if node is None else _value(node, f"{knob}.", place, source), place)
 

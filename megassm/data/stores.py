@@ -9,7 +9,6 @@ these may carry a signature.
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from megassm.data.signature import QUERY_VARIABLE, query_for
 from megassm.errors import UserError, scheme_of, without_secrets
+from megassm.guarded import parse_json
 
 if TYPE_CHECKING:
     import urllib3
@@ -93,7 +93,16 @@ def open_store(path: str) -> Store:
     Raises:
         UserError: the package for this scheme is not installed, the list of links is none.
     """
-    if urlsplit(path).path.endswith(".json"):
+    try:
+        parts = urlsplit(path)
+        parts.port  # noqa: B018  # asked for, because it is checked only then
+    except ValueError as error:
+        if scheme_of(path):
+            raise UserError(
+                f"{path}: not a URL ({' '.join(str(error).split())[:80]}); it is SCHEME://HOST/FOLDER"
+            ) from None
+        return LocalStore(Path(path))
+    if parts.path.endswith(".json"):
         return _links(path)
     match scheme_of(path):
         case "":
@@ -187,11 +196,10 @@ def _links(path: str) -> LinkedStore:
     parts = urlsplit(path)
     folder, slash, name = parts.path.rpartition("/")
     raw = read_file(open_store(urlunsplit(parts._replace(path=folder or slash or "."))), name)
-    try:
-        links = json.loads(raw)
-        if not all(isinstance(link, str) and link.startswith("http") for link in links.values()):
-            raise ValueError
-    except (ValueError, AttributeError):
+    links = parse_json(raw, path)
+    if not isinstance(links, dict) or not all(
+        isinstance(link, str) and link.startswith("http") for link in links.values()
+    ):
         raise UserError(f"{path}: not a list of links; it holds {{'train/index.json': 'https://...', ...}}") from None
     return LinkedStore(without_secrets(path), links, _pool(next(iter(links.values()), "http://")))
 

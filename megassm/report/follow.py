@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megassm.run.records import Row, parse_object
+from megassm.guarded import parse_object
+from megassm.run.records import Row
 
 READ_BYTES = 4 * 2**20
 """At most at a time, so that a view of a long run appears at once."""
@@ -40,6 +41,8 @@ class Tail:
             data = file.read(READ_BYTES)
             size = os.fstat(file.fileno()).st_size
         whole = data[: data.rfind(b"\n") + 1]
+        if not whole and len(data) == READ_BYTES:
+            whole = data  # a line longer than any record: passed over
         self._place += len(whole)
         self._mark = (self._mark + whole)[-MARK_BYTES:]
         self.share = 1.0 if len(data) < READ_BYTES else self._place / size

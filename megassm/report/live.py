@@ -11,7 +11,8 @@ from megassm.report.follow import Tail
 from megassm.report.history import History
 from megassm.report.run_files import age_s, failure, planned_steps, read_environment, read_knobs
 from megassm.run.directory import CONFIG, EVENTS, METRICS
-from megassm.run.records import Row
+from megassm.run.events import is_event
+from megassm.run.records import Row, is_row
 
 EVENTS_KEPT = 200
 STALL_MIN_S = 60.0
@@ -38,11 +39,11 @@ class LiveRun:
         restarted, rows = self._rows.read()
         if restarted:
             self.history = History()
-        self.history.extend(row for row in rows if type(row.get("step")) is int)
+        self.history.extend(row for row in rows if is_row(row))
         restarted, events = self._happened.read()
         if restarted:
             self.events.clear()
-        self.events.extend(events)
+        self.events.extend(event for event in events if is_event(event))
         self.knobs, self.environment = read_knobs(self.run_dir), read_environment(self.run_dir)
         self._looked = time.time()
         return self

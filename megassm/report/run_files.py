@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from megassm.errors import UserError
+from megassm.errors import UserError, visible
+from megassm.guarded import LINE_BYTES, YAML_BYTES, parse_object, parse_yaml, read_bytes
 from megassm.run.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, FAILURE, METRICS
-from megassm.run.records import Row, parse_object
+from megassm.run.records import Row
 
 
 def check_run_directory(path: Path) -> Path:
@@ -33,8 +33,8 @@ def check_run_directory(path: Path) -> Path:
 def read_knobs(run_dir: Path) -> dict[str, Any]:
     """The resolved configuration as section.key -> value."""
     try:
-        tree = YAML(typ="safe").load((run_dir / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, YAMLError):
+        tree = parse_yaml(read_bytes(run_dir / CONFIG, YAML_BYTES).decode())
+    except (OSError, YAMLError, ValueError):
         return {}
     if not isinstance(tree, dict):
         return {}
@@ -47,22 +47,23 @@ def read_knobs(run_dir: Path) -> dict[str, Any]:
 
 def read_environment(run_dir: Path) -> dict[str, Any]:
     try:
-        return parse_object((run_dir / ENVIRONMENT).read_bytes()) or {}
-    except OSError:
+        return parse_object(read_bytes(run_dir / ENVIRONMENT, LINE_BYTES)) or {}
+    except (OSError, UserError):
         return {}
 
 
 def failure(run_dir: Path) -> str:
     """The first line of why the last job ended, where something was wrong."""
     try:
-        return (run_dir / FAILURE).read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0]
-    except OSError:
+        text = read_bytes(run_dir / FAILURE, LINE_BYTES).decode(errors="replace")
+        return visible(text.strip().partition("\n")[0])
+    except (OSError, UserError):
         return ""
 
 
 def planned_steps(knobs: dict[str, Any]) -> int | None:
     steps = knobs.get("train.steps")
-    return steps if isinstance(steps, int) else None
+    return steps if type(steps) is int and 0 < steps <= 2**53 else None
 
 
 def age_s(path: Path, now: float | None = None) -> float | None:
@@ -77,7 +78,7 @@ def event_text(event: Row) -> str:
     """What an event says; one without a text shows what it has."""
     text = event.get("text")
     rest = {name: value for name, value in event.items() if name not in ("time", "step", "kind")}
-    return str(text) if text else json.dumps(rest)
+    return visible(str(text) if text else json.dumps(rest))
 
 
 def event_time(event: Row) -> str:
@@ -85,4 +86,4 @@ def event_time(event: Row) -> str:
     moment = event.get("time")
     if isinstance(moment, int | float):
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
-    return "" if moment is None else str(moment)
+    return "" if moment is None else visible(str(moment))

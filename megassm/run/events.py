@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 from megassm.cli.arguments import print_line
 from megassm.files import open_own
+from megassm.guarded import parse_object
 from megassm.run.directory import EVENTS
 from megassm.run.fence import Fence
-from megassm.run.records import Row, parse_object
+from megassm.run.records import Row, lines_of
 
 Kind = Literal[
     "resume", "checkpoint", "passed over", "disk", "stop", "end", "straggler", "loss spike", "non-finite",
@@ -39,7 +40,18 @@ def append_event(run_dir: Path, kind: Kind, step: int, text: str, figures: Mappi
 def read_events(run_dir: Path) -> Iterator[Row]:
     """A run's events, oldest first, one at a time; without lines that a kill cut in half."""
     with contextlib.suppress(FileNotFoundError), (run_dir / EVENTS).open("rb") as file:
-        yield from (event for event in map(parse_object, file) if event is not None and "kind" in event)
+        yield from (
+            event
+            for event in map(parse_object, lines_of(file))
+            if event is not None and "kind" in event and is_event(event)
+        )
+
+
+def is_event(event: Row) -> bool:
+    """Whether an object is an event that can be shown."""
+    moment, step = event.get("time"), event.get("step")
+    dated = moment is None or isinstance(moment, str) or (isinstance(moment, int | float) and 0 <= moment < 1e11)
+    return dated and (not isinstance(step, int) or abs(step) < 2**53)
 
 
 class Events:

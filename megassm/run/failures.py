@@ -13,9 +13,10 @@ from pathlib import Path
 
 from megassm.errors import UserError
 from megassm.files import write_atomically
+from megassm.guarded import LINE_BYTES, parse_object, read_bytes
 from megassm.run.directory import FAILURES
 from megassm.run.events import append_event
-from megassm.run.records import Row, newest_row, parse_object
+from megassm.run.records import Row, newest_row
 
 KILLED = 0.5
 """A job that was killed counts so much: machines are taken away, and most often nothing is wrong with the step."""
@@ -57,15 +58,23 @@ def check_failures(run_dir: Path, journal: Path, failure: Path, limit: int | Non
 
 
 def _failed(step: int, failure: Path) -> Row:
-    reason = failure.read_text(encoding="utf-8", errors="replace").strip() if failure.exists() else ""
+    reason = read_bytes(failure, LINE_BYTES).decode(errors="replace").strip() if failure.exists() else ""
     killed = not reason or LOST_RANK in reason
     return {"failed": step, "reason": reason or "killed, without a word", "killed": killed, "time": time.time()}
 
 
 def _read(run_dir: Path) -> list[Row]:
     path = run_dir / FAILURES
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    return [line for line in map(parse_object, lines) if line is not None]
+    lines = read_bytes(path, LINE_BYTES).splitlines() if path.exists() else []
+    return [line for line in map(parse_object, lines) if line is not None and _is_known(line)]
+
+
+def _is_known(line: Row) -> bool:
+    """Whether a line is one of those that this module writes; another is passed over."""
+    if "began" in line:
+        return isinstance(line["began"], int | float)
+    types = {"failed": int, "reason": str, "killed": bool}
+    return all(type(line.get(name)) is kind for name, kind in types.items())
 
 
 def _write(run_dir: Path, lines: list[Row]) -> None:

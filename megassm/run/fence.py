@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from megassm.errors import UserError
+from megassm.guarded import LINE_BYTES, Described, read_json
 from megassm.run.directory import INCARNATIONS
+
+NUMBER = re.compile("[0-9]{4,9}")
 
 
 class SupersededError(UserError):
@@ -86,16 +90,26 @@ def newest_number(run_dir: Path) -> int:
     with contextlib.suppress(OSError):
         probe.open("x").close()
         probe.unlink()
-    return max((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0)
+    return max((int(path.name) for path in folder.glob("*") if NUMBER.fullmatch(path.name)), default=0)
 
 
 def facts_of(run_dir: Path, number: int) -> Mapping[str, Any]:
     """What a start wrote of itself; empty where it was killed before."""
     try:
-        facts = json.loads((run_dir / INCARNATIONS / f"{number:04d}").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        path = run_dir / INCARNATIONS / f"{number:04d}"
+        return read_json(path, StartFacts, limit=LINE_BYTES).model_dump()
+    except (OSError, UserError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+
+
+class StartFacts(Described):
+    """What a start writes of itself."""
+
+    host: str = "?"
+    pid: int = 0
+    job_id: str | None = None
+    restart: int = 0
+    time: str = ""
 
 
 def restarts_the_newest(run_dir: Path) -> bool:

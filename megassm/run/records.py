@@ -10,9 +10,13 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Annotated, Any, Required
+
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from megassm.files import commit, open_own, open_temporary
+from megassm.guarded import LINE_BYTES, parse_object
 from megassm.run.directory import METRICS
 
 WAITING_BYTES = 64 * 2**20
@@ -23,6 +27,42 @@ BLOCK_BYTES = 2**18
 """What is read at a time of a file that is read from its end."""
 
 Row = dict[str, Any]
+
+
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Figure = Annotated[float, Field(ge=-1e30, le=1e30)] | None
+ByBudget = dict[Annotated[str, Field(pattern="^[0-9]{1,6}$")], Figure]
+Seconds = Annotated[
+    dict[Annotated[str, Field(max_length=60)], Annotated[float, Field(ge=0, le=1e12)]], Field(max_length=50)
+]
+
+
+class KnownFigures(TypedDict, total=False):
+    """Those of a row that views, `resume` and tools compute with."""
+
+    step: Required[Annotated[int, Field(ge=1, le=2**53)]]
+    tokens: Count
+    loss: Figure
+    bits_per_byte: Figure
+    grad_norm: Figure
+    lr: Figure
+    tokens_per_s: Figure
+    mfu: Figure
+    step_s: Annotated[float, Field(ge=0, le=1e12)] | None
+    data_wait_s: Figure
+    k: Count
+    skipped: bool
+    peak_memory_bytes: Count | None
+    data_reconnects: Count
+    data_refetches: Count
+    data_masked_samples: Count
+    valid: Annotated[ByBudget, Field(max_length=1000)]
+    valid_loss: Annotated[ByBudget, Field(max_length=1000)]
+    valid_accuracy: Annotated[ByBudget, Field(max_length=1000)]
+    phases_s: Seconds
+
+
+_ROW = TypeAdapter(KnownFigures)
 
 
 class RowFile:
@@ -105,18 +145,18 @@ def cut_after(path: Path, step: int) -> None:
 
 
 def parse_row(line: bytes) -> Row | None:
-    """A row of the journal; None for what is none."""
+    """A row of the journal; None if the line is not one, or a figure of it has another type than the journal's."""
     row = parse_object(line)
-    return row if row is not None and type(row.get("step")) is int else None
+    return row if row is not None and is_row(row) else None
 
 
-def parse_object(line: bytes) -> Row | None:
-    """The JSON object of a line; None for what is none."""
+def is_row(row: Row) -> bool:
+    """Whether what a view computes with is there and of its type. Other figures may be anything."""
     try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
+        _ROW.validate_python(row, strict=True)
+    except ValidationError:
+        return False
+    return True
 
 
 def newest_row(path: Path) -> Row | None:
@@ -137,6 +177,8 @@ def rows_newest_first(path: Path) -> Iterator[tuple[Row, int]]:
             block = file.read(size) + rest
             first = block.find(b"\n") + 1 or len(block) if start else 0
             rest, end = block[:first], start + len(block)
+            if len(rest) > LINE_BYTES:
+                rest = b""  # no record is so long
             for line in reversed(block[first:].splitlines(keepends=True)):
                 row = parse_row(line) if line.endswith(b"\n") else None
                 if row is not None:
@@ -152,4 +194,10 @@ def read_rows(run_dir: Path) -> list[Row]:
 def iterate_rows(path: Path) -> Iterator[Row]:
     """The rows of a file, one at a time."""
     with path.open("rb") as file:
-        yield from (row for row in map(parse_row, file) if row is not None)
+        yield from (row for row in map(parse_row, lines_of(file)) if row is not None)
+
+
+def lines_of(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file, in pieces where one is longer than any record."""
+    while line := file.readline(LINE_BYTES):
+        yield line

@@ -5,7 +5,8 @@ The configuration and the data's index are checked before torch is imported: a r
 codes: 0 done; 75 told to stop (SIGTERM, SIGUSR1), and saved; 1 refused or failed; 2 the configuration or the command
 line is wrong.
 
-`python launch/pretrain.py --config X.yaml --dry-run --world-size 512` checks a job of that size, and starts nothing.
+`python launch/pretrain.py --config X.yaml --dry-run --world-size 512` checks a job of that size, and starts nothing;
+`--print-config` prints the configuration with every knob in it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megassm.cli.arguments import Parser, positive, run_tool
-from megassm.config.load import load_config_or_exit, world_size_from_environment
+from megassm.config.load import dump_config, load_config_or_exit, world_size_from_environment
 from megassm.run.stop import leave_when_told
 from megassm.slurm import rank_environment
 
@@ -31,6 +32,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML, see configs/")
     parser.add_argument("--dry-run", action="store_true", help="check the mesh and every rank's shards; start nothing")
+    parser.add_argument("--print-config", action="store_true", help="print every knob as resolved; start nothing")
     parser.add_argument("--world-size", type=positive, metavar="N", help="ranks of the dry run")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it; LOCAL_RANK counts
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
@@ -58,6 +60,9 @@ def main() -> None:
         return
     leave_when_told()
     config = load_config_or_exit(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(dump_config(config), end="")
+        return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one message of ours, not pages of frames
     # imported one after another, so that what is wrong early is refused early
     from megassm.data.dataset import open_dataset

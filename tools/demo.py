@@ -118,10 +118,11 @@ def main() -> None:
     run = arguments.run or f"runs/{text.name}-{hashlib.sha256(settings.encode()).hexdigest()[:4]}"
     print(f"{text.size / 1e6:,.1f} MB of text; data in {data}, run in {run}; five to six minutes on two cores")
     prepare(text, data)
-    launcher = str(Path(sys.executable).with_name("deepspeed"))
-    step("train on all budgets at once", launcher, "--num_gpus", str(arguments.ranks), "launch/pretrain.py",
-         "--config", CONFIG, f"run.dir={run}", f"data.path={data}", *arguments.overrides)  # fmt: skip
     python = sys.executable
+    # the module, not bin/deepspeed: a script's first line cannot name an interpreter below a folder with a space
+    step("train on all budgets at once", python, "-m", "deepspeed.launcher.runner",
+         "--num_gpus", str(arguments.ranks), "launch/pretrain.py",
+         "--config", CONFIG, f"run.dir={run}", f"data.path={data}", *arguments.overrides)  # fmt: skip
     step("measure every budget", python, "tools/sweep_budgets.py", run, "--budgets", BUDGETS,
          "--sequences", str(SCORED_SEQUENCES))  # fmt: skip
     step("sample at two budgets, after a beginning from the validation text", python, "tools/generate.py", run,

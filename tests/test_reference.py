@@ -24,7 +24,7 @@ def test_the_page_is_the_schemas() -> None:
 def test_types_defaults_and_ranges() -> None:
     rows = {line.split("`")[1]: line for line in reference().splitlines() if line.startswith("| `")}
     assert "| text not empty | *required* |" in rows["run.dir"]
-    assert "| integer ≥ 0 | `0` |" in rows["run.seed"]
+    assert "| integer from 0 to 2^53 | `0` |" in rows["run.seed"]
     assert "| number from 0 to 1 | `0.1` | Final" in rows["optim.min_lr_ratio"]
     assert "| number > 0 | `0.0003` |" in rows["optim.lr"]
     assert "| `0`, `1`, `2`, `3` | `1` |" in rows["parallel.zero_stage"]

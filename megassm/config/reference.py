@@ -111,19 +111,27 @@ def _kind(found: Schema, schema: Schema) -> str:
 def _range(found: Schema) -> Iterator[str]:
     low, above, high = found.get("minimum"), found.get("exclusiveMinimum"), found.get("maximum")
     if low is not None and high is not None:
-        yield f"from {low:g} to {high:g}"
+        yield f"from {_number(low)} to {_number(high)}"
     elif low is not None:
-        yield f"≥ {low:g}"
+        yield f"≥ {_number(low)}"
     elif above is not None:
-        yield f"> {above:g}"
+        yield f"> {_number(above)}"
     elif high is not None:
-        yield f"≤ {high:g}"
+        yield f"≤ {_number(high)}"
     if "multipleOf" in found:
         yield f"multiple of {found['multipleOf']}"
     if found.get("minLength"):
         yield "not empty"
     if "pattern" in found:
         yield f"like `{found['pattern']}`"
+
+
+def _number(value: float) -> str:
+    """As people write it: 2^24, 10,000, 0.1."""
+    whole = int(value)
+    if whole == value and whole >= 2**16 and whole.bit_count() == 1:
+        return f"2^{whole.bit_length() - 1}"
+    return f"{whole:,}" if whole == value else f"{value:g}"
 
 
 def _yaml(value: object) -> str:

@@ -8,7 +8,8 @@ import numpy as np
 
 from megassm.data.index import ShardSet, ShardSizes
 from megassm.data.prepare.shard_writer import ShardWriter
-from megassm.data.tokenizer.base import BytesTokenizer, Ids
+from megassm.data.tokenizer.base import BytesTokenizer
+from megassm.data.tokenizer.ids import Ids
 
 SMALL = ShardSizes(shard_tokens=1200, block_tokens=400, member_tokens=150)
 

@@ -14,7 +14,8 @@ import pytest
 from megassm.data.cache import DiskCache
 from megassm.data.index import ShardSet
 from megassm.data.mixture import Mixture, MixturePhase, Reading, Source
-from megassm.data.stores import BrokenFetchError, LocalStore
+from megassm.data.request import BrokenFetchError
+from megassm.data.stores import LocalStore
 from megassm.data.stream import StreamPlan, TokenStream
 from megassm.errors import UserError
 from tests.shard_sets import random_documents, write_documents

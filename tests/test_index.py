@@ -16,7 +16,8 @@ from megassm.data.blocks import local_fetch, read_block
 from megassm.data.index import ShardSet, ShardSizes, load_index
 from megassm.data.prepare.shard_writer import ShardWriter
 from megassm.data.prepare.verify import verify
-from megassm.data.tokenizer.base import BytesTokenizer, Ids
+from megassm.data.tokenizer.base import BytesTokenizer
+from megassm.data.tokenizer.ids import Ids
 from megassm.errors import UserError
 from tests.shard_sets import SMALL, WideTokenizer, random_documents, write_documents, write_unique_ids
 

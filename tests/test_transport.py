@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megassm.data import stores
+from megassm.data import request, stores
 from megassm.data.blocks import FETCHES, BlockReader, DamagedBlockError
 from megassm.data.index import ShardSet, load_index
 from megassm.data.mixture import Mixture, MixturePhase, Reading, Source
+from megassm.data.request import BrokenFetchError, Reply, Span, Store
 from megassm.data.signature import query_for
-from megassm.data.stores import FsspecStore, HttpStore, LinkedStore, LocalStore, Store, open_store
+from megassm.data.stores import FsspecStore, HttpStore, LinkedStore, LocalStore, open_store
 from megassm.data.stream import StreamPlan, TokenStream
 from megassm.data.transport import DataCounters, Meter, Patience, Transport, read_file, total_counters
 from megassm.errors import UserError
@@ -36,7 +37,8 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 @pytest.fixture
 def server(local: ShardSet, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultServer]:
-    monkeypatch.setattr(stores, "READ_S", 0.3)
+    for module in (request, stores):
+        monkeypatch.setattr(module, "READ_S", 0.3)
     with serving(local.directory.parent) as server:
         yield server
 
@@ -273,9 +275,9 @@ def test_a_local_file_that_cannot_be_read_is_tried_again(local: ShardSet, monkey
     failures = [OSError(5, "Input/output error"), OSError(116, "Stale file handle")]
     request = LocalStore.request
 
-    def flaky(self: LocalStore, name: str, span: stores.Span, etag: str | None) -> stores.Reply:
+    def flaky(self: LocalStore, name: str, span: Span, etag: str | None) -> Reply:
         if failures:
-            raise stores.BrokenFetchError(failures.pop().strerror)
+            raise BrokenFetchError(failures.pop().strerror)
         return request(self, name, span, etag)
 
     monkeypatch.setattr(LocalStore, "request", flaky)

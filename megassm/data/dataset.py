@@ -11,8 +11,9 @@ import numpy.typing as npt
 from megassm.config.schema import Config
 from megassm.data.index import ShardSet, load_index
 from megassm.data.mixture import ONE_SOURCE, Mixture, MixturePhase, Reading, Source, check_repeats
+from megassm.data.request import Store
 from megassm.data.small_files import local_copies
-from megassm.data.stores import LocalStore, Store, open_store
+from megassm.data.stores import LocalStore, open_store
 from megassm.data.task import TASK_NAME, Task, TaskTokenizer
 from megassm.data.tokenizer.base import MODEL_NAME, BytesTokenizer, Tokenizer, load_tokenizer
 from megassm.data.tokenizer.hugging_face import CONFIG_NAME, FILE_NAME

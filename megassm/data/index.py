@@ -23,8 +23,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from megassm.data.request import Store
 from megassm.data.small_files import read_known
-from megassm.data.stores import LocalStore, Store
+from megassm.data.stores import LocalStore
 from megassm.data.transport import read_file
 from megassm.errors import UserError
 

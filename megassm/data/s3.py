@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from megassm.data.stores import (
+from megassm.data.request import (
     CHUNK_BYTES,
     CONNECT_S,
     CONNECTIONS,

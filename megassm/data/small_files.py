@@ -8,7 +8,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from megassm.data.stores import LocalStore, Store
+from megassm.data.request import Store
+from megassm.data.stores import LocalStore
 from megassm.data.transport import read_file
 from megassm.files import cache_folder, write_atomically
 

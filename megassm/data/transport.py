@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megassm.data.stores import BrokenFetchError, NoSuchFileError, ReplacedFileError, Reply, Span, Store
+from megassm.data.request import BrokenFetchError, NoSuchFileError, ReplacedFileError, Reply, Span, Store
 from megassm.errors import UserError
 
 START_DEADLINE_S = 30.0  # for an index: a wrong address is told soon

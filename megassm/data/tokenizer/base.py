@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from megassm.data.task import TASK_NAME, load_task
+from megassm.data.tokenizer.hugging_face import JsonTokenizer
+from megassm.data.tokenizer.ids import PROBE, Ids
 from megassm.errors import UserError
 
-Ids = npt.NDArray[np.int64]
 ModelType = Literal["bpe", "unigram"]
 
 MODEL_NAME = "tokenizer.model"
@@ -34,7 +34,6 @@ TRAINING_LINE_CHARS = 4096
 TRAINING_LINE_MAX_BYTES = 4 * TRAINING_LINE_CHARS  # SentencePiece drops longer lines silently: none is
 TRAINING_THREADS = 8  # part of the result (the order of sums, a field of the model file): never cpu_count()
 TRAIN_ONE = "train one with tools/train_tokenizer.py"
-PROBE = "  def f(x):\n\t return  'caf\u00e9 \ufb01 \u2581 \u4e16\u754c\U0001f642 \u3000'\r\n \x00"
 
 
 class Tokenizer(Protocol):
@@ -158,8 +157,6 @@ def load_tokenizer(spec: str | Path | TokenizerSpec) -> Tokenizer:
     if Path(spec.name).name == TASK_NAME:
         return load_task(Path(spec.name))
     if spec.name.endswith(".json"):
-        from megassm.data.tokenizer.hugging_face import JsonTokenizer
-
         return JsonTokenizer(Path(spec.name), spec.eod_token)
     if spec.eod_token is not None:
         rule = f"--eod-token is for a tokenizer.json, and {spec.name!r} has an end of document of its own"

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from megassm.data.tokenizer.base import PROBE, Ids
+from megassm.data.tokenizer.ids import PROBE, Ids
 from megassm.errors import UserError
 
 FILE_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"

@@ -1,3 +1,64 @@
-"""MegaSSM: distributed pretraining of elastic spectral state-space models (arXiv 2601.22488)."""
+"""MegaSSM: distributed pretraining of elastic spectral state-space models (arXiv 2601.22488).
+
+    from megassm import ModelConfig, SpectralLayer, build_model, generate, open_model, truncate
+
+`docs/python.md` has an example of each. The names are imported when they are first used: `import megassm` costs no
+import of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megassm.checkpoint.open import open_model, open_tokenizer
+    from megassm.config.model import ModelConfig
+    from megassm.errors import UserError
+    from megassm.eval.generate import Sampling, generate
+    from megassm.layers.spectral_layer import SpectralLayer
+    from megassm.model import LanguageModel, build_model, truncate
+    from megassm.ops.hankel import spectral_filters
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "LanguageModel",
+    "ModelConfig",
+    "Sampling",
+    "SpectralLayer",
+    "UserError",
+    "__version__",
+    "build_model",
+    "generate",
+    "open_model",
+    "open_tokenizer",
+    "spectral_filters",
+    "truncate",
+]
+
+_PLACES = {
+    "LanguageModel": "megassm.model",
+    "ModelConfig": "megassm.config.model",
+    "Sampling": "megassm.eval.generate",
+    "SpectralLayer": "megassm.layers.spectral_layer",
+    "UserError": "megassm.errors",
+    "build_model": "megassm.model",
+    "generate": "megassm.eval.generate",
+    "open_model": "megassm.checkpoint.open",
+    "open_tokenizer": "megassm.checkpoint.open",
+    "spectral_filters": "megassm.ops.hankel",
+    "truncate": "megassm.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PLACES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import cast
 
@@ -36,8 +36,7 @@ class LanguageModel(nn.Module):
     Embedding and head are parameters of this module itself: under ZeRO-3 they are then gathered for the whole
     forward pass, which is what tied embeddings need.
 
-    A new model is uninitialised memory (or on the meta device): use `build_model`, or load weights and call
-    `reset_filters`.
+    Made by hand it has neither weights nor filters: use `build_model`, or `assembled` with weights from elsewhere.
     """
 
     def __init__(self, config: ModelConfig, recompute: bool = False) -> None:
@@ -58,7 +57,7 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         ids_BL: Tensor,
-        k: int,
+        k: int | None = None,
         documents_BL: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, L, V) of the token after each; of a model with classes (B, 1, C).
@@ -67,7 +66,7 @@ class LanguageModel(nn.Module):
 
         Args:
             ids_BL: token ids.
-            k: the budget, 1 <= k <= K_max.
+            k: the budget, 1 <= k <= K_max; None: K_max.
             documents_BL: the number of each position's document, which does not fall along a sequence: no position
                 then sees another document. Rotary positions run on. None: a sequence is one document.
 
@@ -103,7 +102,7 @@ class LanguageModel(nn.Module):
     def _where_asked(self, ids_BL: Tensor, values_BL: Tensor) -> Tensor:
         return values_BL if self.config.classes is None else values_BL * separators(ids_BL, self.config.classes)
 
-    def features(self, ids_BL: Tensor, k: int) -> Tensor:
+    def features(self, ids_BL: Tensor, k: int | None = None) -> Tensor:
         """The normed output of the last block (B, L, D): for who wants logits at some positions only."""
         return self._hidden(ids_BL, self.context(0, ids_BL.shape[1], k))
 
@@ -131,13 +130,13 @@ class LanguageModel(nn.Module):
         return self.vocabulary.losses(logits_BLV, targets_BL)
 
     @torch.no_grad()
-    def prefill(self, ids_BL: Tensor, k: int) -> tuple[Tensor, DecodingState]:
+    def prefill(self, ids_BL: Tensor, k: int | None = None) -> tuple[Tensor, DecodingState]:
         """(logits (B, V) of the token after the last, the state that `step` and `extend` continue from)."""
         x_BLD, extension = self._extended(ids_BL, None, k)
         return self.logits(self.head_norm(x_BLD[:, -1])), extension.keep()
 
     @torch.no_grad()
-    def extend(self, ids_BL: Tensor, state: DecodingState | None, k: int) -> tuple[Tensor, Extension]:
+    def extend(self, ids_BL: Tensor, state: DecodingState | None, k: int | None = None) -> tuple[Tensor, Extension]:
         """Reads L more tokens of every text by the parallel form; from nothing where `state` is None.
 
         Returns:
@@ -150,7 +149,7 @@ class LanguageModel(nn.Module):
         x_BLD, extension = self._extended(ids_BL, state, k)
         return self.logits(self.head_norm(x_BLD)), extension
 
-    def _extended(self, ids_BL: Tensor, state: DecodingState | None, k: int) -> tuple[Tensor, Extension]:
+    def _extended(self, ids_BL: Tensor, state: DecodingState | None, k: int | None) -> tuple[Tensor, Extension]:
         batch, length = ids_BL.shape
         lengths = (0,) * batch if state is None else state.lengths
         context = self.context(0, length, k) if state is None else self._decoding_context(lengths, length, k)
@@ -162,7 +161,7 @@ class LanguageModel(nn.Module):
         return x_BLD, Extension(lengths, length, layers)
 
     @torch.no_grad()
-    def step(self, ids_B: Tensor, state: DecodingState, k: int) -> tuple[Tensor, DecodingState]:
+    def step(self, ids_B: Tensor, state: DecodingState, k: int | None = None) -> tuple[Tensor, DecodingState]:
         """(logits (B, V) of the token after `ids_B`, the state after it); k may differ from step to step."""
         context = self._decoding_context(state.lengths, 1, k)
         x_BD = self.embed(ids_B)
@@ -173,10 +172,10 @@ class LanguageModel(nn.Module):
         lengths = tuple(seen + 1 for seen in state.lengths)
         return self.logits(self.head_norm(x_BD)), DecodingState(lengths, layers)
 
-    def _decoding_context(self, lengths: tuple[int, ...], length: int, k: int) -> Context:
+    def _decoding_context(self, lengths: tuple[int, ...], length: int, k: int | None) -> Context:
         """For `length` positions after those that each text has; rotary tables (L, P/2), or (B, L, P/2) for texts of
         different lengths. Whom a query may see is the caches' to say."""
-        self._check_budget(k)
+        k = self._budget(k)
         if "A" not in self.config.mixers:
             return Context(k, self.filterbank, None)
         starts = lengths[:1] if len(set(lengths)) == 1 else lengths
@@ -184,9 +183,9 @@ class LanguageModel(nn.Module):
         positions_BL = torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
         return Context(k, self.filterbank, self._rope(positions_BL[0] if len(starts) == 1 else positions_BL))
 
-    def context(self, first: int, length: int, k: int) -> Context:
-        """For `length` positions from `first` on."""
-        self._check_budget(k)
+    def context(self, first: int, length: int, k: int | None) -> Context:
+        """For `length` positions from `first` on; a `k` of None is K_max."""
+        k = self._budget(k)
         if "A" not in self.config.mixers:
             return Context(k, self.filterbank, None)
         part, parts = self.part
@@ -195,9 +194,12 @@ class LanguageModel(nn.Module):
         mask = attention_mask(parts * length, self.config.window, None, self.embedding_VD)
         return Context(k, self.filterbank, self._rope(positions_L), mask)
 
-    def _check_budget(self, k: int) -> None:
+    def _budget(self, k: int | None) -> int:
+        """K_max for None; UserError where it is out of range."""
+        k = self.config.num_channels if k is None else k
         if not 1 <= k <= self.config.num_channels:
             raise UserError(f"budget K = {k}: must be between 1 and this model's K_max = {self.config.num_channels}")
+        return k
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return rope_tables(positions, self.config.d_model // self.config.n_heads, self.config.rope_theta)
@@ -213,10 +215,6 @@ class LanguageModel(nn.Module):
     def reset_filters(self) -> None:
         if self.filterbank is not None:
             self.filterbank.reset()
-
-    def check_filters(self) -> None:
-        if self.filterbank is not None:
-            self.filterbank.check_dtype()
 
 
 def losses_at(
@@ -285,14 +283,31 @@ def _initial_std(name: str, shape: torch.Size, config: ModelConfig) -> float:
             return inputs if len(shape) > 1 else 0.0
 
 
-@torch.no_grad()
-def build_model(config: ModelConfig, seed: int, recompute: bool = False) -> LanguageModel:
-    """An initialised float32 model on the CPU."""
-    model = LanguageModel(config, recompute)
-    parameters = dict(model.named_parameters())
-    for name, whole in initial_weights(config, seed):
-        parameters[name].copy_(whole)
+def build_model(config: ModelConfig, seed: int = 0, recompute: bool = False) -> LanguageModel:
+    """An initialised float32 model on the CPU, in training mode; equal seeds give equal weights.
+
+    With `recompute`, each block's activations are computed again in the backward pass instead of kept.
+    """
+    return assembled(config, initial_weights(config, seed), recompute)
+
+
+def assembled(config: ModelConfig, weights: Iterable[tuple[str, Tensor]], recompute: bool = False) -> LanguageModel:
+    """A model whose parameters are the tensors `weights`, not copies of them; its filters are derived beside them.
+
+    Raises:
+        RuntimeError: a parameter is missing, unknown, or of another shape.
+    """
+    model = _without_filters(config, weights, recompute)
     model.reset_filters()
+    return model
+
+
+def _without_filters(config: ModelConfig, weights: Iterable[tuple[str, Tensor]], recompute: bool) -> LanguageModel:
+    with torch.device("meta"):
+        model = LanguageModel(config, recompute)
+    model.load_state_dict(dict(weights), assign=True)
+    if model.filterbank is not None:
+        model.filterbank.to_empty(device=model.embedding_VD.device)
     return model
 
 
@@ -303,13 +318,10 @@ def truncate(model: LanguageModel, k: int) -> LanguageModel:
     Raises:
         UserError: k is not within 1..K_max.
     """
-    if not 1 <= k <= model.config.num_channels:
-        raise UserError(f"K = {k}: must be between 1 and this model's K_max = {model.config.num_channels}")
-    small = LanguageModel(model.config.cut(k), model.recompute)
-    small.to(device=model.embedding_VD.device, dtype=model.embedding_VD.dtype)
-    source = dict(model.named_parameters())
-    for name, parameter in small.named_parameters():
-        parameter.copy_(source[name][tuple(map(slice, parameter.shape))])
+    source, config = model.state_dict(), model.config.cut(k)
+    leading = ((name, source[name][tuple(map(slice, shape))]) for name, shape in parameter_shapes(config).items())
+    small = _without_filters(config, ((name, part.clone()) for name, part in leading), model.recompute)
+    small.train(model.training)
     if small.filterbank is not None and model.filterbank is not None:
         small.filterbank.take(model.filterbank)
     return small

@@ -145,11 +145,15 @@ def test_scale_is_the_quarter_power_or_one() -> None:
     assert bank.scale(4, "none", torch.float32).tolist() == [1, 1, 1, 1]
 
 
-def test_a_cast_of_the_filters_is_noticed() -> None:
-    bank = make(16, 2)
-    bank.check_dtype()
-    with pytest.raises(RuntimeError, match=r"cast to torch\.bfloat16"):
-        bank.bfloat16().check_dtype()
+def test_a_cast_of_the_model_leaves_the_filters_exact() -> None:
+    bank, exact = make(64, 8), make(64, 8)
+    model = torch.nn.Sequential(bank, torch.nn.Linear(2, 2))
+    for cast in (model.bfloat16, model.half, lambda: model.to(torch.float32), lambda: model.to("cpu", torch.bfloat16)):
+        cast()
+        assert model[1].weight.dtype != torch.float64
+        for name, buffer in exact.named_buffers():
+            assert torch.equal(bank.get_buffer(name), buffer), name
+    assert {buffer.device.type for buffer in model.to("meta")[0].buffers()} == {"meta"}
 
 
 def test_filters_are_not_part_of_a_checkpoint() -> None:

@@ -43,11 +43,11 @@ def main() -> None:
         from megassm.errors import UserError
 
         raise UserError(f"{error.name} is not installed: pip install 'megassm[eval]'") from None
-    from megassm.eval.session import open_model
+    from megassm.eval.session import open_for_text
 
     if arguments.data:
         os.environ["MEGASSM_EVAL_DATA"] = arguments.data
-    opened = open_model(arguments.run, None, arguments.device)
+    opened = open_for_text(arguments.run, None, arguments.device)
     model = MegaSSMLM(opened, max_length=arguments.max_length, batch_size=arguments.batch)
     budgets = arguments.budgets or [opened.model.config.num_channels]
     with shown_progress(not sys.stderr.isatty()) as progress, progress.busy("evaluate"):  # lm_eval has bars of its own

@@ -26,9 +26,9 @@ def parser() -> Parser:
 def main() -> None:
     arguments = parser().parse_args()
     from megassm.eval.generate import Sampling, sample_text
-    from megassm.eval.session import open_model
+    from megassm.eval.session import open_for_text
 
-    model, tokenizer, title = open_model(arguments.run, None, arguments.device)
+    model, tokenizer, title = open_for_text(arguments.run, None, arguments.device)
     sampling = Sampling(arguments.tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     rows = []
     for k in arguments.budgets or [model.config.num_channels]:

@@ -24,13 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megassm import __version__
+from megassm.checkpoint.format import leading
 from megassm.config.model import ModelConfig
 from megassm.data.dataset import own_tokenizer
 from megassm.data.tokenizer.base import EOD_PIECE, Tokenizer, load_tokenizer
 from megassm.data.tokenizer.hugging_face import CONFIG_NAME, FILE_NAME
 from megassm.errors import UserError
 from megassm.files import sync, write_atomically
-from megassm.model import LanguageModel, parameter_shapes
+from megassm.model import LanguageModel, assembled, parameter_shapes
 
 CONFIG, WEIGHTS, CODE = "config.json", "model.safetensors", "modeling_megassm.py"
 SECTION = "megassm"
@@ -47,29 +48,24 @@ class ModelFolder:
     folder: Path
     config: ModelConfig
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, float32 values) of every parameter, as `initial_weights` yields them.
+    def weights(self, k: int | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, float32 values) of every parameter, as `initial_weights` yields them; cut to `k`, where one is given.
 
         Raises:
-            UserError: the file is damaged, or not of this configuration.
+            UserError: the file is damaged, or not of this configuration, or a budget out of range.
         """
         path = self.folder / WEIGHTS
+        kept = parameter_shapes(self.config if k is None else self.config.cut(k))
         try:
             with safe_open(path, framework="pt") as file:
                 for name, shape in parameter_shapes(self.config).items():
-                    whole: Tensor = file.get_tensor(PREFIX + name)
-                    if whole.shape != shape:
-                        raise UserError(f"{path}: {name} is {tuple(whole.shape)}, {CONFIG} says {tuple(shape)}")
-                    yield name, whole.float()
-        except (SafetensorError, OSError) as error:
+                    yield name, leading(file, PREFIX + name, shape, kept[name]).float()
+        except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path}: not the weights of its {CONFIG} ({error}); export it again") from None
 
-    def load_model(self) -> LanguageModel:
-        """The whole model, float32, on the CPU, in evaluation mode."""
-        model = LanguageModel(self.config)
-        model.load_state_dict(dict(self.weights()))
-        model.reset_filters()
-        return model.eval()
+    def load_model(self, k: int | None = None) -> LanguageModel:
+        """The model, float32, on the CPU, in evaluation mode: whole, or cut to `k`, of which only that is read."""
+        return assembled(self.config if k is None else self.config.cut(k), self.weights(k)).eval()
 
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(own_tokenizer(self.folder))

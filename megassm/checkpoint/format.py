@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torch import Tensor
 from megassm.config.schema import Config
 from megassm.errors import UserError
 from megassm.guarded import as_tensors, check_inside, open_tensors, read_json
-from megassm.model import LanguageModel
+from megassm.model import LanguageModel, assembled, parameter_shapes
 from megassm.parallel.state import Kind
 from megassm.run.directory import CHECKPOINTS
 
@@ -83,31 +83,64 @@ class Checkpoint:
 
     def tensors(self) -> Callable[[str, Kind], Tensor]:
         """Reads a parameter's weight or moment, whole, by name; one at a time."""
-        files: list[Any] = [open_tensors(self.folder / name, AGAIN) for name in self.manifest.files]
-        place = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+        stored = self._stored()
 
         def read(name: str, kind: Kind) -> Tensor:
             key = _key(name, kind)
-            if key not in place:
-                raise UserError(f"{self.folder}: has no {key}; {AGAIN}")
             with as_tensors(self.folder, AGAIN):
-                tensor: Tensor = place[key].get_tensor(key)
-            if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
-                raise UserError(f"{self.folder}: {key} is {tensor.dtype}, or not finite; {AGAIN}")
+                tensor: Tensor = stored(key).get_tensor(key)
+            self._check(tensor, key)
             return tensor
 
         return read
 
-    def load_model(self) -> LanguageModel:
-        """The whole model, float32, on the CPU, in evaluation mode."""
-        model = LanguageModel(self.config.model)
-        read = self.tensors()
-        try:
-            model.load_state_dict({name: read(name, "weight") for name, _ in model.named_parameters()})
-        except RuntimeError as error:
-            raise UserError(f"{self.folder}: weights of another model ({error}); use another checkpoint") from None
-        model.reset_filters()
-        return model.eval()
+    def load_model(self, k: int | None = None) -> LanguageModel:
+        """The model, float32, on the CPU, in evaluation mode: whole, or cut to `k`, of which only that is read.
+
+        Raises:
+            UserError: a budget out of range, or files of another model.
+        """
+        config, stored = self.config.model, self._stored()
+        kept = config if k is None else config.cut(k)
+        whole = parameter_shapes(config)
+
+        def weights() -> Iterator[tuple[str, Tensor]]:
+            for name, shape in parameter_shapes(kept).items():
+                with as_tensors(self.folder, AGAIN):
+                    part = leading(stored(name), name, whole[name], shape)
+                self._check(part, name)
+                yield name, part
+
+        return assembled(kept, weights()).eval()
+
+    def _stored(self) -> Callable[[str], Any]:
+        """The open file that a tensor is in, by the tensor's key."""
+        files: list[Any] = [open_tensors(self.folder / name, AGAIN) for name in self.manifest.files]
+        place = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+
+        def file_of(key: str) -> Any:
+            if key not in place:
+                raise UserError(f"{self.folder}: has no {key}; {AGAIN}")
+            return place[key]
+
+        return file_of
+
+    def _check(self, tensor: Tensor, key: str) -> None:
+        if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{self.folder}: {key} is {tensor.dtype}, or not finite; {AGAIN}")
+
+
+def leading(file: Any, key: str, whole: torch.Size, kept: torch.Size) -> Tensor:
+    """The leading part of shape `kept` of a tensor in an open safetensors file: nothing beyond it is read.
+
+    Raises:
+        ValueError: the tensor's shape is not `whole`.
+    """
+    stored = file.get_slice(key)
+    if (found := tuple(stored.get_shape())) != tuple(whole):
+        raise ValueError(f"{key} is {found}, expected {tuple(whole)}")
+    part: Tensor = stored[tuple(slice(size) for size in kept)]  # a view of the mapped file
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def folder_name(step: int) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_serializer
 
 from megassm.config.fields import Positive, PositiveInt, Section, Size, UnitsPerChannel, _as_tuple, _gate_by_name
+from megassm.errors import UserError
 
 CHUNK = 64
 """Positions that the chunked filter bank computes at a time; near its number of states, so that neither half of the
@@ -144,7 +145,13 @@ class ModelConfig(Section):
         return self.d_ffn - self.ffn_elastic.units(self.num_channels) + self.ffn_elastic.units(k)
 
     def cut(self, k: int) -> ModelConfig:
-        """The model that is left of this one at budget k."""
+        """The model that is left of this one at budget k.
+
+        Raises:
+            UserError: k is not within 1..K_max.
+        """
+        if not 1 <= k <= self.num_channels:
+            raise UserError(f"K = {k}: must be between 1 and this model's K_max = {self.num_channels}")
         return self.model_copy(update={"num_channels": k, "d_ffn": self.ffn_width(k)})
 
     @field_serializer("sigma_scale")

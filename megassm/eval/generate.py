@@ -24,7 +24,7 @@ Budget = int | Callable[[int], int]
 class Sampling(NamedTuple):
     """How to draw."""
 
-    max_tokens: int
+    max_tokens: int = 64
     temperature: float = 0.8
     """0 takes the likeliest token."""
     top_k: int | None = None
@@ -50,9 +50,15 @@ class Sampling(NamedTuple):
                 raise UserError(rule)
 
 
+DEFAULT_SAMPLING = Sampling()
+
+
 @torch.no_grad()
 def generate(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], budget: Budget, sampling: Sampling
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    k: Budget | None = None,
+    sampling: Sampling = DEFAULT_SAMPLING,
 ) -> list[list[int]]:
     """Continues each prompt by at most `sampling.max_tokens` ids, without the stop id that ended it.
 
@@ -60,7 +66,7 @@ def generate(
         model: in evaluation mode.
         prompts: ids; they may differ in length, and a prompt's continuation does not depend on the others but through
             the random draws.
-        budget: K, or a function of the position.
+        k: the budget, or a function of the position; None: K_max.
         sampling: how to draw.
 
     Raises:
@@ -69,6 +75,7 @@ def generate(
     sampling.check()
     if not prompts or not all(prompts):
         raise UserError("the prompt is empty; give at least one character")
+    budget = model.config.num_channels if k is None else k
     device = model.embedding_VD.device
     generator = torch.Generator().manual_seed(sampling.seed)
     logits_BV, state = _prefill(model, prompts, budget)

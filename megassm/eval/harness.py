@@ -26,7 +26,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from megassm.cli.arguments import Row
 from megassm.errors import UserError
 from megassm.eval.generate import Sampling, generate
-from megassm.eval.session import OpenModel, open_model
+from megassm.eval.session import OpenModel, open_for_text
 
 TASKS = Path(__file__).parent / "tasks"
 BOOTSTRAPS = 1000
@@ -69,7 +69,7 @@ class MegaSSMLM(TemplateLM):
         """
         super().__init__()
         name = "auto" if device is None else device.partition(":")[0]
-        opened = checkpoint if isinstance(checkpoint, OpenModel) else open_model(Path(checkpoint), None, name)  # type: ignore[arg-type]
+        opened = checkpoint if isinstance(checkpoint, OpenModel) else open_for_text(Path(checkpoint), None, name)  # type: ignore[arg-type]
         self.model, self._own, _title = opened
         self.k = k or self.model.config.num_channels
         self.max_length = max_length or self.model.config.seq_len

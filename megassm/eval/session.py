@@ -88,7 +88,7 @@ class OpenModel(NamedTuple):
     title: str
 
 
-def open_model(path: Path, data_path: str | None, device: Device) -> OpenModel:
+def open_for_text(path: Path, data_path: str | None, device: Device) -> OpenModel:
     """A model in evaluation mode: of a run, of a checkpoint, or exported, which needs no data.
 
     Raises:

@@ -112,11 +112,10 @@ def resized(config: ModelConfig, k: int, seq_len: int) -> ModelConfig:
     Raises:
         UserError: there is none.
     """
-    if not 1 <= k <= config.num_channels:
-        raise UserError(f"K = {k}: must be between 1 and this model's K_max = {config.num_channels}")
+    cut = config.cut(k)
     if seq_len < k:
         raise UserError(f"--seq-len {seq_len}: must be at least K = {k}: there are no more filters than positions")
-    return config.cut(k).model_copy(update={"seq_len": seq_len})
+    return cut.model_copy(update={"seq_len": seq_len})
 
 
 @torch.no_grad()
@@ -130,9 +129,7 @@ def rederived(model: LanguageModel, k: int, seq_len: int) -> LanguageModel:
 
 def _in_float64(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
     """What a file of `dtype` has to agree with: the whole model, its weights rounded as the file's are."""
-    whole = copy.deepcopy(model).cpu().to(dtype).double()
-    whole.reset_filters()  # the cast rounded them
-    return whole
+    return copy.deepcopy(model).cpu().to(dtype).double()
 
 
 def _check(session: Session, whole: LanguageModel, found: LanguageModel, k: int) -> float:

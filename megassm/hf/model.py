@@ -191,9 +191,9 @@ class MegaSSMForCausalLM(PreTrainedModel, GenerationMixin):
         return logits_BV
 
     def _check_filters(self) -> None:
-        """Derives the filters where they are not there yet, or where `.to(bfloat16)` and its like have rounded them."""
+        """Derives the filters where they are not there yet."""
         bank = self.model.filterbank
-        if bank is not None and (bank.filters_LK.dtype != torch.float64 or bank.filters_LK.numel() == 0):
+        if bank is not None and bank.filters_LK.numel() == 0:
             bank.reset()
 
     @torch.no_grad()

@@ -36,16 +36,16 @@ class FeedForward(nn.Module):
 
 
 class LeadingLinear(nn.Linear):
-    """x (..., i) -> (..., outputs) by the leading rows and columns of a matrix; all rows where `outputs` is None.
-
-    It is uninitialised memory, as all of a new model (`megassm.model.LanguageModel`).
-    """
+    """x (..., i) -> (..., outputs) by the leading rows and columns of a matrix; all rows where `outputs` is None."""
 
     def __init__(self, d_in: int, d_out: int, bias: bool = False) -> None:
         super().__init__(d_in, d_out, bias)
 
     def reset_parameters(self) -> None:
-        pass
+        """The matrix starts at standard deviation 1/sqrt(inputs), a bias at 0, from torch's random state."""
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     @property
     def is_plain(self) -> bool:

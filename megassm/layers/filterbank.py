@@ -1,15 +1,16 @@
 """The filters of a model as a module without parameters, one for all its spectral layers.
 
 Filters and the matrices made from them are derived data: float64, recomputed or read from the cache, never in a
-checkpoint, never cast in place; each use casts a copy to the dtype it computes in.
+checkpoint, never cast in place (`FilterBank._apply`); each use casts a copy to the dtype it computes in.
 
 Shapes: B batch, L length, D width, K filters, H heads, E outputs of a head, C chunk, S states, I = C + S.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, Protocol, assert_never
+from typing import Any, Literal, NamedTuple, Protocol, Self, assert_never, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,7 @@ from megassm.ops.filterbank import (
 )
 from megassm.ops.hankel import spectral_filters
 from megassm.ops.mixing import gated_product, mix_channels
+from megassm.ops.precision import without_autocast
 from megassm.ops.realize import realize
 
 Way = Literal["direct", "fft", "flashfft", "chunked"]
@@ -43,6 +45,18 @@ Method = Literal["auto"] | Way
 
 DIRECT_LENGTH = 512
 """Up to this length one Toeplitz product beats the FFT (CPU, see docs/LOG.md)."""
+
+
+BUFFERS = (
+    "filters_LK",
+    "scale_K",
+    "transition_SS",
+    "input_SC",
+    "rows_CKI",
+    "step_change_SS",
+    "step_input_S",
+    "step_output_KS",
+)
 
 
 class Carry(Protocol):
@@ -79,8 +93,18 @@ class FilterBank(nn.Module):
         self.seq_len, self.num_channels = seq_len, num_channels
         self.method = method
         self.carry: Carry | None = None
-        for name in FilterBank.__annotations__:  # sizes follow from the filters: see `reset`
+        for name in BUFFERS:  # sizes follow from the filters: see `reset`
             self.register_buffer(name, torch.empty(0, dtype=torch.float64), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What moves or casts a whole model (`.to`, `.bfloat16()`, an engine) moves the filters, and casts them not:
+        rounded, the channels beyond the first few would be noise."""
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, moved in self._buffers.items():
+            if moved is not None and moved.dtype != torch.float64:
+                self._buffers[name] = cast(Tensor, exact[name]).to(moved.device)
+        return self
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -122,18 +146,10 @@ class FilterBank(nn.Module):
     def take(self, other: FilterBank) -> None:
         """Copies the leading filters of a larger bank."""
         k = self.num_channels
-        for name in FilterBank.__annotations__:
+        for name in BUFFERS:
             setattr(self, name, getattr(other, name))
         self.filters_LK, self.scale_K = other.filters_LK[:, :k], other.scale_K[:k]
         self.rows_CKI, self.step_output_KS = other.rows_CKI[:, :k], other.step_output_KS[:k]
-
-    def check_dtype(self) -> None:
-        """Raises where something, such as an engine's `.bfloat16()`, has rounded the filters."""
-        if self.filters_LK.dtype != torch.float64:
-            raise RuntimeError(
-                f"the spectral filters were cast to {self.filters_LK.dtype}; they must stay float64 until they are "
-                "used, or channels beyond the first few are noise"
-            )
 
     def scale(self, k: int, choice: SigmaScale, dtype: torch.dtype) -> Tensor:
         """sigma_k^(1/4), or ones, (k,)."""
@@ -154,6 +170,7 @@ class FilterBank(nn.Module):
         length = documents_BL.shape[1]
         return cut_into_rows(documents_BL, CHUNK if self.way(length) == "chunked" else length)
 
+    @without_autocast
     def forward(self, u_BLD: Tensor, k: int, segments: Segments | None = None) -> Tensor:
         """Features (B, L, k, D), in at least float32; with `segments`, made by `segments`, of each document alone."""
         u_BLD = u_BLD.to(torch.promote_types(u_BLD.dtype, torch.float32))
@@ -176,6 +193,7 @@ class FilterBank(nn.Module):
                 return flashfft_filterbank(u_BLD, self.filters(u_BLD), k)
         assert_never(way)
 
+    @without_autocast
     def send_state(self, u_BLD: Tensor) -> SentState | None:
         """Starts to hand the state on, where u is a part of a sequence; L is then a multiple of CHUNK."""
         if self.carry is None:
@@ -185,6 +203,7 @@ class FilterBank(nn.Module):
         states_BNSD = chunk_states(F.pad(chunked(u_BLD, CHUNK), (0, 0, 0, 0, 0, 1)), self.tables(u_BLD.dtype, 0))
         return SentState(states_BNSD[:, :-1], self.carry.send(states_BNSD[:, -1]))
 
+    @without_autocast
     def mix(
         self,
         u_BLD: Tensor,
@@ -227,6 +246,7 @@ class FilterBank(nn.Module):
         before_BSD = self.carry.receive(sent.sent, powers_MSS[count].to(dtype))
         return sent.states_BNSD + powers_MSS[:count].to(dtype) @ before_BSD[:, None]
 
+    @without_autocast
     def step(self, u_BD: Tensor, state_BSD: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(features (B, k, D) of one position, the state after it) from the state before it: any K at any position."""
         dtype = state_BSD.dtype
@@ -236,6 +256,7 @@ class FilterBank(nn.Module):
         change_BSD = self.step_change_SS.to(dtype) @ state_BSD + self.step_input_S.to(dtype)[:, None] * u_B1D
         return features_BKD, state_BSD + change_BSD
 
+    @without_autocast
     def mix_from(self, state_BSD: Tensor, u_BLD: Tensor, weights_BLHK: Tensor, channels_KDE: Tensor) -> Tensor:
         """`mix` of L positions that follow those of a state: one short chunk of all, or whole chunks."""
         batch, length, heads, k = weights_BLHK.shape
@@ -255,6 +276,7 @@ class FilterBank(nn.Module):
         mixed_NCE = gated_product(z_NID, rows_CKI, weights_NCHK, channels_KDE)
         return mixed_NCE.reshape(batch, length + padding, -1)[:, :length]
 
+    @without_autocast
     def advance(self, u_BLD: Tensor, state_BSD: Tensor | None) -> Tensor:
         """The state (B, S, D) after L more positions, in at least float32: all that later ones need, at any budget."""
         assert self.state_size

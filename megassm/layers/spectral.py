@@ -58,6 +58,14 @@ class SpectralGate(nn.Module):
     def _make_scores(self, hidden: int, scores: int) -> None:
         self.score_KH = nn.Parameter(torch.empty(scores, hidden))
         self.score_bias_K = nn.Parameter(torch.empty(scores))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Matrices start at standard deviation 1/sqrt(inputs), biases at 0."""
+        for matrix in (self.hidden.weight, self.score_KH):
+            nn.init.normal_(matrix, std=matrix.shape[-1] ** -0.5)
+        for bias in (self.hidden.bias, self.score_bias_K):
+            nn.init.zeros_(bias)
 
     def forward(self, u_BLD: Tensor, k: int) -> Tensor:
         hidden_BLF = F.gelu(self.hidden(u_BLD))
@@ -133,6 +141,21 @@ class SpectralMixer(nn.Module):
         self.channels_KDD = nn.Parameter(torch.empty(num_channels, d_model, d_model // self.heads))
         self.out_DD = nn.Parameter(torch.empty(d_model, d_model)) if self.heads > 1 else None
         self.direct_DD = nn.Parameter(torch.empty(d_model, d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new weights from torch's random state: matrices at standard deviation 1/sqrt(inputs), and M_k, whose
+        K_max products are added unnormalised without a softmax, at 1/sqrt(K_max) of it there; the gate's as it says.
+
+        A model draws its own (`megassm.model.initial_weights`), by a seed and a parameter's name.
+        """
+        summands = 1 if self.normalised else len(self.channels_KDD)
+        nn.init.normal_(self.channels_KDD, std=(self.channels_KDD.shape[-1] * summands) ** -0.5)
+        for matrix in (self.direct_DD, self.out_DD):
+            if matrix is not None:
+                nn.init.normal_(matrix, std=matrix.shape[-1] ** -0.5)
+        if self.gate is not None:
+            self.gate.reset_parameters()
 
     def forward(self, u_BLD: Tensor, context: Context) -> Tensor:
         weights_BLHK = self._weights(u_BLD, context)

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megassm.ops.precision import without_autocast
+
 NORM_FLOOR = 1e-6
 GROUP_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
 """Features held at a time, in either direction; on a CPU few enough to stay in its caches."""
@@ -119,12 +121,13 @@ class _GatedProduct(torch.autograd.Function):
         return _heads_last(y_HQE.to(channels_KDE.dtype).view(heads, n, c, -1))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
         z_NID, rows_CKI, weights_NCHK, channels_KDE = ctx.saved_tensors
         n, c, heads, _ = weights_NCHK.shape
         z_MIP, weights_MCK = _heads_first(z_NID, heads).flatten(0, 1), weights_NCHK.movedim(2, 0).flatten(0, 1)
         _, form_again = _kernels(z_MIP)
-        dy_HQE = _heads_first(grads[0].to(z_NID.dtype), heads).flatten(1, 2)
+        dy_HQE = _heads_first(dy.to(z_NID.dtype), heads).flatten(1, 2)
         dz_MIP = torch.zeros_like(z_MIP, dtype=_accumulator(z_NID))
         dweights_MCK = torch.empty_like(weights_MCK)
         dchannels_KDE = torch.empty_like(channels_KDE)

@@ -123,7 +123,6 @@ class Engine:
                 dist_init_required=False,
             )
         self.model: LanguageModel = self._engine.module
-        self.model.check_filters()
         self._parts = parts_of(config.model, world.mesh.tensor, world.place.tensor)
         self._shapes = parameter_shapes(config.model)
         state.create_moments(self._engine)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -116,10 +117,32 @@ def test_a_disk_that_fails_ends_the_cache_and_not_the_run(
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megassm.data.cache.write_atomically", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     for block in range(3):
         cache.put("print", block, content(block))
     assert capsys.readouterr().err.count("No space left on device") == 1
+
+
+def test_a_block_is_written_while_another_process_has_the_lock(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 10_000)
+    with ThreadPoolExecutor(1) as thread, cache._locked():
+        put = thread.submit(cache.put, "print", 1, content(1))
+        while not any(path.stat().st_size == 1000 for path in tmp_path.glob("writing/*")):
+            assert not put.done()
+        assert get(cache, 1) is None, "not there before it is counted"
+    assert get(cache, 1) == content(1)
+    assert not list(tmp_path.glob("writing/*"))
+
+
+def test_what_a_killed_process_was_writing_goes_after_an_hour(tmp_path: Path) -> None:
+    DiskCache(tmp_path, 10_000).put("print", 1, content(1))
+    old, fresh = tmp_path / "writing/old", tmp_path / "writing/fresh"
+    for path in (old, fresh):
+        path.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    DiskCache(tmp_path, 10_000)
+    assert fresh.exists()
+    assert not old.exists()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Blocks kept on this node's disk, within a bound, shared by all its processes.
 
     DIR/ab/abcdef....block      the raw bytes of one block, named by what they are (fingerprint and number)
+    DIR/writing/                blocks on their way to their names, one a thread; not counted
     DIR/bytes                   how much is kept; also the lock under which files come and go
 
 Files appear whole and are read without the lock: the reader checks length and CRC32, and a file that vanished
@@ -14,6 +15,8 @@ import fcntl
 import hashlib
 import os
 import sys
+import threading
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +24,11 @@ from pathlib import Path
 from typing import IO
 
 from megassm.errors import UserError
-from megassm.files import TEMPORARY_SUFFIX, write_atomically
+from megassm.files import TEMPORARY_SUFFIX
 
 SUFFIX = ".block"
+WRITING = "writing"
+ABANDONED_S = 3600.0
 KEPT_AFTER_EVICTION = 0.9  # of the bound, so that not every block looks through the folder
 
 
@@ -57,9 +62,12 @@ class DiskCache:
         if self._broken or len(raw) > self._max_bytes:
             return
         path = self._path(fingerprint, block)
+        own = self._directory / WRITING / f"{path.name}.{os.getpid()}.{threading.get_ident()}"
         try:
+            for folder in (own.parent, path.parent):
+                folder.mkdir(exist_ok=True)
+            own.write_bytes(raw)  # outside the lock, and not synced: a reader checks what it finds
             with self._locked() as file:
-                path.parent.mkdir(exist_ok=True)
                 if path.exists():
                     if path.read_bytes() == raw:  # another process was first
                         return
@@ -69,12 +77,15 @@ class DiskCache:
                 if kept > self._max_bytes:
                     target = min(int(KEPT_AFTER_EVICTION * self._max_bytes), self._max_bytes - len(raw))
                     kept = self._evict(file, target) + len(raw)
-                write_atomically(path, raw)
+                own.replace(path)
                 _write_number(file, kept)
         except OSError as error:
             self._broken = True
             what = f"{self._directory}: {error.strerror}; nothing more is kept there"
             print(f"warning: data.cache_dir: {what}", file=sys.stderr, flush=True)
+        finally:
+            with contextlib.suppress(OSError):
+                own.unlink(missing_ok=True)
 
     def _path(self, fingerprint: str, block: int) -> Path:
         name = hashlib.sha256(f"{fingerprint} {block}".encode()).hexdigest()
@@ -89,6 +100,10 @@ class DiskCache:
     def _evict(self, file: IO[bytes], target: int) -> int:
         """Removes the least recently used until `target` bytes are left; returns what is kept."""
         found = []
+        for path in self._directory.glob(f"{WRITING}/*"):  # by a process that was killed
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > ABANDONED_S:
+                    path.unlink()
         for path in self._directory.glob("??/*"):
             with contextlib.suppress(FileNotFoundError):
                 stat = path.stat()

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from megassm.checkpoint.open import open_model, open_tokenizer
     from megassm.config.model import ModelConfig
     from megassm.errors import UserError
-    from megassm.eval.generate import Sampling, generate
+    from megassm.eval.generate import generate
+    from megassm.eval.sampling import Sampling
+    from megassm.eval.speculate import Drafting
     from megassm.layers.spectral_layer import SpectralLayer
     from megassm.model import LanguageModel, build_model, truncate
     from megassm.ops.hankel import spectral_filters
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Drafting",
     "LanguageModel",
     "ModelConfig",
     "Sampling",
@@ -40,7 +43,8 @@ __all__ = [
 _PLACES = {
     "LanguageModel": "megassm.model",
     "ModelConfig": "megassm.config.model",
-    "Sampling": "megassm.eval.generate",
+    "Drafting": "megassm.eval.speculate",
+    "Sampling": "megassm.eval.sampling",
     "SpectralLayer": "megassm.layers.spectral_layer",
     "UserError": "megassm.errors",
     "build_model": "megassm.model",

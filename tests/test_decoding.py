@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megassm.eval.generate import Sampling, generate
+from megassm.eval.generate import generate
+from megassm.eval.sampling import Sampling
 from megassm.layers.state import SLACK, DecodingState, KeyValueCache
 from megassm.model import LanguageModel, build_model
 from tests.conftest import run_python

@@ -11,8 +11,9 @@ import torch
 from megassm.data.stream import MicroBatch
 from megassm.data.tokenizer.base import load_tokenizer
 from megassm.errors import UserError
-from megassm.eval.generate import Sampling, generate, sample_text
+from megassm.eval.generate import generate, sample_text
 from megassm.eval.measure import peak_tensor_bytes
+from megassm.eval.sampling import Sampling, probabilities
 from megassm.eval.score import Score, best_unigram, score, sequence_scores, token_counts
 from megassm.model import build_model, losses_at
 from tests.test_model import config
@@ -107,15 +108,13 @@ def test_greedy_decoding_equals_the_parallel_form_beyond_the_training_length(pat
 
 
 def test_top_k_and_top_p_restrict_the_draws() -> None:
-    from megassm.eval.generate import _draw
-
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0], [3.0, 0.0, 1.0, 2.0]])
     likelier = torch.tensor([[0.7, 0.2, 0.06, 0.04], [0.04, 0.06, 0.2, 0.7]]).log()
     generator = torch.Generator().manual_seed(0)
 
     def seen(values: torch.Tensor, sampling: Sampling) -> list[set[int]]:
-        draws = [_draw(values, sampling, generator) for _ in range(300)]
-        return [set(column) for column in zip(*draws, strict=True)]
+        draws_BN = torch.multinomial(probabilities(values, sampling), 300, replacement=True, generator=generator)
+        return [set(row) for row in draws_BN.tolist()]
 
     assert seen(logits, Sampling(1, 1.0, top_k=2)) == [{1, 2}, {0, 3}]
     assert seen(logits, Sampling(1, 5.0)) == [{0, 1, 2, 3}, {0, 1, 2, 3}]

@@ -15,7 +15,8 @@ import torch
 
 from megassm.data.tokenizer.base import PROBE, Tokenizer, load_tokenizer, train_sentencepiece
 from megassm.errors import UserError
-from megassm.eval.generate import Sampling, generate
+from megassm.eval.generate import generate
+from megassm.eval.sampling import Sampling
 from megassm.eval.session import OpenModel
 from megassm.model import LanguageModel, build_model
 from tests.conftest import ROOT, run_python

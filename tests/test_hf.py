@@ -12,7 +12,8 @@ import torch
 from megassm.checkpoint.exported import open_model_folder, write_model_folder
 from megassm.data.tokenizer.base import EOD_PIECE, PROBE, load_tokenizer, train_sentencepiece
 from megassm.errors import UserError
-from megassm.eval.generate import Sampling, generate
+from megassm.eval.generate import generate
+from megassm.eval.sampling import Sampling
 from megassm.eval.session import open_session
 from megassm.export.write import ExportPlan, export_models
 from megassm.model import LanguageModel, build_model, losses_at

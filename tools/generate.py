@@ -18,6 +18,9 @@ def parser() -> Parser:
     result.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     result.add_argument("--top-k", type=int, metavar="N", help="draw among the N likeliest tokens")
     result.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest tokens of probability P")
+    what = "draft at this smaller budget, and keep what the full one accepts: the same texts, sooner"
+    result.add_argument("--draft-k", type=int, metavar="K", help=what)
+    result.add_argument("--draft-tokens", type=int, default=4, metavar="N", help="drafts a round (default: 4)")
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return result
@@ -25,14 +28,17 @@ def parser() -> Parser:
 
 def main() -> None:
     arguments = parser().parse_args()
-    from megassm.eval.generate import Sampling, sample_text
+    from megassm.eval.generate import sample_text
+    from megassm.eval.sampling import Sampling
     from megassm.eval.session import open_for_text
+    from megassm.eval.speculate import Drafting
 
     model, tokenizer, title = open_for_text(arguments.run, None, arguments.device)
     sampling = Sampling(arguments.tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    drafting = None if arguments.draft_k is None else Drafting(arguments.draft_k, arguments.draft_tokens)
     rows = []
     for k in arguments.budgets or [model.config.num_channels]:
-        text = sample_text(model, tokenizer, arguments.prompt, k, sampling)
+        text = sample_text(model, tokenizer, arguments.prompt, k, sampling, drafting)
         rows.append({"k": k, "text": arguments.prompt + text})
     print_table(title, rows, arguments.json)
 

@@ -25,7 +25,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megassm.cli.arguments import Row
 from megassm.errors import UserError
-from megassm.eval.generate import Sampling, generate
+from megassm.eval.generate import generate
+from megassm.eval.sampling import Sampling
 from megassm.eval.session import OpenModel, open_for_text
 
 TASKS = Path(__file__).parent / "tasks"

@@ -1,0 +1,61 @@
+"""How tokens are drawn from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megassm.errors import UserError
+
+
+class Sampling(NamedTuple):
+    """How to draw."""
+
+    max_tokens: int = 64
+    temperature: float = 0.8
+    """0 takes the likeliest token."""
+    top_k: int | None = None
+    """Draw among the likeliest `top_k` tokens."""
+    top_p: float | None = None
+    """Draw among the likeliest tokens that together have this probability."""
+    seed: int = 0
+    stop_ids: Collection[int] = ()
+    """A text ends before the first of these."""
+    ended: Callable[[Sequence[int]], bool] | None = None
+    """Whether a text, by its ids so far, has come to an end."""
+
+    def check(self) -> None:
+        """UserError naming the value and the rule."""
+        for fine, rule in (
+            (self.max_tokens >= 1, f"max_tokens = {self.max_tokens}: must be at least 1"),
+            (self.temperature >= 0, f"temperature = {self.temperature}: must be at least 0"),
+            (0 <= self.seed < 2**63, f"seed = {self.seed}: must be between 0 and 2^63 - 1"),
+            (self.top_k is None or self.top_k >= 1, f"top_k = {self.top_k}: must be at least 1"),
+            (self.top_p is None or 0 < self.top_p <= 1, f"top_p = {self.top_p}: must be above 0 and at most 1"),
+        ):
+            if not fine:
+                raise UserError(rule)
+
+    def ends(self, ids: Sequence[int]) -> bool:
+        """Whether a text ends with the last of its ids so far."""
+        return len(ids) == self.max_tokens or (self.ended is not None and self.ended(ids))
+
+
+def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """What a token is drawn from, (B, V) float32 on the CPU: all on the likeliest where the temperature is 0."""
+    logits_BV = logits_BV.float().cpu()
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits_BV).scatter_(1, logits_BV.argmax(-1, keepdim=True), 1.0)
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature  # at most 0, however cold
+    if sampling.top_k is not None and sampling.top_k < logits_BV.shape[1]:
+        least_B1 = logits_BV.topk(sampling.top_k).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
+    if sampling.top_p is not None:
+        ordered_BV, places_BV = logits_BV.sort(descending=True)
+        before_BV = ordered_BV.softmax(-1).cumsum(-1) - ordered_BV.softmax(-1)  # probability of the likelier ones
+        ordered_BV = ordered_BV.masked_fill(before_BV >= sampling.top_p, -torch.inf)
+        logits_BV = torch.empty_like(ordered_BV).scatter_(1, places_BV, ordered_BV)
+    return logits_BV.softmax(-1)

@@ -193,7 +193,7 @@ def _other_index(directory: Path) -> None:
         (lambda d: (d / "index.json").write_text("{"), r"index\.json: damaged index: not JSON"),
         (lambda d: (d / "index.json").write_text("[]"), r"index\.json: damaged index: not a JSON object"),
         (_edit("index.json", lambda i: i.update(version=9)), r"index version is 9, this program reads 1; prepare"),
-        (_edit("index.json", lambda i: i.pop("eod")), r"missing or malformed entry: 'eod'"),
+        (_edit("index.json", lambda i: i.pop("eod")), r"index\.json: damaged index: eod: Field required; prepare"),
         (_edit("index.json", lambda i: i.update(tokens=5)), r"blocks, shards and totals disagree; prepare"),
         (_other_blocks, r"index\.npz: damaged index: sha256 \w+, index\.json says \w+; prepare"),
         (_other_index, r"shard-0000\d\.tar: the file ends at offset \d+, expected \d+ bytes"),

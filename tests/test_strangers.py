@@ -4,28 +4,36 @@ outside of it."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rich.console import Console
+from ruamel.yaml.error import YAMLError
 
 from megassm.checkpoint.format import FORMAT, MANIFEST, Manifest, read_checkpoint
 from megassm.cli.arguments import budget_list
 from megassm.config.load import load_config
 from megassm.config.source import ConfigError
+from megassm.data.prepare.tar import tar_members
 from megassm.data.stores import open_store
 from megassm.errors import UserError, visible
 from megassm.files import open_own, write_atomically
-from megassm.guarded import LINE_BYTES
+from megassm.guarded import LINE_BYTES, check_tar, load_columns, parse_json, parse_yaml
 from megassm.report.live import LiveRun
 from megassm.report.run_files import read_knobs
 from megassm.report.terminal import frame
 from megassm.run.events import append_event, read_events
 from megassm.run.failures import check_failures
-from megassm.run.records import RowFile, cut_after, newest_row, read_rows
+from megassm.run.records import RowFile, cut_after, newest_row, parse_row, read_rows
 from tests.conftest import ROOT
 
 
@@ -204,3 +212,81 @@ def test_control_characters_are_seen_and_not_obeyed(text: str) -> None:
         assert shown.isprintable()
         assert shown != text
     assert visible("a\tb\nc \u4e16 \U0001f642") == "a\tb\nc \u4e16 \U0001f642"
+
+
+def packed(raw: bytes, name: str = "0.u16", **changes: object) -> bytes:
+    header = tarfile.TarInfo(name)
+    header.size = len(raw)
+    for key, value in changes.items():
+        setattr(header, key, value)
+    return header.tobuf(tarfile.PAX_FORMAT) + raw + b"\0" * (-len(raw) % 512)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        packed(b"x", size=6_000_000_000),
+        packed(b"x", type=tarfile.GNUTYPE_SPARSE),
+        packed(b"x", pax_headers={"GNU.sparse.size": "6000000000", "GNU.sparse.major": "1"}),
+        packed(b"x", pax_headers={"size": "6000000000"}),
+        packed(b"x", type=tarfile.XHDTYPE, size=2**21) + b"\0" * 2**21,
+        packed(b"a") + b"\1" * 512,
+        b"\1" * 1024,
+    ],
+    ids=["beyond", "sparse", "PAX sparse", "PAX size", "attributes", "second header", "no header"],
+)
+def test_a_tar_file_holds_what_its_bytes_hold(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(content + b"\0" * 10240)
+    with pytest.raises(UserError, match="not a sound tar file"):
+        list(tar_members(path))
+
+
+DTYPES = {"shard": np.dtype("<u4"), "offset": np.dtype("<u8")}
+
+
+def npz(compressed: bool = False, **columns: object) -> bytes:
+    file = io.BytesIO()
+    (np.savez_compressed if compressed else np.savez)(file, **columns)  # type: ignore[operator]
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        npz(True, shard=np.zeros(10**6, "<u4"), offset=np.zeros(10**6, "<u8")),
+        npz(shard=np.zeros(3, "<u4")),
+        npz(shard=np.zeros(3, "<u4"), offset=np.zeros(3, "<f8")),
+        npz(shard=np.zeros(3, "<u4"), offset=np.zeros(2, "<u8")),
+        npz(shard=np.zeros(3, "<u4"), offset=np.array([None, {}], dtype=object)),
+        b"",
+        b"PK\3\4junk",
+    ],
+    ids=["zeros", "missing", "type", "length", "objects", "empty", "junk"],
+)
+def test_arrays_are_what_they_should_be(raw: bytes) -> None:
+    with pytest.raises(UserError, match=r"index\.npz"):
+        load_columns(raw, DTYPES, "index.npz")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_damaged_files_end_in_a_message(data: st.DataObject) -> None:
+    """Flipped, cut and grown bytes of each kind."""
+    kind = data.draw(st.sampled_from(sorted(KINDS)))
+    kind_of, whole = KINDS[kind]
+    raw = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(raw) - 1))
+        raw[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=6))
+    with contextlib.suppress(*((UserError,) if kind in ("npz", "json", "row") else (ValueError, YAMLError))):
+        kind_of(bytes(raw) or b"\0")
+
+
+KINDS: dict[str, tuple[Callable[[bytes], object], bytes]] = {
+    "json": (lambda raw: parse_json(raw, "x"), b'{"a": [1, 2.5, {"b": "c\\u1234"}], "d": null}'),
+    "row": (lambda raw: parse_row(raw), ROWS[1]),
+    "yaml": (lambda raw: parse_yaml(raw.decode("latin-1")), b"a: &x [1, 2]\nb: *x\nc: {d: !!int 3, e: 'f'}\n"),
+    "npz": (lambda raw: load_columns(raw, DTYPES, "x"), npz(shard=np.zeros(3, "<u4"), offset=np.zeros(3, "<u8"))),
+    "tar": (lambda raw: check_tar(io.BytesIO(raw), len(raw)), packed(b"abc") + packed(b"", pax_headers={"a": "b"})),
+}  # fmt: skip

@@ -26,11 +26,13 @@ from torch import Tensor
 from megassm import __version__
 from megassm.checkpoint.format import leading
 from megassm.config.model import ModelConfig
+from megassm.cost import parameters
 from megassm.data.dataset import own_tokenizer
 from megassm.data.tokenizer.base import EOD_PIECE, Tokenizer, load_tokenizer
 from megassm.data.tokenizer.hugging_face import CONFIG_NAME, FILE_NAME
 from megassm.errors import UserError
 from megassm.files import sync, write_atomically
+from megassm.guarded import LINE_BYTES, read_json
 from megassm.model import LanguageModel, assembled, parameter_shapes
 
 CONFIG, WEIGHTS, CODE = "config.json", "model.safetensors", "modeling_megassm.py"
@@ -55,17 +57,30 @@ class ModelFolder:
             UserError: the file is damaged, or not of this configuration, or a budget out of range.
         """
         path = self.folder / WEIGHTS
+        self._check_size()
         kept = parameter_shapes(self.config if k is None else self.config.cut(k))
         try:
             with safe_open(path, framework="pt") as file:
                 for name, shape in parameter_shapes(self.config).items():
-                    yield name, leading(file, PREFIX + name, shape, kept[name]).float()
+                    values = leading(file, PREFIX + name, shape, kept[name])
+                    if not bool(torch.isfinite(values).all()):
+                        raise UserError(f"{path}: {name} is not finite; export it again")
+                    yield name, values.float()
+        except UserError:
+            raise
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path}: not the weights of its {CONFIG} ({error}); export it again") from None
 
     def load_model(self, k: int | None = None) -> LanguageModel:
         """The model, float32, on the CPU, in evaluation mode: whole, or cut to `k`, of which only that is read."""
+        self._check_size()
         return assembled(self.config if k is None else self.config.cut(k), self.weights(k)).eval()
+
+    def _check_size(self) -> None:
+        """UserError if the file is too small for the model of its configuration, before one of that size is made."""
+        path, least = self.folder / WEIGHTS, 2 * parameters(self.config, self.config.num_channels)  # bfloat16
+        if (size := path.stat().st_size) < least:
+            raise UserError(f"{path}: has {size:,} bytes, {CONFIG} says {least:,} at least; export it again")
 
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(own_tokenizer(self.folder))
@@ -110,7 +125,7 @@ def open_model_folder(path: Path) -> ModelFolder:
         UserError: it is not such a folder.
     """
     try:
-        section = json.loads((path / CONFIG).read_text(encoding="utf-8"))[SECTION]
+        section = read_json(path / CONFIG, dict[str, Any], limit=LINE_BYTES)[SECTION]
         config = ModelConfig.model_validate_json(json.dumps(section["model"]))
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"

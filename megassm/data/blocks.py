@@ -8,6 +8,7 @@ or with one flipped header byte gives it part of the samples and no error. Nothi
 from __future__ import annotations
 
 import io
+import tarfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from megassm.data.cache import DiskCache
 from megassm.data.index import PREPARE_AGAIN, MemberLayout, ShardSet, stored_dtype
 from megassm.data.transport import Meter
 from megassm.errors import UserError
+from megassm.guarded import check_tar, load_npy
 
 StoredIds = npt.NDArray[np.unsignedinteger[Any]]
 Fetch = Callable[[str, int, int], bytes]
@@ -63,7 +65,12 @@ class BlockReader:
         """See `read_block`."""
         shard_set, entry = self.shard_set, self.shard_set.blocks[block]
         name = shard_set.shards[int(entry["shard"])].name
-        members = _unpack(self._raw(block), name, shard_set.suffix)
+        try:
+            members = _unpack(self._raw(block), name, shard_set.suffix)
+        except (ValueError, OSError, tarfile.TarError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise self._damaged(block, "members of a tar file", "sound headers", error) from None
         if len(members) != entry["members"]:
             raise self._damaged(block, "members", entry["members"], len(members))
         try:
@@ -119,6 +126,7 @@ def _unpack(raw: bytes, shard: str, suffix: str) -> list[bytes]:
     # Here, because webdataset imports torch where it is installed and preparing data must not wait for it.
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
+    check_tar(io.BytesIO(raw), len(raw))
     files = tar_file_expander([{"url": shard, "stream": io.BytesIO(raw)}])
     return [sample[suffix] for sample in group_by_keys(files) if suffix in sample]
 
@@ -159,8 +167,7 @@ def stored_ids(content: bytes, layout: MemberLayout) -> Ids:
 
 
 def _npy_ids(content: bytes) -> npt.NDArray[Any]:
-    loaded = np.load(io.BytesIO(content), allow_pickle=False)
-    if not isinstance(loaded, np.ndarray) or loaded.ndim != 1 or loaded.dtype.kind not in "iu":
-        kind = f"{loaded.dtype} of shape {loaded.shape}" if isinstance(loaded, np.ndarray) else "no array"
-        raise ValueError(f"{kind}; it must be integers in one dimension")
+    loaded = load_npy(content)
+    if loaded.ndim != 1 or loaded.dtype.kind not in "iu":
+        raise ValueError(f"{loaded.dtype} of shape {loaded.shape}; it must be integers in one dimension")
     return loaded

@@ -14,20 +14,20 @@ The index is written last, so a directory without one holds no data set. `shard_
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from megassm.data.request import Store
 from megassm.data.small_files import read_known
 from megassm.data.stores import LocalStore
 from megassm.data.transport import read_file
 from megassm.errors import UserError
+from megassm.guarded import MAX_VOCABULARY, Described, check_inside, confined, load_columns, parse_json, validated
 
 INDEX_VERSION = 1
 INDEX_NAME = "index.json"
@@ -52,15 +52,18 @@ not there; or ids as they are, so that a document may go on in the next member."
 Blocks = npt.NDArray[np.void]
 
 
+Count = Annotated[int, Field(ge=0, le=2**62)]
+
+
 @dataclass(frozen=True)
 class ShardFile:
     """One shard as the index describes it."""
 
     name: str
-    bytes: int
+    bytes: Count
     sha256: str
-    tokens: int
-    documents: int
+    tokens: Count
+    documents: Count
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,23 @@ class MemberLayout:
     dtype: TokenDtype  # of the ids as they are read; in our own shards also as they are stored
     eod: int
     vocab_size: int
+
+
+class IndexFacts(Described):
+    """What index.json says."""
+
+    dtype: TokenDtype
+    eod: Count
+    vocab_size: Annotated[int, Field(ge=1, le=MAX_VOCABULARY)]
+    tokenizer: str
+    tokenizer_sha256: str
+    tokens: Count
+    documents: Count
+    text_bytes: Count
+    blocks_sha256: str
+    shards: tuple[ShardFile, ...]
+    suffix: Annotated[str, Field(max_length=100)] | None = None
+    members: MemberKind = "documents"
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,16 +154,19 @@ def read_index(place: Path | Store) -> ShardSet:
     """`load_index` without a look at the shards."""
     store = LocalStore(place) if isinstance(place, Path) else place
     raw, index = _read_index_json(store)
-    blocks = _read_blocks(store, str(index.get("blocks_sha256")))
+    facts = validated(IndexFacts, index, f"{store.place}/{INDEX_NAME}: damaged index", PREPARE_AGAIN)
+    for shard in facts.shards:
+        confined(shard.name, f"{store.place}/{INDEX_NAME}")
+    blocks = _read_blocks(store, facts.blocks_sha256)
     try:
         shard_set = ShardSet(
             store=store,
             fingerprint=hashlib.sha256(raw).hexdigest(),
-            shards=tuple(ShardFile(**shard) for shard in index["shards"]),
+            shards=facts.shards,
             blocks=blocks,
-            suffix=index.get("suffix", index["dtype"]),
-            members=index.get("members", "documents"),
-            **{name: index[name] for name in FACTS},
+            suffix=facts.suffix or facts.dtype,
+            members=facts.members,
+            **{name: getattr(facts, name) for name in FACTS},
         )
         consistent = _is_consistent(shard_set)
     except (KeyError, TypeError) as error:
@@ -159,10 +182,7 @@ def _read_index_json(store: Store) -> tuple[bytes, dict[str, Any]]:
         raw = read_file(store, INDEX_NAME)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; make the data set with tools/prepare_data.py") from None
-    try:
-        index = json.loads(raw)
-    except ValueError as error:
-        raise _damaged_index(store, INDEX_NAME, f"not JSON: {error}") from None
+    index = parse_json(raw, f"{path}: damaged index", PREPARE_AGAIN)
     if not isinstance(index, dict):
         raise _damaged_index(store, INDEX_NAME, "not a JSON object")
     version = index.get("version")
@@ -180,10 +200,11 @@ def _read_blocks(store: Store, expected_sha256: str) -> Blocks:
     sha256 = hashlib.sha256(raw).hexdigest()
     if sha256 != expected_sha256:
         raise _damaged_index(store, BLOCKS_NAME, f"sha256 {sha256}, {INDEX_NAME} says {expected_sha256}")
-    with np.load(io.BytesIO(raw), allow_pickle=False) as columns:
-        blocks = np.empty(len(columns["shard"]), dtype=BLOCK_DTYPE)
-        for name in BLOCK_DTYPE.names or ():
-            blocks[name] = columns[name]
+    dtypes = {name: BLOCK_DTYPE[name] for name in BLOCK_DTYPE.names or ()}
+    columns = load_columns(raw, dtypes, f"{store.place}/{BLOCKS_NAME}: damaged index")
+    blocks = np.empty(len(columns["shard"]), dtype=BLOCK_DTYPE)
+    for name, values in columns.items():
+        blocks[name] = values
     return blocks
 
 
@@ -207,6 +228,7 @@ def _check_sizes(shard_set: ShardSet) -> None:
     """A missing or cut shard shows at the start of a run, not on its third day."""
     for shard in shard_set.shards:
         path = shard_set.directory / shard.name
+        check_inside(path, shard_set.directory)
         got = path.stat().st_size if path.is_file() else None
         if got != shard.bytes:
             what = "no such file" if got is None else f"the file ends at offset {got}"

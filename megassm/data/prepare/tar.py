@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megassm.errors import UserError
+from megassm.guarded import check_tar
 
 TAR_RECORD_BYTES = 512
 META = re.compile(r"__[^/]*__(/|$)")  # webdataset's mark for what is no sample
@@ -38,6 +39,11 @@ def tar_members(path: Path, suffixes: tuple[str, ...] = ()) -> Iterator[TarMembe
         UserError: not a tar file, damaged, or cut short; names file and offset.
     """
     offset = 0
+    try:
+        with open(path, "rb") as file:
+            check_tar(file, path.stat().st_size)
+    except ValueError as error:
+        raise UserError(f"{path}: not a sound tar file: {error}; fetch or make the file again") from None
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as opened:
             tar: Any = opened  # its list of members is not in its types

@@ -33,6 +33,7 @@ Pixels = npt.NDArray[np.uint8]
 TEXT_LENGTH = 4096
 GREY = np.array([0.299, 0.587, 0.114])
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+MAX_PIXELS = 2**24
 PICKLED = {("numpy", "dtype"), ("numpy", "ndarray"), ("_codecs", "encode")}
 """What a batch of CIFAR-10 needs; a pickle may ask for anything else, and must not get it."""
 
@@ -214,8 +215,12 @@ def _image_file(path: Path) -> bytes:
         raise UserError(f"{path}: image files need Pillow; pip install -e '.[images]'") from None
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(f"{path}: {image.width} x {image.height} pixels, at most {MAX_PIXELS:,} are read")
             return _grey(np.asarray(image.convert("RGB")))
-    except (UnidentifiedImageError, OSError) as error:
+    except UserError:
+        raise
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
 
 

@@ -22,6 +22,7 @@ from megassm.data.task import TASK_NAME, load_task
 from megassm.data.tokenizer.hugging_face import JsonTokenizer
 from megassm.data.tokenizer.ids import PROBE, Ids
 from megassm.errors import UserError
+from megassm.guarded import TOKENIZER_BYTES, read_bytes
 
 ModelType = Literal["bpe", "unigram"]
 
@@ -97,8 +98,8 @@ class SentencePieceTokenizer:
     def __init__(self, path: Path) -> None:
         """Reads a `.model` file. UserError where it is missing, not a model, lossy or without EOD."""
         try:
-            model = path.read_bytes()
-        except OSError as error:
+            model = read_bytes(path, TOKENIZER_BYTES)
+        except FileNotFoundError as error:
             way_out = "give 'bytes' or a file made by tools/train_tokenizer.py"
             raise UserError(f"tokenizer {path}: {error.strerror}; {way_out}") from None
         self._model = model
@@ -109,7 +110,10 @@ class SentencePieceTokenizer:
         self.eod: int = self._processor.eos_id()
         if self.eod < 0:
             raise UserError(f"tokenizer {path}: has no end-of-text piece; {TRAIN_ONE}")
-        self._pieces = [_piece_bytes(self._processor, i) for i in range(self.vocab_size)]
+        try:
+            self._pieces = [_piece_bytes(self._processor, i) for i in range(self.vocab_size)]
+        except (ValueError, IndexError) as error:
+            raise UserError(f"tokenizer {path}: a piece of it is no text ({error}); {TRAIN_ONE}") from None
         space_mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self._space_mark_ids: list[int] = space_mark_ids
         returned = self.decode(self.encode([PROBE])[0].tolist())

@@ -20,6 +20,7 @@ import numpy as np
 
 from megassm.data.tokenizer.ids import PROBE, Ids
 from megassm.errors import UserError
+from megassm.guarded import MAX_VOCABULARY, TOKENIZER_BYTES, read_bytes, read_json
 
 FILE_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
 USUAL_EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|eod|>", "<eos>", "<|eos|>")
@@ -49,6 +50,8 @@ class JsonTokenizer:
         self._raw, self._backend = _load(path)
         vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if self.vocab_size > MAX_VOCABULARY:
+            raise UserError(f"tokenizer {path}: has the id {self.vocab_size - 1:,}, ids end below {MAX_VOCABULARY:,}")
         self.name = f"json-{self.vocab_size}"
         self._eod_token = _eod_token(path, eod_token, vocabulary)
         self.eod = vocabulary[self._eod_token]
@@ -111,11 +114,15 @@ def _load(path: Path) -> tuple[bytes, Any]:
         raise UserError(f"tokenizer {path}: needs the package tokenizers, which is not installed; {way_out}") from None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one process a core: `workers` says how many
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path, TOKENIZER_BYTES)
         backend = Tokenizer.from_str(raw.decode())
-    except OSError as error:
+    except FileNotFoundError as error:
         raise UserError(f"tokenizer {path}: {error.strerror}; give the path of a tokenizer.json") from None
-    except Exception as error:  # the package raises this very type
+    except UserError:
+        raise
+    except BaseException as error:  # the package raises `Exception`, and a panic of its Rust is none even of these
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
         raise UserError(f"tokenizer {path}: not a tokenizer.json: {error}; give another file") from None
     backend.encode_special_tokens = True  # `<|endoftext|>` written in a text is text
     backend.normalizer = None
@@ -141,11 +148,10 @@ def _eod_token(path: Path, given: str | None, vocabulary: dict[str, int]) -> str
 
 def _configured_eod(path: Path) -> str | None:
     try:
-        token = json.loads(path.read_bytes()).get("eos_token")
+        found = read_json(path, dict[str, Any], "repair it, or pass --eod-token")
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a JSON object: {error}; repair it, or pass --eod-token") from None
+    token = found.get("eos_token")
     if isinstance(token, dict):  # how some versions write it
         token = token.get("content")
     return token if isinstance(token, str) else None

@@ -107,7 +107,7 @@ def seconds(time: str) -> int:
     """Of a limit in SLURM's notation: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a valid value.
     """
     if not re.fullmatch(r"\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}", time):
         raise ValueError(time)

@@ -188,7 +188,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint by its own folder, or a run's newest, for its weights.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no complete checkpoint.
     """
     if (path / MANIFEST).exists():
         return read_checkpoint(path, check="weights")
@@ -232,7 +232,7 @@ def read_checkpoint(folder: Path, check: str | None = None) -> Checkpoint:
 
 
 def check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
-    """Refuses to continue a run from a checkpoint of another one.
+    """Checks that a run may be continued from a checkpoint.
 
     Raises:
         UserError: with every difference.

@@ -1,7 +1,7 @@
 """Every knob of a run, in one place: frozen sections with type, unit and meaning; `megassm.config.rules` has the rest.
 
 A run is one `Config`. It is read from YAML by `megassm.config.load`, which turns every violation into a message
-with file and line. Nothing here imports torch: a refusal costs milliseconds.
+with file and line. Nothing here imports torch: a validation error costs milliseconds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class BudgetConfig(Section):
     min_k: PositiveInt = 1
     """Smallest K that `uniform`, `log_uniform` and `sandwich` draw."""
     min_k_steps: PositiveInt | None = None
-    """Updates over which the smallest K allowed falls from K_max to 1, whatever the strategy; null: none."""
+    """Anneals the minimum K from K_max to 1 over so many updates, under every strategy; null disables it."""
     distill_weight: Fraction = 0.0
     """Share of the loss, at a K below K_max, that is the divergence from the model's own prediction at K_max."""
     distill_temperature: Positive = 1.0

@@ -42,7 +42,7 @@ def open_store(path: str) -> Store:
     {"train/index.json": URL, ...}, for files that are signed one by one.
 
     Raises:
-        UserError: the package for this scheme is not installed, the list of links is none.
+        UserError: the package for this scheme is not installed, or the list of links is not valid.
     """
     try:
         parts = urlsplit(path)
@@ -160,7 +160,7 @@ def _pool(url: str) -> urllib3.PoolManager:
 
 
 def http_request(pool: urllib3.PoolManager, url: str, span: Span, etag: str | None) -> Reply:
-    """One ranged GET, redirects followed. See the top of this file for what is raised."""
+    """One ranged GET, redirects followed. See `megassm.data.request` for what is raised."""
     import urllib3
 
     parts = urlsplit(url)

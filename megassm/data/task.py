@@ -113,7 +113,7 @@ def fitting(seen: int) -> int:
 
 
 def load_task(path: Path) -> TaskTokenizer:
-    """Reads a data set's task.json. UserError where it is none."""
+    """Reads a data set's task.json. UserError if the file is not a valid task."""
     try:
         found: dict[str, Any] = json.loads(path.read_bytes())
         names = {name: tuple(found[name]) for name in ("answers", "symbols")}

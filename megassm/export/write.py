@@ -110,7 +110,7 @@ def resized(config: ModelConfig, k: int, seq_len: int) -> ModelConfig:
     """The same model with k channels, for sequences of `seq_len`.
 
     Raises:
-        UserError: there is none.
+        UserError: k is out of range, or seq_len is smaller than k.
     """
     cut = config.cut(k)
     if seq_len < k:

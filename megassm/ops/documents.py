@@ -76,7 +76,7 @@ def document_numbers(ids_BL: Tensor, document_end: int | None) -> Tensor | None:
 
 
 def check_documents(documents_BL: Tensor, ids_BL: Tensor) -> None:
-    """Raises UserError for numbers that are no documents of `ids_BL`."""
+    """UserError if `documents_BL` is not a valid numbering for `ids_BL`."""
     if documents_BL.shape != ids_BL.shape:
         raise UserError(
             f"documents of shape {tuple(documents_BL.shape)} for ids of shape {tuple(ids_BL.shape)}: give one number "

@@ -7,11 +7,11 @@ The main thread of every rank notes where it is (`Progress`, an attribute). Two 
     watch    ends the job where its own main thread has noted nothing for longer than a collective may take
 
 A rank that must end the job, because its main thread is stuck or because a collective failed, reads what all ranks
-told the store, twice: who has stopped telling is dead or stopped; else who is behind the others hangs. The first to
-find out speaks, all write their stacks, and all leave with code 1.
+told the store, twice: a rank whose beat stopped is dead or stopped; otherwise the rank behind the others hangs. The
+first to find out speaks, all write their stacks, and all leave with code 1.
 
-Every wait here is bounded: the store may be held by the very rank that has stopped. So a file, created by
-whoever speaks first, decides who is the first to speak.
+Every wait here is bounded: the store may be held by the very rank that has stopped. So the failure file decides who
+is the first to speak: whoever creates it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Mark(NamedTuple):
     place: str
     at: float
     phase: Phase | None = None
-    """What its time counts for; None for what is beside the update."""
+    """What its time counts for; None if it is not part of the update."""
 
 
 class Progress:

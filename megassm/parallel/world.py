@@ -196,7 +196,7 @@ def gather_texts(text: str) -> list[str]:
 
 
 def together(attempt: Callable[[], T]) -> T:
-    """`attempt()` on every rank, or the first rank's refusal on all: none waits for one that has given up.
+    """`attempt()` on every rank, or the first rank's error on all: no rank waits for one that has given up.
 
     Raises:
         UserError: what any rank raised as one or as an `OSError`.

@@ -19,7 +19,7 @@ def check_run_directory(path: Path) -> Path:
     """`path`, if a run is or was there.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not a run directory.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such run directory; give run.dir of a run, such as runs/demo")

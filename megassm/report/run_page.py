@@ -60,7 +60,7 @@ def load_run(run_dir: Path, name: str) -> LoadedRun:
     """Reads a run in bounded memory.
 
     Raises:
-        UserError: there is none.
+        UserError: it is not a run directory.
     """
     check_run_directory(run_dir)
     journal = run_dir / METRICS
@@ -73,7 +73,7 @@ def write_run_page(run_dirs: Sequence[Path], path: Path) -> list[dict[str, Any]]
     """Writes the page; returns the summary's figures, a row a run.
 
     Raises:
-        UserError: a run directory that is none.
+        UserError: a path is not a run directory.
     """
     runs = [load_run(run_dir, name) for run_dir, name in zip(run_dirs, _names(run_dirs), strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -160,7 +160,7 @@ def is_row(row: Row) -> bool:
 
 
 def newest_row(path: Path) -> Row | None:
-    """The newest whole row; None where there is none."""
+    """The newest whole row; None if there is no row."""
     return next((row for row, _ in rows_newest_first(path)), None)
 
 

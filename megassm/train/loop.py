@@ -58,7 +58,7 @@ End = Literal["done", "stopped", "rewound"]
 def pretrain(config: Config, data: Dataset) -> None:
     """Trains, or continues, the run of `config`.
 
-    Leaves with code 1 where it must refuse, after one message; with `STOPPED` where it was told to stop, and has saved.
+    Exits with code 1 after one message if there is an error; with `STOPPED` if it was told to stop, and has saved.
     """
     try:
         world = join_world(config)

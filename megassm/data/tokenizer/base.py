@@ -155,7 +155,7 @@ class TokenizerSpec:
 
 
 def load_tokenizer(spec: str | Path | TokenizerSpec) -> Tokenizer:
-    """The tokenizer of that name. UserError where there is none."""
+    """The tokenizer of that name. UserError if there is no such tokenizer."""
     if not isinstance(spec, TokenizerSpec):
         spec = TokenizerSpec(str(spec))
     if Path(spec.name).name == TASK_NAME:

@@ -68,11 +68,9 @@ def generate(
                 continue
             ids.append(drawn[row])
             if row in open_rows:
-                if drawn[row] in sampling.stop_ids:
-                    open_rows.discard(row)
-                    continue
-                texts[row].append(drawn[row])
-                if sampling.ends(texts[row]):
+                stopped = drawn[row] in sampling.stop_ids
+                texts[row] += [] if stopped else [drawn[row]]
+                if stopped or sampling.ends(texts[row]):
                     open_rows.discard(row)
         if not open_rows:
             return texts

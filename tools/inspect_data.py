@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megassm.cli.arguments import Parser, positive, run_tool, tool_parser, write_json
+from megassm.errors import visible
 
 if TYPE_CHECKING:
     from megassm.data.inspect import SampleText
@@ -64,7 +65,7 @@ def show(sample: SampleText) -> None:
     if not sample.tokens:
         print("(masked: a block of it is damaged)")
     text = f"{END_OF_DOCUMENT}\n".join(sample.documents)
-    print(text + END_OF_DOCUMENT if sample.ends_document else text)
+    print(visible(text + END_OF_DOCUMENT if sample.ends_document else text))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from megassm.errors import visible
 from megassm.report.braille import bar, curve, sparkline
 from megassm.report.live import LiveRun
 from megassm.report.run_files import event_text, event_time
@@ -179,7 +180,7 @@ def _events(run: LiveRun) -> Panel:
     table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     for event in list(run.events)[-EVENTS_SHOWN:]:
         step = f"step {event['step']:,}" if isinstance(event.get("step"), int) else ""
-        kind = Text(str(event.get("kind", "event")), "yellow")
+        kind = Text(visible(str(event.get("kind", "event"))), "yellow")
         table.add_row(Text(event_time(event), "dim"), step, kind, Text(event_text(event).replace("\n", " ")))
     return _panel(f"events ({len(run.events)})", table)
 

@@ -11,13 +11,15 @@ A text that is too long is cut; an image must fit. What is read is shuffled, by 
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
+import pickletools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, assert_never
+from typing import Any, Literal, NamedTuple, assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,7 @@ from megassm.data.dataset import TRAIN, VALID
 from megassm.data.order import hash_order
 from megassm.data.task import Example, Task, fitting
 from megassm.errors import UserError
+from megassm.guarded import read_bytes
 
 Kind = Literal["text", "image", "pathfinder"]
 Pixels = npt.NDArray[np.uint8]
@@ -34,8 +37,9 @@ TEXT_LENGTH = 4096
 GREY = np.array([0.299, 0.587, 0.114])
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 MAX_PIXELS = 2**24
-PICKLED = {("numpy", "dtype"), ("numpy", "ndarray"), ("_codecs", "encode")}
-"""What a batch of CIFAR-10 needs; a pickle may ask for anything else, and must not get it."""
+CIFAR_BYTES = 2**26
+UNUSED = frozenset({"EXT1", "EXT2", "EXT4", "INST", "OBJ", "NEWOBJ", "PERSID", "BINPERSID"})
+"""Operations of a pickle that no batch of CIFAR-10 needs."""
 
 
 class Item(NamedTuple):
@@ -176,26 +180,54 @@ def _array(path: Path) -> npt.NDArray[Any]:
 
 def _cifar_batch(path: Path) -> Iterator[Item]:
     try:
-        with path.open("rb") as file:
-            batch = _SafeUnpickler(file, encoding="bytes").load()
-        pixels_NP, labels = batch[b"data"], batch[b"labels"]
-        images = pixels_NP.reshape(len(labels), 3, 32, 32).transpose(0, 2, 3, 1)
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a batch of CIFAR-10 for Python ({error})") from None
+        batch = _CifarUnpickler(io.BytesIO(_cifar_bytes(path)), encoding="bytes").load()
+        labels, (shape, content) = batch[b"labels"], batch[b"data"].state[1::3]
+        images = np.frombuffer(content, np.uint8).reshape(len(labels), 3, 32, 32).transpose(0, 2, 3, 1)
+        if not all(type(label) is int for label in labels) or shape != (len(labels), 3072):
+            raise ValueError(f"data {shape} of {len(labels)} labels")
+    except UserError:
+        raise
+    except Exception as error:  # a pickle can lead to any
+        raise UserError(f"{path}: not a batch of CIFAR-10 for Python ({type(error).__name__}: {error})") from None
     for image, label in zip(images, labels, strict=True):
         yield Item(str(label), partial(_grey, image))
 
 
-class _SafeUnpickler(pickle.Unpickler):
-    """Arrays, and nothing else that would run code."""
+def _cifar_bytes(path: Path) -> bytes:
+    """The file, if it holds nothing but the operations that a batch is made of: none allocates more than it brings."""
+    content = read_bytes(path, CIFAR_BYTES)
+    for operation, _, place in pickletools.genops(content):
+        if operation.proto > 2 or operation.name in (
+            "EXT1",
+            "EXT2",
+            "EXT4",
+            "INST",
+            "OBJ",
+            "NEWOBJ",
+            "PERSID",
+            "BINPERSID",
+        ):
+            raise ValueError(f"{operation.name} at byte {place}")
+    return content
 
-    def __init__(self, file: IO[bytes], encoding: str) -> None:
-        super().__init__(file, encoding=encoding)
 
+class _Array:
+    """Stands for an array and its type: keeps what the pickle says of it, so that numpy is not led by a stranger."""
+
+    state: Any = ()
+
+    def __init__(self, *arguments: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _CifarUnpickler(pickle._Unpickler):  # in Python: the one in C allocates what a number in the file says
     def find_class(self, module: str, name: str) -> Any:
-        arrays = name in ("_reconstruct", "_frombuffer") and module.startswith("numpy.") and "core." in module
-        if arrays or (module, name) in PICKLED:
-            return super().find_class(module, name)
+        if (module, name) == ("_codecs", "encode"):
+            return lambda text, _: text.encode("latin-1")  # how protocol 2 writes bytes
+        if module.partition(".")[0] == "numpy" and name in ("dtype", "ndarray", "_reconstruct"):
+            return _Array
         raise pickle.UnpicklingError(f"asks for {module}.{name}")
 
 

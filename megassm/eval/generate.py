@@ -54,6 +54,12 @@ def generate(
     sampling.check()
     if not prompts or not all(prompts):
         raise UserError("the prompt is empty; give at least one character")
+    return _step_by_step(model, prompts, budget, sampling)
+
+
+def _step_by_step(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], budget: Budget, sampling: Sampling
+) -> list[list[int]]:
     device = model.embedding_VD.device
     generator = torch.Generator().manual_seed(sampling.seed)
     logits_BV, state = _prefill(model, prompts, budget)

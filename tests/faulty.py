@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from launch import pretrain
 from megassm.cli.arguments import run_tool
+from megassm.commands import train as pretrain
 from megassm.data.stream import MicroBatch, TokenStream
 
 

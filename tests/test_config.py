@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import BaseModel
 
+from megassm.commands.make_task import OPTIONS
 from megassm.config.load import dump_config, load_config
 from megassm.config.model import ElasticFfnConfig
 from megassm.config.schema import Config, RunConfig
@@ -18,7 +19,6 @@ from megassm.config.source import ConfigError
 from megassm.cost import parameters
 from megassm.model import LanguageModel
 from tests.conftest import ROOT, run_python
-from tools.make_task import OPTIONS
 
 TINY = ROOT / "configs/tiny.yaml"
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

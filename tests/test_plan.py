@@ -322,7 +322,7 @@ def test_tool_plans_and_suggests(tmp_path: Path) -> None:
 
 
 def test_the_page_has_what_the_tool_finds() -> None:
-    from tools.plan import cluster_of, parser, row
+    from megassm.commands.plan import cluster_of, parser, row
 
     lines = []
     for name in ("125m", "350m_hybrid", "1b_hybrid", "3b_hybrid", "7b_hybrid", "30b_hybrid"):

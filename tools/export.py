@@ -1,76 +1,7 @@
-"""Cuts a trained model to a budget K, or to a family of them, as folders that megassm and transformers open.
+"""Cuts a trained model to a budget K, or to a family of them, as folders that megassm and transformers open."""
 
-Each is written with its tokenizer and a card, read back, and checked against the whole model on validation text.
-`--seq-len` sets model.seq_len of the export and derives its filters for that length. Filters are no weights: no weight
-changes, nor the file's size. But they are not the filters that the weights were trained with: the leading ones hardly
-depend on the length, the high ones do. Table and card have the quality with both, on sequences of that length.
-"""
-
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
-from megassm.cli.arguments import Parser, budget_list, positive, print_table, run_tool, tool_parser
-from megassm.cli.progress import shown_progress
-
-DTYPES = ("float32", "bfloat16")
-
-
-def parser() -> Parser:
-    result = tool_parser(__doc__ or "", "python tools/export.py runs/demo --all --budgets 2,8,32")
-    result.add_argument("run", type=Path, metavar="RUN_DIR", help="run directory, or one of its checkpoints/step-*")
-    what = result.add_mutually_exclusive_group(required=True)
-    what.add_argument("--k", type=positive, metavar="K", help="spectral channels to keep")
-    what.add_argument("--all", action="store_true", help="a family: a folder for each of --budgets, and one card")
-    result.add_argument("--budgets", type=budget_list, metavar="LIST", help="with --all: K (default: eval.budgets)")
-    result.add_argument(
-        "--output", type=Path, metavar="DIR", help="default: RUN_DIR/export, for one K RUN_DIR/export/k-K"
-    )
-    result.add_argument("--dtype", choices=DTYPES, default="float32", help="of the file (default: float32)")
-    result.add_argument("--seq-len", type=positive, metavar="L", help="length to derive the filters for (see above)")
-    result.add_argument(
-        "--sequences", type=positive, metavar="N", help="validation sequences to measure on (default: eval.sequences)"
-    )
-    result.add_argument("--data", metavar="DIR", help="data set to check with (default: the run's own)")
-    result.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    return result
-
-
-def main() -> None:
-    options = parser()
-    arguments = options.parse_args()
-    if arguments.budgets and not arguments.all:
-        options.error("--budgets is for --all; for one size give --k")
-    import torch
-
-    from megassm.eval.session import open_session
-    from megassm.export.card import family_table
-    from megassm.export.write import ExportPlan, export_models
-    from megassm.files import write_atomically
-
-    session = open_session(arguments.run, arguments.data, arguments.device)
-    sequences = arguments.sequences or session.config.eval.sequences
-    plan = ExportPlan(getattr(torch, arguments.dtype), arguments.seq_len, sequences)
-    family = arguments.output or session.run_dir / "export"
-    budgets = (arguments.budgets or session.config.eval_budgets()) if arguments.all else [arguments.k]
-    folders = {k: family / f"k-{k}" for k in budgets}
-    if arguments.k and arguments.output:
-        folders = {arguments.k: arguments.output}
-    with shown_progress() as progress:
-        exported = export_models(session, folders, plan, progress)
-    if arguments.all:
-        title = f"# {session.run_dir.name}: one training run, {len(exported)} sizes\n\n"
-        write_atomically(family / "README.md", (title + family_table(exported)).encode())
-    rows = [_row(vars(model), arguments.seq_len) for model in exported]
-    print_table(f"{arguments.run}, step {session.checkpoint.manifest.step}", rows, arguments.json)
-
-
-def _row(row: dict[str, Any], seq_len: int | None) -> dict[str, Any]:
-    """For the table: a path is text, and a column that is empty without --seq-len is left out."""
-    return {name: str(value) if name == "folder" else value for name, value in row.items()
-            if seq_len or name != "trained_filters_bits_per_byte"}  # fmt: skip
-
+from megassm.cli.arguments import run_tool
+from megassm.commands.export import main
 
 if __name__ == "__main__":
     run_tool(main)

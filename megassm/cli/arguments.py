@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,6 +83,9 @@ class Parser(argparse.ArgumentParser):
     """A parser whose `--help` ends with a runnable example and whose refusals are printed by rank 0 only."""
 
     def __init__(self, description: str, example: str) -> None:
+        program = Path(sys.argv[0]).name
+        if program.startswith("megassm "):  # not started as a script of the project
+            example = re.sub(r"(python|deepspeed --num_gpus \d+) (tools|launch)/\w+\.py", program, example)
         super().__init__(
             description=description,
             epilog=f"example:\n  {example}",

@@ -48,10 +48,19 @@ class Source:
         return self.places.get(knob, "")
 
 
+def _by_name(path: Path) -> Path:
+    """A configuration of the project's by its name alone, such as tiny or tasks/recall, where no such file is here."""
+    if path.suffix or path.is_absolute() or path.exists():
+        return path
+    package = Path(__file__).parents[1]
+    found = (folder / f"{path}.yaml" for folder in (package / "configs", package.parent / "configs"))
+    return next((file for file in found if file.is_file()), path)
+
+
 def read_yaml(path: Path) -> Source:
     source = Source()
     try:
-        text = read_bytes(path, YAML_BYTES, "a configuration has sections and keys").decode()
+        text = read_bytes(_by_name(path), YAML_BYTES, "a configuration has sections and keys").decode()
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such file; --config takes a YAML file, such as configs/tiny.yaml"]) from None
     except UnicodeDecodeError as error:

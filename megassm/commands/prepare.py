@@ -1,0 +1,103 @@
+"""Turns text into the sharded data set that pretraining reads; see `megassm.data.prepare.pipeline`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megassm.cli.arguments import Row, path_argument, print_table, tool_parser
+from megassm.cli.progress import shown_progress
+from megassm.errors import UserError
+
+if TYPE_CHECKING:
+    from megassm.data.prepare.pipeline import PrepareJob
+
+MOST_WORKERS = 16  # unless asked for more: each may hold two parts in memory, and one reader feeds them all
+EXAMPLE = "python tools/prepare_data.py --input corpus/ --glob '*.py' --output data/code --tokenizer bytes"
+
+
+def main() -> None:
+    """Prepares, then prints what lies in the output."""
+    arguments = _parser().parse_args()
+    from megassm.data.prepare.pipeline import REPAIRED, prepare
+
+    with shown_progress() as progress:
+        prepared = prepare(_job(arguments), progress)
+    if prepared.was_there:
+        print(f"{arguments.output} holds this data set already: nothing to do", file=sys.stderr)
+    rows: list[Row] = []
+    for split, shards in prepared.splits.items():
+        counts = (shards.documents, shards.tokens, shards.text_bytes, len(shards.shards))
+        rows.append(_row(split, *counts))
+    for reason, documents in prepared.filtered.items():
+        if documents:
+            rows.append(_row(reason if reason == REPAIRED else f"left out: {reason}", documents))
+    print_table(str(arguments.output), rows, arguments.json)
+
+
+def _row(split: str, documents: int, tokens: int = 0, text_bytes: int = 0, shards: int = 0) -> Row:
+    return {
+        "split": split,
+        "documents": documents,
+        "tokens": tokens,
+        "text_bytes": text_bytes,
+        "shards": shards,
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    from megassm.data.prepare.documents import add_source_options
+
+    parser = tool_parser("Tokenizes, shuffles, splits and shards text for pretraining.", EXAMPLE)
+    add_source_options(parser)
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("--output", type=path_argument, required=True, metavar="DIR", help="holds train/ and valid/ afterwards")
+    add(
+        "--tokenizer", default="bytes", metavar="bytes|FILE", help=f"bytes, a .model file or a tokenizer.json {default}"
+    )
+    add("--eod-token", metavar="TOKEN", help="that ends a document; of a tokenizer.json (default: as it says)")
+    add("--deduplicate", action="store_true", help="of documents with the same text, keep the first")
+    add("--valid-fraction", type=float, default=0.05, metavar="F", help=f"of the documents {default}")
+    add("--seed", type=int, default=0, metavar="N", help=f"of the shuffle {default}")
+    add("--shard-tokens", type=int, default=1 << 28, metavar="N", help=f"tokens a file {default}")
+    add("--block-tokens", type=int, default=1 << 20, metavar="N", help=f"tokens read at once {default}")
+    add("--member-tokens", type=int, default=1 << 20, metavar="N", help=f"tokens a tar member {default}")
+    licence_help = "of the text, for dataset.md: a file that holds it, or the words themselves"
+    add("--licence", metavar="FILE|TEXT", help=licence_help)
+    workers_help = f"processes; the result is the same for any number {default}"
+    add("--workers", type=int, default=min(os.cpu_count() or 1, MOST_WORKERS), metavar="N", help=workers_help)
+    return parser
+
+
+def _licence(given: str | None) -> str | None:
+    """A file's text, or what was given; a name that looks like a file's and is none is refused."""
+    if not given:
+        return None
+    path = Path(given)
+    if len(given) < 256 and path.is_file():
+        return path.read_text(encoding="utf-8", errors="replace")
+    if " " not in given and ("/" in given or path.suffix in (".txt", ".md")):
+        raise UserError(f"--licence {given}: no such file; give a file, or the licence's text")
+    return given
+
+
+def _job(arguments: argparse.Namespace) -> PrepareJob:
+    from megassm.data.index import ShardSizes
+    from megassm.data.prepare.documents import source_of
+    from megassm.data.prepare.pipeline import PrepareJob
+    from megassm.data.tokenizer.base import TokenizerSpec
+
+    return PrepareJob(
+        source=source_of(arguments),
+        output=arguments.output,
+        tokenizer=TokenizerSpec(arguments.tokenizer, arguments.eod_token),
+        deduplicate=arguments.deduplicate,
+        valid_fraction=arguments.valid_fraction,
+        seed=arguments.seed,
+        sizes=ShardSizes(arguments.shard_tokens, arguments.block_tokens, arguments.member_tokens),
+        workers=arguments.workers,
+        licence=_licence(arguments.licence),
+    )

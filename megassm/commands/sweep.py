@@ -1,0 +1,175 @@
+"""Measures checkpoints over budgets K: bits per byte, perplexity, parameters, FLOPs, speed, memory.
+
+Runs as one process, or under `torchrun --nproc-per-node N`, which divides the text. Figures and plots go to the run's
+directory: sweep.json, .csv, .png and .html; with --watch to its sweeps/ as checkpoints come.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megassm.cli.arguments import (
+    Parser,
+    Row,
+    budget_list,
+    image_file,
+    output_file,
+    positive,
+    print_table,
+    tool_parser,
+    write_json,
+)
+from megassm.errors import UserError
+
+if TYPE_CHECKING:
+    from megassm.eval.sweep import BudgetRow, Sweep
+    from megassm.eval.watch import Request
+    from megassm.parallel.world import Peers
+
+
+def parser() -> Parser:
+    result = tool_parser(
+        __doc__ or "",
+        "python tools/sweep_budgets.py runs/demo --budgets 1-8,16,32\n"
+        "  python tools/sweep_budgets.py runs/a runs/b --data data/wiki notes.txt --report both.html\n"
+        "  torchrun --nproc-per-node 4 tools/sweep_budgets.py runs/demo --seq-lens 512,2048\n"
+        "  python tools/sweep_budgets.py runs/live --watch",
+    )
+    add = result.add_argument
+    what = "run directory (its newest complete checkpoint), or one of its checkpoints/step-*"
+    add("runs", type=Path, nargs="+", metavar="RUN_DIR", help=what)
+    add("--budgets", type=budget_list, metavar="LIST", help="K: 2,4,8 or 1-32 or 2-32:2 (default: eval.budgets)")
+    add("--seq-lens", type=budget_list, metavar="LIST", help="sequence lengths, tokens (default: the training length)")
+    how_many = "sequences of the training length to score, of each text (default: eval.sequences)"
+    add("--sequences", type=positive, metavar="N", help=how_many)
+    what = "prepared sets or their URLs (valid/ is scored), files or folders of text (default: the run's own set)"
+    add("--data", nargs="+", default=[], metavar="PATH", help=what)
+    add("--glob", metavar="PATTERN", help="files to take from folders of text (default: *.txt, *.jsonl, *.jsonl.gz)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--plot", type=image_file, metavar="FILE.png", help="draw the curves of all runs there")
+    add("--report", type=output_file, metavar="FILE.html", help="write the report of all runs there")
+    add("--csv", type=output_file, metavar="FILE", help="write the rows of all runs there")
+    add("--watch", action="store_true", help="sweep each checkpoint of one live run as it is published")
+    return result
+
+
+def main() -> None:
+    command_line = parser()
+    arguments = command_line.parse_args()
+    if arguments.watch and (len(arguments.runs) > 1 or arguments.plot or arguments.report or arguments.csv):
+        command_line.error("--watch takes one RUN_DIR and writes to its sweeps/; leave out --plot, --report and --csv")
+    from megassm.eval.watch import Request
+    from megassm.parallel.world import join_peers, leave_world
+
+    request = Request(arguments.budgets, arguments.seq_lens, arguments.sequences, arguments.data, arguments.glob)
+    peers = join_peers(arguments.device)
+    try:
+        if arguments.watch:
+            sweeps = follow(arguments.runs[0], request, peers)
+        else:
+            sweeps = [measure(path, request, peers) for path in arguments.runs]
+    finally:
+        leave_world()
+    if peers.is_main:
+        finish(sweeps, arguments.plot, arguments.report, arguments.csv, arguments.json)
+
+
+def measure(path: Path, request: Request, peers: Peers) -> Sweep:
+    """Sweeps one run, prints its tables and leaves its files."""
+    from megassm.eval.watch import sweep_path
+    from megassm.report.sweep_files import write_sweep
+
+    check_writable(path)
+    sweep, run_dir = sweep_path(path, request, peers)
+    if peers.is_main:
+        show(sweep)
+        for written in write_sweep(sweep, run_dir):
+            print(os.path.relpath(written))
+    return sweep
+
+
+def follow(run_dir: Path, request: Request, peers: Peers) -> list[Sweep]:
+    """Sweeps a live run until its end."""
+    from megassm.eval.watch import sweep_file, watch
+    from megassm.report.sweep_files import plot_steps, write_json_sweep
+    from megassm.run.directory import SWEEPS
+
+    sweeps = []
+    for sweep in watch(run_dir, request, peers):
+        sweeps.append(sweep)
+        if peers.is_main:
+            show(sweep)
+            write_json_sweep(sweep, sweep_file(run_dir, sweep.step))
+            print(f"{sweep_file(run_dir, sweep.step)}\n{plot_steps(run_dir / SWEEPS)}", flush=True)
+    return sweeps
+
+
+def check_writable(path: Path) -> None:
+    """Refuses before the work what could not be written after it."""
+    if path.is_dir() and not os.access(path, os.W_OK):
+        raise UserError(f"{path}: cannot be written to, and the sweep's files go there; copy the checkpoint elsewhere")
+
+
+def show(sweep: Sweep) -> None:
+    """Prints a table for each text and length, and what its curve says."""
+    from megassm.eval.curve import describe
+
+    for curve in sweep.curves:
+        shape = curve.shape
+        print_table(f"{sweep.name}: {curve.data}, {curve.seq_len} tokens", [table_row(row) for row in curve.rows])
+        print(
+            f"area under the curve {shape.area:.4f} {curve.bits}, {shape.area_gap_percent:.2f}% above full K; "
+            f"near full from K={shape.near_full_k}; best unigram {curve.best_unigram_bits_per_byte:.3f}; "
+            f"{curve.predicted_tokens:,} tokens in {curve.sequences:,} sequences"
+        )
+        for step in shape.cliffs:
+            share = f"{step.share_of_gap:.0%} of the gap"
+            print(f"cliff: {describe(step)}, {step.per_doubling:.3f} a doubling, {share}")
+        for step in shape.rises:
+            print(f"rise: {describe(step)}")
+
+
+def table_row(row: BudgetRow) -> Row:
+    """What of a row fits on a terminal (ppl: perplexity a token; speeds in tokens); the files have the rest."""
+    return {
+        "K": row.k,
+        "params": row.parameters,
+        **_quality(row),
+        "gap %": row.gap_percent,
+        "MFLOP/tok": row.forward_flops_per_token / 1e6,
+        "prefill/s": row.prefill_tokens_per_s,
+        "decode/s": row.decode_tokens_per_s,
+        "MiB": row.peak_memory_mib,
+    }
+
+
+def _quality(row: BudgetRow) -> Row:
+    """Of a text, or of a task, whose bits are of an answer each."""
+    if row.accuracy is None:
+        spread = "" if row.perplexity_low is None else f"{row.perplexity_low:.4g}-{row.perplexity_high:.4g}"
+        bits = {"bits/byte": row.bits_per_byte, "bits/tok": row.bits_per_token}
+        return {**bits, "ppl": row.perplexity, "ppl 95%": spread}
+    spread = "" if row.accuracy_low is None else f"{row.accuracy_low:.4f}-{row.accuracy_high:.4f}"
+    return {"accuracy": row.accuracy, "accuracy 95%": spread, "bits/answer": row.bits_per_byte}
+
+
+def finish(
+    sweeps: Sequence[Sweep], plot: Path | None, report: Path | None, table: Path | None, as_json: Path | None
+) -> None:
+    """Writes what was asked for of all runs together."""
+    from megassm.report.figures import save_panels
+    from megassm.report.sweep_files import flat_rows, write_csv, write_page
+    from megassm.report.sweep_plots import panels
+
+    if plot:
+        save_panels(panels(sweeps), plot)
+        print(plot)
+    if report:
+        write_page(sweeps, report)
+        print(report)
+    if table:
+        write_csv(sweeps, table)
+    write_json([row for sweep in sweeps for row in flat_rows(sweep)], as_json)

@@ -194,6 +194,13 @@ def test_what_lies_in_a_run_directory_may_be_anything(name: str, text: bytes, tm
     assert list(read_events(tmp_path)) == []
 
 
+def test_an_event_is_not_glued_to_half_a_line(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_bytes(b'{"time": 1, "kind": "stop", "te')
+    for step in (1, 2):
+        append_event(tmp_path, "stop", step, "text", {})
+    assert [event["step"] for event in read_events(tmp_path)] == [1, 2]
+
+
 @pytest.mark.parametrize("words", ["1-999999999", "9" * 5000, "1-2-3", "100001"])
 def test_budgets_have_a_limit(words: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):

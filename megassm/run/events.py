@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,8 +32,11 @@ def append_event(run_dir: Path, kind: Kind, step: int, text: str, figures: Mappi
     """Adds a line. A disk that is full ends no run for it."""
     event = {"time": time.time(), "step": step, "kind": kind, "text": text, "figures": dict(figures)}
     try:
-        with open_own(run_dir / EVENTS, "a") as file:
-            file.write(json.dumps(event) + "\n")
+        with open_own(run_dir / EVENTS, "a+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            mends = size and file.read(1) != b"\n"  # a full disk has cut the line before
+            file.write(b"\n" * bool(mends) + json.dumps(event).encode() + b"\n")
     except OSError as error:
         print_line(f"warning: {run_dir / EVENTS}: cannot be written ({error.strerror})")
 

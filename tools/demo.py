@@ -69,12 +69,13 @@ def find_text(inputs: Sequence[Path] | None, glob: str | None) -> Text:
     Raises:
         UserError: there is none.
     """
-    from megassm.data.prepare.documents import TextSource, list_files
+    from megassm.data.prepare.inputs import find_inputs
+    from megassm.data.prepare.source import TextSource
 
     chosen = tuple(inputs or standard_library())
     glob = glob or (None if inputs else "*.py")
     size, digest = 0, hashlib.sha256()
-    for path in list_files(TextSource(chosen, glob)):
+    for path in (file.path for file in find_inputs(TextSource(chosen, glob)).files):
         with open(path, "rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         size += path.stat().st_size

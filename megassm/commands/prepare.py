@@ -49,7 +49,7 @@ def _row(split: str, documents: int, tokens: int = 0, text_bytes: int = 0, shard
 
 
 def _parser() -> argparse.ArgumentParser:
-    from megassm.data.prepare.documents import add_source_options
+    from megassm.data.prepare.source import add_source_options
 
     parser = tool_parser("Tokenizes, shuffles, splits and shards text for pretraining.", EXAMPLE)
     add_source_options(parser)
@@ -86,7 +86,7 @@ def _licence(given: str | None) -> str | None:
 
 def _job(arguments: argparse.Namespace) -> PrepareJob:
     from megassm.data.index import ShardSizes
-    from megassm.data.prepare.documents import source_of
+    from megassm.data.prepare.source import source_of
     from megassm.data.prepare.pipeline import PrepareJob
     from megassm.data.tokenizer.base import TokenizerSpec
 

@@ -12,7 +12,7 @@ from megassm.cli.progress import Progress, shown_progress, tracked
 from megassm.errors import UserError
 
 if TYPE_CHECKING:
-    from megassm.data.prepare.documents import TextSource
+    from megassm.data.prepare.source import TextSource
 
 EXAMPLE = "python tools/train_tokenizer.py --input corpus/ --vocab-size 32000 --output data/english.model"
 
@@ -20,7 +20,7 @@ EXAMPLE = "python tools/train_tokenizer.py --input corpus/ --vocab-size 32000 --
 def main() -> None:
     """Trains on a sample of the text, then says how well the result compresses that sample."""
     arguments = _parser().parse_args()
-    from megassm.data.prepare.documents import source_of
+    from megassm.data.prepare.source import source_of
     from megassm.data.tokenizer.base import load_tokenizer, train_sentencepiece
     from megassm.files import write_atomically
 
@@ -48,13 +48,16 @@ def main() -> None:
 
 def _sample(source: TextSource, max_bytes: int, seed: int, progress: Progress) -> Sequence[str]:
     """What to train on, from one pass over all documents."""
-    from megassm.data.prepare.documents import ReadCounts, list_files, read_documents, sample_documents
+    from megassm.data.prepare.documents import ReadCounts, read_documents, sample_documents
+    from megassm.data.prepare.inputs import find_inputs
 
-    files, counts = list_files(source), ReadCounts()
-    progress.start("read", sum(path.stat().st_size for path in files))
+    inputs, counts = find_inputs(source), ReadCounts()
+    for line in inputs.summary():
+        progress.note(line)
+    progress.start("read", inputs.size)
 
     def counted() -> Iterator[str]:
-        for text in read_documents(source, files, counts):
+        for text in read_documents(source, inputs.files, counts):
             yield text
             progress.update(counts.file_bytes)
 
@@ -72,7 +75,7 @@ def _check_output(path: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from megassm.data.prepare.documents import add_source_options
+    from megassm.data.prepare.source import add_source_options
 
     parser = tool_parser("Trains a SentencePiece tokenizer on text.", EXAMPLE)
     add_source_options(parser)

@@ -13,7 +13,9 @@ import numpy.typing as npt
 from megassm.config.schema import Config
 from megassm.data.dataset import VALID, Dataset, open_dataset
 from megassm.data.order import epoch_samples
-from megassm.data.prepare.documents import ReadCounts, TextSource, list_files, read_documents
+from megassm.data.prepare.documents import ReadCounts, read_documents
+from megassm.data.prepare.inputs import find_inputs
+from megassm.data.prepare.source import TextSource
 from megassm.data.stream import NO_SAMPLE, MicroBatch, StreamPlan, validation_batches
 from megassm.data.tokenizer.base import Tokenizer, load_tokenizer
 from megassm.errors import UserError, without_secrets
@@ -110,7 +112,7 @@ def _plain_text(path: Path, glob: str | None, tokenizer: Tokenizer) -> Callable[
         raise UserError(f"--data {path}: is one part of a prepared set; give the folder that holds {VALID}/")
     source = TextSource((path,), glob)
     ids = []
-    for document in read_documents(source, list_files(source), ReadCounts()):
+    for document in read_documents(source, find_inputs(source).files, ReadCounts()):
         ids += [*tokenizer.encode([document]), np.array([tokenizer.eod])]
     ids_N = np.concatenate(ids) if ids else np.empty(0, dtype=np.int64)
     if len(ids_N) < 2:

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 from megassm.data.index import ShardSet
+from megassm.data.prepare.inputs import Inputs
+from megassm.data.prepare.unpack import split_packing
 from megassm.data.tokenizer.base import Tokenizer
 
 CARD_NAME = "dataset.md"
@@ -20,8 +21,8 @@ class Card:
     """What dataset.md says, the tokenizer and the licence apart."""
 
     name: str
-    inputs: list[str]  # as the user gave them
-    files: list[Path]
+    places: list[str]  # as the user gave them
+    inputs: Inputs
     splits: dict[str, ShardSet]
     filtered: dict[str, int]
     options: dict[str, object]
@@ -49,11 +50,12 @@ def card_text(card: Card, tokenizer: Tokenizer, licence: str | None) -> str:
 
 
 def _sources(card: Card) -> str:
-    suffixes = Counter("".join(path.suffixes[-2:]) if path.suffix in (".gz", ".zst") else path.suffix
-                       for path in card.files)  # fmt: skip
+    paths = [file.path for file in card.inputs.files]
+    suffixes = Counter("".join(path.suffixes[-2 if split_packing(path.name)[1] else -1 :]) for path in paths)
     formats = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in sorted(suffixes.items()))
-    size = sum(path.stat().st_size for path in card.files)
-    return "\n".join([*(f"* `{place}`" for place in card.inputs), "", f"Files: {formats}; {size:,} bytes on disk."])
+    size = f"Files: {formats}; {card.inputs.size:,} bytes on disk."
+    notes = [f"\n{line[0].upper()}{line[1:]}." for line in card.inputs.summary()]
+    return "\n".join([*(f"* `{place}`" for place in card.places), "", size, *notes])
 
 
 def _splits(card: Card) -> str:

@@ -1,170 +1,97 @@
-"""The file formats that documents are read from: one function a format, each yields what the file holds, unchecked.
+"""The kinds of files that documents are read from: one function a kind, each yields what the file holds, unchecked.
 
-    .txt, .md, any other text     the file is one document
-    .jsonl, .jsonl.gz, .jsonl.zst one JSON object a line
-    .parquet                      one row a document
-    .tar                          WebDataset shards: one sample a document, `.txt` or else `.json`
+    text         the file is one document, or one every separator; a long one comes in pieces
+    json lines   one JSON object a line
+    json values  one JSON array of objects, or objects one after the other
+    parquet      one row a document
+    tar          WebDataset shards: one sample a document, `.txt` or else `.json`
 
-Memory: one document (Parquet: one batch of rows). .zst and .parquet need pyarrow, an optional dependency.
+`kinds` says which a file is. Each may be compressed. Memory: one document, of a text file one piece, of Parquet a
+batch of rows and the pages they stand in. zstd and Parquet need pyarrow, an optional dependency.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, assert_never
 
-from megassm.data.prepare.tar import TarMember, tar_members
+from megassm.data.prepare.kinds import InputFile
+from megassm.data.prepare.records import RawDocument, json_values, lines_of
+from megassm.data.prepare.samples import LeftOutMembers, documents_of_tar
+from megassm.data.prepare.unpack import load_pyarrow, open_unpacked
 from megassm.errors import UserError
 
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-TEXT_SUFFIXES = (".txt", ".md")
-SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, ".parquet", ".tar")
-UNREADABLE_SUFFIXES = (".gz", ".zst", ".bz2", ".xz", ".zip", ".tgz", ".arrow", ".feather", ".pdf", ".docx")
-MEMBER_SUFFIXES = ("txt", "json")
 PARQUET_BATCH_ROWS = 64
-ZSTD_BUFFER_BYTES = 1 << 20
 
 
-class RawDocument(NamedTuple):
-    """Bytes that should be UTF-8, where they stand, and how far into the file reading has come."""
-
-    place: str
-    content: bytes
-    file_position: int  # bytes of the file read so far
-    is_json: bool = False  # else it is the text itself
-    within: str = ""  # what offsets count from, where that is not the file
-
-
-def reader_of(path: Path) -> Callable[[Path, str], Iterator[RawDocument]]:
-    """The function that reads a file, by its suffix: (path, name of the text's field) -> documents."""
-    if path.name.endswith(JSONL_SUFFIXES):
-        return _read_jsonl
-    match path.suffix:
-        case ".parquet":
-            return _read_parquet
-        case ".tar":
-            return _read_tar
-        case _:
-            return _read_whole
-
-
-def is_unreadable(path: Path) -> bool:
-    """Whether a file's name says that it is packed in a way no reader here knows."""
-    return path.name.endswith(UNREADABLE_SUFFIXES) and not path.name.endswith(SUFFIXES)
+def read_file(file: InputFile, field: str, left_out: LeftOutMembers) -> Iterator[RawDocument]:
+    """The documents of one file. UserError where it is damaged; a record's own faults are the caller's to find."""
+    if file.kind == "parquet":
+        yield from _read_parquet(file, field)
+        return
+    with open(file.path, "rb") as raw:
+        stream = open_unpacked(file.path, file.packing, raw)
+        match file.kind:
+            case "text":
+                yield RawDocument(str(file.path), stream.read(), raw.tell())
+            case "json lines":
+                for number, line in lines_of(file.path, stream):
+                    if line.strip():
+                        yield RawDocument(f"{file.path}:{number}", line, raw.tell(), True, " of the line")
+            case "json values":
+                for number, value in enumerate(json_values(file.path, stream), start=1):
+                    place = f"{file.path}: record {number}"
+                    yield RawDocument(place, value, raw.tell(), True, " of the record")
+            case "tar":
+                yield from documents_of_tar(file.path, stream, raw, left_out)
+            case _:
+                assert_never(file.kind)
 
 
-def _read_whole(path: Path, field: str) -> Iterator[RawDocument]:
-    content = path.read_bytes()
-    yield RawDocument(str(path), content, len(content))
-
-
-def _read_jsonl(path: Path, field: str) -> Iterator[RawDocument]:
-    number = 0
-    try:
-        with open(path, "rb") as file, _unpacked(path, file) as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield RawDocument(f"{path}:{number}", line, file.tell(), True, " of the line")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise _damaged(path, "gzip", number, error) from None
-
-
-@contextmanager
-def _unpacked(path: Path, file: IO[bytes]) -> Iterator[Any]:
-    """The lines of a file, whatever packs it."""
-    match path.suffix:
-        case ".gz":
-            yield gzip.GzipFile(fileobj=file)
-        case ".zst":
-            yield _ZstdLines(path, file)
-        case _:
-            yield file
-
-
-class _ZstdLines:
-    """Iterates over lines; pyarrow's errors, which are of type OSError, become refusals."""
-
-    def __init__(self, path: Path, file: IO[bytes]) -> None:
-        pyarrow = load_pyarrow(path)
-        packed = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
-        self._lines: Any = io.BufferedReader(packed, ZSTD_BUFFER_BYTES)
-        self._path, self._number = path, 0
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        try:
-            line: bytes = next(self._lines)
-        except OSError as error:
-            raise _damaged(self._path, "zstd", self._number, error) from None
-        self._number += 1
-        return line
-
-
-def _damaged(path: Path, packing: str, line: int, error: Exception) -> UserError:
-    return UserError(f"{path}: damaged {packing} after line {line}: {error}; fetch the file again")
-
-
-def _read_tar(path: Path, field: str) -> Iterator[RawDocument]:
-    waiting: TarMember | None = None  # a sample's best member so far
-    found = False
-    for member in tar_members(path, MEMBER_SUFFIXES):
-        found = True
-        if waiting is not None and member.sample == waiting.sample:
-            waiting = min(waiting, member, key=lambda m: MEMBER_SUFFIXES.index(m.suffix))
-            continue
-        if waiting is not None:
-            yield _document_of(path, waiting)
-        waiting = member
-    if waiting is not None:
-        yield _document_of(path, waiting)
-    if not found:
-        rule = "a shard of text holds members named *.txt or *.json"
-        raise UserError(f"{path}: holds no text: {rule}; shards of token ids go to tools/index_shards.py")
-
-
-def _document_of(path: Path, member: TarMember) -> RawDocument:
-    is_json = member.suffix == "json"
-    return RawDocument(f"{path}: {member.name}", member.data, member.offset, is_json, " of the member")
-
-
-def _read_parquet(path: Path, field: str) -> Iterator[RawDocument]:
+def _read_parquet(file: InputFile, field: str) -> Iterator[RawDocument]:
+    path = file.path
+    if file.packing is not None:
+        raise UserError(f"{path}: a Parquet file within {file.packing}; unpack it, it is compressed by itself")
     pyarrow = load_pyarrow(path)
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
-            _check_text_column(path, file.schema_arrow, field)
-            rows, total, size = 0, file.metadata.num_rows, path.stat().st_size
-            for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=[field]):
+        # Not pre-buffered: that would keep every column chunk it has read.
+        with parquet.ParquetFile(path, pre_buffer=False) as opened:
+            _check_text_column(file, opened.schema_arrow, field)
+            rows, total = 0, opened.metadata.num_rows
+            for batch in opened.iter_batches(PARQUET_BATCH_ROWS, columns=[field]):
                 # As bytes: Arrow does not promise that a file's strings are UTF-8.
-                for content in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                for content in _flat(batch.column(0), pyarrow).cast(pyarrow.large_binary()).to_pylist():
                     rows += 1
-                    position = size * rows // total
+                    position = file.size * rows // total
                     yield RawDocument(f"{path}: row {rows}", content or b"", position, within=" of the text")
-    except (pyarrow.ArrowException, OSError) as error:
+            if rows != total:
+                raise UserError(f"{path}: damaged Parquet file: {rows} of {total} rows; fetch the file again")
+    except (pyarrow.ArrowException, OSError, OverflowError) as error:
         raise UserError(f"{path}: damaged Parquet file: {error}; fetch the file again") from None
 
 
-def _check_text_column(path: Path, schema: Any, field: str) -> None:
-    if field not in schema.names:
-        raise UserError(f"{path}: no column {field!r}; pass --text-field (columns here: {', '.join(schema.names)})")
-    kind = str(schema.field(field).type)
-    if not any(name in kind for name in ("string", "binary")) or "<" in kind.replace("dictionary<", "", 1):
-        raise UserError(f"{path}: column {field!r} is {kind}, it must hold strings; pass another --text-field")
+def _flat(column: Any, pyarrow: Any) -> Any:
+    """The texts of a column; of a nested one, which comes as structs, the field within."""
+    while pyarrow.types.is_struct(column.type):
+        column = column.flatten()[0]
+    return column
 
 
-def load_pyarrow(path: Path) -> Any:
-    """The optional dependency; UserError where it is not installed."""
-    try:
-        import pyarrow
-    except ImportError:
-        way_out = "pip install 'megassm[arrow]'"
-        raise UserError(f"{path}: reading {path.suffix} needs pyarrow, which is not installed; {way_out}") from None
-    return pyarrow
+def _check_text_column(file: InputFile, schema: Any, field: str) -> None:
+    names: list[str] = schema.names
+    if names.count(field) > 1:
+        raise UserError(f"{file.path}: has {names.count(field)} columns named {field!r}; rename one of them")
+    outer, *inner = [field] if field in names else field.split(".")
+    if outer not in names:
+        raise UserError(f"{file.path}: no column {field!r}; pass --text-field (columns here: {', '.join(names)})")
+    kind = schema.field(outer).type
+    for name in inner:
+        children = [kind.field(n).name for n in range(kind.num_fields)] if "struct" in str(kind)[:6] else []
+        if name not in children:
+            found = ", ".join(children) or "none"
+            raise UserError(f"{file.path}: no column {field!r}; pass --text-field (fields in {outer}: {found})")
+        kind = kind.field(name).type
+    if not any(name in str(kind) for name in ("string", "binary")) or "<" in str(kind).replace("dictionary<", "", 1):
+        raise UserError(f"{file.path}: column {field!r} is {kind}, it must hold strings; pass another --text-field")

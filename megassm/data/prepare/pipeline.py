@@ -26,9 +26,11 @@ from megassm.cli.progress import Progress
 from megassm.data.dataset import TOKENIZER_NAMES, TRAIN, VALID, keep_tokenizer
 from megassm.data.index import ShardSet, ShardSizes, load_index
 from megassm.data.prepare.card import CARD_NAME, Card, card_text
-from megassm.data.prepare.documents import ReadCounts, TextSource, list_files, read_documents
+from megassm.data.prepare.documents import ReadCounts, read_documents
+from megassm.data.prepare.inputs import Inputs, find_inputs, shown
 from megassm.data.prepare.shard_writer import ShardWriter
 from megassm.data.prepare.shuffle import Shuffle
+from megassm.data.prepare.source import TextSource
 from megassm.data.prepare.tokenized import PartStore, TokenizeJob, cut_parts, default_part_bytes, tokenize_parts
 from megassm.data.tokenizer.base import Tokenizer, TokenizerSpec, load_tokenizer
 from megassm.errors import UserError
@@ -39,6 +41,7 @@ JOB_NAME = "prepare.json"
 PARTIAL_NAME = ".partial"
 RESULT_NAMES = (TRAIN, VALID, *TOKENIZER_NAMES)
 REPAIRED = "repaired UTF-8"
+NEWER = {"format": "auto", "on_bad_record": "raise"}
 SHUFFLE_BYTES = 256 << 20  # ids held at once while writing
 
 
@@ -78,10 +81,10 @@ class Prepared:
 def prepare(job: PrepareJob, progress: Progress) -> Prepared:
     """Does the job, goes on with it, or finds it done. UserError for what a user can put right."""
     tokenizer = load_tokenizer(job.tokenizer)
-    files = list_files(job.source)
-    input_bytes = sum(path.stat().st_size for path in files)
-    job = replace(job, part_bytes=job.part_bytes or default_part_bytes(input_bytes))
-    description = _describe(job, tokenizer, files)
+    job = replace(job, source=replace(job.source, without=job.output))
+    inputs = find_inputs(job.source)
+    job = replace(job, part_bytes=job.part_bytes or default_part_bytes(inputs.size))
+    description = _describe(job, tokenizer, inputs)
     partial = job.output / PARTIAL_NAME
     was_there = _is_done(job.output, description)
     if not was_there:
@@ -89,28 +92,32 @@ def prepare(job: PrepareJob, progress: Progress) -> Prepared:
             was_there = _is_done(job.output, description)  # by another process, before we had the lock
             if not was_there:
                 _claim(job.output, description, lock_path, progress)
+                for line in inputs.summary():
+                    progress.note(line)
                 counts = ReadCounts()
-                shuffle = _tokenize(job, files, counts, progress)
+                shuffle = _tokenize(job, inputs, counts, progress)
                 duplicates = _write_splits(job, tokenizer, shuffle, progress)
                 _publish(job, tokenizer, description, _filtered(counts, duplicates))
     shutil.rmtree(partial, ignore_errors=True)  # also that of a run killed at its very end
     prepared = _prepared(job.output, was_there)
     if not was_there or job.licence is not None or not (job.output / CARD_NAME).exists():
-        _write_card(job, tokenizer, files, prepared)
+        _write_card(job, tokenizer, inputs, prepared)
     return prepared
 
 
-def _tokenize(job: PrepareJob, files: list[Path], counts: ReadCounts, progress: Progress) -> Shuffle:
+def _tokenize(job: PrepareJob, inputs: Inputs, counts: ReadCounts, progress: Progress) -> Shuffle:
     assert job.part_bytes is not None
-    progress.start("tokenize", sum(path.stat().st_size for path in files))
+    progress.start("tokenize", inputs.size)
     store = PartStore(job.output / PARTIAL_NAME)
-    texts = read_documents(job.source, files, counts)
+    texts = read_documents(job.source, inputs.files, counts)
     parts = cut_parts(texts, job.part_bytes, lambda: counts.file_bytes)
     work = TokenizeJob(store, job.tokenizer, job.seed, job.workers)
     number = tokenize_parts(parts, work, progress.update)
     if number == 0:
         left_out = ", ".join(f"{count} {name}" for name, count in _filtered(counts, 0).items() if count)
-        raise UserError(f"--input: no text in {len(files)} files ({left_out or 'no documents'}); give files with text")
+        raise UserError(
+            f"--input: no text in {len(inputs.files)} files ({left_out or 'no documents'}); give files with text"
+        )
     return Shuffle(store, number, SHUFFLE_BYTES)
 
 
@@ -119,6 +126,9 @@ def _filtered(counts: ReadCounts, duplicates: int) -> dict[str, int]:
     return {
         "empty": counts.empty,
         "not UTF-8": counts.bad_utf8,
+        "no text in its record": counts.bad_record,
+        "link in a tar": counts.members.links,
+        "beside the text of a tar's sample": counts.members.others,
         "too short": counts.too_short,
         "too long": counts.too_long,
         "duplicate": duplicates,
@@ -126,14 +136,15 @@ def _filtered(counts: ReadCounts, duplicates: int) -> dict[str, int]:
     }
 
 
-def _describe(job: PrepareJob, tokenizer: Tokenizer, files: list[Path]) -> dict[str, Any]:
+def _describe(job: PrepareJob, tokenizer: Tokenizer, inputs: Inputs) -> dict[str, Any]:
     """All that decides the result, as JSON keeps it."""
-    stats = [(path, path.stat()) for path in files]
     filters = ("text_field", "on_bad_utf8", "min_document_bytes", "max_document_bytes")
     return {
         "version": JOB_VERSION,
-        "files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+        "files": [[str(file.path), file.size, file.path.stat().st_mtime_ns] for file in inputs.files],
         **{name: getattr(job.source, name) for name in filters},
+        # Newer options, where they are used: a set made before there were any is still this job's.
+        **{name: getattr(job.source, name) for name, default in NEWER.items() if getattr(job.source, name) != default},
         "tokenizer": tokenizer.sha256,
         "deduplicate": job.deduplicate,
         "valid_fraction": job.valid_fraction,
@@ -251,16 +262,17 @@ def _prepared(output: Path, was_there: bool) -> Prepared:
     return Prepared(splits, record["filtered"], was_there)
 
 
-def _write_card(job: PrepareJob, tokenizer: Tokenizer, files: list[Path], prepared: Prepared) -> None:
-    inputs = [str(path) for path in job.source.inputs]
+def _write_card(job: PrepareJob, tokenizer: Tokenizer, inputs: Inputs, prepared: Prepared) -> None:
+    places = [shown(path) for path in job.source.inputs]
     options: dict[str, object] = {
         "deduplicate": job.deduplicate,
         "on bad UTF-8": job.source.on_bad_utf8,
+        "on a bad record": job.source.on_bad_record,
         "shortest document (UTF-8 bytes)": job.source.min_document_bytes,
         "longest document (UTF-8 bytes)": job.source.max_document_bytes or "any",
         "fraction for validation": job.valid_fraction,
         "seed": job.seed,
     }
-    card = Card(job.output.resolve().name, inputs, files, prepared.splits, prepared.filtered, options)
+    card = Card(shown(job.output.resolve().name), places, inputs, prepared.splits, prepared.filtered, options)
     text = card_text(card, tokenizer, job.licence)
     write_atomically(job.output / CARD_NAME, text.encode())

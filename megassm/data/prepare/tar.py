@@ -6,16 +6,19 @@ missing would never be noticed. A sound tar file ends with zeros.
 
 from __future__ import annotations
 
+import io
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from megassm.errors import UserError
 from megassm.guarded import check_tar
 
 TAR_RECORD_BYTES = 512
+KEPT_BYTES = 1 << 13  # behind the position in a stream: tarfile goes back by a few records at most
+CHUNK_BYTES = 1 << 20
 META = re.compile(r"__[^/]*__(/|$)")  # webdataset's mark for what is no sample
 
 
@@ -38,24 +41,35 @@ def tar_members(path: Path, suffixes: tuple[str, ...] = ()) -> Iterator[TarMembe
     Raises:
         UserError: not a tar file, damaged, or cut short; names file and offset.
     """
+    with open(path, "rb") as file:
+        yield from members_of(path, file, lambda entry: not suffixes or split_name(entry.name)[1] in suffixes)
+
+
+def members_of(path: Path, file: IO[bytes], wanted: Callable[[tarfile.TarInfo], bool]) -> Iterator[TarMember]:
+    """As `tar_members`, of a stream that need not go back, and of the members that are `wanted`.
+
+    `wanted` is asked of every entry that has a sample's name, also of links; these are never yielded.
+    """
+    if file.seekable():
+        try:
+            check_tar(file, path.stat().st_size)
+        except ValueError as error:
+            raise UserError(f"{path}: not a sound tar file: {error}; fetch or make the file again") from None
+        file.seek(0)
+    stream: Any = Forward(file)
     offset = 0
     try:
-        with open(path, "rb") as file:
-            check_tar(file, path.stat().st_size)
-    except ValueError as error:
-        raise UserError(f"{path}: not a sound tar file: {error}; fetch or make the file again") from None
-    try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as opened:
+        with tarfile.open(fileobj=stream, mode="r:") as opened:
             tar: Any = opened  # its list of members is not in its types
             while (entry := tar.next()) is not None:
                 tar.members = []  # or it would remember every header of the file
                 sample, suffix = split_name(entry.name)
                 offset = tar.offset
-                if entry.isfile() and sample and (not suffixes or suffix in suffixes):
+                if sample and not entry.isdir() and wanted(entry) and entry.isfile():
                     content = tar.extractfile(entry)
                     yield TarMember(sample, suffix, entry.name, entry.offset, offset, content.read())
-            _check_end(path, tar.offset)
-    except tarfile.TarError as error:
+            _check_end(path, stream, tar.offset)
+    except (tarfile.TarError, EOFError) as error:
         raise _damaged(path, offset, str(error)) from None
 
 
@@ -68,15 +82,57 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffix.lower()
 
 
-def _check_end(path: Path, offset: int) -> None:
+class Forward:
+    """A stream as tarfile wants it: it goes forward by reading, and back within the last bytes read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._position, self._end = file, 0, 0
+        self._kept = b""  # the last bytes before `_end`
+
+    def tell(self) -> int:
+        return self._position
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        if whence != io.SEEK_SET or position < self._end - len(self._kept):
+            raise tarfile.ReadError(f"a header points back to offset {position}")
+        self._position = position
+        return position
+
+    def read(self, size: int = -1) -> bytes:
+        if self._position > self._end and self._file.seekable():
+            self._file.seek(self._position)
+            self._kept, self._end = b"", self._position
+        while self._position > self._end:
+            if not self._fill(min(CHUNK_BYTES, self._position - self._end)):
+                return b""
+        behind = self._kept[len(self._kept) - (self._end - self._position) :] if self._position < self._end else b""
+        found = behind if size < 0 else behind[:size]
+        if size < 0 or len(found) < size:
+            found += self._fill(-1 if size < 0 else size - len(found))
+        self._position += len(found)
+        return found
+
+    def _fill(self, size: int) -> bytes:
+        content = self._file.read(size)
+        self._end += len(content)
+        self._kept = (self._kept + content)[-KEPT_BYTES:] if len(content) < KEPT_BYTES else content[-KEPT_BYTES:]
+        return content
+
+
+def _check_end(path: Path, stream: Forward, offset: int) -> None:
     """After the last member a tar file holds zeros, at least one record of them."""
     found = 0
-    with open(path, "rb") as file:
-        file.seek(offset)
-        while rest := file.read(1 << 20):
-            found += len(rest)
-            if rest.strip(b"\0"):
-                raise _damaged(path, offset, "no header of a member there")
+    stream.seek(offset)
+    while rest := stream.read(CHUNK_BYTES):
+        if b"ustar" in rest and rest.lstrip(b"\0")[257:262] == b"ustar" and (found or rest.startswith(b"\0")):
+            way_out = "give the files that were joined, or pack their content again (tar --ignore-zeros reads them)"
+            raise UserError(f"{path}: another tar follows after offset {offset}; {way_out}")
+        found += len(rest)
+        if rest.strip(b"\0"):
+            raise _damaged(path, offset, "no header of a member there")
     if found < TAR_RECORD_BYTES:
         raise _damaged(path, offset, "the file ends without the mark of an archive's end; it was cut short")
 

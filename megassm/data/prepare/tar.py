@@ -54,7 +54,8 @@ def members_of(path: Path, file: IO[bytes], wanted: Callable[[tarfile.TarInfo], 
         try:
             check_tar(file, path.stat().st_size)
         except ValueError as error:
-            raise UserError(f"{path}: not a sound tar file: {error}; fetch or make the file again") from None
+            place, _, what = str(error).partition(": ")
+            raise UserError(f"{path}: {place}: not a sound tar file: {what}; fetch or make the file again") from None
         file.seek(0)
     stream: Any = Forward(file)
     offset = 0

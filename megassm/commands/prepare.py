@@ -86,8 +86,8 @@ def _licence(given: str | None) -> str | None:
 
 def _job(arguments: argparse.Namespace) -> PrepareJob:
     from megassm.data.index import ShardSizes
-    from megassm.data.prepare.source import source_of
     from megassm.data.prepare.pipeline import PrepareJob
+    from megassm.data.prepare.source import source_of
     from megassm.data.tokenizer.base import TokenizerSpec
 
     return PrepareJob(

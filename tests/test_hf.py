@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from megassm.model import LanguageModel, build_model, losses_at
 from tests.test_model import config
 
 pytest.importorskip("transformers", reason="needs the extra 'hf'")
+
+import megassm.hf as hf_model
+from megassm.hf.weights import hub_form
 
 TEXTS = ["def hello(world):\n", "  a", f"caf\u00e9 {EOD_PIECE} x"]
 
@@ -155,7 +159,13 @@ def test_saved_again_by_transformers(pair: tuple[LanguageModel, Any, Any], tmp_p
     again, tokenizer_again = opened(tmp_path)
     batch = prompts(tokenizer_again)
     assert torch.equal(again(**batch).logits, model(**prompts(tokenizer)).logits)
-    assert torch.equal(open_model_folder(tmp_path).load_model().embedding_VD, model.model.embedding_VD)
+    assert torch.equal(open_model_folder(tmp_path).load_model().embedding_VD, model.model.embed_tokens.weight)
+    assert (tmp_path / "modeling_megassm.py").read_text() == (
+        Path(hf_model.__file__).parent / "modeling_megassm.py"
+    ).read_text()
+    assert (
+        json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModel"] == "modeling_megassm.MegaSSMModel"
+    )
 
 
 def test_a_new_model_starts_as_in_training(pair: tuple[LanguageModel, Any, Any]) -> None:
@@ -164,7 +174,8 @@ def test_a_new_model_starts_as_in_training(pair: tuple[LanguageModel, Any, Any])
     ours, model, _ = pair
     fresh: Any = AutoModelForCausalLM.from_config(model.config, trust_remote_code=True)
     for name, value in ours.named_parameters():
-        assert torch.equal(fresh.model.get_parameter(name), value), name
+        hub_name, hub_value = hub_form(name, value, ours.config)
+        assert torch.equal(fresh.model.get_parameter(hub_name), hub_value), name
 
 
 @pytest.fixture(scope="module")

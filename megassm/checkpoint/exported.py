@@ -39,6 +39,14 @@ CONFIG, WEIGHTS, CODE = "config.json", "model.safetensors", "modeling_megassm.py
 SECTION = "megassm"
 PREFIX = "model."
 CODE_PATH = Path(__file__).parents[1] / "hf" / CODE
+STEM = CODE.removesuffix(".py")
+AUTO_MAP = {
+    "AutoConfig": f"{STEM}.MegaSSMConfig",
+    "AutoModel": f"{STEM}.MegaSSMModel",
+    "AutoModelForCausalLM": f"{STEM}.MegaSSMForCausalLM",
+    "AutoModelForSequenceClassification": f"{STEM}.MegaSSMForSequenceClassification",
+}
+"""Where transformers finds the classes of a model; in its config.json."""
 OF_TRAINING_ONLY = ("filterbank", "gate_bias_init", "channel_init_std", "embed_init_std", "base_width")
 """Knobs of a model that its results do not depend on."""
 
@@ -143,26 +151,30 @@ def write_model_folder(folder: Path, model: LanguageModel, tokenizer: Tokenizer,
     sync(folder / WEIGHTS)
     for name, content in tokenizer.files().items():
         write_atomically(folder / name, content)
-    write_atomically(folder / CODE, CODE_PATH.read_bytes())
-    stem = CODE.removesuffix(".py")
+    write_code(folder)
     config = {
         "architectures": ["MegaSSMForCausalLM"],
         "model_type": "megassm",
-        "auto_map": {"AutoConfig": f"{stem}.MegaSSMConfig", "AutoModelForCausalLM": f"{stem}.MegaSSMForCausalLM"},
+        "auto_map": AUTO_MAP,
         "dtype": str(dtype).removeprefix("torch."),
         SECTION: {"version": __version__, "model": model.config.model_dump(mode="json")},
     }
     _write_json(folder / CONFIG, config)
     generation = {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.eod}
     _write_json(folder / "generation_config.json", {**generation, "do_sample": False, "use_cache": True})
-    _write_json(folder / CONFIG_NAME, _tokenizer_config(folder, stem))
+    _write_json(folder / CONFIG_NAME, _tokenizer_config(folder))
 
 
-def _tokenizer_config(folder: Path, stem: str) -> dict[str, Any]:
+def write_code(folder: Path) -> None:
+    """Writes the file that `AUTO_MAP` names."""
+    write_atomically(folder / CODE, CODE_PATH.read_bytes())
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
     """A tokenizer.json is read by transformers itself, the others by `megassm.hf`."""
     common = {"clean_up_tokenization_spaces": False, "padding_side": "left"}
     if not (folder / FILE_NAME).exists():
-        auto_map = {"AutoTokenizer": [f"{stem}.MegaSSMTokenizer", None]}
+        auto_map = {"AutoTokenizer": [f"{STEM}.MegaSSMTokenizer", None]}
         return {**common, "tokenizer_class": "MegaSSMTokenizer", "eos_token": EOD_PIECE, "auto_map": auto_map}
     eod = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["eos_token"]
     return {**common, "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eod, "pad_token": eod}

@@ -1,234 +1,275 @@
-"""An exported model as a transformers causal language model; its cache is the decoding state of constant size.
+"""The network without a head, as transformers expects one. Written against transformers 5.23 and 5.24.
 
-Written against transformers 5.23, whose generation asks of a cache no more than what `MegaSSMCache` has.
-
-Shapes: B batch, L length, V vocabulary.
+Shapes: B batch, L length, T length with what a cache has read, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+import os
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from megassm.config.model import ModelConfig
+from megassm.checkpoint.exported import write_code
 from megassm.errors import UserError
-from megassm.layers.state import DecodingState
-from megassm.model import LanguageModel, initial_weights
+from megassm.hf.cache import MegaSSMCache, cache_field, padding_mask
+from megassm.hf.config import MegaSSMConfig
+from megassm.hf.layers import HubBlock
+from megassm.hf.weights import HEADS, hub_form
+from megassm.layers.attention import attention_mask as attention_bias
+from megassm.layers.attention import rope_tables
+from megassm.layers.context import Context
+from megassm.layers.filterbank import FilterBank
+from megassm.layers.state import DecodingState, LayerState
+from megassm.model import initial_weights
 
 
-class MegaSSMConfig(PretrainedConfig):
-    """`megassm` is the section that the package wrote; the names transformers knows are read from it."""
-
-    model_type = "megassm"
-    megassm: dict[str, Any] | None = None
-
-    @property
-    def model(self) -> ModelConfig:
-        return ModelConfig.model_validate((self.megassm or {})["model"])
-
-    @property
-    def vocab_size(self) -> int:
-        return self.model.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        return self.model.d_model
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return self.model.n_layers
-
-    @property
-    def num_attention_heads(self) -> int:
-        return self.model.n_heads
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """The length trained at; longer texts are computed, by the filters' continuation."""
-        return self.model.seq_len
-
-
-class Group(NamedTuple):
-    """Rows of a batch that have read equally many tokens."""
-
-    rows: Tensor
-    state: DecodingState
-
-
-class MegaSSMCache:
-    """What a batch needs to be continued: S x d numbers a spectral layer and row, whatever was read.
-
-    Rows whose prompts differ in length are in groups of their own where there is attention, whose positions differ
-    then; without attention all rows are one group.
-    """
-
-    is_compileable = False
-
-    def __init__(self, groups: Sequence[Group], seen: int) -> None:
-        self.groups = list(groups)
-        self.seen = seen
-
-    def get_seq_length(self) -> int:
-        """Tokens read, padding included."""
-        return self.seen
-
-    @property
-    def nbytes(self) -> int:
-        return sum(group.state.nbytes for group in self.groups)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was."""
-        groups = []
-        for rows, state in self.groups:
-            new_rows, chosen = (beam_idx[:, None] == rows).nonzero(as_tuple=True)
-            if len(new_rows):
-                groups.append(Group(new_rows, state.take(chosen)))
-        self.groups = groups
-
-
-class MegaSSMForCausalLM(PreTrainedModel, GenerationMixin):
-    """The model at its full K, or with `k=` at any budget below.
-
-    With a cache the logits are those of the last position only, (B, 1, V).
-    """
+class MegaSSMPreTrainedModel(PreTrainedModel):
+    """Loading, saving and starting weights."""
 
     config_class = MegaSSMConfig
-    base_model_prefix = ""
-    _is_stateful = True
-    _no_split_modules = ["Block"]  # noqa: RUF012
-
-    def __init__(self, config: MegaSSMConfig) -> None:
-        super().__init__(config)
-        self.model = LanguageModel(config.model)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: MegaSSMCache | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        k: int | None = None,
-        return_dict: bool | None = None,
-    ) -> CausalLMOutputWithPast:
-        """Padding must be on one side; to make or to continue a cache, on the left.
-
-        Args:
-            input_ids: (B, L).
-            attention_mask: (B, L), 1 at real tokens; with a cache (B, L of all), and not looked at again.
-            past_key_values: what an earlier call returned.
-            labels: (B, L) like input_ids, shifted here; -100 does not count, nor does what follows padding.
-            use_cache: return a cache. None is no.
-            logits_to_keep: last positions to return; 0 is all.
-            k: the budget; None is the model's K.
-            return_dict: ignored; always an output object.
-
-        Raises:
-            UserError: padding elsewhere, a budget out of range.
-        """
-        self._check_filters()
-        k = k or self.model.config.num_channels
-        if past_key_values is not None:
-            logits_BV = self._step_through(input_ids, past_key_values, k)
-            return CausalLMOutputWithPast(logits=logits_BV[:, None], past_key_values=cast(Any, past_key_values))
-        if use_cache and labels is None:
-            logits_BV, cache = self._read_prompts(input_ids, attention_mask, k)
-            return CausalLMOutputWithPast(logits=logits_BV[:, None], past_key_values=cast(Any, cache))
-        logits_BLV = self._whole_logits(input_ids, attention_mask, k)
-        loss = None
-        if labels is not None:
-            targets_BL = labels[:, 1:]
-            if attention_mask is not None:  # what follows padding was predicted from nothing
-                targets_BL = targets_BL.masked_fill(attention_mask[:, :-1] == 0, -100)
-            loss = F.cross_entropy(logits_BLV[:, :-1].flatten(0, 1).float(), targets_BL.flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits_BLV[:, -logits_to_keep:])
-
-    def _whole_logits(self, ids_BL: Tensor, mask_BL: Tensor | None, k: int) -> Tensor:
-        """Logits (B, L, V); zeros at padding on the left."""
-        groups = _equal_starts(ids_BL, mask_BL, left_only=False)
-        if len(groups) == 1 and groups[0][1] == 0:
-            whole_BLV: Tensor = self.model(ids_BL, k)
-            return whole_BLV
-        logits_BLV = torch.zeros(*ids_BL.shape, self.config.vocab_size, dtype=self.dtype, device=ids_BL.device)
-        for rows, start in groups:
-            part: Tensor = self.model(ids_BL[rows, start:], k)
-            logits_BLV[rows, start:] = part.to(logits_BLV.dtype)
-        return logits_BLV
-
-    def _read_prompts(self, ids_BL: Tensor, mask_BL: Tensor | None, k: int) -> tuple[Tensor, MegaSSMCache]:
-        """(logits (B, V) after the last position, the cache), each length of prompt by itself."""
-        parts, groups = [], []
-        for rows, start in _equal_starts(ids_BL, mask_BL, left_only=True):
-            logits_NV, state = self.model.prefill(ids_BL[rows, start:], k)
-            parts.append(logits_NV)
-            groups.append(Group(rows, state))
-        order = torch.cat([group.rows for group in groups]).argsort()
-        if "A" not in self.model.config.mixers and len(groups) > 1:  # a state knows no position
-            layers = [torch.cat(cast(Any, layer)) for layer in zip(*(state.layers for _, state in groups), strict=True)]
-            state = DecodingState((ids_BL.shape[1],) * len(order), list(layers)).take(order)
-            groups = [Group(torch.arange(len(ids_BL), device=ids_BL.device), state)]
-        return torch.cat(parts)[order], MegaSSMCache(groups, ids_BL.shape[1])
-
-    def _step_through(self, ids_BL: Tensor, cache: MegaSSMCache, k: int) -> Tensor:
-        """Logits (B, V) after the last position, a step a position; the cache is replaced in place."""
-        logits_BV = torch.empty(0)
-        for ids_B in ids_BL.unbind(1):
-            groups, parts = [], []
-            for rows, state in cache.groups:
-                logits_NV, after = self.model.step(ids_B[rows], state, k)
-                groups.append(Group(rows, after))
-                parts.append(logits_NV)
-            cache.groups, cache.seen = groups, cache.seen + 1
-            logits_BV = torch.cat(parts)[torch.cat([group.rows for group in groups]).argsort()]
-        return logits_BV
-
-    def _check_filters(self) -> None:
-        """Derives the filters where they are not there yet."""
-        bank = self.model.filterbank
-        if bank is not None and bank.filters_LK.numel() == 0:
-            bank.reset()
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HubBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"head_VD$"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Parameters that came from no file start as in training."""
+        """Parameters that came from no file start as in training; what is new to a model, as its embedding does."""
+        if isinstance(module, FilterBank):
+            module.reset()
+        elif isinstance(module, MegaSSMPreTrainedModel):
+            module._start()
+        elif (isinstance(module, nn.Embedding) or type(module) is nn.Linear) and not getattr(
+            module.weight, "_is_hf_initialized", False
+        ):
+            module.weight.normal_(0.0, self.config.initializer_range)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """Custom code or not: transformers passes over a custom model that has no parameter of its own."""
+        super()._initialize_weights(module, is_custom_code=False)
+
+    def _start(self) -> None:
+        """Fills what is this module's own, not its base model's, and came from no file."""
+        prefix = f"{self.base_model_prefix}."
         missing = {
             name: parameter
-            for name, parameter in self.model.named_parameters()
-            if module is self.model and not getattr(parameter, "_is_hf_initialized", False)
+            for name, parameter in self.named_parameters()
+            if not name.startswith(prefix) and not getattr(parameter, "_is_hf_initialized", False)
         }
-        if missing:
-            for name, whole in initial_weights(self.model.config, seed=0):
-                if name in missing:
-                    missing[name].copy_(whole)
+        if not missing:
+            return
+        config = self.config.model
+        for name, whole in initial_weights(config, seed=0):
+            hub_name, value = hub_form(name, whole, config)
+            hub_name = HEADS.get(type(self).__name__, hub_name) if name == "head_VD" else hub_name
+            if hub_name in missing and missing[hub_name].shape == value.shape:
+                missing[hub_name].copy_(value)
 
-    def get_input_embeddings(self) -> nn.Module:
-        raise NotImplementedError("the embedding is a parameter of the model, not a module of its own")
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """As transformers does; the classes are imported from the package, never copied."""
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        if Path(save_directory, "config.json").exists():
+            write_code(Path(save_directory))
+        return saved
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Does nothing: a saved model imports the package, and needs no copy of its code."""
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
 
-def _equal_starts(ids_BL: Tensor, mask_BL: Tensor | None, left_only: bool) -> list[tuple[Tensor, int]]:
-    """(rows, their first real position), for each first position."""
-    batch, length = ids_BL.shape
-    if mask_BL is None:
-        return [(torch.arange(batch, device=ids_BL.device), 0)]
-    real_BL = mask_BL.bool()
-    if real_BL.shape != ids_BL.shape:
-        raise UserError(f"attention_mask is {tuple(real_BL.shape)}, input_ids {tuple(ids_BL.shape)}: must be equal")
-    starts_B = real_BL.int().argmax(1)
-    ends_B = length - real_BL.flip(1).int().argmax(1)
-    if not torch.equal(real_BL.sum(1), ends_B - starts_B) or not real_BL.any(1).all():
-        raise UserError("attention_mask has a row that is no text with padding around it; pad on one side")
-    if left_only and bool((ends_B < length).any()):
-        raise UserError("padding on the right: there is nothing to continue; use tokenizer.padding_side = 'left'")
-    return [((starts_B == start).nonzero()[:, 0], int(start)) for start in starts_B.unique()]
+class MegaSSMModel(MegaSSMPreTrainedModel):
+    """Embedding, blocks and the last norm."""
+
+    def __init__(self, config: MegaSSMConfig) -> None:
+        super().__init__(config)
+        model = config.model
+        self.embed_tokens = nn.Embedding(model.vocab_size, model.d_model)
+        self.blocks = nn.ModuleList(HubBlock(model, sigma_scale) for sigma_scale in model.sigma_scales)
+        self.head_norm = nn.RMSNorm(model.d_model, eps=model.norm_eps)
+        self.filterbank = (
+            FilterBank(model.seq_len, model.num_channels, model.filterbank) if "S" in model.mixers else None
+        )
+        self.shape = model
+        """The network's sizes; the vocabulary's may have changed since."""
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = cast(nn.Embedding, value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: MegaSSMCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        k: int | None = None,
+        cache: MegaSSMCache | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """The normed output of the last block.
+
+        Args:
+            input_ids: (B, L).
+            attention_mask: (B, L), 1 at real tokens, padding being on one side; with a cache also (B, T).
+            position_ids: (B, L); a number that does not follow the one before begins another text, kept apart.
+            past_key_values: what an earlier call returned; it is continued in place.
+            inputs_embeds: (B, L, D), instead of input_ids.
+            use_cache: return a cache. None is the configuration's choice, and no in training.
+            output_hidden_states: return what each block reads, and the output.
+            return_dict: False returns a tuple.
+            k: the budget; None is `config.k`, or the model's K.
+            cache: past_key_values, by its name from transformers 5.24 on.
+            kwargs: not looked at.
+
+        Raises:
+            UserError: padding elsewhere, a budget out of range.
+            ValueError: both of input_ids and inputs_embeds, or neither.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        x_BLD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values if cache is None else cache
+        if cache is None and self._wants_cache(use_cache):
+            cache = MegaSSMCache()
+        elif cache is not None and use_cache is False and cache.state is None:
+            cache = None
+        before = 0 if cache is None else cache.get_seq_length()
+        batch, length = x_BLD.shape[:2]
+        real_BL = padding_mask(attention_mask, batch, length, before)
+        k = self.budget(k)
+        if before:
+            assert cache is not None
+            states = self._continue(x_BLD, real_BL, k, cache)
+        else:
+            states = self._read(x_BLD, real_BL, _documents(position_ids, real_BL, batch), k, cache)
+        want = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = BaseModelOutputWithPast(
+            last_hidden_state=cast(Any, states[-1]),
+            hidden_states=cast(Any, tuple(states)) if want else None,
+            **cache_field(cache),
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def budget(self, k: int | None) -> int:
+        """Raises UserError for one that this model has not."""
+        k = getattr(self.config, "k", None) if k is None else k
+        k = self.shape.num_channels if k is None else k
+        if not 1 <= k <= self.shape.num_channels:
+            raise UserError(f"budget K = {k}: must be between 1 and this model's K_max = {self.shape.num_channels}")
+        return k
+
+    def _wants_cache(self, use_cache: bool | None) -> bool:
+        if self.training and (use_cache is None or self.gradient_checkpointing):
+            return False
+        return bool(self.config.use_cache if use_cache is None else use_cache)
+
+    def _read(
+        self, x_BLD: Tensor, real_BL: Tensor | None, documents_BL: Tensor | None, k: int, cache: MegaSSMCache | None
+    ) -> list[Tensor]:
+        """What each block reads, and the output; a cache is filled."""
+        length = x_BLD.shape[1]
+        stepped = min(cache.ahead, length - 1) if cache is not None and cache.is_recording else 0
+        if stepped:
+            assert cache is not None
+            cache.ahead = 0
+            head, tail = slice(None, length - stepped), slice(length - stepped, None)
+            first = self._read(x_BLD[:, head], None if real_BL is None else real_BL[:, head], documents_BL, k, cache)
+            rest = self._continue(x_BLD[:, tail], None if real_BL is None else real_BL[:, tail], k, cache)
+            return [torch.cat(parts, dim=1) for parts in zip(first, rest, strict=True)]
+        context = self._context(0, length, k, x_BLD, real_BL)
+        if documents_BL is not None:
+            context = self._apart(context, documents_BL, x_BLD)
+        states, layers = [x_BLD], list[LayerState]()
+        for block in cast(list[HubBlock], self.blocks):
+            if cache is None:
+                x_BLD = block(x_BLD, context)
+            else:
+                x_BLD, continued = block.extend(x_BLD, None, context)
+                layers.append(continued.keep([length] * len(x_BLD)))
+            states.append(x_BLD)
+        if cache is not None:
+            cache.read(real_BL, x_BLD.shape[0], length, x_BLD.device)
+            cache.state = DecodingState((length,) * len(x_BLD), layers)
+        states[-1] = self.head_norm(x_BLD)
+        return states
+
+    def _continue(self, x_BLD: Tensor, real_BL: Tensor | None, k: int, cache: MegaSSMCache) -> list[Tensor]:
+        """`_read` after what the cache has read; position by position where it is to know the states between."""
+        if cache.real_BT is not None and not bool(cache.real_BT[:, -1].all()):
+            raise UserError("padding on the right: there is nothing to continue; use tokenizer.padding_side = 'left'")
+        length = 1 if cache.is_recording else x_BLD.shape[1]
+        parts = []
+        for first in range(0, x_BLD.shape[1], length):
+            part = slice(first, first + length)
+            parts.append(self._extend(x_BLD[:, part], None if real_BL is None else real_BL[:, part], k, cache))
+        return [torch.cat(states, dim=1) for states in zip(*parts, strict=True)]
+
+    def _extend(self, x_BLD: Tensor, real_BL: Tensor | None, k: int, cache: MegaSSMCache) -> list[Tensor]:
+        assert cache.state is not None
+        batch, length = x_BLD.shape[:2]
+        real_BT = cache.read(real_BL, batch, length, x_BLD.device)
+        context = self._context(cache.get_seq_length(), length, k, x_BLD, real_BL)._replace(mask=None)
+        if real_BT is not None and "A" in self.shape.mixers:
+            bias_BT = torch.zeros(real_BT.shape, dtype=x_BLD.dtype, device=x_BLD.device)
+            context = context._replace(mask=bias_BT.masked_fill_(~real_BT, -torch.inf)[:, None, None])
+        states, layers = [x_BLD], list[LayerState]()
+        for block, layer in zip(cast(list[HubBlock], self.blocks), cache.state.layers, strict=True):
+            if length == 1:
+                x_BD, after = block.step(x_BLD[:, 0], layer, context)
+                x_BLD = x_BD[:, None]
+            else:
+                x_BLD, continued = block.extend(x_BLD, layer, context)
+                after = continued.keep([length] * batch)
+            layers.append(after)
+            states.append(x_BLD)
+        cache.advance(DecodingState(tuple(seen + length for seen in cache.state.lengths), layers))
+        states[-1] = self.head_norm(x_BLD)
+        return states
+
+    def _context(self, first: int, length: int, k: int, like: Tensor, real_BL: Tensor | None) -> Context:
+        real_BL1 = None if real_BL is None else real_BL[..., None]
+        if "A" not in self.shape.mixers:
+            return Context(k, self.filterbank, None, real_BL1=real_BL1)
+        positions_L = torch.arange(first, first + length, device=like.device)
+        rope = rope_tables(positions_L, self.shape.d_model // self.shape.n_heads, self.shape.rope_theta)
+        mask = attention_bias(length, self.shape.window, None, like, real_BL)
+        return Context(k, self.filterbank, rope, mask, real_BL1=real_BL1)
+
+    def _apart(self, context: Context, documents_BL: Tensor, like: Tensor) -> Context:
+        """`context` with the documents kept apart."""
+        mask = context.mask
+        if "A" in self.shape.mixers:
+            real_BL = None if context.real_BL1 is None else context.real_BL1[..., 0]
+            mask = attention_bias(documents_BL.shape[1], self.shape.window, documents_BL, like, real_BL)
+        segments = None if self.filterbank is None else self.filterbank.segments(documents_BL)
+        return context._replace(mask=mask, segments=segments)
+
+
+def _documents(position_ids: Tensor | None, real_BL: Tensor | None, batch: int) -> Tensor | None:
+    """The number of each position's text, where positions say that there are several; those of padding say nothing."""
+    if position_ids is None or position_ids.dim() != 2:
+        return None
+    begins_BL = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if real_BL is not None:
+        begins_BL = begins_BL & real_BL[:, 1:] & real_BL[:, :-1]
+    if not bool(begins_BL.any()):
+        return None
+    return nn.functional.pad(begins_BL.long().cumsum(1), (1, 0)).expand(batch, -1)

@@ -4,6 +4,18 @@ The code is not here because it is one with the training code: the filters of a 
 by the same few modules that derived them for training.
 """
 
-from megassm.hf import MegaSSMConfig, MegaSSMForCausalLM, MegaSSMTokenizer
+from megassm.hf import (
+    MegaSSMConfig,
+    MegaSSMForCausalLM,
+    MegaSSMForSequenceClassification,
+    MegaSSMModel,
+    MegaSSMTokenizer,
+)
 
-__all__ = ["MegaSSMConfig", "MegaSSMForCausalLM", "MegaSSMTokenizer"]
+__all__ = [
+    "MegaSSMConfig",
+    "MegaSSMForCausalLM",
+    "MegaSSMForSequenceClassification",
+    "MegaSSMModel",
+    "MegaSSMTokenizer",
+]

@@ -1,0 +1,172 @@
+"""The network with a head: a causal language model, and a classifier of texts.
+
+Shapes: B batch, L length, D width, V vocabulary, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+
+from megassm.hf.cache import CACHE, MegaSSMCache, cache_field
+from megassm.hf.config import MegaSSMConfig
+from megassm.hf.model import MegaSSMModel, MegaSSMPreTrainedModel
+from megassm.ops.pooling import content_positions, pooled
+
+
+class MegaSSMForCausalLM(MegaSSMPreTrainedModel, GenerationMixin):
+    """The model at its full K, or with `k=` at any budget below."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MegaSSMConfig) -> None:
+        super().__init__(config)
+        self.model = MegaSSMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: MegaSSMCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        k: int | None = None,
+        cache: MegaSSMCache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits (B, L, V), or of the positions to keep; arguments as in `MegaSSMModel.forward`, and:
+
+        Args:
+            labels: (B, L) like input_ids, shifted here; -100 does not count, nor does what follows padding.
+            logits_to_keep: last positions to return, 0 is all; or their numbers.
+            kwargs: what the loss takes (`num_items_in_batch`).
+        """
+        cache = past_key_values if cache is None else cache
+        if cache is not None and isinstance(logits_to_keep, int):
+            cache.ahead = logits_to_keep
+        read = cast(
+            BaseModelOutputWithPast,
+            self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                output_hidden_states=output_hidden_states,
+                return_dict=True,
+                k=k,
+            ),
+        )
+        x_BLD = cast(Tensor, read.last_hidden_state)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_BLV = self.lm_head(x_BLD[:, kept])
+        loss = None
+        if labels is not None:
+            if attention_mask is not None and attention_mask.shape == labels.shape:
+                follows_padding_BL = F.pad(attention_mask[:, :-1] == 0, (1, 0))
+                labels = labels.masked_fill(follows_padding_BL, -100)
+            loss = self.loss_function(logits=logits_BLV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits_BLV,
+            hidden_states=read.hidden_states,
+            **cache_field(getattr(read, CACHE)),
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """An empty cache where the caller has given none, so that it can be told to record."""
+        prepared = cast(Any, super())._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = MegaSSMCache()
+            if getattr(generation_config, "is_assistant", False):
+                model_kwargs[CACHE].activate_past_recording()
+        return prepared
+
+
+class MegaSSMForSequenceClassification(MegaSSMPreTrainedModel):
+    """A class a text: of a model trained on classes by the mean over the text's positions, else by its last token."""
+
+    def __init__(self, config: MegaSSMConfig) -> None:
+        super().__init__(config)
+        self.num_labels = cast(int, config.num_labels)
+        self.model = MegaSSMModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: MegaSSMCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        k: int | None = None,
+        cache: MegaSSMCache | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
+        """Logits (B, C); labels are (B,). Of a model trained on classes input_ids may end in the separator and more."""
+        read = cast(
+            BaseModelOutputWithPast,
+            self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values if cache is None else cache,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                output_hidden_states=output_hidden_states,
+                return_dict=True,
+                k=k,
+            ),
+        )
+        x_BLD = cast(Tensor, read.last_hidden_state)
+        logits_BC = self.score(self._text(x_BLD, input_ids, attention_mask))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits_BC, labels=labels, pooled_logits=logits_BC, config=self.config)
+        output = SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits_BC,
+            hidden_states=read.hidden_states,
+            **cache_field(getattr(read, CACHE)),
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _text(self, x_BLD: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """What stands for each text, (B, D)."""
+        batch, length = x_BLD.shape[:2]
+        real_BL = torch.ones(batch, length, dtype=torch.bool, device=x_BLD.device)
+        if attention_mask is not None:
+            real_BL = attention_mask[:, -length:].bool()
+        elif input_ids is not None and self.config.pad_token_id is not None and self.model.shape.classes is None:
+            real_BL = input_ids != self.config.pad_token_id
+        if self.model.shape.classes is not None:
+            if input_ids is not None:
+                real_BL = real_BL & content_positions(input_ids, self.model.shape.classes)
+            return pooled(x_BLD, real_BL)[:, 0]
+        places_L = torch.arange(length, device=x_BLD.device)
+        return x_BLD[torch.arange(batch, device=x_BLD.device), (places_L * real_BL).argmax(1)]

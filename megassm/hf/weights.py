@@ -1,0 +1,90 @@
+"""The names and forms of parameters: those of `megassm.model`, in files, and those of the linear layers here.
+
+A file is the same whoever wrote it, training's export or `save_pretrained`: transformers renames and lays out anew
+what it reads, and does the reverse with what it writes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+
+from megassm.config.model import ModelConfig
+from megassm.hf.layers import stacked, unstacked
+
+RENAMED = {
+    "embedding_VD": "embed_tokens.weight",
+    "mixer.gate.score_KH": "mixer.gate.score.weight",
+    "mixer.gate.score_bias_K": "mixer.gate.score.bias",
+}
+TRANSPOSED = {"mixer.direct_DD": "mixer.direct.weight", "mixer.out_DD": "mixer.output.weight"}
+CHANNELS = ("mixer.channels_KDD", "mixer.channels.weight")
+HEADS = {"MegaSSMForCausalLM": "lm_head.weight", "MegaSSMForSequenceClassification": "score.weight"}
+"""What a model's own head is called, by class."""
+
+
+def hub_form(name: str, value: Tensor, config: ModelConfig) -> tuple[str, Tensor]:
+    """(the name here, without the prefix of the base model; the values as they are kept here)."""
+    for ours, theirs in RENAMED.items():
+        if name.endswith(ours):
+            return name.removesuffix(ours) + theirs, value
+    for ours, theirs in TRANSPOSED.items():
+        if name.endswith(ours):
+            return name.removesuffix(ours) + theirs, value.t()
+    if name.endswith(CHANNELS[0]):
+        return name.removesuffix(CHANNELS[0]) + CHANNELS[1], unstacked(value, config.mixer_heads)
+    return name, value
+
+
+class _Form(ConversionOps):
+    """One parameter in the other form; `opens` says in which direction."""
+
+    def __init__(self, opens: bool) -> None:
+        self.opens = opens
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        (tensors,) = input_dict.values()
+        value = tensors[0] if isinstance(tensors, list) else tensors
+        heads = kwargs["config"].model.mixer_heads
+        return {target_patterns[0]: self._of(value, heads).detach()}
+
+    def _of(self, value: Tensor, heads: int) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return type(self)(not self.opens)
+
+
+class Transposed(_Form):
+    """A view, so that the memory stays that of training; whole on the way to a file."""
+
+    def _of(self, value: Tensor, heads: int) -> Tensor:
+        return value.t() if self.opens else value.t().contiguous()
+
+
+class Stacked(_Form):
+    """The channel matrices as one linear layer, and back."""
+
+    def _of(self, value: Tensor, heads: int) -> Tensor:
+        return unstacked(value, heads) if self.opens else stacked(value, heads)
+
+
+def _transforms(head: str | None) -> list[WeightConverter | WeightRenaming]:
+    transforms: list[WeightConverter | WeightRenaming] = [
+        WeightRenaming(ours, theirs) for ours, theirs in RENAMED.items()
+    ]
+    if head is not None:
+        transforms.append(WeightRenaming("model.head_VD", head))
+    transforms += [WeightConverter(ours, theirs, [Transposed(True)]) for ours, theirs in TRANSPOSED.items()]
+    return [*transforms, WeightConverter(CHANNELS[0], CHANNELS[1], [Stacked(True)])]
+
+
+def register_conversions() -> None:
+    for name, head in (("megassm", None), *HEADS.items()):
+        register_checkpoint_conversion_mapping(name, _transforms(head), overwrite=True)

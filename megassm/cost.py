@@ -53,10 +53,15 @@ def _gate_parameters(config: ModelConfig, k: int) -> int:
 def parameters(config: ModelConfig, k: int) -> int:
     """Parameters of the model cut to k channels."""
     d = config.d_model
-    block = 2 * d + 3 * d * config.ffn_width(k)
+    block = 2 * d + _taps_parameters(config) + 3 * d * config.ffn_width(k)
     mixers = sum(mixer_parameters(config, mixer, k) for mixer in config.mixers)
     embeddings = (config.vocab_size + (config.outputs if config.has_head else 0)) * d
     return embeddings + mixers + config.n_layers * block + d
+
+
+def _taps_parameters(config: ModelConfig) -> int:
+    """Of one layer; as gains are, they are on all ranks, and count no FLOPs."""
+    return config.input_taps * config.d_model if config.input_taps > 1 else 0
 
 
 def rank_parameters(config: ModelConfig, tensor: int) -> int:
@@ -68,7 +73,8 @@ def rank_parameters(config: ModelConfig, tensor: int) -> int:
     head = -(-config.outputs // tensor) if config.has_head else 0
     embeddings = (-(-config.vocab_size // tensor) + head) * d
     layers = sum(attention if mixer == "A" else spectral for mixer in config.mixers)
-    return embeddings + layers + config.n_layers * (2 * d + 3 * d * -(-config.d_ffn // tensor)) + d
+    block = 2 * d + _taps_parameters(config) + 3 * d * -(-config.d_ffn // tensor)
+    return embeddings + layers + config.n_layers * block + d
 
 
 def reduce_bucket_numbers(config: Config) -> int:
@@ -177,7 +183,8 @@ def layer_activation_bytes(config: ModelConfig, mixer: str, k: int, work: Worklo
     """Of `activation_bytes`, what one block with the mixer "S" or "A" keeps."""
     norm = work.positions * _norm_bytes(config.d_model, work.number_bytes)
     mixing = _attention_bytes(config, work) if mixer == "A" else _spectral_bytes(config, k, work)
-    return norm + mixing + _feed_forward_bytes(config, k, work)
+    taps = work.batch * (work.length + config.input_taps - 1) if config.input_taps > 1 else 0  # u after zeros
+    return norm + taps * config.d_model * work.number_bytes + mixing + _feed_forward_bytes(config, k, work)
 
 
 def _feed_forward_bytes(config: ModelConfig, k: int, work: Workload) -> int:

@@ -210,7 +210,7 @@ class LanguageModel(nn.Module):
         if "A" in self.config.mixers:
             mask = attention_mask(documents_BL.shape[1], self.config.window, documents_BL, self.embedding_VD)
         segments = None if self.filterbank is None else self.filterbank.segments(documents_BL)
-        return context._replace(mask=mask, segments=segments)
+        return context._replace(mask=mask, segments=segments, documents_BL=documents_BL)
 
     def reset_filters(self) -> None:
         if self.filterbank is not None:
@@ -250,8 +250,8 @@ def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tenso
 
     Matrices start at standard deviation 1/sqrt(inputs); those that write into the residual stream are divided by
     sqrt(2 n_layers), so that its variance does not grow with depth. Channel matrices whose K_max products are added
-    unnormalised are divided by sqrt(K_max). Biases start at 0, the gates' last ones at `config.gate_bias_init`, norm
-    gains at 1; the last norm's at `config.width_factor`, which is muP's multiplier of the logits.
+    unnormalised are divided by sqrt(K_max). Biases start at 0, the gates' last ones at `config.gate_bias_init`, taps as
+    the identity, norm gains at 1; the last norm's at `config.width_factor`, which is muP's multiplier of the logits.
     """
     for name, shape in parameter_shapes(config).items():
         std = _initial_std(name, shape, config)
@@ -259,6 +259,8 @@ def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tenso
             yield name, torch.full(shape, config.width_factor if name == "head_norm.weight" else 1.0)
         elif name.endswith("mixer.gate.score_bias_K"):
             yield name, torch.full(shape, config.gate_bias_init)
+        elif name.endswith("taps.weight_ND"):
+            yield name, torch.eye(config.input_taps)[0].repeat_interleave(config.d_model)
         elif std == 0.0:
             yield name, torch.zeros(shape)
         else:

@@ -75,6 +75,7 @@ def test_kept_in_float32(pattern: str, k: int, batch: int, length: int, recomput
         {"gate": "equal"},
         {"gate_rescale": False},
         {"pattern": "S", "mixer_heads": 4},
+        {"input_taps": 4},
         {"pattern": "S", "mixer_heads": 8, "gate": "sigmoid"},
         {"pattern": "S", "mixer_heads": 2, "gate": "none", "filterbank": "direct", "seq_len": 128},
         {"d_ffn": 160, "ffn_elastic": {"knee_k": 4, "below": 16, "above": 8}},

@@ -96,7 +96,15 @@ def test_window_bounds_attention_flops() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"gate": "equal"}, HEADS, {**HEADS, "gate": "none"}, {"tie_embeddings": False}, {"pattern": "A"}, ELASTIC],
+    [
+        {},
+        {"gate": "equal"},
+        HEADS,
+        {**HEADS, "gate": "none", "input_taps": 4},
+        {"tie_embeddings": False},
+        {"pattern": "A"},
+        ELASTIC,
+    ],
 )
 @pytest.mark.parametrize("k", [1, 4, K_MAX])
 def test_parameters_at_k(changes: dict[str, object], k: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megassm.eval.generate import generate
 from megassm.eval.sampling import Sampling
-from megassm.layers.state import SLACK, DecodingState, KeyValueCache
+from megassm.layers.state import SLACK, DecodingState, KeyValueCache, TapsState
 from megassm.model import LanguageModel, build_model
 from tests.conftest import run_python
 from tests.test_model import config
@@ -22,10 +22,9 @@ LENGTH, K_MAX = 2048, 32
 
 @lru_cache
 def model(pattern: str, heads: int = 1) -> LanguageModel:
-    settings = config(
-        pattern=pattern, seq_len=LENGTH, num_channels=K_MAX, d_model=32, window=100,
-        mixer_heads=heads, gate="softmax" if heads == 1 else "sigmoid",
-    )  # fmt: skip
+    """With several heads it has taps and a sigmoid gate too."""
+    other = {"mixer_heads": heads, "gate": "sigmoid", "input_taps": 4} if heads > 1 else {}
+    settings = config(pattern=pattern, seq_len=LENGTH, num_channels=K_MAX, d_model=32, window=100, **other)
     return build_model(settings, 0).eval()
 
 
@@ -149,7 +148,9 @@ def test_keys_and_values_are_written_in_place() -> None:
         moves, newest = 0, None
         for position in range(100, BIG):
             _, state = case.step(ids_BL[:, position], state, 8)
-            cache = state.layers[1]
+            layer = state.layers[1]
+            assert isinstance(layer, TapsState)
+            cache = layer.mixer
             assert isinstance(cache, KeyValueCache)
             moves += cache.store is not newest
             newest = cache.store

@@ -28,7 +28,8 @@ COMMON = (
     "train.batch_sequences=8", "optim.grad_clip=0.3",
 )  # fmt: skip
 ELASTIC = ("model.d_ffn=99", "model.ffn_elastic={knee_k: 3, below: 16, above: 8}")
-HYBRID = (*COMMON, *ELASTIC, "model.pattern=SA", "model.n_kv_heads=2", "model.mixer_heads=4", "model.gate=sigmoid")
+HYBRID = (*COMMON, *ELASTIC, "model.pattern=SA", "model.n_kv_heads=2", "model.mixer_heads=4", "model.gate=sigmoid",
+          "model.input_taps=3")  # fmt: skip
 SPECTRAL = (*COMMON, "model.pattern=S", "model.sigma_scale=[none,quarter_power]")
 
 Curve = dict[str, list[float]]

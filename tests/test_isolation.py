@@ -111,10 +111,18 @@ def test_mix_at_any_boundaries(way: str, data: st.DataObject, length: int, batch
 
 
 @pytest.mark.parametrize("way", ["direct", "chunked"])
-@pytest.mark.parametrize(("pattern", "window"), [("S", None), ("A", None), ("SA", None), ("SA", 30)])
+@pytest.mark.parametrize(
+    ("pattern", "window", "taps"), [("S", None, 1), ("A", None, 1), ("SA", None, 4), ("SA", 30, 1)]
+)
 @pytest.mark.parametrize("cuts", CUTS)
-def test_model_equals_each_document_alone(way: str, pattern: str, window: int | None, cuts: tuple[int, ...]) -> None:
-    network = build_model(config(pattern=pattern, window=window, filterbank=way, seq_len=LENGTH), 0).double()
+def test_model_equals_each_document_alone(
+    way: str, pattern: str, window: int | None, taps: int, cuts: tuple[int, ...]
+) -> None:
+    settings_ = config(pattern=pattern, window=window, input_taps=taps, filterbank=way, seq_len=LENGTH)
+    network = build_model(settings_, 0).double()
+    for name, parameter in network.named_parameters():
+        if "taps" in name:
+            torch.nn.init.normal_(parameter)
     text = torch.randint(0, 50, (1, LENGTH), generator=torch.Generator().manual_seed(1))
     documents = numbered(cuts)
     found = network(text, K_MAX, documents_BL=documents[None])

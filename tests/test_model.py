@@ -49,7 +49,7 @@ def test_no_position_sees_the_future(pattern: str, window: int | None) -> None:
         {"gate": "equal", "sigma_scale": ("quarter_power", "none")},
         {"gate": "sigmoid", "mixer_heads": 2, "sigma_scale": "none"},
         {"gate": "softmax", "mixer_heads": 16},
-        {"gate": "none", "mixer_heads": 4},
+        {"gate": "none", "mixer_heads": 4, "input_taps": 3},
         {"tie_embeddings": False, "sigma_scale": "none"},
         {"d_ffn": 60, "ffn_elastic": {"knee_k": 3, "below": 16, "above": 8}},
         {"d_ffn": 53, "ffn_elastic": {"knee_k": 9, "below": 8, "above": 0}},

@@ -91,7 +91,11 @@ def tokens(config: ModelConfig) -> Tensor:
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     "changes",
-    [ELASTIC, {"n_kv_heads": 1, "window": 20, "tie_embeddings": False}, {"mixer_heads": 4, "gate": "sigmoid"}],
+    [
+        ELASTIC,
+        {"n_kv_heads": 1, "window": 20, "tie_embeddings": False},
+        {"mixer_heads": 4, "gate": "sigmoid", "input_taps": 4},
+    ],
     ids=["gqa", "mqa", "heads"],
 )
 @pytest.mark.parametrize("mesh", [Mesh(1, 1, 2), Mesh(1, 1, 4), Mesh(1, 2, 1), Mesh(1, 4, 1), Mesh(1, 2, 2)], ids=str)

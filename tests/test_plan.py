@@ -155,7 +155,8 @@ CASES = {
     "tiny on two ranks": (2, [
         *(case("tiny", "train.micro_batch_sequences=2", f"parallel.zero_stage={stage}") for stage in (1, 2)),
         case("tiny", *HYBRID, "parallel.tensor=2", "train.recompute=true", "model.n_kv_heads=1"),
-        case("tiny", *HYBRID, "parallel.sequence=2", "train.recompute=true", "model.n_kv_heads=1"),
+        case("tiny", *HYBRID, "parallel.sequence=2", "train.recompute=true", "model.n_kv_heads=1",
+             "model.input_taps=4"),
         case("tiny", *HYBRID, "parallel.tensor=2", "model.mixer_heads=8", "model.gate=sigmoid"),
     ]),
     "125m in bf16 on one rank": (1, [case("125m", *LIGHT)]),
@@ -197,7 +198,12 @@ def kept_buffers(config: Config, memory: dict[str, float]) -> float:
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize(
     "override",
-    ["model.ffn_elastic=null", "model.ffn_elastic={knee_k: 4, below: 16, above: 8}", "model.mixer_heads=8"],
+    [
+        "model.ffn_elastic=null",
+        "model.ffn_elastic={knee_k: 4, below: 16, above: 8}",
+        "model.mixer_heads=8",
+        "model.input_taps=4",
+    ],
 )
 def test_parameters_of_the_fullest_rank(name: str, ranks: int, override: str) -> None:
     model = shipped(name, override).model

@@ -56,6 +56,8 @@ class ModelConfig(Section):
     """Spectral channels K_max; every budget is K <= K_max."""
     sigma_scale: Annotated[tuple[SigmaScale, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("quarter_power",)
     """Weight of channel k: sigma_k^(1/4) as in the paper, or 1 (none); a list is tiled over the spectral layers."""
+    input_taps: Annotated[int, Field(ge=1, le=CHUNK)] = 1
+    """Length of a causal convolution of each channel by itself before every mixer, spectral or attention; 1: none."""
     mixer_heads: Size = 1
     """Heads H of a spectral layer: M_k is H blocks of d/H, each with a gate of its own, then an output projection; 1 is
     the paper's dense M_k without a projection."""

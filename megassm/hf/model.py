@@ -260,7 +260,7 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
             real_BL = None if context.real_BL1 is None else context.real_BL1[..., 0]
             mask = attention_bias(documents_BL.shape[1], self.shape.window, documents_BL, like, real_BL)
         segments = None if self.filterbank is None else self.filterbank.segments(documents_BL)
-        return context._replace(mask=mask, segments=segments)
+        return context._replace(mask=mask, segments=segments, documents_BL=documents_BL)
 
 
 def _documents(position_ids: Tensor | None, real_BL: Tensor | None, batch: int) -> Tensor | None:

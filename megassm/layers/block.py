@@ -11,11 +11,12 @@ from megassm.layers.attention import Attention
 from megassm.layers.context import Context
 from megassm.layers.ffn import FeedForward
 from megassm.layers.spectral import SpectralMixer
-from megassm.layers.state import Continued, LayerState
+from megassm.layers.state import Continued, ContinuedTaps, LayerState, TapsState
+from megassm.layers.taps import InputTaps
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x)); a `sigma_scale` of None makes the mixer attention."""
+    """x + mixer(taps(norm(x))), then x + ffn(norm(x)); a `sigma_scale` of None makes the mixer attention."""
 
     spectral_mixer: ClassVar[type[SpectralMixer]] = SpectralMixer
 
@@ -23,6 +24,7 @@ class Block(nn.Module):
         super().__init__()
         d_model = config.d_model
         self.mixer_norm = nn.RMSNorm(d_model, eps=config.norm_eps)
+        self.taps = InputTaps(d_model, config.input_taps) if config.input_taps > 1 else None
         self.mixer: Any = (
             Attention(d_model, config.n_heads, config.kv_heads, config.window)
             if sigma_scale is None
@@ -34,12 +36,22 @@ class Block(nn.Module):
         self.ffn = FeedForward(d_model, config.d_ffn, config.ffn_width)
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
-        x_BLD = x_BLD + self.mixer(context.without_padding(self.mixer_norm(x_BLD)), context)
-        return self._feed_forward(x_BLD, context)
+        u_BLD = context.without_padding(self.mixer_norm(x_BLD))
+        if self.taps is not None:
+            u_BLD = self.taps(u_BLD, context)
+        return self._feed_forward(x_BLD + self.mixer(u_BLD, context), context)
 
     def extend(self, x_BLD: Tensor, state: LayerState | None, context: Context) -> tuple[Tensor, Continued]:
         """(the block's output at L positions that follow those of `state`, what a state is kept from)."""
-        y_BLD, continued = self.mixer.extend(context.without_padding(self.mixer_norm(x_BLD)), state, context)
+        u_BLD = context.without_padding(self.mixer_norm(x_BLD))
+        continued: Continued
+        if self.taps is None:
+            y_BLD, continued = self.mixer.extend(u_BLD, state, context)
+        else:
+            past_BTD, mixer_state = state if isinstance(state, TapsState) else (None, None)
+            v_BLD, inputs_BXD = self.taps.extend(u_BLD, past_BTD, context)
+            y_BLD, mixer_continued = self.mixer.extend(v_BLD, mixer_state, context)
+            continued = ContinuedTaps(inputs_BXD, self.taps.taps - 1, mixer_continued)
         return self._feed_forward(x_BLD + y_BLD, context), continued
 
     def step(self, x_BD: Tensor, state: LayerState, context: Context) -> tuple[Tensor, LayerState]:
@@ -47,7 +59,14 @@ class Block(nn.Module):
         if isinstance(self.mixer, Attention):
             y_BLD, continued = self.extend(x_BD[:, None], state, context)
             return y_BLD[:, 0], continued.keep([1] * len(x_BD))
-        y_BD, state = self.mixer.step(self.mixer_norm(x_BD), state, context)
+        u_BD = self.mixer_norm(x_BD)
+        if self.taps is None:
+            y_BD, state = self.mixer.step(u_BD, state, context)
+        else:
+            assert isinstance(state, TapsState)
+            v_B1D, inputs_BXD = self.taps.extend(u_BD[:, None], state.past_BTD, context)
+            y_BD, mixer_state = self.mixer.step(v_B1D[:, 0], state.mixer, context)
+            state = TapsState(inputs_BXD[:, 1:], mixer_state)
         return self._feed_forward(x_BD + y_BD, context), state
 
     def _feed_forward(self, x_BLD: Tensor, context: Context) -> Tensor:

@@ -22,6 +22,8 @@ class Context(NamedTuple):
     """Added to attention's scores (`megassm.layers.attention.attention_mask`); None: the whole past is seen."""
     segments: Segments | None = None
     """Where documents begin, for the filter bank; None: all of a sequence is one document."""
+    documents_BL: Tensor | None = None
+    """The number of each position's document; None: all of a sequence is one document."""
     real_BL1: Tensor | None = None
     """False at padding, which no other position may see anything of; None: there is none."""
 

@@ -123,8 +123,23 @@ class KeyValueCache(NamedTuple):
         return self.store.key_BGTP.nbytes + self.store.value_BGTP.nbytes
 
 
-LayerState = Tensor | KeyValueCache
+MixerState = Tensor | KeyValueCache
 """(B, S, D) of a spectral layer; keys and values of attention."""
+
+
+class TapsState(NamedTuple):
+    """Of a layer whose mixer has taps before it (`megassm.layers.taps`)."""
+
+    past_BTD: Tensor
+    """The last inputs, after zeros where there are fewer."""
+    mixer: MixerState
+
+    @property
+    def nbytes(self) -> int:
+        return self.past_BTD.nbytes + self.mixer.nbytes
+
+
+LayerState = MixerState | TapsState
 
 
 class Continued(Protocol):
@@ -132,6 +147,22 @@ class Continued(Protocol):
 
     def keep(self, counts: Sequence[int]) -> LayerState:
         """The state after the first `counts` positions of each sequence."""
+
+
+class ContinuedTaps(NamedTuple):
+    """The inputs (B, T + L, D) of L positions and of the T before them, and what the mixer has read."""
+
+    inputs_BXD: Tensor
+    before: int
+    """T."""
+    mixer: Continued
+
+    def keep(self, counts: Sequence[int]) -> TapsState:
+        rows = zip(self.inputs_BXD, counts, strict=True)
+        past_BTD = torch.stack([inputs_XD[count : count + self.before] for inputs_XD, count in rows])
+        mixer = self.mixer.keep(counts)
+        assert not isinstance(mixer, TapsState)
+        return TapsState(past_BTD, mixer)
 
 
 class DecodingState(NamedTuple):
@@ -153,13 +184,24 @@ class DecodingState(NamedTuple):
     def rewind(self) -> None:
         """Says that no state that came after this one will be used again: continuing from here costs no copy then."""
         for layer in self.layers:
-            if isinstance(layer, KeyValueCache):
-                layer.rewind()
+            mixer = layer.mixer if isinstance(layer, TapsState) else layer
+            if isinstance(mixer, KeyValueCache):
+                mixer.rewind()
 
     def take(self, rows: Tensor) -> DecodingState:
         """The state of some of the texts, in the order of `rows`, one of them perhaps several times."""
-        layers = [layer[rows] if isinstance(layer, Tensor) else layer.take(rows) for layer in self.layers]
+        layers = [_taken(layer, rows) for layer in self.layers]
         return DecodingState(tuple(self.lengths[row] for row in rows.tolist()), layers)
+
+
+def _taken(layer: LayerState, rows: Tensor) -> LayerState:
+    if isinstance(layer, TapsState):
+        return TapsState(layer.past_BTD[rows], _taken_mixer(layer.mixer, rows))
+    return _taken_mixer(layer, rows)
+
+
+def _taken_mixer(state: MixerState, rows: Tensor) -> MixerState:
+    return state[rows] if isinstance(state, Tensor) else state.take(rows)
 
 
 class Extension(NamedTuple):

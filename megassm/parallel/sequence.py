@@ -8,6 +8,8 @@ that its part would end with from zero, tells it to the others, and starts from
 which is exact. One message of S x D forward and one backward; the layer's direct product runs while it is under way,
 in both directions: autograd takes `receive` back before that product, and `send` after it.
 
+Taps before a mixer (`megassm.layers.taps`) need the last inputs of the part before: one more message of so many.
+
 Attention layers exchange positions for heads (all-to-all; DeepSpeed-Ulysses, arXiv 2309.14509): between two exchanges
 every rank sees all positions of its share of the heads.
 
@@ -42,6 +44,8 @@ def split_sequence(model: LanguageModel, group: Group) -> None:
         assert model.filterbank.state_size, "there is a state to hand on"
         model.filterbank.carry = StateCarry(link)
     for block in cast(list[Block], model.blocks):
+        if block.taps is not None:
+            block.taps.before = InputsBefore(link)
         if isinstance(block.mixer, Attention):
             block.mixer.attend = ExchangeHeads(link, block.mixer.attend)
 
@@ -118,6 +122,38 @@ def _scan(parts_RBSD: Tensor, power_SS: Tensor, like: Tensor) -> Tensor:
     for part_BSD in parts_RBSD:
         x_BSD = power_SS @ x_BSD + part_BSD
     return x_BSD
+
+
+@dataclass(frozen=True)
+class InputsBefore:
+    """A `megassm.layers.taps.Before` over the ranks of a group."""
+
+    link: Link
+
+    def __call__(self, end_BTD: Tensor) -> Tensor:
+        before_BTD: Tensor = _InputsBefore.apply(end_BTD, self.link.group)  # type: ignore[no-untyped-call]
+        return before_BTD
+
+
+class _InputsBefore(torch.autograd.Function):
+    """Forward, the end of the part before; backward, to this part's end the gradient of the part after."""
+
+    @staticmethod
+    def forward(ctx: Any, end_BTD: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _neighbours(end_BTD, group, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _neighbours(grads[0], ctx.group, 1), None
+
+
+def _neighbours(mine: Tensor, group: Group, distance: int) -> Tensor:
+    """What the rank so far away has; zeros where there is none."""
+    every = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(every, mine.contiguous(), group=group)
+    rank = group.rank() + distance
+    return every[rank] if 0 <= rank < group.size() else torch.zeros_like(mine)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ def _sequence_bytes(config: Config, mesh: Mesh, filters: Filters) -> float:
     heads *= ranks // gcd(heads, ranks)
     width = 2 * model.d_model / mesh.tensor + 2 * heads * (model.d_model // model.n_heads)
     exchange = (ranks - 1) / ranks * batch * model.seq_len / ranks * width * _number_bytes(config)
-    return passes * (state * model.mixers.count("S") + exchange * model.mixers.count("A"))
+    taps = (ranks - 1) * batch * (model.input_taps - 1) * model.d_model * _number_bytes(config) * model.n_layers
+    return passes * (state * model.mixers.count("S") + exchange * model.mixers.count("A") + taps)
 
 
 def _data_bytes(config: Config, mesh: Mesh, steps: int) -> float:
@@ -79,7 +80,7 @@ def messages_sent(config: Config, mesh: Mesh) -> dict[str, int]:
     layers, spectral, attention = model.n_layers, model.mixers.count("S"), model.mixers.count("A")
     again = layers if config.train.recompute else 0  # as in `_tensor_message_bytes`
     tensor = (1 + 2 * layers + again) + (1 + 2 * layers) + 3
-    sequence = (3 if config.train.recompute else 2) * (spectral + 4 * attention)
+    sequence = (3 if config.train.recompute else 2) * (spectral + 4 * attention + layers * (model.input_taps > 1))
     numbers = rank_parameters(model, mesh.tensor)
     buckets = ceil(numbers / reduce_bucket_numbers(config))
     match config.parallel.zero_stage:

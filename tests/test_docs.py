@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import ROOT, SMALL
 
-PAGES = ("quickstart", "elasticity", "checkpoints", "data", "troubleshooting", "cluster", "scaling")
+PAGES = ("quickstart", "training", "elasticity", "checkpoints", "data", "troubleshooting", "cluster", "scaling")
 SMALLER = {
     "configs/tiny.yaml": [text for text in SMALL if not re.match(r"model\.(vocab_size|num_channels)|.*budgets", text)],
     "configs/tasks/high_frequency.yaml": [

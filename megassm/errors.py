@@ -6,6 +6,7 @@ A query string may be a signature, a user part a password.
 from __future__ import annotations
 
 import re
+import sys
 from urllib.parse import urlsplit, urlunsplit
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s'\"<>]*[^\s'\"<>:;,.)]")
@@ -23,6 +24,12 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(visible(redacted(message)))
+
+
+def install_hint(extra: str) -> str:
+    """How to install what an extra brings. No package index has this project: its name there may be a stranger's."""
+    version = sys.modules["megassm"].__version__  # it is there: an import statement would be a circle
+    return f"pip install -e '.[{extra}]' in a checkout of MegaSSM {version}"
 
 
 def visible(text: str) -> str:

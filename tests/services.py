@@ -36,7 +36,7 @@ def kill_a_worker(server: Server) -> None:
 @contextmanager
 def juicefs_s3(work: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """S3, and in this process's environment all that boto3 needs for it."""
-    pytest.importorskip("boto3", reason="needs boto3: pip install 'megassm[s3]'")
+    pytest.importorskip("boto3", reason="needs boto3: pip install -e '.[s3]'")
     with contextlib.ExitStack() as stack:
         try:
             server = stack.enter_context(servers.juicefs_s3(work))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SMALL
+from tests.conftest import ROOT, SMALL, run_python
 
 PAGES = ("quickstart", "training", "elasticity", "checkpoints", "data", "troubleshooting", "cluster", "scaling")
 SMALLER = {
@@ -103,3 +103,24 @@ def small(command: str) -> list[str]:
 def run(page: str, words: list[str], cwd: Path, environment: dict[str, str]) -> None:
     done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, f"docs/{page}.md: {shlex.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def test_the_readme_is_short_and_its_example_runs() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 1200
+    (example,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    done = run_python("-c", example)
+    assert done.stdout == "True\n"
+
+
+def test_the_readmes_commands_have_the_options_it_gives_them() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    for words in (shlex.split(line, comments=True) for block in blocks for line in block.splitlines()):
+        program = next((word for word in words if word.endswith(".py")), None)
+        if program is None:
+            assert words[0] == "make", words
+            continue
+        known = run_python(program, "--help").stdout
+        mine = words[words.index(program) :]
+        assert [word for word in mine if word.startswith("--") and word not in known] == []

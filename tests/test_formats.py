@@ -104,7 +104,9 @@ def test_without_pyarrow_its_formats_say_what_to_install(
 ) -> None:
     (tmp_path / name).write_bytes(b"PAR1" if name.endswith("parquet") else b"\x28\xb5\x2f\xfd")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    message = r"reading \.\w+ needs pyarrow, which is not installed; pip install 'megassm\[arrow\]'"
+    message = (
+        r"reading \.\w+ needs pyarrow, which is not installed; pip install -e '\.\[arrow\]' in a checkout of MegaSSM"
+    )
     with pytest.raises(UserError, match=message):
         read(tmp_path / name)
 

@@ -40,9 +40,9 @@ def main() -> None:
     try:
         from megassm.eval.harness import MegaSSMLM, evaluate_tasks
     except ModuleNotFoundError as error:
-        from megassm.errors import UserError
+        from megassm.errors import UserError, install_hint
 
-        raise UserError(f"{error.name} is not installed: pip install 'megassm[eval]'") from None
+        raise UserError(f"{error.name} is not installed: {install_hint('eval')}") from None
     from megassm.eval.session import open_for_text
 
     if arguments.data:

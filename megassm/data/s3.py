@@ -22,7 +22,7 @@ from megassm.data.request import (
     Span,
     describe,
 )
-from megassm.errors import UserError
+from megassm.errors import UserError, install_hint
 
 CREDENTIALS = (
     "give credentials where AWS's tools look for them: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, "
@@ -83,7 +83,7 @@ def _client(url: str) -> Any:
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
     except ImportError:
-        raise UserError(f"{url}: needs the package boto3: pip install 'megassm[s3]'") from None
+        raise UserError(f"{url}: needs the package boto3: {install_hint('s3')}") from None
     config = Config(
         connect_timeout=CONNECT_S,
         read_timeout=READ_S,

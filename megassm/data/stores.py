@@ -28,7 +28,7 @@ from megassm.data.request import (
 from megassm.data.s3 import S3Store
 from megassm.data.signature import QUERY_VARIABLE, query_for
 from megassm.data.transport import read_file
-from megassm.errors import UserError, scheme_of, without_secrets
+from megassm.errors import UserError, install_hint, scheme_of, without_secrets
 from megassm.guarded import parse_json
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ class FsspecStore:
         try:
             import fsspec
         except ImportError:
-            raise UserError(f"{url}: needs the package fsspec: pip install 'megassm[fsspec]'") from None
+            raise UserError(f"{url}: needs the package fsspec: {install_hint('fsspec')}") from None
         try:
             self._files: Any = fsspec.core.url_to_fs(url)[0]
         except (ImportError, ValueError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megassm.checkpoint.exported import ModelFolder
+from megassm.errors import install_hint
 
 FRONT_MATTER = """\
 ---
@@ -19,7 +20,7 @@ tags: [megassm, state-space-model, spectral]
 
 USE = """\
 ```python
-# pip install 'megassm[hf]'
+# {install}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
@@ -75,7 +76,7 @@ def model_card(model: ModelFolder, family: Sequence[ExportedModel], origin: Orig
         f"retraining (run {origin.run}, step {origin.step:,}). Layers {config.mixers}, width {config.d_model}, "
         f"vocabulary {config.vocab_size:,}, sequences of {config.seq_len:,} tokens. It serves every smaller budget "
         "too: `model.generate(..., k=1)`.\n",
-        USE.format(name=name),
+        USE.format(name=name, install=install_hint("hf")),
         "## Sizes and quality\n",
         family_table(family),
         "Bits per byte on held-out text, lower is better; the gap is to the whole model.\n",

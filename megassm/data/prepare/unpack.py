@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from megassm.errors import UserError
+from megassm.errors import UserError, install_hint
 
 BUFFER_BYTES = 1 << 20
 XZ_MEMORY_BYTES = 1 << 29  # a dictionary of at most 256 MiB and more; `xz -9` asks for 64 MiB
@@ -125,6 +125,6 @@ def load_pyarrow(path: Path) -> Any:
     try:
         import pyarrow
     except ImportError:
-        way_out = "pip install 'megassm[arrow]'"
+        way_out = install_hint("arrow")
         raise UserError(f"{path}: reading {path.suffix} needs pyarrow, which is not installed; {way_out}") from None
     return pyarrow

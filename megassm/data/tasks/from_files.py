@@ -27,7 +27,7 @@ import numpy.typing as npt
 from megassm.data.dataset import TRAIN, VALID
 from megassm.data.order import hash_order
 from megassm.data.task import Example, Task, fitting
-from megassm.errors import UserError
+from megassm.errors import UserError, install_hint
 from megassm.guarded import read_bytes
 
 Kind = Literal["text", "image", "pathfinder"]
@@ -244,7 +244,7 @@ def _image_file(path: Path) -> bytes:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError:
-        raise UserError(f"{path}: image files need Pillow; pip install -e '.[images]'") from None
+        raise UserError(f"{path}: image files need Pillow; {install_hint('images')}") from None
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:

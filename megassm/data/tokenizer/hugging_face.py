@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from megassm.data.tokenizer.ids import PROBE, Ids
-from megassm.errors import UserError
+from megassm.errors import UserError, install_hint
 from megassm.guarded import MAX_VOCABULARY, TOKENIZER_BYTES, read_bytes, read_json
 
 FILE_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
@@ -110,7 +110,7 @@ def _load(path: Path) -> tuple[bytes, Any]:
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        way_out = "pip install 'megassm[tokenizers]'"
+        way_out = install_hint("tokenizers")
         raise UserError(f"tokenizer {path}: needs the package tokenizers, which is not installed; {way_out}") from None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one process a core: `workers` says how many
     try:

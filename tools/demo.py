@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -102,6 +103,14 @@ def step(title: str, program: str, *arguments: str) -> None:
     print(f"({time.monotonic() - started:.0f} s)", flush=True)
 
 
+def free_port() -> int:
+    """Another job on this machine may have the launcher's own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 def _as_typed(program: str) -> str:
     """Relative to this folder where it lies below it."""
     relative = os.path.relpath(program)
@@ -122,7 +131,7 @@ def main() -> None:
     python = sys.executable
     # the module, not bin/deepspeed: a script's first line cannot name an interpreter below a folder with a space
     step("train on all budgets at once", python, "-m", "deepspeed.launcher.runner",
-         "--num_gpus", str(arguments.ranks), "launch/pretrain.py",
+         "--num_gpus", str(arguments.ranks), "--master_port", str(free_port()), "launch/pretrain.py",
          "--config", CONFIG, f"run.dir={run}", f"data.path={data}", *arguments.overrides)  # fmt: skip
     step("measure every budget", python, "tools/sweep_budgets.py", run, "--budgets", BUDGETS,
          "--sequences", str(SCORED_SEQUENCES))  # fmt: skip

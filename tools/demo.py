@@ -31,7 +31,7 @@ VOCABULARY = 2048
 ENOUGH_FOR_A_VOCABULARY = 400_000
 """Bytes of text; a smaller one is read byte by byte, for its words are too few to count."""
 BUDGETS = "1,2,3,4,6,8,12,16"
-SCORED_SEQUENCES = 512
+SCORED_SEQUENCES = 256
 PROMPT_CHARS = 60
 
 

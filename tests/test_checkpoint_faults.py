@@ -9,12 +9,21 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megassm.checkpoint.format import MANIFEST, newest_checkpoint, read_checkpoint
+from megassm.checkpoint.format import (
+    MANIFEST,
+    Checkpoint,
+    check_identity,
+    newest_checkpoint,
+    read_checkpoint,
+    run_identity,
+)
+from megassm.config.schema import Config
 from megassm.errors import UserError
 from megassm.run.journal import read_rows
 from tests.conftest import run_python
@@ -179,3 +188,15 @@ def test_another_runs_checkpoint_is_refused_with_the_way_out(copied: Path, tmp_p
     assert exact(copied) == before
     shutil.rmtree(place)
     assert "continuing after step 20" in run_to_end(copied, data_path, 1, *RUN, *longer)
+
+
+def test_a_checkpoint_that_is_older_than_a_knob_continues(small_config: Callable[..., Config]) -> None:
+    config = small_config()
+    written, identity = config.model_dump(mode="json"), run_identity(config, "data")
+    assert (written["model"].pop("mixer_heads"), written["model"].pop("gate")) == (1, "softmax")
+    written["model"]["gate"] = True  # as it was spelt
+    older = {name: value for name, value in identity.items() if name != "model.mixer_heads"} | {"model.gate": True}
+    checkpoint = Checkpoint(Path("step-1"), SimpleNamespace(identity=older, config=written))  # type: ignore[arg-type]
+    check_identity(checkpoint, identity)
+    with pytest.raises(UserError, match=r"model\.mixer_heads is 2, the checkpoint has 1"):
+        check_identity(checkpoint, identity | {"model.mixer_heads": 2})

@@ -175,3 +175,9 @@ def test_the_outcome_is_found_once(length: int, channels: int, tmp_path: Path, m
             realize(length, channels, 64)
     healed = realize(length, channels, 64)
     assert all(np.array_equal(a, b) for a, b in zip(first, healed, strict=True))
+
+
+@pytest.mark.parametrize(("length", "channels", "short"), [(512, 28, True), (512, 29, False), (1024, 32, True)])
+def test_whether_a_state_is_short_does_not_depend_on_the_processor(length: int, channels: int, short: bool) -> None:
+    size = len(realize(length, channels, 64).step_input_S)
+    assert size < 50 if short else size == length - 1

@@ -237,7 +237,9 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
     Raises:
         UserError: with every difference.
     """
-    theirs = checkpoint.manifest.identity
+    # a knob that is newer than the checkpoint, or is spelt otherwise since, has the value that its reading gives it
+    model = {f"model.{name}": value for name, value in checkpoint.config.model.model_dump(mode="json").items()}
+    theirs = checkpoint.manifest.identity | model
     differences = [
         f"{name} is {_short(identity.get(name))}, the checkpoint has {_short(theirs.get(name))}"
         for name in sorted(theirs.keys() | identity.keys())

@@ -19,8 +19,9 @@ A's eigenvalues come within 1e-6 of 1, and float32 has 6e-8: rounding A itself w
 sequences. So A's powers are formed in float64 (`chunk_states`), and a step adds (A1 - I) x to x.
 
 Nothing is believed unmeasured: a candidate is taken only if its spectral radius is below 1 and if, on white noise of
-length L, both forms in float32 reproduce every channel. Where none does so (K = 32 at L <= 512) the state is the
-last L-1 inputs themselves: exact, and 0 beyond L. Measured for K = 32, C = 64, the worst channel:
+length L, both forms in float32 reproduce every channel. For more than 3.2 log2(L) channels none does so, or one on one
+processor and none on another (K = 32 at L = 512): the state is then the last L-1 inputs themselves: exact, and 0 beyond
+L. Measured for K = 32, C = 64, the worst channel:
 
     L                            256    512   1024    2048    8192   65,536  262,144  1,048,576
     S                            255    511     43      44      47       52       56         59
@@ -38,6 +39,7 @@ Shapes: L sequence length, K channels, C chunk, S states, J sampled ages.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -50,13 +52,22 @@ from megassm.errors import UserError
 from megassm.ops.hankel import Array, extended_filters, read_arrays, spectral_filters, write_arrays
 from megassm.ops.hankel import cache_path as hankel_path
 
-ALGORITHM = "damped Ho-Kalman, geometric ages; tried by doubling and one by one in float32; version 2"
+ALGORITHM = "damped Ho-Kalman, geometric ages; tried by doubling and one by one in float32; version 3"
 TOLERANCE = 4e-6
 SAMPLES_PER_OCTAVE = 24
 DAMPING = (6.5, 5.0, 4.0, 3.0, 2.0, 1.0)  # alpha, in the order tried: stability differs, by luck of rounding
 CUTOFFS = (1e-8, 1e-7, 1e-6)  # of singular values; the filters have norm 1
 SHIFT_REGISTER_LIMIT = 2048  # longest sequence whose state may be its last L-1 inputs: Q takes C * K * L numbers
-TRIAL_CHUNKS = (64, 16, 256)  # every model is tried in all of them, so that the state is the same whatever the chunk
+TRIAL_CHUNKS = (
+    64,
+    16,
+    256,
+    32,
+    128,
+)  # every model is tried in all of them, so that the state is the same whatever the chunk
+CHANNELS_PER_OCTAVE = (
+    3.2  # of L, up to which a short state is looked for: some candidate then passes on every processor
+)
 STEP_TRIAL_CHUNK = 16  # the recurrence one after the other, as steps have it, at a sixteenth of their number
 
 
@@ -117,6 +128,9 @@ def _short_step(seq_len: int, num_channels: int, tolerance: float) -> _Step | No
 
 
 def _find_short_step(seq_len: int, num_channels: int, tolerance: float) -> _Step | None:
+    """None also for so many channels that rounding would decide: one processor would find a state, another none."""
+    if num_channels > CHANNELS_PER_OCTAVE * math.log2(seq_len):
+        return None
     trial = None
     for step in _candidates(seq_len, num_channels):
         if len(step.input_S) >= seq_len - 1 or np.abs(np.linalg.eigvals(step.transition_SS)).max() >= 1:

@@ -13,7 +13,7 @@ import pytest
 
 from megassm.run.journal import read_rows
 from tests.conftest import ROOT, SMALL, run_python
-from tools.demo import find_text, prepare, prompt
+from tools.demo import find_text, fitting_steps, prepare, prompt
 
 OWN = ("model.vocab_size", "model.num_channels", "budget", "eval.budgets")
 SMALLER = [override for override in SMALL if not override.startswith(OWN)]
@@ -84,6 +84,8 @@ def test_a_few_notes_are_enough_and_their_repetition_is_warned_of(tmp_path: Path
     text = find_text([notes], "*.md")
     prepare(text, str(tmp_path / "data"))
     assert prompt(tmp_path / "data").startswith("Note ")
+    assert fitting_steps(tmp_path / "data", []) == ["train.steps=100"]
+    assert fitting_steps(tmp_path / "data", ["train.steps=9"]) == ["train.steps=9"]
     said = run_python(
         "launch/pretrain.py", "--config", "configs/demo.yaml", f"run.dir={tmp_path / 'run'}",
         f"data.path={tmp_path / 'data'}", *SMALLER, "train.steps=60",

@@ -33,6 +33,7 @@ ENOUGH_FOR_A_VOCABULARY = 400_000
 BUDGETS = "1,2,3,4,6,8,12,16"
 SCORED_SEQUENCES = 256
 PROMPT_CHARS = 60
+LEAST_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -129,10 +130,11 @@ def main() -> None:
     print(f"{text.size / 1e6:,.1f} MB of text; data in {data}, run in {run}; five to six minutes on two cores")
     prepare(text, data)
     python = sys.executable
+    overrides = fitting_steps(Path(data), arguments.overrides)
     # the module, not bin/deepspeed: a script's first line cannot name an interpreter below a folder with a space
     step("train on all budgets at once", python, "-m", "deepspeed.launcher.runner",
          "--num_gpus", str(arguments.ranks), "--master_port", str(free_port()), "launch/pretrain.py",
-         "--config", CONFIG, f"run.dir={run}", f"data.path={data}", *arguments.overrides)  # fmt: skip
+         "--config", CONFIG, f"run.dir={run}", f"data.path={data}", *overrides)  # fmt: skip
     step("measure every budget", python, "tools/sweep_budgets.py", run, "--budgets", BUDGETS,
          "--sequences", str(SCORED_SEQUENCES))  # fmt: skip
     step("sample at two budgets, after a beginning from the validation text", python, "tools/generate.py", run,
@@ -153,6 +155,20 @@ def prepare(text: Text, data: str) -> None:
                  "--vocab-size", str(VOCABULARY), "--max-bytes", "4000000", "--output", tokenizer)  # fmt: skip
     step("write shards", python, "tools/prepare_data.py", *text.options, "--tokenizer", tokenizer, "--output", data,
          "--block-tokens", "65536")  # fmt: skip
+
+
+def fitting_steps(data: Path, overrides: Sequence[str]) -> list[str]:
+    """The overrides, with fewer updates for a text that would be read too often; what they say themselves wins."""
+    from megassm.config.load import load_config
+    from megassm.data.index import load_index
+
+    config = load_config(Path(CONFIG), (f"data.path={data}", *overrides), world_size=1)
+    tokens = load_index(data / "train").tokens
+    enough = max(LEAST_STEPS, round(config.data.max_epochs * tokens / config.tokens_per_step()))
+    if enough >= config.train.steps or any(override.startswith("train.steps=") for override in overrides):
+        return list(overrides)
+    print(f"\na short text, {tokens:,} tokens: {enough:,} updates in place of {config.train.steps:,}")
+    return [f"train.steps={enough}", *overrides]
 
 
 def prompt(data: Path) -> str:

@@ -17,8 +17,8 @@ help:
 
 # the environment grows in two steps: what training needs, and what development needs besides
 $(VENV)/.base: pyproject.toml constraints.txt
-	@echo "== installing MegaSSM in $(VENV): about 90 packages, for PyTorch with CUDA a download of 2.9 GB and 7 GB on disk,"
-	@echo "   for PyTorch's CPU build 0.5 GB and 1.5 GB; nothing outside $(VENV) changes"
+	@echo "== installing MegaSSM in $(VENV), a few minutes: about 90 packages, a download of 2.9 GB where pip finds PyTorch"
+	@echo "   with CUDA, of 0.3 GB (1.4 GB on disk) where it finds the CPU build; nothing outside $(VENV) changes"
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) --editable .
 	@touch $@

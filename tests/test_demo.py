@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -69,6 +70,10 @@ def test_a_text_is_known_by_what_it_holds(tmp_path: Path, monkeypatch: pytest.Mo
     assert find_text([notes], None).name != found.name
     (notes / "a.md").write_text("ane", encoding="utf-8")
     assert find_text([notes], "*.md").name != found.name
+    os.utime(notes / "a.md", (1, 1))
+    first = find_text([notes], "*.md")
+    os.utime(notes / "a.md", (2, 2))
+    assert find_text([notes], "*.md").name != first.name, "what prepare_data takes for another text has another name"
     library = find_text(None, None)
     assert library.name.startswith("demo-python-")
     (listed,) = [Path(word[1:]) for word in library.options if word.startswith("@")]

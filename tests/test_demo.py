@@ -42,7 +42,7 @@ def test_demo(tmp_path: Path) -> None:
     assert [row["k"] for row in samples] == [4, 16]
     assert any(samples[0]["text"].startswith(line[:20]) for line in lines_of(text) if line.strip())
     table = {row["predicted_by"]: row["bits_per_byte"] for row in json.loads((run / "baselines.json").read_bytes())}
-    assert {"unigram", "trigram with backoff", "gzip -9", "xz -9e", "a run, K=1", "a run, K=16"} <= set(table)
+    assert {"unigram", "trigram with backoff", "gzip -9", "xz -9e", "the model, K=1", "the model, K=16"} <= set(table)
     assert table["trigram with backoff"] < table["unigram"]
     files = "baselines.png sweep.png sweep.html metrics.jsonl config.yaml checkpoints samples.json"
     for name in files.split():

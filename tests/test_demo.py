@@ -100,7 +100,7 @@ def test_a_few_notes_are_enough_and_their_repetition_is_warned_of(tmp_path: Path
 
 @pytest.mark.end_to_end
 def test_demo_names_the_step_that_failed(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xff" * 100)
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 " * 20)
     done = run_python("tools/demo.py", "--text", str(tmp_path), "--data", str(tmp_path / "data"), check=False)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr

@@ -18,7 +18,7 @@ from megassm.errors import UserError
 from megassm.eval.generate import generate
 from megassm.eval.sampling import Sampling
 from megassm.eval.session import OpenModel
-from megassm.model import LanguageModel, build_model
+from megassm.model import LanguageModel, build_model, losses_at
 from tests.conftest import ROOT, run_python
 from tests.test_model import config
 
@@ -110,7 +110,7 @@ def test_rolling_loglikelihood_counts_every_token_once(model: LanguageModel, tok
         stop = min(start + LENGTH, len(ids) - 1)
         first = max(0, stop - LENGTH)
         with torch.no_grad():
-            nll = model(torch.tensor([ids[first:stop]]), 4, torch.tensor([ids[first + 1 : stop + 1]]))[0]
+            nll = losses_at(model, torch.tensor([ids[first : stop + 1]]), 4)[0]
         total -= float(nll[start - first :].sum())
     assert found[1] == pytest.approx(total, abs=1e-3)
     assert found[2] == 0.0

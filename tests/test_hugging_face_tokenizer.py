@@ -171,7 +171,7 @@ def test_other_files_are_refused(corpus: list[str], tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match=r"not byte-level BPE: no piece stands for byte 0x\w\w.*take a byte-level one"):
         load_tokenizer(path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps([]))
-    with pytest.raises(UserError, match=r"tokenizer_config\.json: not a JSON object"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: the whole: Input should be an object"):
         load_tokenizer(path)
     with pytest.raises(UserError, match=r"--eod-token is for a tokenizer\.json, and 'bytes' has an end of document"):
         load_tokenizer(TokenizerSpec("bytes", "</s>"))

@@ -14,7 +14,7 @@ import megassm.ops.realize
 from megassm.errors import UserError
 from megassm.files import CACHE_VARIABLE
 from megassm.ops.hankel import extended_filters, spectral_filters
-from megassm.ops.realize import Realization, realize
+from megassm.ops.realize import TOLERANCE, Realization, realize
 
 
 def convolve(noise: np.ndarray, filters: np.ndarray) -> np.ndarray:
@@ -121,7 +121,8 @@ def test_chunks_continue_beyond_the_trained_length(length: int, chunk: int) -> N
     model = realize(length, min(length, 8), chunk)
     noise = np.random.default_rng(0).standard_normal(2 * length + 3)
     own = response(model, len(noise))
-    assert np.abs(own[:length] - spectral_filters(length, min(length, 8))[1]).max() < 4e-6
+    # the tolerance is of outputs for one noise; a single entry may be further off, by how much depends on the processor
+    assert np.abs(own[:length] - spectral_filters(length, min(length, 8))[1]).max() < 5 * TOLERANCE
     own[:length] = spectral_filters(length, min(length, 8))[1]
     assert np.abs(run_chunks(model, noise, np.float64)[0] - convolve(noise, own)).max() < 1e-4
 

@@ -18,7 +18,7 @@ LAUNCH = """
 import sys
 import megassm.run.wandb_log
 megassm.run.wandb_log.INIT_TIMEOUT_S = 2
-from launch import pretrain
+from megassm.commands import train as pretrain
 from megassm.cli.arguments import run_tool
 sys.argv[0] = "pretrain"
 run_tool(pretrain.main)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from megassm.cli.arguments import Parser
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("megassm", "launch", "tools")
 FILE_LINES, FUNCTION_LINES = 350, 50
@@ -25,6 +27,7 @@ def too_long(path: Path, text: str) -> Iterator[str]:
 
 
 def main() -> int:
+    Parser(__doc__ or "", "python tools/check_sizes.py").parse_args()
     paths = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
     found = [line for path in paths for line in too_long(path.relative_to(ROOT), path.read_text(encoding="utf-8"))]
     print("\n".join(found) if found else f"{len(paths)} files within {FILE_LINES} and {FUNCTION_LINES} lines")

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from megassm.cli.arguments import Parser
+
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs/figures/architecture.svg"
 WIDTH, BOX_WIDTH, BOX_HEIGHT, FLOOR_HEIGHT, TOP = 980, 96, 28, 74, 54
@@ -114,6 +116,7 @@ def draw(imports: Mapping[str, set[str]]) -> str:
 
 
 def main() -> int:
+    Parser(__doc__ or "", "python tools/draw_architecture.py").parse_args()
     PICTURE.write_text(draw(read_imports(ROOT / "megassm")), encoding="utf-8")
     print(PICTURE.relative_to(ROOT))
     return 0

@@ -60,19 +60,9 @@ class MegaSSMForCausalLM(MegaSSMPreTrainedModel, GenerationMixin):
         cache = past_key_values if cache is None else cache
         if cache is not None and isinstance(logits_to_keep, int):
             cache.ahead = logits_to_keep
-        read = cast(
-            BaseModelOutputWithPast,
-            self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                output_hidden_states=output_hidden_states,
-                return_dict=True,
-                k=k,
-            ),
+        asked = {"use_cache": use_cache, "output_hidden_states": output_hidden_states, "return_dict": True, "k": k}
+        read: BaseModelOutputWithPast = self.model(
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, **asked
         )
         x_BLD = cast(Tensor, read.last_hidden_state)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -136,8 +136,7 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
             output_hidden_states: return what each block reads, and the output.
             return_dict: False returns a tuple.
             k: the budget; None is `config.k`, or the model's K.
-            cache: past_key_values, by its name from transformers 5.24 on.
-            kwargs: not looked at.
+            cache: past_key_values, by its name from transformers 5.24 on. Other arguments are not looked at.
 
         Raises:
             UserError: padding elsewhere, a budget out of range.
@@ -146,20 +145,14 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         x_BLD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values if cache is None else cache
-        if cache is None and self._wants_cache(use_cache):
-            cache = MegaSSMCache()
-        elif cache is not None and use_cache is False and cache.state is None:
-            cache = None
+        cache = self._cache(past_key_values if cache is None else cache, use_cache)
         before = 0 if cache is None else cache.get_seq_length()
-        batch, length = x_BLD.shape[:2]
-        real_BL = padding_mask(attention_mask, batch, length, before)
-        k = self.budget(k)
-        if before:
-            assert cache is not None
-            states = self._continue(x_BLD, real_BL, k, cache)
+        real_BL = padding_mask(attention_mask, *x_BLD.shape[:2], before)
+        if cache is not None and before:
+            states = self._continue(x_BLD, real_BL, self.budget(k), cache)
         else:
-            states = self._read(x_BLD, real_BL, _documents(position_ids, real_BL, batch), k, cache)
+            documents_BL = _documents(position_ids, real_BL, len(x_BLD))
+            states = self._read(x_BLD, real_BL, documents_BL, self.budget(k), cache)
         want = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = BaseModelOutputWithPast(
             last_hidden_state=cast(Any, states[-1]),
@@ -167,6 +160,12 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
             **cache_field(cache),
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _cache(self, cache: MegaSSMCache | None, use_cache: bool | None) -> MegaSSMCache | None:
+        """What is to be continued and filled: a new one where a cache is wanted, none where an empty one is not."""
+        if cache is None:
+            return MegaSSMCache() if self._wants_cache(use_cache) else None
+        return None if use_cache is False and cache.state is None else cache
 
     def budget(self, k: int | None) -> int:
         """Raises UserError for one that this model has not."""

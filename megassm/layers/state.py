@@ -117,6 +117,14 @@ class KeyValueCache(NamedTuple):
         store = _Store(self.store.key_BGTP[rows], self.store.value_BGTP[rows], used)
         return KeyValueCache(store, used)
 
+    def where(self, own_B: Tensor, other: KeyValueCache) -> KeyValueCache:
+        """This cache's texts where `own_B`, the other's, which holds as many positions, elsewhere."""
+        assert self.used == other.used
+        span, own_B111 = slice(max(self.used)), own_B[:, None, None, None]
+        key_BGTP = torch.where(own_B111, self.store.key_BGTP[:, :, span], other.store.key_BGTP[:, :, span])
+        value_BGTP = torch.where(own_B111, self.store.value_BGTP[:, :, span], other.store.value_BGTP[:, :, span])
+        return KeyValueCache(_Store(key_BGTP, value_BGTP, self.used), self.used)
+
     @property
     def nbytes(self) -> int:
         """Of the room, used or not."""
@@ -188,10 +196,30 @@ class DecodingState(NamedTuple):
             if isinstance(mixer, KeyValueCache):
                 mixer.rewind()
 
+    def where(self, own_B: Tensor, other: DecodingState) -> DecodingState:
+        """The state of this one's texts where `own_B`, of the other's, which are as long, elsewhere."""
+        assert self.lengths == other.lengths
+        pairs = zip(self.layers, other.layers, strict=True)
+        return DecodingState(self.lengths, [_chosen(own_B, mine, theirs) for mine, theirs in pairs])
+
     def take(self, rows: Tensor) -> DecodingState:
         """The state of some of the texts, in the order of `rows`, one of them perhaps several times."""
         layers = [_taken(layer, rows) for layer in self.layers]
         return DecodingState(tuple(self.lengths[row] for row in rows.tolist()), layers)
+
+
+def _chosen(own_B: Tensor, mine: LayerState, theirs: LayerState) -> LayerState:
+    if isinstance(mine, TapsState):
+        assert isinstance(theirs, TapsState)
+        past_BTD = torch.where(own_B[:, None, None], mine.past_BTD, theirs.past_BTD)
+        mixer = _chosen(own_B, mine.mixer, theirs.mixer)
+        assert not isinstance(mixer, TapsState)
+        return TapsState(past_BTD, mixer)
+    if isinstance(mine, KeyValueCache):
+        assert isinstance(theirs, KeyValueCache)
+        return mine.where(own_B, theirs)
+    assert isinstance(theirs, Tensor)
+    return torch.where(own_B[:, None, None], mine, theirs)
 
 
 def _taken(layer: LayerState, rows: Tensor) -> LayerState:

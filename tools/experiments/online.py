@@ -22,7 +22,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from megassm.data.stream import MicroBatch
 from megassm.eval.score import Score, text_bytes
@@ -116,18 +115,10 @@ def read(model: LanguageModel, ids_BT: Tensor, choose: Choice, budgets: tuple[in
         token_B = ids_BT[:, position]
         cheap, dear = model.step(token_B, state, low), model.step(token_B, state, high)
         logits_BV = torch.where(high_B[:, None], dear[0], cheap[0])
-        layers = pytree.tree_map(_select(high_B), dear[1].layers, cheap[1].layers)
-        state = dear[1]._replace(layers=layers)
+        state = cheap[1].where(~high_B, dear[1])
         spent += int(high_B.sum()) * high + int((~high_B).sum()) * low
     read_tokens = len(ids_BT) * (ids_BT.shape[1] - 1)
     return Reading(torch.stack(nlls, 1), torch.stack(entropies, 1), spent / read_tokens)
-
-
-def _select(high_B: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    def of_row(dear: Tensor, cheap: Tensor) -> Tensor:
-        return torch.where(high_B.view(-1, *[1] * (dear.dim() - 1)), dear, cheap)
-
-    return of_row
 
 
 def _joined(batches: list[MicroBatch]) -> MicroBatch:

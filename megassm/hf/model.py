@@ -130,13 +130,12 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
             input_ids: (B, L).
             attention_mask: (B, L), 1 at real tokens, padding being on one side; with a cache also (B, T).
             position_ids: (B, L); a number that does not follow the one before begins another text, kept apart.
-            past_key_values: what an earlier call returned; it is continued in place.
+            past_key_values: what an earlier call returned, continued in place; named `cache` from transformers 5.24 on.
             inputs_embeds: (B, L, D), instead of input_ids.
             use_cache: return a cache. None is the configuration's choice, and no in training.
             output_hidden_states: return what each block reads, and the output.
             return_dict: False returns a tuple.
             k: the budget; None is `config.k`, or the model's K.
-            cache: past_key_values, by its name from transformers 5.24 on. Other arguments are not looked at.
 
         Raises:
             UserError: padding elsewhere, a budget out of range.
@@ -147,7 +146,7 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
         x_BLD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
         before = 0 if cache is None else cache.get_seq_length()
-        real_BL = padding_mask(attention_mask, *x_BLD.shape[:2], before)
+        real_BL = padding_mask(attention_mask, len(x_BLD), x_BLD.shape[1], before)
         if cache is not None and before:
             states = self._continue(x_BLD, real_BL, self.budget(k), cache)
         else:

@@ -16,17 +16,19 @@ import torch
 
 from megassm.config.load import load_config
 from megassm.config.schema import Config
-from megassm.cost import parameters
+from megassm.cost import parameters, training_flops_per_token
 from megassm.errors import UserError
 from megassm.eval.session import open_session
 from megassm.model import build_model, losses_at
+from megassm.run.journal import read_rows
 from tests.conftest import ROOT, SMALL, run_python
 from tools.experiments import peers, runner
-from tools.experiments.arms import Arm
+from tools.experiments.arms import Arm, Recipe
 from tools.experiments.definitions import EXPERIMENTS, FAMILY, TEXT, Experiment, equal_width
-from tools.experiments.measure import Point
+from tools.experiments.measure import Point, plain_points
 from tools.experiments.online import HIGH, LOW, POLICIES, Reading, read
 from tools.experiments.peers import build_peer, peer_parameters, peer_sizes, state_space_duality
+from tools.experiments.plain import nested_passes, train_plain
 from tools.experiments.results import CONCLUSION, Results, curves, half_width, table, write
 from tools.experiments.runner import Job, Options, run_experiment, workers
 
@@ -191,6 +193,32 @@ def test_an_early_exit_is_a_shallower_model() -> None:
     torch.testing.assert_close(peer(ids_BL, 2), shallow(ids_BL, 1))
     torch.testing.assert_close(peer(ids_BL, 3), peer.model(ids_BL, 1))
     assert peer_parameters(peer, 2) == sum(parameter.numel() for parameter in shallow.parameters())
+
+
+def test_the_plain_loop_trains_as_a_run_does(trained: Path, tmp_path: Path) -> None:
+    """Same batches, budgets, rates, clipping and optimizer; documents apart."""
+    config = load_config(trained / "config.yaml", (f"run.dir={tmp_path}",))
+    (row,) = (row for row in read_rows(trained) if row["step"] == config.train.steps)
+    found = train_plain(config, None, torch.device("cpu"))
+    assert {str(k): score.bits_per_byte for k, score in found.items()} == pytest.approx(row["valid"], rel=1e-4)
+
+
+def test_a_recipe_is_paid_by_the_row(data_path: Path, tmp_path: Path, small_config: Callable[..., Config]) -> None:
+    config = small_config("train.steps=3")
+    recipe = Recipe(((0.25, 1.0), (0.5, 0.5)), distill=0.5)
+    passes = nested_passes(config, recipe)
+    for step in range(3):
+        whole, quarter, half = passes(step)
+        assert whole == (0, 4, 8, 1.0, 0.0)
+        assert (quarter.first, quarter.last, half.first, half.last) == (0, 1, 1, 3)
+        assert (quarter.weight, half.weight, half.distill) == (1.0, 0.5, 0.5)
+        assert {quarter.k, half.k} <= {1, 2, 4}
+    (cost,) = (
+        point for point in plain_points(config, Arm("x", recipe=recipe), torch.device("cpu")) if "PF" in point.metric
+    )
+    flops = [training_flops_per_token(config.model, k, 64) for k in range(9)[1:]]
+    paid = sum((part.last - part.first) * flops[part.k - 1] * 64 for step in range(3) for part in passes(step))
+    assert cost.y == pytest.approx(paid / 1e15)
 
 
 def test_every_arm_goes_on_at_its_best_rate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,6 +9,15 @@ from megassm.cost import parameters
 from tools.experiments.peers import Peer
 
 
+class Recipe(NamedTuple):
+    """What an update does besides one pass of the whole batch at K_max."""
+
+    extras: tuple[tuple[float, float], ...]
+    """Further passes: the share of the batch's rows, and the weight of their mean loss."""
+    distill: float = 0.0
+    """Share of that loss which is the divergence from the prediction at K_max."""
+
+
 class Arm(NamedTuple):
     """One of the things compared; the first of an experiment is what the others are held against."""
 
@@ -16,6 +25,8 @@ class Arm(NamedTuple):
     overrides: tuple[str, ...] = ()
     peer: Peer | None = None
     """Instead of the package's own model, one of `tools.experiments.peers` of the configured width and depth."""
+    recipe: Recipe | None = None
+    """Instead of the configuration's draws; trainings in the plain loop only."""
 
 
 def width_of_size(model: ModelConfig, wanted: int) -> int:

@@ -100,5 +100,6 @@ def _mamba2(config: Config, size: int) -> Arm:
         return peer_parameters(build_peer("mamba2", model, 0), 1)
 
     d_model = min(range(16, 2 * config.model.d_model, 8), key=lambda d: abs(count(d) - size))
-    width = {"model__d_model": d_model, "model__pattern": "A", "model__n_heads": 1, "model__num_channels": 1}
+    width = {"model__d_model": d_model, "model__pattern": "A", "model__n_heads": 1, "model__mixer_heads": 1,
+             "model__num_channels": 1, "model__ffn_elastic": "null"}  # fmt: skip
     return Arm("Mamba-2", _overrides(**width, **_fixed(1)), peer="mamba2")

@@ -21,8 +21,9 @@ from megassm.model import build_model, losses_at, truncate
 from megassm.run.directory import CONFIG
 from megassm.run.journal import Row, read_rows
 from megassm.train.loop import step_budgets
-from tools.experiments.peers import Peer
-from tools.experiments.plain import train_peer
+from tools.experiments.arms import Arm
+from tools.experiments.peers import build_peer, peer_parameters
+from tools.experiments.plain import drawn_passes, nested_passes, train_plain
 
 BITS = "validation bits per byte"
 ACCURACY = "validation accuracy"
@@ -58,11 +59,21 @@ def family_points(run_dir: Path) -> list[Point]:
     return [*curve, *over_size, Point(TRAINING, "", max(point.x for point in over_size), total / 1e15)]
 
 
-def peer_points(config: Config, name: Peer) -> list[Point]:
-    """The same of a model that is not the package's own, trained if that is not done yet."""
-    found = train_peer(config, name)
-    curve = [Point(BITS, "", k, bits) for k, (_, bits) in found.items()]
-    return [*curve, *(Point(f"{BITS} by size", "", count, bits) for count, bits in found.values())]
+def plain_points(config: Config, arm: Arm, device: torch.device) -> list[Point]:
+    """The same of a training in the plain loop (`tools.experiments.plain`), done if that is not done yet."""
+    passes = nested_passes(config, arm.recipe) if arm.recipe else drawn_passes(config)
+    found = train_plain(config, arm.peer, device, None if arm.peer else passes)
+    by_accuracy = any(score.hits for score in found.values()) and not any(score.text_bytes for score in found.values())
+    metric = ACCURACY if by_accuracy else BITS
+    curve = [Point(metric, "", k, score.accuracy if by_accuracy else score.bits_per_byte) for k, score in found.items()]
+    model = config.model
+    if arm.peer is not None:
+        peer = build_peer(arm.peer, model, 0)
+        return [*curve, *(Point(f"{metric} by size", "", peer_parameters(peer, int(x)), y) for _, _, x, y in curve)]
+    flops = {k: training_flops_per_token(model, k, model.seq_len) for k in range(1, model.num_channels + 1)}
+    rows = sum((part.last - part.first) * flops[part.k] for step in range(config.train.steps) for part in passes(step))
+    by_size = [Point(f"{metric} by size", "", parameters(model, int(point.x)), point.y) for point in curve]
+    return [*curve, *by_size, Point(TRAINING, "", max(found), rows * model.seq_len / 1e15)]
 
 
 def length_points(run_dir: Path, factors: Sequence[int]) -> list[Point]:

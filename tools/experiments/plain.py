@@ -1,15 +1,21 @@
-"""Trains a peer (`tools.experiments.peers`) as the package trains its own models, in a plain loop of one process.
+"""Trains the models of an experiment in a plain loop of one process, on a CPU or a GPU.
 
-The same batches in the same order, the same AdamW with the same groups, learning rate and clipping. What is measured is
-kept in the run directory; a training that was interrupted starts again from its beginning.
+The same batches in the same order as `megassm.train`, the same AdamW with the same groups, learning rate and clipping,
+and the same budgets. On CUDA an update is one graph for each way it can go (each K that it can draw), so that models of
+a few hundred thousand parameters take a millisecond an update. What is measured is kept in the run directory; a
+training that was interrupted starts again from its beginning.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,60 +23,254 @@ from torch.nn import functional as F
 from megassm.config.schema import Config
 from megassm.data.dataset import Dataset, open_dataset
 from megassm.data.stream import StreamPlan, TokenStream, validation_batches
-from megassm.eval.score import score
+from megassm.eval.score import Score, score
 from megassm.files import write_atomically
-from megassm.optim import build_optimizer, learning_rate
-from tools.experiments.peers import Peer, build_peer, peer_parameters, peer_sizes
+from megassm.model import LanguageModel, build_model
+from megassm.ops.documents import document_numbers
+from megassm.optim import LR_FACTOR, build_optimizer, learning_rate
+from megassm.train.loop import step_budgets
+from tools.experiments.arms import Recipe
+from tools.experiments.peers import Peer, build_peer, peer_sizes
 
-MEASURED = "peer.json"
+MEASURED = "plain.json"
 FULL_SHARE = 0.5
 
 
-def train_peer(config: Config, name: Peer) -> dict[int, tuple[int, float]]:
-    """Parameters and bits per byte of validation text by size k; trained if that is not done yet."""
+class Pass(NamedTuple):
+    """A forward and backward pass of an update: rows `first` to `last` of the batch at budget k."""
+
+    first: int
+    last: int
+    k: int
+    weight: float
+    """Of the pass's mean loss in what is minimised."""
+    distill: float = 0.0
+    """Share of that loss which is the divergence from the first pass's prediction; that pass has all rows."""
+
+
+Passes = Callable[[int], tuple[Pass, ...]]
+"""Of update `step`, from 0."""
+
+
+Predicted = tuple[Tensor, Tensor]
+"""Logits (B, L, V), and negative log-likelihood in nats (B, L)."""
+
+
+class Batches(NamedTuple):
+    """Every batch of a training, on the device: N updates."""
+
+    ids_NBT: Tensor
+    mask_NBL: Tensor
+
+
+def train_plain(
+    config: Config, peer: Peer | None, device: torch.device, passes: Passes | None = None
+) -> dict[int, Score]:
+    """Validation scores by budget (by size k of a peer); trained if that is not done yet."""
     path = Path(config.run.dir) / MEASURED
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         data = open_dataset(config)
-        peer = build_peer(name, config.model, config.run.seed)
-        _train(peer, config, data, peer_sizes(name, config.model))
-        found = {k: (peer_parameters(peer, k), _bits(peer, config, data, k)) for k in peer_sizes(name, config.model)}
+        if peer is None:
+            net: nn.Module = build_model(config.model, config.run.seed)
+            sizes = list(config.eval_budgets())
+        else:
+            net, sizes = build_peer(peer, config.model, config.run.seed), peer_sizes(peer, config.model)
+        net.to(device)
+        if passes is None:
+            passes = drawn_passes(config) if peer is None else peer_passes(config, sizes)
+        predict = partial(predicted, net, document_end=data.document_end(config))
+        Training(net, config, _batches(data, config, device), passes, predict).run()
+        found = {k: _validated(net, config, data, k, predict) for k in sizes}
         write_atomically(path, json.dumps(found).encode())
-    return {int(k): (count, bits) for k, (count, bits) in json.loads(path.read_bytes()).items()}
+    return {int(k): Score(*values) for k, values in json.loads(path.read_bytes()).items()}
 
 
-def _train(peer: nn.Module, config: Config, data: Dataset, sizes: list[int]) -> None:
-    stream = TokenStream(data.train, _plan(config))
-    optimizer = build_optimizer(peer, 1.0, config.optim)
-    micro_steps = config.micro_steps(1)
-    for step in range(config.train.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optim, config.train, step)
-        optimizer.zero_grad()
-        # the whole model at every second draw: a peer that pays less for its sizes than by drawing them all alike
+def drawn_passes(config: Config) -> Passes:
+    """As the configuration's `budget` says."""
+    rows, micro_steps = config.train.micro_batch_sequences, config.micro_steps(1)
+
+    def passes(step: int) -> tuple[Pass, ...]:
+        budgets = step_budgets(config, step, micro_steps)
+        return tuple(Pass(i * rows, (i + 1) * rows, k, 1 / micro_steps) for i, k in enumerate(budgets))
+
+    return passes
+
+
+def nested_passes(config: Config, recipe: Recipe) -> Passes:
+    """The whole batch at K_max, then `recipe.extras` of its rows, each at a smaller budget of the list."""
+    rows, smaller = config.train.batch_sequences, config.paper_budgets()[:-1]
+
+    def passes(step: int) -> tuple[Pass, ...]:
+        found = [Pass(0, rows, config.model.num_channels, 1.0)]
+        drawn = random.Random(f"nested {config.run.seed} {step}")
+        first = 0
+        for share, weight in recipe.extras:
+            last = first + max(1, round(share * rows))
+            found.append(Pass(first, last, drawn.choice(smaller), weight, recipe.distill))
+            first = last
+        return tuple(found)
+
+    return passes
+
+
+def peer_passes(config: Config, sizes: Sequence[int]) -> Passes:
+    """The whole model at every second draw: a peer that pays less for its sizes than by drawing them all alike."""
+
+    def passes(step: int) -> tuple[Pass, ...]:
         drawn = random.Random(f"exit {config.run.seed} {step}")
         k = sizes[-1] if drawn.random() < FULL_SHARE else drawn.choice(sizes)
-        for micro_step in range(micro_steps):
-            batch = stream.micro_batch(step, micro_step)
-            ids_BT, mask_BL = torch.from_numpy(batch.ids_BT), torch.from_numpy(batch.mask_BL)
-            loss = (_nll(peer, ids_BT, k) * mask_BL).sum() / mask_BL.sum() / micro_steps
+        return (Pass(0, config.train.batch_sequences, k, 1.0),)
+
+    return passes
+
+
+class Training:
+    """One model's training."""
+
+    def __init__(
+        self, net: nn.Module, config: Config, batches: Batches, passes: Passes, predict: Callable[..., Predicted]
+    ) -> None:
+        """`predict` is called with ids (B, T) and k: `predicted` of `net`."""
+        self.net, self.config, self.batches, self.passes, self.predict = net, config, batches, passes, predict
+        self.device = batches.ids_NBT.device
+        self.parameters = list(net.parameters())
+        self.ids_BT = torch.empty(batches.ids_NBT.shape[1:], dtype=torch.int64, device=self.device)
+        self.mask_BL = torch.empty(batches.mask_NBL.shape[1:], dtype=torch.bool, device=self.device)
+        self.optimizer = self._optimizer()
+        self.graphs: dict[tuple[Pass, ...], torch.cuda.CUDAGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+    def run(self) -> None:
+        for step in range(self.config.train.steps):
+            self.ids_BT.copy_(self.batches.ids_NBT[step])
+            self.mask_BL.copy_(self.batches.mask_NBL[step])
+            rate = learning_rate(self.config.optim, self.config.train, step)
+            for group in self.optimizer.param_groups:
+                _set_rate(group, rate * group[LR_FACTOR])
+            how = self.passes(step)
+            if self.pool is None:
+                self._update(how)
+            else:
+                self._graph(how).replay()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        plain = build_optimizer(self.net, 1.0, self.config.optim)
+        if self.device.type != "cuda":
+            return plain
+        groups = [{**group, "lr": torch.tensor(group["lr"], device=self.device)} for group in plain.param_groups]
+        for group in groups:
+            for key in ("fused", "foreach", "capturable", "params_names"):
+                group.pop(key, None)
+        return torch.optim.AdamW(groups, fused=True, capturable=True)
+
+    def _graph(self, how: tuple[Pass, ...]) -> torch.cuda.CUDAGraph:
+        """The graph of an update; captured when first asked for, after a trial that leaves nothing behind."""
+        if how not in self.graphs:
+            side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                self._gradients(how)  # libraries set themselves up
+                if not self.optimizer.state:
+                    self._begin_moments()
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                self._update(how)
+            self.graphs[how] = graph
+        return self.graphs[how]
+
+    def _begin_moments(self) -> None:
+        """Makes the optimizer's state, all zero, by an update without effect."""
+        rates = [group["lr"].clone() for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"].zero_()
+        self.optimizer.step()
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"].copy_(rate)
+
+    def _update(self, how: tuple[Pass, ...]) -> None:
+        self._gradients(how)
+        if self.config.optim.grad_clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.config.optim.grad_clip)
+        self.optimizer.step()
+
+    def _gradients(self, how: tuple[Pass, ...]) -> None:
+        self.optimizer.zero_grad()
+        teacher_BLV: Tensor | None = None
+        for part in how:
+            rows = slice(part.first, part.last)
+            ids_BT, mask_BL = self.ids_BT[rows], self.mask_BL[rows]
+            logits_BLV, nll_BL = self.predict(ids_BT, part.k)
+            if part.distill:
+                assert teacher_BLV is not None
+                divergence_BL = F.kl_div(
+                    logits_BLV.float().log_softmax(-1), teacher_BLV[rows].float().log_softmax(-1), log_target=True,
+                    reduction="none",
+                ).sum(-1)  # fmt: skip
+                nll_BL = nll_BL.lerp(divergence_BL, part.distill)
+            loss = part.weight * (nll_BL * mask_BL).sum() / mask_BL.sum()
             loss.backward()  # type: ignore[no-untyped-call]
-        if config.optim.grad_clip is not None:
-            nn.utils.clip_grad_norm_(peer.parameters(), config.optim.grad_clip)
-        optimizer.step()
+            teacher_BLV = logits_BLV.detach() if teacher_BLV is None else teacher_BLV
 
 
-def _nll(peer: nn.Module, ids_BT: Tensor, k: int) -> Tensor:
-    targets_BL = ids_BT[:, 1:]
-    logits_NV = peer(ids_BT[:, :-1], k).flatten(0, 1).float()
-    return F.cross_entropy(logits_NV, targets_BL.flatten(), reduction="none").view_as(targets_BL)
+def predicted(net: nn.Module, ids_BT: Tensor, k: int, document_end: int | None = None) -> Predicted:
+    """Logits (B, L, V) and negative log-likelihood in nats (B, L) of the tokens after the first."""
+    ids_BL, targets_BL = ids_BT[:, :-1], ids_BT[:, 1:]
+    if isinstance(net, LanguageModel):
+        logits_BLV = cast(Tensor, net(ids_BL, k, document_numbers(ids_BL, document_end)))
+        return logits_BLV, net.losses(ids_BL, logits_BLV, targets_BL)
+    logits_BLV = net(ids_BL, k)
+    nll_N = F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten(), reduction="none")
+    return logits_BLV, nll_N.view_as(targets_BL)
 
 
-def _bits(peer: nn.Module, config: Config, data: Dataset, k: int) -> float:
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def _batches(data: Dataset, config: Config, device: torch.device) -> Batches:
+    key = (config.data.model_dump_json(), _plan(config), config.train.steps)
+    if key not in _READ:
+        _READ.clear()
+        _READ[key] = _read(data, key[1], config.train.steps, config.model.vocab_size)
+    return Batches(*(torch.from_numpy(array).to(device) for array in _READ[key]))
+
+
+_READ: dict[tuple[str, StreamPlan, int], tuple[Any, Any]] = {}
+"""What the last training of this process read: the next one often reads the same."""
+
+
+def _read(data: Dataset, plan: StreamPlan, steps: int, vocab_size: int) -> tuple[Any, Any]:
+    stream = TokenStream(data.train, plan)
+    shape = (steps, plan.batch_sequences, plan.seq_len)
+    ids_NBT = np.empty((*shape[:2], plan.seq_len + 1), dtype=np.int16 if vocab_size < 2**15 else np.int32)
+    mask_NBL = np.empty(shape, dtype=np.bool_)
+    micro_steps, rows = stream.micro_steps, plan.micro_batch_sequences
+    for number, batch in enumerate(stream.batches(0, steps)):
+        step, first = number // micro_steps, number % micro_steps * rows
+        ids_NBT[step, first : first + rows] = batch.ids_BT
+        mask_NBL[step, first : first + rows] = batch.mask_BL
+    return ids_NBT, mask_NBL
+
+
+def _validated(net: nn.Module, config: Config, data: Dataset, k: int, predict: Callable[..., Predicted]) -> Score:
     batches = list(validation_batches(data.valid, _plan(config), config.eval.sequences))
-    token_bytes = data.token_bytes(config.model.vocab_size)
-    found = score(lambda ids_BT, k: _nll(peer, ids_BT, k), batches, k, token_bytes, torch.device("cpu"))
-    return found.bits_per_byte
+
+    def losses(ids_BT: Tensor, k: int) -> Tensor:
+        logits_BLV, nll_BL = predict(ids_BT, k)
+        if not isinstance(net, LanguageModel):
+            return nll_BL
+        return torch.stack((nll_BL, net.hits(ids_BT[:, :-1], logits_BLV, ids_BT[:, 1:])))
+
+    device = next(net.parameters()).device
+    return score(losses, batches, k, data.token_bytes(config.model.vocab_size), device)
 
 
 def _plan(config: Config) -> StreamPlan:

@@ -21,6 +21,11 @@ def parser() -> Parser:
     add("--arms", nargs="+", default=[], metavar="TEXT", help="only the arms with one of these in their name")
     what = "peak learning rates to choose from by arm (default: the experiment's own)"
     add("--rates", type=float, nargs="*", metavar="LR", help=what)
+    add(
+        "--device",
+        metavar="DEVICE",
+        help="train in a plain loop there, such as cuda; small models",
+    )
     add("--config", type=path_argument, metavar="FILE", help="instead of the experiment's own, for a larger model")
     add("--runs", type=path_argument, default=Path("runs/experiments"), metavar="DIR", help="where trainings are kept")
     add("--output", type=path_argument, default=Path("docs/results"), metavar="DIR", help="(default: docs/results)")
@@ -42,7 +47,13 @@ def main() -> None:
         command_line.error(f"no experiment {unknown[0]!r}; there are {', '.join(EXPERIMENTS)}, or all")
     rates = None if arguments.rates is None else tuple(arguments.rates)
     options = Options(
-        range(arguments.seeds), arguments.runs, arguments.config, tuple(arguments.set), tuple(arguments.arms), rates
+        range(arguments.seeds),
+        arguments.runs,
+        arguments.config,
+        tuple(arguments.set),
+        tuple(arguments.arms),
+        rates,
+        arguments.device,
     )
     with workers(arguments.jobs) as pool:
         for name in names:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from megassm.checkpoint.format import newest_checkpoint
 from megassm.config.load import load_config
 from megassm.config.schema import Config
@@ -26,7 +28,7 @@ from megassm.run.opening import open_run_directory, write_config
 from megassm.train.loop import pretrain
 from tools.experiments.arms import Arm
 from tools.experiments.definitions import EXPERIMENTS
-from tools.experiments.measure import Point, peer_points
+from tools.experiments.measure import Point, plain_points
 from tools.experiments.results import Results
 
 LOG = "train.log"
@@ -47,6 +49,8 @@ class Options:
     """Names, or parts of names, of the arms to run; empty for all."""
     rates: tuple[float, ...] | None = None
     """Peak learning rates to choose from, instead of the experiment's own."""
+    device: str | None = None
+    """Where to train in the plain loop of `tools.experiments.plain`; None: ordinary runs, and peers on the CPU."""
 
 
 class Job(NamedTuple):
@@ -56,6 +60,7 @@ class Job(NamedTuple):
     arm: Arm
     seed: int
     config: Config
+    device: str | None = None
 
 
 def run_experiment(name: str, options: Options, command: str, pool: Executor) -> Results:
@@ -117,7 +122,7 @@ def _all_done(what: str, jobs: Sequence[Job], pool: Executor) -> list[list[Point
     started = time.monotonic()
     running = [pool.submit(carry_out, job) for job in jobs]
     for done, future in enumerate(as_completed(running), 1):
-        arm, seed, config = jobs[running.index(future)][1:]
+        arm, seed, config = jobs[running.index(future)][1:4]
         elapsed = time.monotonic() - started
         left = f"about {elapsed / done * (len(jobs) - done) / 60:,.0f} min left" if done < len(jobs) else "done"
         future.result()
@@ -131,8 +136,10 @@ def _config(name: str, options: Options, overrides: tuple[str, ...]) -> Config:
 
 
 def _job(name: str, options: Options, arm: Arm, seed: int) -> Job:
-    runs = options.runs / arm.peer if arm.peer else options.runs
-    return Job(name, arm, seed, placed(_config(name, options, arm.overrides), runs, seed))
+    runs = options.runs
+    if arm.peer or arm.recipe or options.device:
+        runs = runs / "plain" / (arm.peer or "") / ("" if arm.recipe is None else repr(arm.recipe))
+    return Job(name, arm, seed, placed(_config(name, options, arm.overrides), runs, seed), options.device)
 
 
 def placed(config: Config, runs: Path, seed: int) -> Config:
@@ -153,8 +160,8 @@ def carry_out(job: Job) -> list[Point]:
     """Trains a job, if that is not done yet, and measures it."""
     experiment = EXPERIMENTS[job.experiment]
     run_dir = Path(job.config.run.dir)
-    if job.arm.peer is not None:
-        return peer_points(job.config, job.arm.peer)
+    if experiment.trains and (job.arm.peer or job.arm.recipe or job.device):
+        return plain_points(job.config, job.arm, torch.device(job.device or "cpu"))
     if experiment.trains:
         train_to_end(job.config)
     else:

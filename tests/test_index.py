@@ -124,9 +124,13 @@ def test_a_cut_shard_is_refused_at_the_start_and_while_reading(shards: ShardSet,
 
 def test_a_missing_shard_is_refused_at_the_start_and_while_reading(shards: ShardSet) -> None:
     shard_path(shards, 0).unlink()
-    with pytest.raises(UserError, match=r"shard-00000\.tar: no such file, expected \d+ bytes from offset 0; prepare"):
+    with pytest.raises(
+        UserError, match=r"shard-00000\.tar: no such file, expected \d+ bytes from offset 0; mount its folder"
+    ):
         load_index(shards.directory)
-    with pytest.raises(UserError, match=r"shard-00000\.tar, block at offset 0: .*got no such file; prepare"):
+    with pytest.raises(
+        UserError, match=r"shard-00000\.tar: no such file, expected \d+ bytes at offset 0; put the file back"
+    ):
         read_block(shards, 0, local_fetch(shards.directory))
     assert "no such file" in verify(shards)[0]
 

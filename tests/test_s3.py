@@ -77,7 +77,7 @@ def test_a_short_or_missing_object(s3: Server, local: ShardSet) -> None:
         with pytest.raises(UserError, match=rf"shard-00000\.tar, block at offset {offset}: .*{expected}"):
             reader(remote).read(1)
     s3_client().delete_object(Bucket=BUCKET, Key="short/shard-00000.tar")
-    with pytest.raises(UserError, match=rf"shard-00000\.tar, block at offset {offset}: .*got no such file"):
+    with pytest.raises(UserError, match=rf"shard-00000\.tar: no such file, expected .* at offset {offset}"):
         reader(remote).read(1)
     with pytest.raises(UserError, match=r"s3://nosuch/set: there is no bucket 'nosuch' at this endpoint"):
         load_index(open_store("s3://nosuch/set"))

@@ -15,7 +15,7 @@ import pytest
 from megassm.data import request, stores
 from megassm.data.blocks import FETCHES, BlockReader, DamagedBlockError
 from megassm.data.index import ShardSet, load_index
-from megassm.data.mixture import Mixture, MixturePhase, Reading, Source
+from megassm.data.mixture import Mixture, MixturePhase, Reading, Source, one_source
 from megassm.data.request import BrokenFetchError, Reply, Span, Store
 from megassm.data.signature import query_for
 from megassm.data.stores import FsspecStore, HttpStore, LinkedStore, LocalStore, open_store
@@ -127,10 +127,41 @@ def test_a_shard_that_is_shorter_or_gone(local: ShardSet, remote: ShardSet, serv
         with pytest.raises(UserError, match=rf"{path.name}, block at offset {offset}: .*bytes {size}, got 0"):
             reader(remote).read(last)
         path.unlink()
-        with pytest.raises(UserError, match=rf"{path.name}, block at offset {offset}: .*got no such file"):
+        with pytest.raises(UserError, match=rf"{path.name}: no such file, expected {size} bytes at offset {offset}"):
             reader(remote).read(last)
     finally:
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_a_folder_that_goes_away_for_a_while_is_waited_for(
+    where: str, local: ShardSet, remote: ShardSet, tmp_path: Path
+) -> None:
+    """A mount that hangs, a server whose disk does: what is missing is not damaged, and not passed over."""
+    plan = StreamPlan(seq_len=10, batch_sequences=48, micro_batch_sequences=48, seed=7)
+    expected = list(TokenStream(local, plan).batches(0, 6))
+    shards = local if where == "local" else remote
+    stream = TokenStream(one_source(shards, Reading(QUICK, on_bad_block="mask")), plan)
+    local.directory.rename(tmp_path / "away")
+    back = threading.Timer(0.3, lambda: (tmp_path / "away").rename(local.directory))
+    back.start()
+    try:
+        for got, true in zip(stream.batches(0, 6), expected, strict=True):
+            assert np.array_equal(got.ids_BT, true.ids_BT)
+            assert np.array_equal(got.mask_BL, true.mask_BL)
+        counted = stream.meter.take()
+        assert counted.data_reconnects
+        assert not counted.data_masked_samples
+        local.directory.rename(tmp_path / "away")
+        stream = TokenStream(one_source(shards, Reading(Patience(0.05, 0.001, 0.01), on_bad_block="mask")), plan)
+        with pytest.raises(UserError, match=r"given up \(no such file\); look at the server or the disk") as error:
+            list(stream.batches(0, 6))
+        assert not isinstance(error.value, DamagedBlockError)
+        assert str(error.value).startswith(shards.store.place)
+    finally:
+        back.join()
+        if not local.directory.exists():
+            (tmp_path / "away").rename(local.directory)
 
 
 def test_a_replaced_shard_is_refused_by_name(local: ShardSet, remote: ShardSet, server: FaultServer) -> None:
@@ -267,7 +298,7 @@ def test_fsspec_reads_any_other_scheme(local: ShardSet) -> None:
     remote = load_index(store)
     assert read_all(remote) == read_all(local)
     memory.rm(f"/bucket/set/{local.shards[0].name}")
-    with pytest.raises(UserError, match=r"memory://bucket/set/shard-00000\.tar, block at offset 0: .*no such file"):
+    with pytest.raises(UserError, match=r"memory://bucket/set/shard-00000\.tar: no such file"):
         reader(remote).read(0)
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore, TCPStore
 
-from megassm.parallel.watchdog import Beat, Progress, verdict
+from megassm.errors import UserError
+from megassm.parallel.job_store import SignedStore, meet
+from megassm.parallel.watchdog import BEAT_S, OTHERS_LEAVE_S, Beat, Progress, verdict
 from megassm.run.directory import FAILURE
 from megassm.run.journal import read_rows
 from tests.conftest import ROOT, SMALL
@@ -107,6 +113,53 @@ def test_an_error_of_one_rank_is_the_only_message(tmp_path: Path, data_path: Pat
         assert "stacks of all threads" not in job.said
 
 
+def meddle(port: int) -> int:
+    """Writes over everything of ours in a job's store, as whoever reaches its port may; returns how much there was."""
+    store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    ours = [key for key in store.list_keys() if "megassm" in key]
+    for key in [*ours, *{f"{key.rpartition('/beat/')[0]}/{name}" for key in ours for name in ("spoken", "hang")}]:
+        store.set(key, json.dumps({"number": 1}))
+    store.set("megassm/watchdog/0/spoken", "1")
+    return len(ours)
+
+
+def test_what_a_stranger_writes_in_the_store_is_not_there() -> None:
+    store = HashStore()
+    ours, theirs = SignedStore(store, b"job"), SignedStore(store, b"another job")
+    assert ours.get("spoken") is None
+    ours.set("spoken", "rank 1 \u2603")
+    assert ours.get("spoken") == "rank 1 \u2603"
+    assert theirs.get("spoken") is None
+    [key] = store.list_keys()
+    signed = store.get(key)
+    for forged in (b"", b"1", b"\xff" * 200, signed[:-1], signed + b"2", signed[64:]):
+        store.set(key, forged)
+        assert ours.get("spoken") is None
+    store.set(key.replace("spoken", "hang"), signed)
+    assert ours.get("hang") is None, "what is signed for one place says nothing in another"
+
+
+def test_the_store_listens_where_the_ranks_are_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(taken))
+        with pytest.raises(UserError, match=rf"MASTER_PORT = {taken}: cannot be listened at on 127.0.0.1 \(Address al"):
+            meet(0, 1, one_machine=True, timeout=timedelta(seconds=5))
+    store = meet(0, 1, one_machine=True, timeout=timedelta(seconds=5))
+    assert store is not None
+    socket.create_connection(("127.0.0.1", taken)).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", taken))
+    for name, value in (("MASTER_PORT", "x"), ("MASTER_ADDR", "no.such.host.invalid")):
+        with monkeypatch.context() as wrong:
+            wrong.setenv(name, value)
+            with pytest.raises(UserError, match=f"{name} = '{value}'"):
+                meet(0, 1, one_machine=True, timeout=timedelta(seconds=5))
+
+
 @pytest.mark.ranks
 def test_the_rank_that_holds_the_store_is_named_too(tmp_path: Path, data_path: Path) -> None:
     run_dir = tmp_path / "run"
@@ -123,6 +176,12 @@ def test_the_rank_that_holds_the_store_is_named_too(tmp_path: Path, data_path: P
         while not (run_dir / "metrics.jsonl").exists() or len(read_rows(run_dir)) < 5:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        done = read_rows(run_dir)[-1]["step"]
+        written = meddle(29547)
+        time.sleep(OTHERS_LEAVE_S + 2 * BEAT_S)
+        assert [rank.poll() for rank in ranks] == [None] * 3, "a stranger ends no job"
+        assert read_rows(run_dir)[-1]["step"] > done
+        assert written >= 3, "it did find what the ranks tell each other"
         ranks[0].send_signal(signal.SIGSTOP)
         said = "".join(rank.communicate(timeout=TIMEOUT_S + MARGIN_S)[1] for rank in ranks[1:])
     finally:

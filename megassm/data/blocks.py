@@ -107,8 +107,9 @@ class BlockReader:
         name = self.shard_set.shards[int(entry["shard"])].name
         try:
             return self.fetch(name, int(entry["offset"]), int(entry["size"]))
-        except FileNotFoundError:
-            raise self._damaged(block, "bytes", int(entry["size"]), "no such file") from None
+        except FileNotFoundError:  # missing is not damaged: it is not passed over, and may be back
+            rule = f"expected {int(entry['size'])} bytes at offset {int(entry['offset'])}; put the file back"
+            raise UserError(f"{self.shard_set.store.place}/{name}: no such file, {rule}, or {PREPARE_AGAIN}") from None
 
     def _damaged(self, block: int, what: str, expected: object, got: object) -> DamagedBlockError:
         entry = self.shard_set.blocks[block]

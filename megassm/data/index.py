@@ -232,7 +232,8 @@ def _check_sizes(shard_set: ShardSet) -> None:
         got = path.stat().st_size if path.is_file() else None
         if got != shard.bytes:
             what = "no such file" if got is None else f"the file ends at offset {got}"
-            raise UserError(f"{path}: {what}, expected {shard.bytes} bytes from offset 0; {PREPARE_AGAIN}")
+            back = "mount its folder, put it back, or " if got is None else ""
+            raise UserError(f"{path}: {what}, expected {shard.bytes} bytes from offset 0; {back}{PREPARE_AGAIN}")
 
 
 def _damaged_index(store: Store, name: str, what: str) -> UserError:

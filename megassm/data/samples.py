@@ -113,7 +113,7 @@ class SampleReader:
 
 def _block_reader(shards: ShardSet, reading: Reading, meter: Meter, fetch: Fetch | None) -> BlockReader:
     disk = DiskCache(reading.cache_dir, reading.cache_bytes) if reading.cache_dir else None
-    return BlockReader(shards, fetch or Transport(shards.store, reading.patience, meter).fetch, disk, meter)
+    return BlockReader(shards, fetch or Transport(shards.store, reading.patience, meter, known=True).fetch, disk, meter)
 
 
 def _block_bytes(shards: ShardSet) -> list[int]:

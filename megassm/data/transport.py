@@ -77,15 +77,17 @@ def total_counters(ranks: Sequence[Sequence[float]]) -> DataCounters:
 class Transport:
     """Fetches from one store; several threads may."""
 
-    def __init__(self, store: Store, patience: Patience, meter: Meter) -> None:
-        self._store, self._patience, self._meter = store, patience, meter
+    def __init__(self, store: Store, patience: Patience, meter: Meter, known: bool = False) -> None:
+        """Of `known` files it is known that they were there: one that is missing may be back in a moment, as where a
+        server or a mounted folder goes away."""
+        self._store, self._patience, self._meter, self._known = store, patience, meter, known
         self._etags: dict[str, str] = {}  # of each file, as first seen
 
     def fetch(self, name: str, offset: int, size: int | None = None) -> bytes:
         """The `size` bytes at `offset`, fewer where the file ends; without a size, all from there.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: there is no such file, and none was known.
             UserError: access is denied, the file was replaced, or the deadline has passed.
         """
         started = time.monotonic()
@@ -110,7 +112,12 @@ class Transport:
                 raise self._replaced(name, offset) from None
 
     def _read(self, name: str, span: Span, into: list[bytes], deadline: float) -> None:
-        reply = self._store.request(name, span, self._etags.get(name))
+        try:
+            reply = self._store.request(name, span, self._etags.get(name))
+        except NoSuchFileError:
+            if self._known:
+                raise BrokenFetchError("no such file") from None
+            raise
         try:
             self._check_etag(name, reply)
             came = 0
@@ -139,8 +146,8 @@ class Transport:
     def _given_up(self, name: str, offset: int, reached: int, trouble: BrokenFetchError) -> UserError:
         place, seconds = f"{self._store.place}/{name}, at offset {offset}", self._patience.deadline_s
         return UserError(
-            f"{place}: {reached} bytes came within {seconds:g} s, then given up ({trouble}); look at the server and "
-            "the network. The same command goes on from the last checkpoint"
+            f"{place}: {reached} bytes came within {seconds:g} s, then given up ({trouble}); look at the server "
+            "or the disk, at what is mounted, and the network. The same command goes on from the last checkpoint"
         )
 
 

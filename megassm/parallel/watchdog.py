@@ -32,8 +32,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar, cast
 
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import HashStore, Store, TCPStore
 
+from megassm.parallel.job_store import SignedStore, launcher_holds_store
 from megassm.parallel.phases import Phase, PhaseClock
 
 BEAT_S = 1.0
@@ -131,8 +132,10 @@ Coordinates = tuple[int, int]
 class Watchdog:
     """Looks after the ranks of a job, from `start` on."""
 
-    def __init__(self, world: Coordinates, progress: Progress, timeout_s: float, failure: Path) -> None:
-        """`failure` is the file that the first to speak creates with what it says."""
+    def __init__(
+        self, world: Coordinates, progress: Progress, timeout_s: float, failure: Path, secret: bytes = b"alone"
+    ) -> None:
+        """`failure` is the file that the first to speak creates with what it says; `secret` the ranks' own."""
         self._rank, self._size = world
         self._progress, self._timeout_s, self._failure = progress, timeout_s, failure
         self._beat = Beat()
@@ -142,7 +145,7 @@ class Watchdog:
         """Whether the failure file is still this job's to write."""
         self._hang = False
         self._ending = threading.Lock()
-        self._store: Store = _own_connection() if self._size > 1 else HashStore()
+        self._store = SignedStore(_own_connection() if self._size > 1 else HashStore(), secret)
 
     def start(self) -> None:
         self._publish()
@@ -157,7 +160,7 @@ class Watchdog:
         if not self._spoken.is_set() and self._is_first(message):
             _print(f"error: {message}")
         self._ask(lambda: self._store.set("spoken", "1"), BEAT_S)
-        if self._size > 1 and self._rank == 0 and not _launcher_holds_store():
+        if self._size > 1 and self._rank == 0 and not launcher_holds_store():
             time.sleep(3 * BEAT_S)  # the store goes with this rank: the others must have read it by then
 
     def fail(self, why: str, error: BaseException | None = None) -> NoReturn:
@@ -188,8 +191,8 @@ class Watchdog:
                 with contextlib.suppress(queue.Empty):
                     self._requests.get(timeout=BEAT_S)()
                 self._publish()
-                if not self._spoken.is_set() and self._store.check(["spoken"]):
-                    self._hang = self._store.check(["hang"])
+                if not self._spoken.is_set() and self._store.get("spoken"):
+                    self._hang = bool(self._store.get("hang"))
                     self._spoken.set()
                     threading.Thread(target=self._follow, daemon=True).start()
         except RuntimeError:  # nobody holds the store any longer: the job ends, or its first rank has died
@@ -202,6 +205,9 @@ class Watchdog:
         if not self._stopped.is_set() and self._ending.acquire(blocking=False):
             if self._hang:
                 self._write_stacks(None)
+            why = f"rank {self._rank}: another rank ends the job, and its reason came to no file"
+            if self._write_failure(why):
+                _print(f"error: {why}; look above")
             os._exit(1)
 
     def _publish(self) -> None:
@@ -216,15 +222,15 @@ class Watchdog:
         self._store.set(f"beat/{self._rank}", json.dumps(asdict(self._beat)))
 
     def _read(self) -> list[Beat | None]:
-        keys = [f"beat/{rank}" for rank in range(self._size)]
-        return [Beat(**json.loads(self._store.get(key))) if self._store.check([key]) else None for key in keys]
+        found = [self._store.get(f"beat/{rank}") for rank in range(self._size)]
+        return [None if text is None else Beat(**json.loads(text)) for text in found]
 
     def _diagnose(self) -> str:
         before = self._ask(self._read, STORE_ANSWERS_S)
         self._spoken.wait(SILENCE_S if before is not None else 0)
         after = None if before is None else self._ask(self._read, STORE_ANSWERS_S)
         if before is None or after is None:
-            holder = "the launcher" if _launcher_holds_store() else "rank 0"
+            holder = "the launcher" if launcher_holds_store() else "rank 0"
             return (
                 f"{holder}, which holds the job's store at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, "
                 "no longer answers: ended, stopped, or cut off"
@@ -232,15 +238,20 @@ class Watchdog:
         return verdict(before, after)
 
     def _is_first(self, message: str) -> bool:
+        """Whether no rank has spoken before; also where the file cannot tell: better twice than never."""
+        return self._write_failure(message) is not False
+
+    def _write_failure(self, message: str) -> bool | None:
+        """True where this made the file, False where it was there, None where it cannot be made."""
         if not self.may_write():
-            return True  # the file is the newer start's
+            return None  # the file is the newer start's
         try:
             with self._failure.open("x", encoding="utf-8") as file:
                 file.write(f"{message}\n")
         except FileExistsError:
             return False
         except OSError:
-            return True  # perhaps not the first; better twice than never
+            return None
         return True
 
     def _ask(self, function: Callable[[], T], within_s: float) -> T | None:
@@ -266,13 +277,8 @@ class Watchdog:
 def _own_connection() -> Store:
     """To the job's store, for one thread: an answer that does not come must not block another's questions."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, wait_for_workers=False,
-                          timeout=timedelta(seconds=STORE_ANSWERS_S))  # fmt: skip
-    return PrefixStore(f"megassm/watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _launcher_holds_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    patience = timedelta(seconds=STORE_ANSWERS_S)
+    return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
 
 
 def _main_thread() -> tuple[str, bool]:

@@ -6,6 +6,7 @@ Works under the `deepspeed` launcher, under `torchrun`, and without either (one 
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from megassm.cli.arguments import refusal_text
 from megassm.config.schema import Config
 from megassm.errors import UserError
+from megassm.parallel.job_store import meet
 from megassm.parallel.mesh import Mesh, Place, mesh_of
 from megassm.parallel.phases import count_waits
 from megassm.parallel.watchdog import Progress
@@ -40,6 +42,8 @@ class World:
     sequence: Group
     replicas: Group
     readers: Group
+    secret: bytes = field(repr=False)
+    """Known to the ranks of this job and to nobody else."""
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -95,7 +99,8 @@ def join_world(config: Config) -> World:
         dist.new_subgroups_by_enumeration(groups, timeout=timeout)[0]  # type: ignore[no-untyped-call]
         for groups in (mesh.tensor_groups(), mesh.sequence_groups(), mesh.replica_groups(), mesh.reader_groups())
     )
-    return World(rank, device, mesh, tensor, sequence, replicas, readers)
+    secret = bytes(map(int, gather_rows([*secrets.token_bytes(32)])[0]))
+    return World(rank, device, mesh, tensor, sequence, replicas, readers, secret)
 
 
 def _check_machines(mesh: Mesh) -> None:
@@ -117,7 +122,8 @@ def _join(device: Literal["auto", "cpu", "cuda"], timeout: timedelta) -> tuple[i
         return dist.get_rank(), place
     backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+        store = meet(rank, size, _local_ranks(size) == size, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(
             backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=timeout

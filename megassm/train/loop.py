@@ -63,7 +63,11 @@ def pretrain(config: Config, data: Dataset) -> None:
     try:
         world = join_world(config)
         watchdog = Watchdog(
-            (world.rank, world.size), world.progress, config.parallel.timeout_s, Path(config.run.dir, FAILURE)
+            (world.rank, world.size),
+            world.progress,
+            config.parallel.timeout_s,
+            Path(config.run.dir, FAILURE),
+            world.secret,
         )
         try:
             done = set_up_and_train(config, data, world, watchdog)

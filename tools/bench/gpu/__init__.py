@@ -1,0 +1,1 @@
+"""What `tools/bench/first_hour.sh` runs, section by section."""

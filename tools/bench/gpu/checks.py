@@ -1,0 +1,155 @@
+"""Values on the device against float64 on the CPU, and each way of computing against another."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megassm.config.model import ModelConfig
+from megassm.layers.filterbank import FilterBank
+from megassm.model import LanguageModel, build_model, losses_at
+from megassm.ops import mixing
+from tools.bench.gpu.plan import Found, Plan
+
+SHAPES = ((3, 108, 96, 200), (1, 1, 1, 1), (5, 65, 130, 64), (2, 128, 64 * 32, 1280), (7, 100, 33, 257))
+"""Chunks N, inputs and states I, positions x filters X, width D."""
+BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+def off(found: Tensor, truth: Tensor) -> float:
+    """The norm of the difference over that of the truth, in float64."""
+    a, b = found.detach().double().cpu(), truth.detach().double().cpu()
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+
+
+def _hold(errors: dict[str, float], bounds: dict[str, float]) -> Found:
+    wrong = {name: error for name, error in errors.items() if not error < bounds[name]}
+    rounded = {name: float(f"{error:.3g}") for name, error in errors.items()}
+    return {"errors": rounded, "ok": not wrong, **({"error": f"too far off: {wrong}"} if wrong else {})}
+
+
+def kernels(plan: Plan, _folder: Path) -> Iterator[Found]:
+    """The Triton kernels, forward and backward, and whether the package itself takes them."""
+    device = torch.device(plan.device)
+    errors: dict[str, float] = {}
+    bounds: dict[str, float] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            form, form_again = mixing._kernels(torch.zeros(1, 108, 1, dtype=dtype, device=device))
+        by_triton = form is not mixing.gated_features
+        yield {f"triton_{name}": by_triton, f"warnings_{name}": [str(warning.message) for warning in said]}
+        for shape in SHAPES:
+            n, i, x, d = shape
+            noise = torch.Generator().manual_seed(n * x)
+            z, rows = torch.randn(n, i, d, generator=noise).to(dtype), torch.randn(x, i, generator=noise).to(dtype) / 10
+            weights, gradient = torch.randn(n, x, generator=noise), torch.randn(n, x, d, generator=noise).to(dtype)
+            features = rows.double() @ z.double()
+            gates = weights.double()[..., None]
+            truth = (features * gates, features * gates, (features * gradient.double()).sum(-1))
+            on = [tensor.to(device) for tensor in (z, rows, weights, gradient)]
+            gradient_on = on[3].clone()
+            again, dweights = form_again(on[0], on[1], on[2], gradient_on)
+            found = (form(on[0], on[1], on[2]), again, dweights)
+            for what, mine, true in zip(("features", "again", "dweights"), found, truth, strict=True):
+                errors[f"{name} {what} {shape}"] = off(mine, true)
+            errors[f"{name} dfeatures {shape}"] = off(gradient_on, gradient.double() * gates)
+            bounds |= {key: BOUND[name] for key in errors if key not in bounds}
+    yield _hold(errors, bounds)
+
+
+def filterbank(plan: Plan, _folder: Path) -> Iterator[Found]:
+    """`FilterBank.mix` with gradients at several K, lengths and heads, each against float64 on the CPU."""
+    device = torch.device(plan.device)
+    errors: dict[str, float] = {}
+    bounds: dict[str, float] = {}
+    bank = FilterBank(1024, 32, "chunked")
+    bank.reset()
+    on = FilterBank(1024, 32, "chunked")
+    on.reset()
+    on.to(device)
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        for k, heads, length in ((1, 1, 1024), (2, 1, 1000), (8, 4, 130), (32, 2, 1024)):
+            noise = torch.Generator().manual_seed(k)
+            u, channels = torch.randn(2, length, 64, generator=noise), torch.randn(k, 64, 64 // heads, generator=noise)
+            weights = torch.rand(2, length, heads, k, generator=noise)
+            inputs = [u.to(dtype), weights, channels.to(dtype) / 8]
+            mine = [tensor.detach().clone().to(device).requires_grad_() for tensor in inputs]
+            true = [tensor.double().clone().requires_grad_() for tensor in inputs]
+            y, truth = on.mix(mine[0], mine[1], mine[2]), bank.mix(true[0], true[1], true[2])
+            gradient = torch.randn(truth.shape, generator=noise)
+            y.backward(gradient.to(y))  # type: ignore[no-untyped-call]
+            truth.backward(gradient.double())  # type: ignore[no-untyped-call]
+            pairs = [
+                ("y", y, truth),
+                *((n, a.grad, b.grad) for n, a, b in zip(("u", "w", "M"), mine, true, strict=True)),
+            ]
+            for what, a, b in pairs:
+                assert a is not None
+                assert b is not None
+                key = f"{name} {what} K={k} H={heads} L={length}"
+                errors[key], bounds[key] = off(a, b), BOUND[name]
+    yield _hold(errors, bounds)
+
+
+def model(plan: Plan, _folder: Path) -> Iterator[Found]:
+    """Losses and gradients of whole models on the device against the CPU's in float64."""
+    device = torch.device(plan.device)
+    errors: dict[str, float] = {}
+    bounds: dict[str, float] = {}
+    base = ModelConfig(vocab_size=300, d_model=64, n_layers=4, seq_len=256, num_channels=8, n_heads=4, d_ffn=96)
+    kinds = {
+        "spectral": {},
+        "hybrid": {"pattern": "SA", "n_kv_heads": 2, "window": 100},
+        "heads": {"mixer_heads": 4, "gate": "sigmoid", "input_taps": 3},
+    }
+    ids = torch.randint(1, 300, (2, 257), generator=torch.Generator().manual_seed(1))
+    ids[:, 70:200:41] = 0
+    for kind, update in kinds.items():
+        config = base.model_copy(update=update)
+        for dtype, bound in (("float32", 1e-4), ("bfloat16", 3e-2)):
+            for document_end in (None, 0):
+                true, mine = build_model(config, 3), build_model(config, 3).to(device)
+                _cast(true, torch.float64)
+                _cast(mine, getattr(torch, dtype))
+                name = f"{kind} {dtype} {'apart' if document_end == 0 else ''}"
+                wanted, found = losses_at(true, ids, 5, document_end), losses_at(mine, ids.to(device), 5, document_end)
+                wanted.mean().backward()  # type: ignore[no-untyped-call]
+                found.mean().backward()  # type: ignore[no-untyped-call]
+                errors[f"{name} loss"], bounds[f"{name} loss"] = off(found, wanted), bound
+                errors[f"{name} gradient"] = off(_gradient(mine), _gradient(true))
+                bounds[f"{name} gradient"] = 3 * bound
+    yield _hold(errors, bounds)
+
+
+def _cast(model: LanguageModel, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _gradient(model: LanguageModel) -> Tensor:
+    gradients: Sequence[Tensor] = [p.grad.double().flatten().cpu() for p in model.parameters() if p.grad is not None]
+    return torch.cat(list(gradients))
+
+
+def decoding(plan: Plan, _folder: Path) -> Iterator[Found]:
+    """Token by token equals the parallel form on the device."""
+    device = torch.device(plan.device)
+    config = ModelConfig(vocab_size=300, d_model=64, n_layers=2, pattern="SA", seq_len=256, num_channels=8, n_heads=4,
+                         d_ffn=96)  # fmt: skip
+    model = build_model(config, 3).to(device).eval()
+    ids = torch.randint(0, 300, (2, 80), device=device)
+    with torch.no_grad():
+        whole = model(ids, 5)
+        logits, state = model.prefill(ids[:, :40], 5)
+        errors = {"prefill": off(logits, whole[:, 39])}
+        for position in range(40, 80):
+            logits, state = model.step(ids[:, position], state, 5)
+        errors["step"] = off(logits, whole[:, 79])
+    yield _hold(errors, dict.fromkeys(errors, 1e-4))

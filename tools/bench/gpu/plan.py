@@ -1,0 +1,64 @@
+"""Which sections there are, in which order, and what each is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+Found = dict[str, Any]
+"""Figures by name; a section may give some early, so that they are there if the rest fails."""
+Run = Callable[["Plan", Path], Iterator[Found]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all sections share."""
+
+    device: str
+    quick: bool
+    folder: Path
+    """Of this start; gone at its end."""
+    out: Path
+    """What is to be kept."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One question to the machine."""
+
+    name: str
+    module: str
+    function: str
+    argument: str = ""
+    order: int = 1
+    timed: bool = False
+    """Whether it must have the device for itself."""
+    limit_s: float = 180.0
+
+    def run(self, plan: Plan, folder: Path) -> Iterator[Found]:
+        function = getattr(import_module(f"tools.bench.gpu.{self.module}"), self.function)
+        found: Iterator[Found] = function(plan, folder, *([self.argument] if self.argument else []))
+        return found
+
+
+ARMS = ("zero0", "zero1", "zero2", "zero3", "fp32", "hybrid", "documents", "recompute", "distill", "heads", "elastic")
+"""Kinds of training that are started through the launcher's own entry (`tools.bench.gpu.training`)."""
+
+
+def sections(quick: bool) -> list[Section]:
+    """All of them; `order` sorts: first what needs no data, then the data, then what is trained, then what is timed."""
+    checks = ("kernels", "filterbank", "model", "decoding")
+    timed: tuple[str, ...] = ("machine", "rates", "mixer", "memory", "profile")
+    if not quick:
+        timed = (*timed, "sizes")
+    return [
+        *(Section(name, "checks", name, order=1) for name in checks),
+        Section("data", "training", "data", order=1),
+        *(Section(f"train_{arm}", "training", "arm", arm, order=2) for arm in ARMS),
+        Section("launcher", "training", "launcher", order=2),
+        *(Section(name, "speed", name, order=3 + i, timed=True, limit_s=60 if quick else 600)
+          for i, name in enumerate(timed)),
+    ]  # fmt: skip

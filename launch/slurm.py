@@ -35,8 +35,17 @@ from megassm.files import PRIVATE_MODE, write_atomically
 from megassm.guarded import read_json
 from megassm.run.directory import CHECKPOINTS, CONFIG, JOBS, METRICS
 from megassm.run.fence import newest_number
-from megassm.run.records import newest_row
-from megassm.slurm import JOB_BYTES, Request, Submitted, add_request, asked_before, batch_script, given_request, seconds
+from megassm.run.records import newest_record
+from megassm.slurm import (
+    JOB_BYTES,
+    JobRequest,
+    Submitted,
+    add_request,
+    asked_before,
+    batch_script,
+    given_request,
+    seconds,
+)
 
 ROOT = Path(__file__).parents[1]
 ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "GONE")
@@ -49,7 +58,7 @@ def job_parser(name: str, description: str, example: str) -> Parser:
     return parser
 
 
-def check_request(request: Request, config: Config, path: Path, overrides: Sequence[str]) -> None:
+def check_request(request: JobRequest, config: Config, path: Path, overrides: Sequence[str]) -> None:
     """Refuses what the job would be refused for once it runs.
 
     Raises:
@@ -76,7 +85,7 @@ def check_request(request: Request, config: Config, path: Path, overrides: Seque
         )
 
 
-def submit(arguments: argparse.Namespace, path: Path, before: Request | None) -> None:
+def submit(arguments: argparse.Namespace, path: Path, before: JobRequest | None) -> None:
     """Writes and queues a job of the configuration at `path`, on top of what was asked for `before`."""
     request = given_request(arguments, before)
     config = load_config_or_exit(path, arguments.overrides, request.world_sizes()[0])
@@ -220,7 +229,7 @@ def job_facts(job: dict[str, Any]) -> dict[str, str]:
 def status(run_dir: Path, json_path: Path | None) -> None:
     job = known_job(run_dir)
     facts = job_facts(job)
-    last = newest_row(run_dir / METRICS) or {}
+    last = newest_record(run_dir / METRICS) or {}
     checkpoints = sorted(path.name for path in (run_dir / CHECKPOINTS).glob("step-*"))
     row = {
         "job": job["job_id"],

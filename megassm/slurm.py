@@ -84,7 +84,7 @@ def per_node(counts: str) -> Iterator[int]:
 
 
 @dataclass(frozen=True)
-class Request:
+class JobRequest:
     """What a job asks SLURM for."""
 
     nodes: str
@@ -164,7 +164,7 @@ def add_request(parser: Parser, required: bool) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
 
 
-def given_request(arguments: argparse.Namespace, before: Request | None) -> Request:
+def given_request(arguments: argparse.Namespace, before: JobRequest | None) -> JobRequest:
     """What the command line asks for, on top of what the run asked for before."""
     given: dict[str, Any] = {
         name: getattr(arguments, name)
@@ -175,7 +175,7 @@ def given_request(arguments: argparse.Namespace, before: Request | None) -> Requ
         given["sbatch"] = tuple(given["sbatch"])
     if "gpus_per_node" in given:
         given.setdefault("tasks_per_node", given["gpus_per_node"] or 1)
-    return Request(**given) if before is None else replace(before, **given)
+    return JobRequest(**given) if before is None else replace(before, **given)
 
 
 class Asked(Described):
@@ -196,8 +196,8 @@ class Submitted(Described):
     request: Asked
 
 
-def asked_before(request: Asked, path: Path) -> Request:
-    """The `Request` of a job.json, every value checked as if it were typed.
+def asked_before(request: Asked, path: Path) -> JobRequest:
+    """The `JobRequest` of a job.json, every value checked as if it were typed.
 
     Raises:
         UserError: naming the file and the value.
@@ -226,7 +226,7 @@ class FileParser(Parser):
         raise UserError(f"{self._path}: {message}; submit the run again")
 
 
-def batch_script(request: Request, folder: Path, python: Path, cwd: Path, patience_s: int) -> str:
+def batch_script(request: JobRequest, folder: Path, python: Path, cwd: Path, patience_s: int) -> str:
     """The script of a job whose configuration and code are in `folder`; `patience_s` is parallel.timeout_s."""
     # of a range, sbatch would fix the number of tasks at that of the first start: a smaller one would never come
     share = "mincpus" if "-" in request.nodes else "ntasks-per-node"

@@ -13,7 +13,7 @@ from types import TracebackType
 
 import psutil
 
-from megassm.run.journal import read_rows
+from megassm.run.journal import read_records
 from tests.conftest import ROOT
 
 PATIENCE_S = 300.0
@@ -51,7 +51,7 @@ class Job:
 
     @property
     def rows(self) -> int:
-        return len(read_rows(self.run_dir)) if (self.run_dir / "metrics.jsonl").exists() else 0
+        return len(read_records(self.run_dir)) if (self.run_dir / "metrics.jsonl").exists() else 0
 
     def wait_until(self, condition: Callable[[], bool], poll_s: float = 0.02) -> None:
         deadline = time.monotonic() + PATIENCE_S

@@ -14,13 +14,13 @@ import tools.bench.model
 from megassm.cost import parameters
 from megassm.errors import UserError
 from tests.conftest import run_python
-from tools.bench.mixer import BenchPlan, bench
+from tools.bench.mixer import MixerBenchPlan, bench
 from tools.bench.model import MODELS, SIZES, ModelBenchPlan, bench_models, transformer_of_equal_size
 from tools.bench.peers import peer_layer
 
 
 def test_every_method_computes_the_same() -> None:
-    plan = BenchPlan(
+    plan = MixerBenchPlan(
         [100, 256], [1, 5], methods=("authors", "authors_by_filter", "fft", "direct", "chunked"), d_model=16, repeats=1
     )
     rows = list(bench(plan))
@@ -32,13 +32,13 @@ def test_every_method_computes_the_same() -> None:
 
 
 def test_chunked_keeps_less_than_the_authors_formulation() -> None:
-    plan = BenchPlan([2048], [16], methods=("authors", "chunked"), d_model=64, repeats=1)
+    plan = MixerBenchPlan([2048], [16], methods=("authors", "chunked"), d_model=64, repeats=1)
     authors, chunked = bench(plan)
     assert chunked.peak_bytes < authors.peak_bytes / 2
 
 
 def test_attention_has_as_many_parameters_and_needs_nothing() -> None:
-    plan = BenchPlan([64], [4, 16], methods=("chunked", "attention", "mamba2"), d_model=64, repeats=1)
+    plan = MixerBenchPlan([64], [4, 16], methods=("chunked", "attention", "mamba2"), d_model=64, repeats=1)
     notes: list[str] = []
     rows = list(bench(plan, notes.append))
     assert [row.method for row in rows] == ["chunked", "attention"] * 2
@@ -109,7 +109,7 @@ def test_model_tool(tmp_path: Path) -> None:
 
 def test_unknown_method() -> None:
     with pytest.raises(UserError, match="methods magic: must be among authors"):
-        list(bench(BenchPlan([8], [1], methods=("magic",))))
+        list(bench(MixerBenchPlan([8], [1], methods=("magic",))))
 
 
 def test_tool(tmp_path: Path) -> None:

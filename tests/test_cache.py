@@ -14,7 +14,7 @@ import pytest
 
 from megassm.data.cache import DiskCache
 from megassm.data.index import ShardSet
-from megassm.data.mixture import Mixture, MixturePhase, Reading, Source
+from megassm.data.mixture import DataSource, Mixture, MixturePhase, ReadOptions
 from megassm.data.request import BrokenFetchError
 from megassm.data.stores import LocalStore
 from megassm.data.stream import StreamPlan, TokenStream
@@ -153,8 +153,8 @@ def shards(tmp_path: Path) -> ShardSet:
 def test_a_stream_goes_on_from_the_cache_alone(
     shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reading = Reading(cache_dir=tmp_path / "cache", cache_bytes=10**7)
-    mixture = Mixture((Source("data", shards),), (MixturePhase(0, {"data": 1.0}),), reading)
+    reading = ReadOptions(cache_dir=tmp_path / "cache", cache_bytes=10**7)
+    mixture = Mixture((DataSource("data", shards),), (MixturePhase(0, {"data": 1.0}),), reading)
     plan = StreamPlan(seq_len=10, batch_sequences=48, micro_batch_sequences=48, seed=7)
     steps = shards.tokens // 480 + 1
     first = TokenStream(mixture, plan)

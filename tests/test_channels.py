@@ -12,7 +12,7 @@ import torch
 
 from megassm.model import build_model
 from megassm.train.channels import (
-    OSCILLATION_MIN_ROWS,
+    OSCILLATION_MIN_RECORDS,
     channel_norms,
     cliff_collapse,
     gate_masses,
@@ -116,7 +116,7 @@ def test_oscillation_is_what_the_budget_explains(draws: int, trend: float) -> No
 
 def test_oscillation_needs_rows_an_amplitude_and_more_than_one_budget() -> None:
     jumping = journal(3.0)
-    assert oscillating_loss(jumping[: OSCILLATION_MIN_ROWS - 1]) is None
+    assert oscillating_loss(jumping[: OSCILLATION_MIN_RECORDS - 1]) is None
     assert oscillating_loss(jumping, last=10) is None
     assert loss_explained_by_budget(journal(0.1, noise=0.001))[0] > 0.9
     assert oscillating_loss(journal(0.1, noise=0.001)) is None, "explained, but too small to matter"

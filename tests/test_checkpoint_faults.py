@@ -25,7 +25,7 @@ from megassm.checkpoint.format import (
 )
 from megassm.config.schema import Config
 from megassm.errors import UserError
-from megassm.run.journal import read_rows
+from megassm.run.journal import read_records
 from tests.conftest import run_python
 from tests.jobs import Job
 from tests.test_train import LONG, command, exact, flip, run_to_end
@@ -71,7 +71,7 @@ def test_a_full_disk_is_a_warning_but_for_the_last_save(small_disk: Path, whole:
     assert "bytes free, and a checkpoint needs" in errors[0]
     assert "Make room, and start again: the same command continues from the last one" in done.stderr
     assert [path.name for path in sorted((small_disk / "checkpoints").iterdir())] == ["step-00000005", "step-00000010"]
-    assert [row["step"] for row in read_rows(small_disk)] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in read_records(small_disk)] == list(range(1, STEPS + 1))
 
     room = f"remount,size={CHECKPOINT_BYTES * 4}"
     subprocess.run(["mount", "-o", room, small_disk / "checkpoints"], check=True)

@@ -9,11 +9,11 @@ import numpy as np
 
 from megassm.data.index import load_index
 from tests.conftest import run_python
-from tools.bench.data import BenchPlan, _write, memmap_batches, stream_batches, webdataset_batches
+from tools.bench.data import DataBenchPlan, _write, memmap_batches, stream_batches, webdataset_batches
 
 
 def test_all_readers_hand_over_the_same_tokens(tmp_path: Path) -> None:
-    plan = BenchPlan(tokens=64_000, block_tokens=4_000, seq_len=99, batch_sequences=4)
+    plan = DataBenchPlan(tokens=64_000, block_tokens=4_000, seq_len=99, batch_sequences=4)
     shards = _write(plan, tmp_path)
     stored = np.fromfile(shards.directory / "flat.u16", dtype="<u2")
     assert stored.size == load_index(shards.directory).tokens == 64_000

@@ -152,8 +152,8 @@ def test_keys_and_values_are_written_in_place() -> None:
             assert isinstance(layer, TapsState)
             cache = layer.mixer
             assert isinstance(cache, KeyValueCache)
-            moves += cache.store is not newest
-            newest = cache.store
+            moves += cache.buffers is not newest
+            newest = cache.buffers
         assert moves <= copies
     assert newest is not None
     assert newest.key_BGTP.shape[2] <= 99 + SLACK

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megassm.run.journal import read_rows
+from megassm.run.journal import read_records
 from tests.conftest import ROOT, SMALL, run_python
 from tools.demo import find_text, fitting_steps, prepare, prompt
 
@@ -31,7 +31,7 @@ def test_demo(tmp_path: Path) -> None:
         "tools/demo.py", "--text", str(text), "--glob", "*.py", "--run", str(run), "--data", str(data),
         *SMALLER, "train.steps=12", "parallel.zero_stage=3",
     )  # fmt: skip
-    rows = read_rows(run)
+    rows = read_records(run)
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert rows[-1]["loss"] < rows[0]["loss"]
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from megassm.config.load import load_config
 from megassm.config.schema import Config
 from megassm.errors import UserError
 from megassm.parallel.mesh import Mesh
-from megassm.parallel.tensor import Part, parts_of
+from megassm.parallel.tensor import WeightSlice, weight_slices
 from megassm.plan import dryrun
 from megassm.plan.dryrun import check_groups, dry_run, zero_shares
 from tests.conftest import ROOT, run_python
@@ -61,12 +61,12 @@ def test_every_rung_of_the_ladder_is_tried() -> None:
 
 
 def test_a_lost_row_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def short(model: object, ranks: int, rank: int) -> dict[str, Part]:
-        parts = parts_of(model, ranks, rank)  # type: ignore[arg-type]
+    def short(model: object, ranks: int, rank: int) -> dict[str, WeightSlice]:
+        parts = weight_slices(model, ranks, rank)  # type: ignore[arg-type]
         name = "embedding_VD"
         return parts | {name: parts[name]._replace(stop=parts[name].stop - (rank == 1))}
 
-    monkeypatch.setattr(dryrun, "parts_of", short)
+    monkeypatch.setattr(dryrun, "weight_slices", short)
     with pytest.raises(UserError, match="embedding_VD"):
         dry_run(load("tiny", 2, "parallel.tensor=2"), 2)
 

@@ -48,7 +48,7 @@ def curves(configs: list[Config]) -> list[Curve]:
                 parts = []
                 for micro_step, k in enumerate(step_budgets(config, step, engine.micro_steps)):
                     own = stream.micro_batch(step, micro_step) if world.readers.rank() == 0 else None
-                    batch = share_batch(own, config, world).span(world.place.sequence, world.mesh.sequence)
+                    batch = share_batch(own, config, world).span(world.coordinates.sequence, world.mesh.sequence)
                     ids_BT, mask_BL = torch.from_numpy(batch.ids_BT), torch.from_numpy(batch.mask_BL)
                     nll_BL, objective_BL = engine.training_losses(ids_BT, k)
                     engine.backward(objective_BL, mask_BL)

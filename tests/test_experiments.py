@@ -20,7 +20,7 @@ from megassm.cost import parameters, training_flops_per_token
 from megassm.errors import UserError
 from megassm.eval.session import open_session
 from megassm.model import build_model, losses_at
-from megassm.run.journal import read_rows
+from megassm.run.journal import read_records
 from tests.conftest import ROOT, SMALL, run_python
 from tools.experiments import peers, runner
 from tools.experiments.arms import Arm, Recipe
@@ -198,7 +198,7 @@ def test_an_early_exit_is_a_shallower_model() -> None:
 def test_the_plain_loop_trains_as_a_run_does(trained: Path, tmp_path: Path) -> None:
     """Same batches, budgets, rates, clipping and optimizer; documents apart."""
     config = load_config(trained / "config.yaml", (f"run.dir={tmp_path}",))
-    (row,) = (row for row in read_rows(trained) if row["step"] == config.train.steps)
+    (row,) = (row for row in read_records(trained) if row["step"] == config.train.steps)
     found = train_plain(config, None, torch.device("cpu"))
     assert {str(k): score.bits_per_byte for k, score in found.items()} == pytest.approx(row["valid"], rel=1e-4)
 

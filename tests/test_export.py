@@ -12,13 +12,13 @@ from torch import Tensor
 
 from megassm.checkpoint.exported import WEIGHTS, open_model_folder, write_model_folder
 from megassm.checkpoint.format import find_checkpoint
-from megassm.cli.arguments import Row
+from megassm.cli.arguments import TableRow
 from megassm.cost import parameters
 from megassm.data.tokenizer.base import load_tokenizer
 from megassm.errors import UserError
 from megassm.eval.score import score
 from megassm.eval.session import Session, open_for_text, open_session
-from megassm.eval.watch import Request, sweep_path
+from megassm.eval.watch import SweepRequest, sweep_path
 from megassm.export.write import ExportPlan, export_models
 from megassm.model import build_model, losses_at
 from megassm.parallel.world import join_peers, leave_world
@@ -34,7 +34,7 @@ def session(trained: Path) -> Session:
 
 
 @pytest.fixture(scope="module")
-def family(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Row]]:
+def family(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[TableRow]]:
     """The folder and the tool's table of `--all`."""
     folder = tmp_path_factory.mktemp("export")
     options = ("--budgets", "1,2,4,8", "--output", str(folder / "family"), "--json", str(folder / "table.json"))
@@ -54,11 +54,11 @@ def bits_per_byte(folder: Path, session: Session) -> float:
 
 
 def test_every_file_scores_what_the_sweep_says_and_is_smaller_in_proportion(
-    family: tuple[Path, list[Row]], session: Session
+    family: tuple[Path, list[TableRow]], session: Session
 ) -> None:
     folder, table = family
     peers = join_peers("cpu")
-    (curve,) = sweep_path(session.checkpoint.folder, Request(budgets=BUDGETS), peers)[0].curves
+    (curve,) = sweep_path(session.checkpoint.folder, SweepRequest(budgets=BUDGETS), peers)[0].curves
     leave_world()
     assert [row["k"] for row in table] == BUDGETS
     for row, measured in zip(table, curve.rows, strict=True):
@@ -77,7 +77,7 @@ def test_every_file_scores_what_the_sweep_says_and_is_smaller_in_proportion(
         assert f"{row['bits_per_byte']:.4f}" in (folder / f"k-{row['k']}" / "README.md").read_text()
 
 
-def test_logits_equal_the_masked_model(family: tuple[Path, list[Row]], session: Session) -> None:
+def test_logits_equal_the_masked_model(family: tuple[Path, list[TableRow]], session: Session) -> None:
     batch = session.validation(2)[0]
     ids = torch.from_numpy(batch.ids_BT[:, :-1])
     whole = session.checkpoint.load_model().double()
@@ -102,7 +102,7 @@ def test_a_wrong_file_is_not_published(session: Session, tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bfloat16_halves_the_file(family: tuple[Path, list[Row]], session: Session, tmp_path: Path) -> None:
+def test_bfloat16_halves_the_file(family: tuple[Path, list[TableRow]], session: Session, tmp_path: Path) -> None:
     (half,) = export_models(session, {4: tmp_path / "half"}, ExportPlan(torch.bfloat16, sequences=4))
     whole = family[1][2]
     assert half.file_bytes == pytest.approx(whole["file_bytes"] / 2, rel=0.05)
@@ -143,7 +143,7 @@ def test_export_replaces_an_earlier_one(session: Session, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["same"]
 
 
-def test_generate_opens_an_export(family: tuple[Path, list[Row]], trained: Path, tmp_path: Path) -> None:
+def test_generate_opens_an_export(family: tuple[Path, list[TableRow]], trained: Path, tmp_path: Path) -> None:
     def text(path: Path) -> str:
         options = ("--prompt", "def f(", "--tokens", "12", "--temperature", "0", "--budgets", "4")
         run_python("tools/generate.py", str(path), *options, "--json", str(tmp_path / "text.json"))
@@ -162,7 +162,7 @@ def start(run_dir: Path, data_path: Path, *overrides: str, check: bool = True) -
 
 
 def test_training_starts_from_an_export(
-    family: tuple[Path, list[Row]], session: Session, data_path: Path, tmp_path: Path
+    family: tuple[Path, list[TableRow]], session: Session, data_path: Path, tmp_path: Path
 ) -> None:
     folder = family[0] / "k-4"
     small = (
@@ -183,7 +183,7 @@ def test_training_starts_from_an_export(
     )
 
 
-def test_another_model_is_no_start(family: tuple[Path, list[Row]], data_path: Path, tmp_path: Path) -> None:
+def test_another_model_is_no_start(family: tuple[Path, list[TableRow]], data_path: Path, tmp_path: Path) -> None:
     said = start(tmp_path / "run", data_path, f"run.init_from={family[0] / 'k-4'}", check=False)
     assert "blocks.0.ffn.down.weight is (32, 64), not (32, 96); " in said
     assert " and 6 more." in said
@@ -213,6 +213,6 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
         list(open_model_folder(tmp_path).weights())
 
 
-def test_code_is_copied(family: tuple[Path, list[Row]]) -> None:
+def test_code_is_copied(family: tuple[Path, list[TableRow]]) -> None:
     own = (ROOT / "megassm/hf/modeling_megassm.py").read_bytes()
     assert (family[0] / "k-1/modeling_megassm.py").read_bytes() == own

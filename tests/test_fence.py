@@ -14,7 +14,7 @@ from megassm.checkpoint.save import save_checkpoint
 from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
 from megassm.errors import UserError
-from megassm.parallel.watchdog import Progress, Watchdog
+from megassm.parallel.watchdog import RankProgress, Watchdog
 from megassm.parallel.world import join_world, leave_world
 from megassm.run.directory import FAILURE, INCARNATIONS
 from megassm.run.fence import SupersededError, newest_number, restarts_the_newest, take
@@ -63,7 +63,7 @@ def test_a_superseded_start_writes_no_row_and_no_failure(small_config: Make, tmp
     run_dir = Path(config.run.dir)
     old = take(run_dir)
     journal = Journal(config, 0, old)
-    watchdog = Watchdog((0, 1), Progress(), 60, run_dir / FAILURE)
+    watchdog = Watchdog((0, 1), RankProgress(), 60, run_dir / FAILURE)
     watchdog.may_write = old.holds
     take(run_dir)
     before = files(run_dir)

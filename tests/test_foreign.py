@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megassm.cli.progress import Lines
+from megassm.cli.progress import LineProgress
 from megassm.config.schema import Config
 from megassm.data.blocks import local_fetch, read_block
 from megassm.data.dataset import open_dataset
@@ -54,7 +54,7 @@ def write_shards(directory: Path, members: list[Ids], suffix: str, per_shard: in
 
 def index(directory: Path, **options: object) -> ShardSet:
     job = IndexJob(directory, TokenizerSpec(), **options)  # type: ignore[arg-type]
-    return index_shards(job, Lines())
+    return index_shards(job, LineProgress())
 
 
 def read_all(shards: ShardSet) -> list[int]:

@@ -22,7 +22,7 @@ from megassm.parallel.world import join_world, leave_world
 from megassm.run import records
 from megassm.run.directory import METRICS
 from megassm.run.events import read_events
-from megassm.run.journal import read_rows
+from megassm.run.journal import read_records
 from megassm.train.channels import update_counts
 from megassm.train.health import Health
 from megassm.train.loop import train
@@ -88,20 +88,20 @@ def test_a_slow_rank_a_spike_and_the_channels_of_two_ranks(small_config: Make, t
     found = run_on_ranks(2, train_all, [longest, *short])[0]
     check_slow_rank_and_spike(tmp_path / "long", found[0]["updates"])
     for config, seen in zip([longest, *short], found, strict=True):
-        row = read_rows(Path(config.run.dir))[-1]
+        row = read_records(Path(config.run.dir))[-1]
         channels = row["channels"]
         rounded = 2e-2 if config.train.precision == "bf16" else 2e-5
         assert np.array(channels["norm"]) == pytest.approx(np.array(seen["norms"]), rel=rounded)
         assert np.array(channels["gate_mass"]).sum(axis=1) == pytest.approx(1.0, abs=1e-3)
         counts = [
-            sum(max(r["k_micro"]) >= k and not r["skipped"] for r in read_rows(Path(config.run.dir)))
+            sum(max(r["k_micro"]) >= k and not r["skipped"] for r in read_records(Path(config.run.dir)))
             for k in range(1, 9)
         ]
         assert channels["updates"] == counts
 
 
 def check_slow_rank_and_spike(run_dir: Path, updates: int) -> None:
-    rows, events = read_rows(run_dir), list(read_events(run_dir))
+    rows, events = read_records(run_dir), list(read_events(run_dir))
     assert [row["step"] for row in rows if row["skipped"]] == [SPIKE_STEP]
     assert [row["step"] for row in rows if row.get("spike")] == [SPIKE_STEP]
     assert updates == len(rows) - 1
@@ -146,17 +146,17 @@ def test_a_resumed_run_knows_from_the_journals_end_what_all_of_it_says(
             file.write(json.dumps(row) + "\n")
     Path(config.run.dir).mkdir()
     (tmp_path / "run.jsonl").rename(Path(config.run.dir) / METRICS)
-    parsed, parse_row = [0], records.parse_row
+    parsed, parse_record = [0], records.parse_record
 
-    def counting(line: bytes) -> records.Row | None:
+    def counting(line: bytes) -> records.TableRow | None:
         parsed[0] += 1
-        return parse_row(line)
+        return parse_record(line)
 
-    monkeypatch.setattr(records, "parse_row", counting)
+    monkeypatch.setattr(records, "parse_record", counting)
     run.done_steps = 1000
     resumed = Health(run)
     assert resumed._updates_K.tolist() == never_stopped._updates_K.tolist() == counts_K.tolist()
-    assert [row["step"] for row in resumed._rows] == list(range(801, 1001))
+    assert [row["step"] for row in resumed._records] == list(range(801, 1001))
     assert resumed._spikes.limit([2, 4]) == pytest.approx(never_stopped._spikes.limit([2, 4]), rel=1e-12)
     first = max(validated, default=1)
     assert parsed[0] == max(1000 - first + 1 + (first > 1 and first < 800), 201), "and nothing from before"

@@ -17,8 +17,8 @@ import torch
 from megassm.cli.arguments import print_line
 from megassm.config.schema import Config
 from megassm.run import wandb_log
-from megassm.run.console import format_row
-from megassm.run.journal import Journal, peak_flops, read_rows
+from megassm.run.console import format_record
+from megassm.run.journal import Journal, peak_flops, read_records
 
 Make = Callable[..., Config]
 
@@ -49,7 +49,7 @@ def test_resume_drops_rows_that_are_made_again_and_half_a_line(config: Config) -
     again = Journal(config, 2)
     again.write(row(3, loss=9.0))
     again.close()
-    assert [(r["step"], r["loss"]) for r in read_rows(Path(config.run.dir))] == [(1, 3.0), (2, 3.0), (3, 9.0)]
+    assert [(r["step"], r["loss"]) for r in read_records(Path(config.run.dir))] == [(1, 3.0), (2, 3.0), (3, 9.0)]
     assert len(path.read_text(encoding="utf-8").splitlines()) == 3
 
 
@@ -70,15 +70,15 @@ def test_lines_for_people(config: Config, capsys: pytest.CaptureFixture[str]) ->
 def test_a_line_says_what_share_was_waiting_and_fits_a_terminal() -> None:
     phases = {"data": 0.01, "forward": 0.05, "backward": 0.1, "update": 0.03, "communication": 0.02}
     large = row(100_000, loss=10.5, grad_norm=12.5, k=32, tokens_per_s=45e6, phases_s=phases)
-    line = format_row(large, 100_000, 9e5)
+    line = format_record(large, 100_000, 9e5)
     assert "wait 15%" in line
     assert len(line) <= 120
-    assert "wait" not in format_row(row(1, data_wait_s=0.001), 10, 1.0)
+    assert "wait" not in format_record(row(1, data_wait_s=0.001), 10, 1.0)
 
 
 def test_eta_is_readable() -> None:
     for seconds, text in ((5, "0m05s"), (125, "2m05s"), (7500, "2h05m"), (200_000, "2d07h"), (900_000, "10d")):
-        assert f"eta {text}" in format_row(row(1), 10, seconds)
+        assert f"eta {text}" in format_record(row(1), 10, seconds)
 
 
 def test_wandb_offline_needs_no_account(small_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_training_does_not_wait_for_a_server_that_does_not_answer(
         journal = Journal(config, 0)
         for step in range(1, 9):
             journal.write(row(step))
-        assert len(read_rows(Path(config.run.dir))) == 8
+        assert len(read_records(Path(config.run.dir))) == 8
         assert "reached" not in capsys.readouterr().err, "training is done, and wandb still waits"
         journal.close()
     assert capsys.readouterr().err.count("wandb cannot be reached") == 1
@@ -181,7 +181,7 @@ def test_wandb_that_hangs_is_given_up_where_it_falls_behind(
     monkeypatch.setattr(wandb, "init", lambda **_: stuck.wait())
     monkeypatch.setattr(wandb_log, "INIT_TIMEOUT_S", -10)  # and 10 s
     monkeypatch.setattr(wandb_log, "FINISH_TIMEOUT_S", 0)
-    monkeypatch.setattr(wandb_log, "WAITING_ROWS", 3)
+    monkeypatch.setattr(wandb_log, "WAITING_RECORDS", 3)
     config = small_config("log.wandb=offline")
     Path(config.run.dir).mkdir()
     journal = Journal(config, 0)
@@ -189,8 +189,8 @@ def test_wandb_that_hangs_is_given_up_where_it_falls_behind(
         journal.write(row(step))
     journal.close()
     stuck.set()
-    assert capsys.readouterr().err.count("wandb is given up (it is 3 rows behind)") == 1
-    assert len(read_rows(Path(config.run.dir))) == 8
+    assert capsys.readouterr().err.count("wandb is given up (it is 3 records behind)") == 1
+    assert len(read_records(Path(config.run.dir))) == 8
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
@@ -206,7 +206,7 @@ def test_a_full_disk_behind_the_log_ends_nothing(config: Config, monkeypatch: py
             full.flush()
         with contextlib.suppress(OSError):
             full.close()
-    assert len(read_rows(Path(config.run.dir))) == 1
+    assert len(read_records(Path(config.run.dir))) == 1
 
 
 def test_peak_rate_is_stated_or_measured() -> None:
@@ -234,4 +234,4 @@ def test_wandb_that_dies_on_the_way_is_given_up_once(
     journal.write(row(2))
     journal.close()
     assert capsys.readouterr().err.count("Connection lost") == 1
-    assert len(read_rows(Path(config.run.dir))) == 2
+    assert len(read_records(Path(config.run.dir))) == 2

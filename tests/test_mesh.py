@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megassm.config.model import ElasticFfnConfig, ModelConfig
 from megassm.model import parameter_shapes
 from megassm.parallel.mesh import Mesh
-from megassm.parallel.tensor import bounds, parts_of
+from megassm.parallel.tensor import bounds, weight_slices
 
 SIZES = st.integers(1, 5)
 
@@ -29,7 +29,7 @@ def test_groups_divide_the_ranks_and_meet_in_one(data: int, sequence: int, tenso
         assert sorted(itertools.chain(*groups)) == list(range(mesh.size))
         assert {len(group) for group in groups} == {size}
         assert all(group == sorted(group) for group in groups), "a group's ranks are in the order of its axis"
-    assert all(mesh.rank(mesh.place(rank)) == rank for rank in range(mesh.size))
+    assert all(mesh.rank(mesh.coordinates(rank)) == rank for rank in range(mesh.size))
     assert all(group == list(range(group[0], group[0] + tensor)) for group in mesh.tensor_groups()), "neighbours"
 
 
@@ -41,7 +41,7 @@ def test_tensor_ranks_hold_every_number_once_or_all_of_it(ranks: int, kv_heads: 
         vocab_size=101, d_model=24, n_layers=2, pattern="SA", seq_len=64, num_channels=4, n_heads=8,
         n_kv_heads=kv_heads, d_ffn=37, ffn_elastic=elastic, tie_embeddings=False,
     )  # fmt: skip
-    parts = [parts_of(config, ranks, rank) for rank in range(ranks)]
+    parts = [weight_slices(config, ranks, rank) for rank in range(ranks)]
     for name, shape in parameter_shapes(config).items():
         seen = torch.zeros(shape, dtype=torch.int64)
         for part in parts:
@@ -59,7 +59,7 @@ def test_every_rank_has_its_share_of_an_elastic_width(ranks: int) -> None:
         vocab_size=101, d_model=24, n_layers=1, seq_len=64, num_channels=4, d_ffn=37,
         ffn_elastic=ElasticFfnConfig(knee_k=2, below=8, above=8),
     )  # fmt: skip
-    held = [parts_of(config, ranks, rank)["blocks.0.ffn.gate.weight"].indices for rank in range(ranks)]
+    held = [weight_slices(config, ranks, rank)["blocks.0.ffn.gate.weight"].indices for rank in range(ranks)]
     for k in range(1, 5):
         shares = [sum(unit < config.ffn_width(k) for unit in mine) for mine in held]
         assert max(shares) - min(shares) <= 1

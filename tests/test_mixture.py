@@ -18,8 +18,8 @@ from megassm.config.schema import Config
 from megassm.config.source import ConfigError
 from megassm.data.dataset import open_dataset
 from megassm.data.index import ShardSet, ShardSizes
-from megassm.data.mixture import Mixture, MixturePhase, Reading, Source, one_source
-from megassm.data.order import PATTERN, MixtureOrder, Phase, SampleOrder, epoch_samples
+from megassm.data.mixture import DataSource, Mixture, MixturePhase, ReadOptions, one_source
+from megassm.data.order import PATTERN, MixtureOrder, OrderPhase, SampleOrder, epoch_samples
 from megassm.data.prepare.shard_writer import ShardWriter
 from megassm.data.stream import StreamPlan, TokenStream, validation_batches
 from megassm.errors import UserError
@@ -36,7 +36,7 @@ def orders(*samples: int, lanes: int = 48) -> list[SampleOrder]:
 def test_one_source_is_that_source() -> None:
     """The order of a run with one data set is what it was before there were mixtures."""
     [order] = orders(1009)
-    for phases in ([Phase(0, (1.0,))], [Phase(0, (0.3,)), Phase(480, (2.0,)), Phase(1001, (1.0,))]):
+    for phases in ([OrderPhase(0, (1.0,))], [OrderPhase(0, (0.3,)), OrderPhase(480, (2.0,)), OrderPhase(1001, (1.0,))]):
         mixture = MixtureOrder([order], phases)
         for sample in (*range(0, 1200), 10**6, 10**6 + 1):
             assert mixture.locate(sample) == (0, *order.locate(sample))
@@ -54,7 +54,7 @@ def test_each_sample_of_each_source_comes_once_before_any_comes_again(
 ) -> None:
     """Counted in turns (source, epoch, number): none twice, and of each source the first ones are all there."""
     phases = [
-        Phase(first, row[: len(counts)] if any(row[: len(counts)]) else (1.0,) * len(counts))
+        OrderPhase(first, row[: len(counts)] if any(row[: len(counts)]) else (1.0,) * len(counts))
         for first, row in zip((0, *starts), weights, strict=False)
     ]
     mixture = MixtureOrder(orders(*counts, lanes=lanes), phases)
@@ -70,7 +70,7 @@ def test_each_sample_of_each_source_comes_once_before_any_comes_again(
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (0.5, 0.5), (5.0, 3.0, 2.0), (0.9, 0.09, 0.009, 0.001)])
 def test_shares_are_as_asked_in_every_stretch(weights: tuple[float, ...]) -> None:
-    mixture = MixtureOrder(orders(*[10**6] * len(weights)), [Phase(0, weights)])
+    mixture = MixtureOrder(orders(*[10**6] * len(weights)), [OrderPhase(0, weights)])
     shares = np.array(weights) / sum(weights)
     sources = np.array([mixture.locate(sample).source for sample in range(4800)])
     for size in (48, 480, 4800):
@@ -83,7 +83,7 @@ def test_shares_are_as_asked_in_every_stretch(weights: tuple[float, ...]) -> Non
 
 
 def test_weights_are_kept_exactly_over_a_period() -> None:
-    mixture = MixtureOrder(orders(*[10**6] * 3, lanes=1), [Phase(0, (0.5, 0.4999, 0.0001))])
+    mixture = MixtureOrder(orders(*[10**6] * 3, lanes=1), [OrderPhase(0, (0.5, 0.4999, 0.0001))])
     assert Counter(mixture.locate(sample).source for sample in range(PATTERN)) == {0: 5000, 1: 4999, 2: 1}
 
 
@@ -93,7 +93,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
     books = write_documents(folder / "books", random_documents(300))
     code = write_documents(folder / "code", random_documents(100, seed=1))
     phases = (MixturePhase(0, {"books": 0.7, "code": 0.3}), MixturePhase(6, {"code": 1.0, "books": 1.0}))
-    return Mixture((Source("books", books), Source("code", code)), phases)
+    return Mixture((DataSource("books", books), DataSource("code", code)), phases)
 
 
 def global_batch(data: Mixture, world: int, step: int) -> dict[int, bytes]:
@@ -128,7 +128,7 @@ def test_each_token_of_each_source_is_predicted_once_an_epoch(tmp_path: Path) ->
                 writer.add(np.arange(start, min(start + 49, tokens - 1)) + 100_000 * source, text_bytes=49)
             sets.append(writer.finish())
     phase = MixturePhase(0, {"0": 0.4, "1": 0.6})
-    data = Mixture((Source("0", sets[0]), Source("1", sets[1])), (phase,))
+    data = Mixture((DataSource("0", sets[0]), DataSource("1", sets[1])), (phase,))
     stream = TokenStream(data, StreamPlan(16, 12, 12, seed=3))
     samples = [epoch_samples(shards.tokens, 16) for shards in sets]
     by_epoch: dict[tuple[int, int], Counter[int]] = {}
@@ -149,7 +149,8 @@ def test_each_token_of_each_source_is_predicted_once_an_epoch(tmp_path: Path) ->
 def test_a_rank_reads_its_own_lanes_of_each_source(tmp_path: Path) -> None:
     sizes = ShardSizes(10_000, 500, 500)
     sources = tuple(
-        Source(name, write_documents(tmp_path / name, random_documents(3000, int(name)), sizes)) for name in ("0", "1")
+        DataSource(name, write_documents(tmp_path / name, random_documents(3000, int(name)), sizes))
+        for name in ("0", "1")
     )
     data = Mixture(sources, (MixturePhase(0, {"0": 2.0, "1": 1.0}),))
     stream = TokenStream(data, StreamPlan(10, 48, 1, seed=7, rank=11, world_size=48))
@@ -168,13 +169,13 @@ def test_the_fingerprint_covers_all_that_decides_the_batches(mixture: Mixture) -
         Mixture((books, code), phases[:1]),
         Mixture((books, code), (MixturePhase(0, {"books": 0.6, "code": 0.4}), phases[1])),
         Mixture((books, code), (phases[0], MixturePhase(7, phases[1].weights))),
-        Mixture((Source("books", code.shards), Source("code", books.shards)), phases),
+        Mixture((DataSource("books", code.shards), DataSource("code", books.shards)), phases),
         one_source(books.shards),
     ]
     prints = {data.fingerprint for data in (mixture, *others)}
     assert len(prints) == 6
     assert one_source(books.shards).fingerprint == books.shards.fingerprint
-    assert Mixture((books, code), phases, Reading(on_bad_block="mask")).fingerprint == mixture.fingerprint
+    assert Mixture((books, code), phases, ReadOptions(on_bad_block="mask")).fingerprint == mixture.fingerprint
 
 
 def test_validation_takes_equally_many_of_each_source(mixture: Mixture) -> None:
@@ -285,7 +286,7 @@ def test_damaged_blocks_are_masked_where_that_is_asked_for(
     damaged, tokens = damaged_copy(books, tmp_path)
     plan = StreamPlan(10, 48, 48, seed=7)
     steps = epoch_samples(books.tokens, 10) // 48
-    stream = TokenStream(one_source(damaged, Reading(on_bad_block="mask")), plan)
+    stream = TokenStream(one_source(damaged, ReadOptions(on_bad_block="mask")), plan)
     masked = 0
     for got, sound in zip(stream.batches(0, steps), TokenStream(books, plan).batches(0, steps), strict=True):
         assert np.array_equal(got.sample_ids_B, sound.sample_ids_B), "a slot is never dropped"

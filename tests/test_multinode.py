@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megassm.run.journal import read_rows
+from megassm.run.journal import read_records
 from tests.conftest import ROOT, SMALL, run_python
 
 JOB = (*SMALL, "train.steps=4", "budget.draws=1", "eval.every_steps=null", "eval.budgets=[8]")
@@ -56,9 +56,9 @@ def test_two_nodes_are_one_run(tmp_path: Path, data_path: Path) -> None:
             node.kill()
     assert [node.returncode for node in nodes] == [0] * 4, "\n".join(said)
     run_python(*command("alone"))
-    alone = read_rows(tmp_path / "alone")
+    alone = read_records(tmp_path / "alone")
     for name, text in (("torchrun", said[0] + said[1]), ("deepspeed", said[2] + said[3])):
         assert "2 rank(s) on cpu" in text
-        rows = read_rows(tmp_path / name)
+        rows = read_records(tmp_path / name)
         assert [row["step"] for row in rows] == [1, 2, 3, 4]
         assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in alone], abs=1e-5)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megassm.data.index import ShardSet, ShardSizes, load_index
-from megassm.data.mixture import Mixture, Reading, one_source
+from megassm.data.mixture import Mixture, ReadOptions, one_source
 from megassm.data.stores import open_store
 from megassm.data.stream import StreamPlan, TokenStream
 from megassm.data.transport import Patience
@@ -27,7 +27,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 
 def remote_mixture(url: str) -> Mixture:
-    reading = Reading(Patience(deadline_s=60.0, first_wait_s=0.02, longest_wait_s=0.2), batch_wait_s=60.0)
+    reading = ReadOptions(Patience(deadline_s=60.0, first_wait_s=0.02, longest_wait_s=0.2), batch_wait_s=60.0)
     return one_source(load_index(open_store(f"{url}/set")), reading)
 
 

@@ -15,7 +15,7 @@ from megassm.data.dataset import open_dataset
 from megassm.parallel.engine import Engine
 from megassm.parallel.state import KINDS
 from megassm.parallel.world import join_world, leave_world
-from megassm.run.journal import read_rows
+from megassm.run.journal import read_records
 from megassm.train.loop import train
 from megassm.train.setup import Run, set_up
 from tests.ranks import run_on_ranks
@@ -82,7 +82,7 @@ def test_a_sick_batch_changes_nothing_at_any_stage(small_config: Callable[..., C
         for found, case in zip(rank, CASES, strict=True):
             assert found == {"kept": [SICK_STEP], "changed": [1, 2, 4, 5], "updates": 4}, case
     for config in configs:
-        rows = read_rows(Path(config.run.dir))
+        rows = read_records(Path(config.run.dir))
         assert [row["step"] for row in rows if row["skipped"]] == [SICK_STEP]
         sick = rows[SICK_STEP - 1]
         assert sick["loss"] is None

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megassm.data.order import MixtureOrder, Phase, SampleOrder, block_order, epoch_samples, hash_order, splitmix64
+from megassm.data.order import MixtureOrder, OrderPhase, SampleOrder, block_order, epoch_samples, hash_order, splitmix64
 
 U64 = np.uint64
 
@@ -33,7 +33,7 @@ def test_golden_order() -> None:
 def test_golden_order_of_a_mixture() -> None:
     """As the one above."""
     orders = [SampleOrder(samples, seed=1234, lanes=48, window=64) for samples in (10_007, 503, 2_000)]
-    phases = [Phase(0, (0.7, 0.2, 0.1)), Phase(7_777, (1.0, 0.0, 3.0)), Phase(20_000, (1.0, 1.0, 1.0))]
+    phases = [OrderPhase(0, (0.7, 0.2, 0.1)), OrderPhase(7_777, (1.0, 0.0, 3.0)), OrderPhase(20_000, (1.0, 1.0, 1.0))]
     mixture = MixtureOrder(orders, phases)
     places = [tuple(mixture.locate(sample)) for sample in range(0, 30_021, 3)]
     digest = hashlib.sha256(repr(places).encode()).hexdigest()

@@ -17,7 +17,7 @@ from megassm.config.model import ModelConfig
 from megassm.model import LanguageModel, build_model, initial_weights, losses_at, parameter_shapes
 from megassm.parallel.mesh import Mesh
 from megassm.parallel.sequence import split_sequence
-from megassm.parallel.tensor import build_split_model, gather_whole, parts_of
+from megassm.parallel.tensor import build_split_model, gather_whole, weight_slices
 from tests.ranks import run_on_ranks
 
 BASE: dict[str, Any] = {
@@ -38,7 +38,7 @@ def gradients(config: ModelConfig, mesh: Mesh, budgets: list[int]) -> tuple[list
         pieces = [torch.empty_like(part) for _ in range(mesh.sequence)]
         dist.all_gather(pieces, part.detach(), group=sequence)
         losses.append(torch.cat(pieces, dim=1))
-    parts_here, shapes = parts_of(config, mesh.tensor, mesh.place(rank).tensor), parameter_shapes(config)
+    parts_here, shapes = weight_slices(config, mesh.tensor, mesh.coordinates(rank).tensor), parameter_shapes(config)
     whole = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -58,7 +58,7 @@ def split(config: ModelConfig, mesh: Mesh) -> tuple[LanguageModel, Tensor, int, 
     model = build_split_model(config, initial_weights(config, seed=3), groups[0])
     split_sequence(model, groups[1])
     share = config.seq_len // mesh.sequence
-    first = mesh.place(rank).sequence * share
+    first = mesh.coordinates(rank).sequence * share
     return model, tokens(config)[:, first : first + share + 1], rank, groups
 
 
@@ -115,5 +115,5 @@ def test_gradients_equal_those_of_one_process(mesh: Mesh, changes: dict[str, Any
             assert error < 1e-5, (name, float(error))
     for _, whole in answers[1:]:
         for name, gradient in whole.items():
-            if parts_of(config, mesh.tensor, 0)[name].axis is None and mesh.sequence == 1:
+            if weight_slices(config, mesh.tensor, 0)[name].axis is None and mesh.sequence == 1:
                 assert (gradient == answers[0][1][name]).all(), f"replicated {name} would drift apart"

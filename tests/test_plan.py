@@ -35,7 +35,7 @@ from megassm.model import build_model, parameter_shapes
 from megassm.ops.mixing import GROUP_BYTES
 from megassm.parallel.engine import Engine
 from megassm.parallel.mesh import mesh_of
-from megassm.parallel.tensor import parts_of
+from megassm.parallel.tensor import weight_slices
 from megassm.parallel.world import join_world, leave_world
 from megassm.plan.cluster import Cluster, Filters, filters_of
 from megassm.plan.estimate import plan_run
@@ -211,7 +211,7 @@ def test_parameters_of_the_fullest_rank(name: str, ranks: int, override: str) ->
     held = []
     for rank in range(ranks):
         sizes = {}
-        for parameter, part in parts_of(model, ranks, rank).items():
+        for parameter, part in weight_slices(model, ranks, rank).items():
             shape = list(shapes[parameter])
             if part.axis is not None:
                 shape[part.axis] = len(part.indices)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from megassm.cli.progress import Lines, shown_progress, tracked
+from megassm.cli.progress import LineProgress, shown_progress, tracked
 from tests.conftest import ROOT
 
 
@@ -19,7 +19,7 @@ def test_lines_come_when_due_and_say_rate_and_time_left(
 ) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    lines = Lines(every_s=10)
+    lines = LineProgress(every_s=10)
     lines.start("tokenize", 8_000_000)
     for now in (101.0, 109.9, 110.0, 111.0, 120.0):
         lines.update(int((now - 100) * 200_000))
@@ -36,7 +36,7 @@ def test_other_units_and_phases_that_cannot_say_how_far_they_are(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    for _ in tracked("abcd", Lines(every_s=10), "sweep", 4, "batches"):
+    for _ in tracked("abcd", LineProgress(every_s=10), "sweep", 4, "batches"):
         clock[0] += 10
     assert capsys.readouterr().err.splitlines() == [
         "sweep: 1 of 4 batches, 0.1 batches/s, 30 s left",
@@ -45,7 +45,7 @@ def test_other_units_and_phases_that_cannot_say_how_far_they_are(
         "sweep: 4 of 4 batches, 0.1 batches/s, 0 s left",
     ]
     monkeypatch.undo()
-    with Lines(every_s=0.01).busy("train"):
+    with LineProgress(every_s=0.01).busy("train"):
         time.sleep(0.2)
     assert "train: 0 s so far" in capsys.readouterr().err
 
@@ -54,7 +54,7 @@ def test_without_a_terminal_short_work_says_nothing(capsys: pytest.CaptureFixtur
     with shown_progress() as shown:
         shown.start("write", 10)
         shown.update(10)
-    assert isinstance(shown, Lines)
+    assert isinstance(shown, LineProgress)
     assert capsys.readouterr() == ("", "")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megassm.run import records
-from megassm.run.records import RowFile, cut_after, iterate_rows, newest_row, rows_newest_first
+from megassm.run.records import RecordFile, cut_after, iterate_records, newest_record, records_newest_first
 
 
 @contextmanager
@@ -26,12 +26,12 @@ def room_for(size: int) -> Iterator[None]:
 
 
 def steps(path: Path) -> list[int]:
-    return [row["step"] for row in iterate_rows(path)]
+    return [row["step"] for row in iterate_records(path)]
 
 
 def test_a_full_disk_loses_nothing_and_is_told_once(tmp_path: Path) -> None:
     said: list[str] = []
-    file = RowFile(tmp_path / "m", said.append)
+    file = RecordFile(tmp_path / "m", said.append)
     file.write({"step": 1})
     with room_for(20):
         for step in range(2, 50):
@@ -39,19 +39,19 @@ def test_a_full_disk_loses_nothing_and_is_told_once(tmp_path: Path) -> None:
         assert steps(tmp_path / "m") == [1]
         assert (tmp_path / "m").stat().st_size == 20, "the second row is cut"
     assert len(said) == 1
-    assert "rows wait in memory" in said[0]
+    assert "records wait in memory" in said[0]
     file.write({"step": 50})
     file.close()
     assert steps(tmp_path / "m") == list(range(1, 51))
     assert (tmp_path / "m").read_bytes() == b"".join(b'{"step": %d}\n' % step for step in range(1, 51))
     assert len(said) == 2
-    assert said[1].endswith("every row is written")
+    assert said[1].endswith("every record is written")
 
 
 def test_what_waits_is_bounded_and_what_is_lost_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "WAITING_BYTES", 60)
     said: list[str] = []
-    file = RowFile(tmp_path / "m", said.append)
+    file = RecordFile(tmp_path / "m", said.append)
     with room_for(5):
         for step in range(10, 30):
             file.write({"step": step})
@@ -63,11 +63,11 @@ def test_what_waits_is_bounded_and_what_is_lost_is_told(tmp_path: Path, monkeypa
 
 def test_an_end_without_room_is_told(tmp_path: Path) -> None:
     said: list[str] = []
-    file = RowFile(tmp_path / "m", said.append)
+    file = RecordFile(tmp_path / "m", said.append)
     with room_for(5):
         file.write({"step": 1})
         file.close()
-    assert "1 rows could not be written" in said[-1]
+    assert "1 records could not be written" in said[-1]
 
 
 @pytest.mark.parametrize(
@@ -98,23 +98,23 @@ def test_a_journal_that_is_not_there_is_not_made(tmp_path: Path) -> None:
 def test_rows_are_read_from_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(records, "BLOCK_BYTES", block)
     path = tmp_path / "m"
-    assert list(rows_newest_first(path)) == []
+    assert list(records_newest_first(path)) == []
     whole = [b'{"step": 1}\n', b'\xff\n\n{"step": 2, "text": "' + b"x" * 100 + b'"}\n', b'[]\n{"step": 3}\n']
     path.write_bytes(b"".join(whole) + b'{"step": 4')
     ends = [(3, len(b"".join(whole))), (2, len(b"".join(whole[:2]))), (1, len(whole[0]))]
-    assert [(row["step"], end) for row, end in rows_newest_first(path)] == ends
-    assert newest_row(path) == {"step": 3}
+    assert [(row["step"], end) for row, end in records_newest_first(path)] == ends
+    assert newest_record(path) == {"step": 3}
 
 
 def test_only_the_end_of_a_long_journal_is_read_to_cut_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, parsed, parse_row = tmp_path / "m", [0], records.parse_row
+    path, parsed, parse_record = tmp_path / "m", [0], records.parse_record
     path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 20_001)))
 
-    def counting(line: bytes) -> records.Row | None:
+    def counting(line: bytes) -> records.TableRow | None:
         parsed[0] += 1
-        return parse_row(line)
+        return parse_record(line)
 
-    monkeypatch.setattr(records, "parse_row", counting)
+    monkeypatch.setattr(records, "parse_record", counting)
     cut_after(path, 19_990)
     assert parsed[0] == 11
     monkeypatch.undo()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megassm.eval.curve import shape
-from megassm.eval.sweep import BudgetRow, Curve, Sweep
+from megassm.eval.sweep import BudgetCurve, BudgetRow, Sweep
 from megassm.report.figures import plot_over_steps, save_panels
 from megassm.report.sweep_files import flat_rows, plot_steps, write_json_sweep, write_page, write_sweep
 from megassm.report.sweep_plots import panels
@@ -22,17 +22,17 @@ from megassm.report.sweep_plots import panels
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def curve(data: str = "own", seq_len: int = 64, collapse: float = 0.0, decode: float | None = 50.0) -> Curve:
+def curve(data: str = "own", seq_len: int = 64, collapse: float = 0.0, decode: float | None = 50.0) -> BudgetCurve:
     bits = {1: 2.06 + collapse, 2: 2.03, 8: 2.0}
     rows = [
         BudgetRow(k, 1000 * k, b, b - 0.1, b + 0.1, 3 * b, 2 ** (3 * b), 5.0, 9.0, 100 * (b / 2 - 1), -1.0, 1.0,
                   2e6 * k, 900.0 / k, decode, 1.5 * k)
         for k, b in bits.items()
     ]  # fmt: skip
-    return Curve(data, seq_len, 12, 768, 3.1, shape(bits), rows)
+    return BudgetCurve(data, seq_len, 12, 768, 3.1, shape(bits), rows)
 
 
-def a_sweep(run: str = "runs/a<b>&c", step: int = 10, *curves: Curve) -> Sweep:
+def a_sweep(run: str = "runs/a<b>&c", step: int = 10, *curves: BudgetCurve) -> Sweep:
     return Sweep(run, step, 64, list(curves or (curve(), curve("other", 64, 1.0), curve("own", 128))))
 
 

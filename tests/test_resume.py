@@ -13,7 +13,7 @@ from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
 from megassm.parallel.mesh import Mesh
 from megassm.parallel.world import join_world, leave_world
-from megassm.run.journal import read_rows
+from megassm.run.journal import read_records
 from megassm.train.loop import train
 from megassm.train.setup import Run, set_up
 from tests.ranks import run_on_ranks
@@ -77,13 +77,13 @@ JOURNEYS: list[list[Leg]] = [
 def test_a_run_continues_on_any_mesh_and_stage(small_config: Make, tmp_path: Path) -> None:
     truth = tmp_path / "truth"
     run_on_ranks(1, train_legs, [(configured(small_config, (Mesh(1, 1, 1), 0, 0), f"run.dir={truth}"), STEPS)])
-    expected = read_rows(truth)
+    expected = read_records(truth)
     assert expected[-1]["loss"] < expected[0]["loss"] - 0.3
     for number, journey in enumerate(JOURNEYS):
         run_dir = tmp_path / str(number)
         for leg in journey:
             run_on_ranks(leg[0].size, train_legs, [(configured(small_config, leg, f"run.dir={run_dir}"), leg[2])])
-        rows = read_rows(run_dir)
+        rows = read_records(run_dir)
         assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
         for name in ("loss", "bits_per_byte"):
             assert [row[name] for row in rows] == pytest.approx([row[name] for row in expected], abs=1e-5), journey

@@ -23,7 +23,7 @@ from megassm.parallel.watchdog import Watchdog
 from megassm.parallel.world import join_world, leave_world
 from megassm.run.directory import FAILURE, LEFT_OUT
 from megassm.run.events import read_events
-from megassm.run.journal import read_rows
+from megassm.run.journal import read_records
 from megassm.run.left_out import leave_out, read_left_out
 from megassm.train import loop
 from megassm.train.setup import Run, set_up
@@ -98,7 +98,7 @@ def test_a_spike_rewinds_the_run(small_config: Make, tmp_path: Path, monkeypatch
     events = {event["kind"]: event for event in read_events(run_dir)}
     assert events["loss spike"]["step"] == events["rewind"]["step"] == SPIKE_BATCH + 1
     assert events["rewind"]["figures"] == {"checkpoint": 40, "batches": 5}
-    rows = read_rows(run_dir)
+    rows = read_records(run_dir)
     assert [row["step"] for row in rows] == list(range(1, 51))
     assert not any(row["skipped"] for row in rows)
 
@@ -107,7 +107,7 @@ def test_a_spike_rewinds_the_run(small_config: Make, tmp_path: Path, monkeypatch
     left_out = (LeftOut(40, 5),)
     leave_out(Path(never.run.dir), *left_out)  # as if it had always been so
     assert train_with_noise(never, monkeypatch)
-    assert [row["loss"] for row in read_rows(Path(never.run.dir))] == [row["loss"] for row in rows]
+    assert [row["loss"] for row in read_records(Path(never.run.dir))] == [row["loss"] for row in rows]
     size = rewound.train.batch_sequences
     assert samples_of_update(rewound, 41, left_out) == range(45 * size, 46 * size)
     found = [sample.update for sample in read_samples(rewound, [39 * size, 42 * size, 45 * size], left_out)]
@@ -121,7 +121,7 @@ def test_a_stop_signal_outlives_a_rewind(small_config: Make, tmp_path: Path, mon
     assert not train_with_noise(config, monkeypatch, told_to_stop=True)
     kinds = [event["kind"] for event in read_events(Path(config.run.dir))]
     assert kinds[-3:] == ["rewind", "resume", "stop"]
-    assert read_rows(Path(config.run.dir))[-1]["step"] == 40
+    assert read_records(Path(config.run.dir))[-1]["step"] == 40
 
 
 def test_a_dropped_update_after_a_rewind_names_the_samples_it_read(

@@ -13,7 +13,7 @@ import pytest
 
 from megassm.checkpoint.format import newest_checkpoint
 from megassm.run.fence import newest_number
-from megassm.run.journal import Row, read_rows
+from megassm.run.journal import Record, read_records
 from tests.conftest import ROOT, SMALL, run_python
 from tests.slurm_cluster import Cluster, cluster
 
@@ -66,7 +66,7 @@ class Submitted:
 
     @property
     def rows(self) -> int:
-        return len(read_rows(self.run_dir)) if (self.run_dir / "metrics.jsonl").exists() else 0
+        return len(read_records(self.run_dir)) if (self.run_dir / "metrics.jsonl").exists() else 0
 
     def wait_for(self, state: str, restarts: int = 0) -> None:
         def reached() -> bool:
@@ -97,7 +97,7 @@ def submit(virtual: Cluster, run_dir: Path, data: Path, *options: str) -> Submit
     return job
 
 
-LeftAlone = Callable[[int], list[Row]]
+LeftAlone = Callable[[int], list[Record]]
 
 
 @pytest.fixture(scope="module")
@@ -105,16 +105,16 @@ def left_alone(tmp_path_factory: pytest.TempPathFactory, data_path: Path) -> Lef
     """So many rows of the same run by one process that nobody disturbs."""
     run_dir = tmp_path_factory.mktemp("slurm") / "left_alone"
 
-    def rows(steps: int) -> list[Row]:
+    def rows(steps: int) -> list[Record]:
         run_python("launch/pretrain.py", "--config", "configs/tiny.yaml", *BASE, f"run.dir={run_dir}",
                    f"data.path={data_path}", f"train.steps={steps}")  # fmt: skip
-        return read_rows(run_dir)
+        return read_records(run_dir)
 
     return rows
 
 
 def check_curve(job: Submitted, left_alone: LeftAlone) -> None:
-    rows = read_rows(job.run_dir)
+    rows = read_records(job.run_dir)
     truth = left_alone(len(rows))
     assert [[row[name] for name in CURVE] for row in rows] == [
         [row[name] for name in CURVE] for row in truth[: len(rows)]

@@ -14,7 +14,7 @@ import pytest
 from launch import slurm as launch_slurm
 from megassm.config.load import load_config
 from megassm.errors import UserError
-from megassm.slurm import Request, batch_script, first_host, per_node, rank_environment, seconds
+from megassm.slurm import JobRequest, batch_script, first_host, per_node, rank_environment, seconds
 from tests.conftest import SMALL, run_python
 
 STEP = {
@@ -70,7 +70,7 @@ def test_time_limits() -> None:
 
 
 def test_the_script_is_bash_and_says_what_was_asked_for(tmp_path: Path) -> None:
-    request = Request("2-4", 8, 8, "1-00:00:00", 300, ("partition=gpu", "exclusive"))
+    request = JobRequest("2-4", 8, 8, "1-00:00:00", 300, ("partition=gpu", "exclusive"))
     folder = tmp_path / "a run%" / "jobs/0001"
     script = batch_script(request, folder, Path("/env/bin/python"), tmp_path, patience_s=600)
     for line in (
@@ -83,7 +83,7 @@ def test_the_script_is_bash_and_says_what_was_asked_for(tmp_path: Path) -> None:
     assert script.count("srun --nodes=") == 1
     assert "--wait=1200 /env/bin/python" in script
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    assert "gpus-per-node" not in batch_script(Request("1", 0, 2), folder, Path("p"), tmp_path, 60)
+    assert "gpus-per-node" not in batch_script(JobRequest("1", 0, 2), folder, Path("p"), tmp_path, 60)
 
 
 def slurm(*arguments: str, check: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megassm.train.spikes import LEVEL, MIN_ROWS, WINDOW, Spikes
+from megassm.train.spikes import LEVEL, MIN_RECORDS, WINDOW, Spikes
 
 BUDGETS = (1, 2, 3, 4, 6, 8, 16, 32)
 
@@ -68,7 +68,7 @@ def test_a_new_level_is_accepted() -> None:
 
 def test_too_little_is_known_at_the_start_and_what_is_not_finite_is_passed_over() -> None:
     spikes = Spikes(8.0)
-    for _ in range(MIN_ROWS - 1):
+    for _ in range(MIN_RECORDS - 1):
         spikes.add([2], 1.0, spike=False)
     spikes.add([2], None, spike=False)
     assert spikes.limit([2]) == float("inf")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from megassm.data.transport import DataCounters
-from megassm.parallel.phases import COMPUTE, Phase, Waits
-from megassm.parallel.watchdog import Progress
+from megassm.parallel.phases import COMPUTE, StepPhase, Waits
+from megassm.parallel.watchdog import RankProgress
 from megassm.train.agreement import Message
 from megassm.train.stragglers import WINDOW, Straggler, Stragglers
 
@@ -69,10 +69,11 @@ def test_data_is_compared_among_the_ranks_that_read() -> None:
 def test_waiting_for_others_is_communication(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = Progress()
+    progress = RankProgress()
     progress.note("checkpoint", 3)
-    for phase, own_s, waited_s in ((Phase.DATA, 1, 0), (Phase.DATA, 0, 2), (Phase.FORWARD, 4, 0),
-                                   (Phase.DATA, 1, 0), (Phase.BACKWARD, 5, 7), (Phase.UPDATE, 1, 1)):  # fmt: skip
+    noted = ((StepPhase.DATA, 1, 0), (StepPhase.DATA, 0, 2), (StepPhase.FORWARD, 4, 0),
+             (StepPhase.DATA, 1, 0), (StepPhase.BACKWARD, 5, 7), (StepPhase.UPDATE, 1, 1))  # fmt: skip
+    for phase, own_s, waited_s in noted:
         progress.note("somewhere", phase=phase)
         now[0] += own_s + waited_s
         monkeypatch.setattr(Waits, "seconds", Waits.seconds + waited_s)

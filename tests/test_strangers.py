@@ -33,7 +33,7 @@ from megassm.report.run_files import read_knobs
 from megassm.report.terminal import frame
 from megassm.run.events import append_event, read_events
 from megassm.run.failures import check_failures
-from megassm.run.records import RowFile, cut_after, newest_row, parse_row, read_rows
+from megassm.run.records import RecordFile, cut_after, newest_record, parse_record, read_records
 from tests.conftest import ROOT
 
 
@@ -69,7 +69,7 @@ def test_what_is_appended_to_is_no_link(name: str, run_dir: Path, victim: Path) 
     append_event(run_dir, "stop", 1, "text", {})
     if name == "metrics.jsonl":
         with pytest.raises(OSError, match="symbolic link"):
-            RowFile(run_dir / name, print)
+            RecordFile(run_dir / name, print)
     assert victim.read_text(encoding="utf-8") == "mine"
 
 
@@ -125,23 +125,23 @@ NO_ROWS = [
 def test_a_line_that_is_no_row_is_passed_over(line: bytes, tmp_path: Path) -> None:
     """By watch, report and resume alike."""
     (tmp_path / "metrics.jsonl").write_bytes(ROWS[0] + line + ROWS[1] + line)
-    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2]
-    assert (newest_row(tmp_path / "metrics.jsonl") or {})["step"] == 2
+    assert [row["step"] for row in read_records(tmp_path)] == [1, 2]
+    assert (newest_record(tmp_path / "metrics.jsonl") or {})["step"] == 2
     run = LiveRun(tmp_path)
     while run.look().read_share < 1:
         pass
-    assert run.history.rows == 2
+    assert run.history.records == 2
     cut_after(tmp_path / "metrics.jsonl", 1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == ROWS[0]
 
 
 def test_a_line_without_an_end_is_not_kept(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(ROWS[0] + b"x" * (3 * LINE_BYTES) + b"\n" + ROWS[1])
-    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2]
+    assert [row["step"] for row in read_records(tmp_path)] == [1, 2]
     run = LiveRun(tmp_path)
     while run.look().read_share < 1:
         pass
-    assert run.history.rows == 2
+    assert run.history.records == 2
 
 
 BOMB = "a: &a [1,1,1,1,1,1,1,1]\n" + "".join(
@@ -292,7 +292,7 @@ def test_damaged_files_end_in_a_message(data: st.DataObject) -> None:
 
 KINDS: dict[str, tuple[Callable[[bytes], object], bytes]] = {
     "json": (lambda raw: parse_json(raw, "x"), b'{"a": [1, 2.5, {"b": "c\\u1234"}], "d": null}'),
-    "row": (lambda raw: parse_row(raw), ROWS[1]),
+    "row": (lambda raw: parse_record(raw), ROWS[1]),
     "yaml": (lambda raw: parse_yaml(raw.decode("latin-1")), b"a: &x [1, 2]\nb: *x\nc: {d: !!int 3, e: 'f'}\n"),
     "npz": (lambda raw: load_columns(raw, DTYPES, "x"), npz(shard=np.zeros(3, "<u4"), offset=np.zeros(3, "<u8"))),
     "tar": (lambda raw: check_tar(io.BytesIO(raw), len(raw)), packed(b"abc") + packed(b"", pax_headers={"a": "b"})),

@@ -13,7 +13,7 @@ import torch
 from megassm.data.stream import MicroBatch, StreamPlan
 from megassm.errors import UserError
 from megassm.eval.score import score
-from megassm.eval.sweep import Curve, SweepPlan, sweep
+from megassm.eval.sweep import BudgetCurve, SweepPlan, sweep
 from megassm.eval.text import EvalText, token_batches
 from megassm.model import build_model, losses_at, truncate
 from megassm.parallel.world import Peers, join_peers, leave_world, together
@@ -106,7 +106,7 @@ def test_a_model_without_steps_is_measured_without_decoding(peers: Peers) -> Non
         assert row.bits_per_byte == pytest.approx(other.bits_per_byte, rel=1e-5)
 
 
-def quality(curves: list[Curve]) -> list[Any]:
+def quality(curves: list[BudgetCurve]) -> list[Any]:
     """What must not depend on the number of ranks."""
     return [
         [curve.data, curve.sequences, curve.best_unigram_bits_per_byte, curve.shape.area]

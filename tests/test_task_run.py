@@ -16,10 +16,10 @@ from megassm.data.tasks.synthetic import HighFrequency, drawn
 from megassm.data.tasks.write import write_task
 from megassm.errors import UserError
 from megassm.eval.session import open_session
-from megassm.eval.watch import Request, sweep_path
+from megassm.eval.watch import SweepRequest, sweep_path
 from megassm.export.write import ExportPlan, export_models
 from megassm.parallel.world import join_peers, join_world, leave_world
-from megassm.run.journal import read_rows
+from megassm.run.journal import read_records
 from megassm.train.loop import train
 from megassm.train.setup import set_up
 from tests.ranks import run_on_ranks
@@ -58,22 +58,22 @@ def trained(configs: list[Config]) -> None:
 
 
 def exact(config: Config) -> list[dict[str, Any]]:
-    return [{name: row[name] for name in EXACT if name in row} for row in read_rows(Path(config.run.dir))]
+    return [{name: row[name] for name in EXACT if name in row} for row in read_records(Path(config.run.dir))]
 
 
 @pytest.mark.ranks
 def test_a_tiny_run_learns_and_is_swept(small_config: Make, task_path: Path) -> None:
     config = small_config(*SIZES, f"data.path={task_path}", "model.classes=2", "train.steps=40", "model.pattern=S")
     run_on_ranks(1, trained, [config])
-    last = read_rows(Path(config.run.dir))[-1]
+    last = read_records(Path(config.run.dir))[-1]
     assert last["bits_per_byte"] is None
     assert set(last["valid_accuracy"]) == {"1", "2", "8"}
     assert last["valid_accuracy"]["8"] > 0.9, "chance is one half"
     peers = join_peers("cpu")
     try:
-        sweep, _ = sweep_path(Path(config.run.dir), Request(budgets=[1, 2]), peers)
+        sweep, _ = sweep_path(Path(config.run.dir), SweepRequest(budgets=[1, 2]), peers)
         with pytest.raises(UserError, match="--seq-lens: the examples of task-high_frequency are 128 long"):
-            sweep_path(Path(config.run.dir), Request(seq_lens=[256]), peers)
+            sweep_path(Path(config.run.dir), SweepRequest(seq_lens=[256]), peers)
     finally:
         leave_world()
     (curve,) = sweep.curves

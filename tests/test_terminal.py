@@ -14,7 +14,7 @@ from rich.console import Console
 
 from megassm.report import follow, history
 from megassm.report.braille import bar, curve, sparkline
-from megassm.report.follow import Tail
+from megassm.report.follow import FollowedFile
 from megassm.report.history import History
 from megassm.report.live import LiveRun
 from megassm.report.run_page import load_run, summary
@@ -70,7 +70,7 @@ def steps(objects: list[dict[str, Any]]) -> list[int]:
 
 def test_a_tail_reads_what_is_new_and_notices_a_cut(tmp_path: Path) -> None:
     path = tmp_path / "m"
-    tail = Tail(path)
+    tail = FollowedFile(path)
     assert tail.read() == (False, []), "no file yet"
     write(path, [row(1), row(2)])
     assert steps(tail.read()[1]) == [1, 2]
@@ -92,7 +92,7 @@ def test_a_tail_reads_what_is_new_and_notices_a_cut(tmp_path: Path) -> None:
 def test_a_long_file_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follow, "READ_BYTES", 1000)
     write(tmp_path / "m", [row(step) for step in range(1, 31)])
-    tail = Tail(tmp_path / "m")
+    tail = FollowedFile(tmp_path / "m")
     seen = steps(tail.read()[1])
     assert 0 < tail.share < 1
     while tail.share < 1:
@@ -120,7 +120,7 @@ def test_a_history_is_bounded_and_keeps_the_means(monkeypatch: pytest.MonkeyPatc
     rows = [row(step, loss=float(step), valid={"2": float(step)}) for step in range(1, 1001)]
     seen = History().extend(rows)
     assert 8 <= len(seen.spans) <= 16
-    assert sum(span.rows for span in seen.spans) == 1000
+    assert sum(span.records for span in seen.spans) == 1000
     assert seen.spans[-1].step == 1000
     assert sum(mean * span.counts["loss"] for span, mean in seen.series("loss")) == pytest.approx(1000 * 1001 / 2)
     assert (seen.spans[0].low, seen.spans[-1].high) == (1, 1000)
@@ -144,7 +144,7 @@ def test_strokes() -> None:
 def test_a_frame_has_what_a_person_asks(run_dir: Path) -> None:
     text = drawn(LiveRun(run_dir).look())
     for part in (
-        "step 40/100", "40%", "10.2/25.6 k tokens", "running, last row 0m0", "eta 0m12s", "K=8 2.300", "+0.050",
+        "step 40/100", "40%", "10.2/25.6 k tokens", "running, last record 0m0", "eta 0m12s", "K=8 2.300", "+0.050",
         "K=2 2.400", "-0.100", "1,000", "40.0%", "of 0.2 TFLOP/s a rank", "backward 50%", "communication 5%",
         "1.00 GiB", "an update <b>[bold]</b> is skipped", "1        of 40 updates", "1.200", "9.000", "2023-11-14",
         "step 30",
@@ -172,7 +172,7 @@ def test_states_are_told_by_the_files(run_dir: Path) -> None:
     cut_after(journal, 20)
     write(journal, [row(21, loss=5.5)], "a")
     assert run.look().state == "running"
-    assert run.history.rows == 21, "a resumed run is one curve"
+    assert run.history.records == 21, "a resumed run is one curve"
 
 
 def test_a_frame_without_rows_or_with_little(tmp_path: Path) -> None:

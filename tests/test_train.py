@@ -19,7 +19,7 @@ from megassm.checkpoint.format import MANIFEST, find_checkpoint, newest_checkpoi
 from megassm.cli.arguments import STOPPED
 from megassm.config.load import load_config
 from megassm.config.schema import Config
-from megassm.run.journal import read_rows
+from megassm.run.journal import read_records
 from megassm.run.opening import open_run_directory
 from tests.conftest import ROOT, SMALL, run_python
 
@@ -41,14 +41,14 @@ def run_to_end(*arguments: object) -> str:
 
 def exact(run_dir: Path) -> list[dict[str, object]]:
     """The journal without what depends on the clock."""
-    return [{name: row[name] for name in EXACT if name in row} for row in read_rows(run_dir)]
+    return [{name: row[name] for name in EXACT if name in row} for row in read_records(run_dir)]
 
 
 def kill_at(step: int, number: signal.Signals, arguments: list[str], run_dir: Path) -> int:
     """Starts a run, sends `number` to all its processes once `step` is in the journal; returns the exit code."""
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (run_dir / "metrics.jsonl").exists() or len(read_rows(run_dir)) < step:
+    while not (run_dir / "metrics.jsonl").exists() or len(read_records(run_dir)) < step:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -68,7 +68,7 @@ def test_killed_run_continues_bit_for_bit(tmp_path: Path, data_path: Path, ranks
     said = run_to_end(broken, data_path, ranks, *overrides)
     assert "continuing after step 1" in said
     assert exact(broken) == exact(whole)
-    assert [row["step"] for row in read_rows(broken)] == list(range(1, 41))
+    assert [row["step"] for row in read_records(broken)] == list(range(1, 41))
 
 
 def test_sigterm_saves_and_leaves_cleanly(tmp_path: Path, data_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_sigterm_saves_and_leaves_cleanly(tmp_path: Path, data_path: Path) -> No
     checkpoint, skipped = newest_checkpoint(run_dir)
     assert checkpoint is not None
     assert not skipped
-    assert checkpoint.manifest.step == read_rows(run_dir)[-1]["step"] < 200
+    assert checkpoint.manifest.step == read_records(run_dir)[-1]["step"] < 200
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, data_path: Path) -> Path:
 
 
 def test_journal_rows(finished: Path) -> None:
-    rows = read_rows(finished)
+    rows = read_records(finished)
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert [row["tokens"] for row in rows] == [4 * 64 * step for step in range(1, 13)]
     for row in rows:
@@ -159,7 +159,7 @@ def test_tools_on_a_finished_run(finished: Path, tmp_path: Path) -> None:
                     for row, kept in zip(rows, curve["rows"], strict=True)]  # fmt: skip
     assert rows[-1]["gap_percent"] == 0
     assert [row["parameters"] for row in rows] == sorted(row["parameters"] for row in rows)
-    assert rows[-1]["bits_per_byte"] == pytest.approx(read_rows(finished)[-1]["valid"]["8"], rel=1e-5)
+    assert rows[-1]["bits_per_byte"] == pytest.approx(read_records(finished)[-1]["valid"]["8"], rel=1e-5)
     assert (finished / "sweep.csv").read_text(encoding="utf-8").count("\n") == 4
     assert (finished / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert (finished / "sweep.html").read_text(encoding="utf-8").count("<svg") == 3
@@ -182,7 +182,7 @@ def test_divergence_stops_the_run_before_it_reaches_a_checkpoint(tmp_path: Path,
     assert "the last of train.max_skipped = 10 in a row: training diverged. Lower optim.lr, or" in done.stderr
     assert "Traceback" not in done.stderr
     checkpoint, _ = newest_checkpoint(tmp_path / "run")
-    rows = read_rows(tmp_path / "run")
+    rows = read_records(tmp_path / "run")
     healthy = [row["step"] for row in rows if not row["skipped"]]
     assert [row["skipped"] for row in rows[len(healthy) :]] == [True] * 9
     assert checkpoint is None or checkpoint.manifest.step <= max(healthy)
@@ -252,7 +252,7 @@ def test_ranks_save_and_end_when_their_launcher_is_told_to_end(tmp_path: Path, d
         [*launcher, *arguments[1:]], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
-    while not (run_dir / "metrics.jsonl").exists() or len(read_rows(run_dir)) < 3:
+    while not (run_dir / "metrics.jsonl").exists() or len(read_records(run_dir)) < 3:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -265,4 +265,4 @@ def test_ranks_save_and_end_when_their_launcher_is_told_to_end(tmp_path: Path, d
     assert not alive, "orphans train on"
     checkpoint, _ = newest_checkpoint(run_dir)
     assert checkpoint is not None
-    assert checkpoint.manifest.step == read_rows(run_dir)[-1]["step"]
+    assert checkpoint.manifest.step == read_records(run_dir)[-1]["step"]

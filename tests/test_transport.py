@@ -15,8 +15,8 @@ import pytest
 from megassm.data import request, stores
 from megassm.data.blocks import FETCHES, BlockReader, DamagedBlockError
 from megassm.data.index import ShardSet, load_index
-from megassm.data.mixture import Mixture, MixturePhase, Reading, Source, one_source
-from megassm.data.request import BrokenFetchError, Reply, Span, Store
+from megassm.data.mixture import DataSource, Mixture, MixturePhase, ReadOptions, one_source
+from megassm.data.request import BrokenFetchError, ByteRange, Reply, Store
 from megassm.data.signature import query_for
 from megassm.data.stores import FsspecStore, HttpStore, LinkedStore, LocalStore, open_store
 from megassm.data.stream import StreamPlan, TokenStream
@@ -91,7 +91,7 @@ def test_a_training_stream_through_all_faults_at_once(local: ShardSet, remote: S
     plan = StreamPlan(seq_len=10, batch_sequences=48, micro_batch_sequences=48, seed=7)
     server.faults.extend((*FAULTS, "flip", *FAULTS, "flip", *FAULTS))  # fewer flips than one block has fetches
     whole = (MixturePhase(0, {"data": 1.0}),)
-    stream = TokenStream(Mixture((Source("data", remote),), whole, Reading(QUICK)), plan)
+    stream = TokenStream(Mixture((DataSource("data", remote),), whole, ReadOptions(QUICK)), plan)
     steps = 2 * len(stream.mixture.sources[0].shards.blocks)
     for got, expected in zip(stream.batches(0, steps), TokenStream(local, plan).batches(0, steps), strict=True):
         assert np.array_equal(got.ids_BT, expected.ids_BT)
@@ -141,7 +141,7 @@ def test_a_folder_that_goes_away_for_a_while_is_waited_for(
     plan = StreamPlan(seq_len=10, batch_sequences=48, micro_batch_sequences=48, seed=7)
     expected = list(TokenStream(local, plan).batches(0, 6))
     shards = local if where == "local" else remote
-    stream = TokenStream(one_source(shards, Reading(QUICK, on_bad_block="mask")), plan)
+    stream = TokenStream(one_source(shards, ReadOptions(QUICK, on_bad_block="mask")), plan)
     local.directory.rename(tmp_path / "away")
     back = threading.Timer(0.3, lambda: (tmp_path / "away").rename(local.directory))
     back.start()
@@ -153,7 +153,7 @@ def test_a_folder_that_goes_away_for_a_while_is_waited_for(
         assert counted.data_reconnects
         assert not counted.data_masked_samples
         local.directory.rename(tmp_path / "away")
-        stream = TokenStream(one_source(shards, Reading(Patience(0.05, 0.001, 0.01), on_bad_block="mask")), plan)
+        stream = TokenStream(one_source(shards, ReadOptions(Patience(0.05, 0.001, 0.01), on_bad_block="mask")), plan)
         with pytest.raises(UserError, match=r"given up \(no such file\); look at the server or the disk") as error:
             list(stream.batches(0, 6))
         assert not isinstance(error.value, DamagedBlockError)
@@ -195,8 +195,8 @@ def test_the_deadline_ends_a_fetch_and_names_it(remote: ShardSet, server: FaultS
 
 def test_a_batch_that_takes_too_long_is_an_error(remote: ShardSet, server: FaultServer) -> None:
     server.faults.extend(["503"] * 10_000)
-    reading = Reading(Patience(60.0, 0.05, 0.1), batch_wait_s=0.2)
-    mixture = Mixture((Source("data", remote),), (MixturePhase(0, {"data": 1.0}),), reading)
+    reading = ReadOptions(Patience(60.0, 0.05, 0.1), batch_wait_s=0.2)
+    mixture = Mixture((DataSource("data", remote),), (MixturePhase(0, {"data": 1.0}),), reading)
     with pytest.raises(UserError, match=r"no batch of data within 0\.2 s \(part of parallel\.timeout_s\)"):
         next(TokenStream(mixture, StreamPlan(10, 4, 4, seed=0)).batches(0, 1))
     server.faults.clear()  # lets the thread end
@@ -306,7 +306,7 @@ def test_a_local_file_that_cannot_be_read_is_tried_again(local: ShardSet, monkey
     failures = [OSError(5, "Input/output error"), OSError(116, "Stale file handle")]
     request = LocalStore.request
 
-    def flaky(self: LocalStore, name: str, span: Span, etag: str | None) -> Reply:
+    def flaky(self: LocalStore, name: str, span: ByteRange, etag: str | None) -> Reply:
         if failures:
             raise BrokenFetchError(failures.pop().strerror)
         return request(self, name, span, etag)

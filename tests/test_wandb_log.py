@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megassm.run.records import read_rows
+from megassm.run.records import read_records
 from tests.conftest import FINISHED, SMALL, run_python
 from tests.fault_server import serving
 
@@ -32,7 +32,7 @@ def closed_port() -> int:
 
 
 def losses(run_dir: Path) -> list[float]:
-    return [row["loss"] for row in read_rows(run_dir)]
+    return [row["loss"] for row in read_records(run_dir)]
 
 
 def train(run_dir: Path, data_path: Path, mode: str, first: str = "", *more: str, **environment: str) -> str:
@@ -66,9 +66,9 @@ def test_the_same_losses_whatever_wandb_does(
 FILL = """
 import os
 from pathlib import Path
-from megassm.run.records import RowFile
+from megassm.run.records import RecordFile
 
-write = RowFile.write
+write = RecordFile.write
 
 def write_on_a_disk_that_is_full_for_a_while(self, row):
     brick = Path(os.environ["BRICK"])
@@ -80,7 +80,7 @@ def write_on_a_disk_that_is_full_for_a_while(self, row):
         brick.unlink()
     write(self, row)
 
-RowFile.write = write_on_a_disk_that_is_full_for_a_while
+RecordFile.write = write_on_a_disk_that_is_full_for_a_while
 """
 
 
@@ -101,8 +101,8 @@ def test_the_same_losses_where_the_disk_is_full_for_a_while(trained: Path, data_
     assert losses(small_disk / "run") == losses(trained)
     warnings = [line for line in said.splitlines() if line.startswith("warning:")]
     own = [line for line in warnings if "metrics.jsonl: " in line]
-    assert ["rows wait in memory" in line for line in own] == [True, False]
-    assert own[1].endswith("every row is written")
+    assert ["records wait in memory" in line for line in own] == [True, False]
+    assert own[1].endswith("every record is written")
     assert len(warnings) - len(own) == sum("wandb is given up" in line for line in warnings) <= 1
     assert "Traceback" not in said
     assert "Logging error" not in said

@@ -17,12 +17,12 @@ from megassm.checkpoint.format import find_checkpoint
 from megassm.errors import UserError
 from megassm.eval import watch as runs
 from megassm.eval.text import open_texts
-from megassm.eval.watch import Request, sweep_file, sweep_path, watch
+from megassm.eval.watch import SweepRequest, sweep_file, sweep_path, watch
 from megassm.parallel.world import Peers, join_peers, leave_world
 from megassm.report.sweep_files import write_json_sweep
 from tests.conftest import ROOT, SMALL, run_python
 
-QUICK = Request(budgets=[2], sequences=2)
+QUICK = SweepRequest(budgets=[2], sequences=2)
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +67,12 @@ def test_prepared_sets_and_plain_text_give_the_same_score_for_the_same_text(
     run_python("tools/prepare_data.py", "--input", str(first), str(second), "--output", str(tmp_path / "set"),
                "--valid-fraction", "0.5", "--block-tokens", "512", "--member-tokens", "512")  # fmt: skip
     sources = [first, first.parent, second, tmp_path / "set", data_path]
-    sweep, _ = sweep_path(run, Request([2], None, 8, [str(path) for path in sources]), peers)
+    sweep, _ = sweep_path(run, SweepRequest([2], None, 8, [str(path) for path in sources]), peers)
     assert [curve.data for curve in sweep.curves] == [str(path) for path in sources]
     file, folder, other, prepared, own = [curve.rows[0].bits_per_byte for curve in sweep.curves]
     assert file == folder != other
     assert any(prepared == pytest.approx(bits, rel=1e-6) for bits in (file, other)), "whichever valid/ was given"
-    assert own == sweep_path(run, Request([2], None, 8), peers)[0].curves[0].rows[0].bits_per_byte
+    assert own == sweep_path(run, SweepRequest([2], None, 8), peers)[0].curves[0].rows[0].bits_per_byte
 
 
 def test_sources_that_cannot_be_scored(run: Path, tmp_path: Path, data_path: Path) -> None:

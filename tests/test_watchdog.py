@@ -17,9 +17,9 @@ from torch.distributed import HashStore, TCPStore
 
 from megassm.errors import UserError
 from megassm.parallel.job_store import SignedStore, meet
-from megassm.parallel.watchdog import BEAT_S, OTHERS_LEAVE_S, Beat, Progress, verdict
+from megassm.parallel.watchdog import BEAT_S, OTHERS_LEAVE_S, Beat, RankProgress, verdict
 from megassm.run.directory import FAILURE
-from megassm.run.journal import read_rows
+from megassm.run.journal import read_records
 from tests.conftest import ROOT, SMALL
 from tests.jobs import Job
 
@@ -59,7 +59,7 @@ def test_in_the_same_phase_it_is_who_waits_for_nobody() -> None:
 
 
 def test_progress_is_numbered_and_knows_its_step() -> None:
-    progress = Progress()
+    progress = RankProgress()
     for phase in ("reading", "forward"):
         progress.note(phase, 3 if phase == "reading" else None)
     assert progress.mark[:3] == (2, 3, "forward")
@@ -91,7 +91,7 @@ def test_lost_ranks_are_named_and_the_same_command_continues(tmp_path: Path, dat
             stopped = guilty if number == signal.SIGSTOP else None
             assert job.wait_for_ranks(but=stopped, within_s=TIMEOUT_S + MARGIN_S) != 0
             check(job, guilty, {0, 1, 2} - {guilty}, "no longer answers: ended, stopped, or cut off; last heard of in")
-    assert [row["step"] for row in read_rows(run_dir)] == list(range(1, job.rows + 1))
+    assert [row["step"] for row in read_records(run_dir)] == list(range(1, job.rows + 1))
 
 
 @pytest.mark.ranks
@@ -173,14 +173,14 @@ def test_the_rank_that_holds_the_store_is_named_too(tmp_path: Path, data_path: P
     ]  # fmt: skip
     try:
         deadline = time.monotonic() + 120
-        while not (run_dir / "metrics.jsonl").exists() or len(read_rows(run_dir)) < 5:
+        while not (run_dir / "metrics.jsonl").exists() or len(read_records(run_dir)) < 5:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        done = read_rows(run_dir)[-1]["step"]
+        done = read_records(run_dir)[-1]["step"]
         written = meddle(29547)
         time.sleep(OTHERS_LEAVE_S + 2 * BEAT_S)
         assert [rank.poll() for rank in ranks] == [None] * 3, "a stranger ends no job"
-        assert read_rows(run_dir)[-1]["step"] > done
+        assert read_records(run_dir)[-1]["step"] > done
         assert written >= 3, "it did find what the ranks tell each other"
         ranks[0].send_signal(signal.SIGSTOP)
         said = "".join(rank.communicate(timeout=TIMEOUT_S + MARGIN_S)[1] for rank in ranks[1:])

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megassm.cli.arguments import print_table, run_tool, tool_parser
 from megassm.errors import UserError
-from megassm.run.journal import Row, read_rows
+from megassm.run.journal import Record, read_records
 from tests.conftest import SMALL
 from tests.jobs import Job
 
@@ -105,7 +105,7 @@ def live(number: int, run_dir: Path, shape: Shape, overrides: list[str], dice: r
     )
 
 
-def torture(output: Path, data: Path, kills: int, steps: int, seed: int) -> tuple[list[Life], Row]:
+def torture(output: Path, data: Path, kills: int, steps: int, seed: int) -> tuple[list[Life], Record]:
     """The lives of the disturbed run, and how far it is from the other.
 
     Raises:
@@ -128,10 +128,10 @@ def torture(output: Path, data: Path, kills: int, steps: int, seed: int) -> tupl
         found = re.search(r"continuing after step (\d+)", job.said)
     starts = [*(life.continued_after for life in lives), int(found.group(1)) if found else 0]
     same_mesh = min(start for number, start in enumerate(starts) if shape_of(number, kills) != SHAPES[0])
-    return lives, compare(read_rows(calm), read_rows(broken), same_mesh) | {"kills": kills}
+    return lives, compare(read_records(calm), read_records(broken), same_mesh) | {"kills": kills}
 
 
-def compare(calm: list[Row], broken: list[Row], same_mesh: int) -> Row:
+def compare(calm: list[Record], broken: list[Record], same_mesh: int) -> Record:
     """How two journals differ; the first `same_mesh` rows must not.
 
     Raises:

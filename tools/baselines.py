@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megassm.cli.arguments import Parser, Row, print_table, run_tool, tool_parser
+from megassm.cli.arguments import Parser, TableRow, print_table, run_tool, tool_parser
 from megassm.cli.progress import shown_progress
 from megassm.errors import UserError
 
@@ -36,7 +36,7 @@ def main() -> None:
     sequences = model[0]["sequences"] if model else session.config.eval.sequences
     with shown_progress() as progress, progress.busy("count"):
         simple = _simple(session, sequences)
-    rows: list[Row] = [_row(f"the model, K={row['k']}", row["bits_per_byte"]) for row in model]
+    rows: list[TableRow] = [_row(f"the model, K={row['k']}", row["bits_per_byte"]) for row in model]
     rows = sorted([*rows, *(_row(*baseline) for baseline in simple)], key=lambda row: row["bits_per_byte"])
     print_table(f"{arguments.run}: the same text, predicted by", rows, arguments.json)
     (session.run_dir / TABLE).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

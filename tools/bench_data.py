@@ -23,9 +23,11 @@ def parser() -> Parser:
 
 def main() -> None:
     arguments = parser().parse_args()
-    from tools.bench.data import BenchPlan, bench
+    from tools.bench.data import DataBenchPlan, bench
 
-    plan = BenchPlan(arguments.tokens, arguments.block_tokens, arguments.seq_len, arguments.batch, arguments.repeats)
+    plan = DataBenchPlan(
+        arguments.tokens, arguments.block_tokens, arguments.seq_len, arguments.batch, arguments.repeats
+    )
     with tempfile.TemporaryDirectory() as work, shown_progress() as progress, progress.busy("bench"):
         rows = [asdict(row) for row in bench(plan, Path(work))]
     title = f"{plan.tokens:,} tokens, L={plan.seq_len}, B={plan.batch_sequences}, one process"

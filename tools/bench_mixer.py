@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from megassm.cli.arguments import Parser, Row, budget_list, print_table, run_tool, tool_parser
+from megassm.cli.arguments import Parser, TableRow, budget_list, print_table, run_tool, tool_parser
 from megassm.cli.progress import shown_progress, tracked
 
 if TYPE_CHECKING:
-    from tools.bench.mixer import BenchRow
+    from tools.bench.mixer import MixerRow
 
 
 def parser() -> Parser:
@@ -33,9 +33,9 @@ def main() -> None:
     arguments = parser().parse_args()
     import torch
 
-    from tools.bench.mixer import METHODS, BenchPlan, bench
+    from tools.bench.mixer import METHODS, MixerBenchPlan, bench
 
-    plan = BenchPlan(
+    plan = MixerBenchPlan(
         lengths=arguments.lengths,
         budgets=arguments.budgets,
         methods=arguments.methods.split(",") if arguments.methods else METHODS,
@@ -52,7 +52,7 @@ def main() -> None:
     print_table(title, [_with_ratio(row, rows) for row in rows], arguments.json)
 
 
-def _with_ratio(row: BenchRow, rows: list[BenchRow]) -> Row:
+def _with_ratio(row: MixerRow, rows: list[MixerRow]) -> TableRow:
     """The row, and how many times as fast forward+backward is as the authors' formulation in the same run."""
     same = [other for other in rows if (other.length, other.k, other.method) == (row.length, row.k, "authors")]
     ratio = same[0].forward_backward_s / row.forward_backward_s if same else None

@@ -21,19 +21,19 @@ Imports = dict[str, set[str]]
 
 
 def read_imports(package: Path) -> Imports:
-    """What each room of a package imports of the others, lazily too."""
+    """What each member of a package imports of the others, lazily too."""
     imports: Imports = {}
     for path in sorted(package.rglob("*.py")):
-        room = _room(path.relative_to(package))
-        if room == "__init__":
+        member = _member(path.relative_to(package))
+        if member == "__init__":
             continue
-        found = imports.setdefault(room, set())
+        found = imports.setdefault(member, set())
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            found |= {name for name in _imported(node, package.name) if name != room}
-    return {room: found & imports.keys() for room, found in imports.items()}
+            found |= {name for name in _imported(node, package.name) if name != member}
+    return {member: found & imports.keys() for member, found in imports.items()}
 
 
-def _room(path: Path) -> str:
+def _member(path: Path) -> str:
     return path.parts[0].removesuffix(".py")
 
 
@@ -49,34 +49,34 @@ def _imported(node: ast.AST, package: str) -> set[str]:
 
 
 def floors(imports: Mapping[str, set[str]]) -> dict[str, int]:
-    """The length of the longest way down from each room; 0 where nothing is imported.
+    """The length of the longest way down from each member; 0 where nothing is imported.
 
     Raises:
-        ValueError: rooms import each other in a circle.
+        ValueError: members import each other in a circle.
     """
     found: dict[str, int] = {}
 
-    def floor(room: str, above: tuple[str, ...]) -> int:
-        if room in above:
-            raise ValueError(f"a circle of imports: {' -> '.join((*above, room))}")
-        if room not in found:
-            found[room] = max((floor(below, (*above, room)) + 1 for below in sorted(imports[room])), default=0)
-        return found[room]
+    def floor(member: str, above: tuple[str, ...]) -> int:
+        if member in above:
+            raise ValueError(f"a circle of imports: {' -> '.join((*above, member))}")
+        if member not in found:
+            found[member] = max((floor(below, (*above, member)) + 1 for below in sorted(imports[member])), default=0)
+        return found[member]
 
-    for room in sorted(imports):
-        floor(room, ())
+    for member in sorted(imports):
+        floor(member, ())
     return found
 
 
 def reduced(imports: Mapping[str, set[str]]) -> list[tuple[str, str]]:
     """The arrows that follow from no others."""
 
-    def below(room: str) -> set[str]:
-        return imports[room].union(*(below(other) for other in imports[room]))
+    def below(member: str) -> set[str]:
+        return imports[member].union(*(below(other) for other in imports[member]))
 
     return sorted(
-        (room, other)
-        for room, others in imports.items()
+        (member, other)
+        for member, others in imports.items()
         for other in others
         if not any(other in below(third) for third in others - {other})
     )
@@ -88,10 +88,10 @@ def draw(imports: Mapping[str, set[str]]) -> str:
     top = max(level.values())
     places = {}
     for floor in range(top + 1):
-        rooms = sorted(room for room in imports if level[room] == floor)
-        for number, room in enumerate(rooms):
-            x = WIDTH * (number + 1) / (len(rooms) + 1)
-            places[room] = (round(x), TOP + (top - floor) * FLOOR_HEIGHT)
+        members = sorted(member for member in imports if level[member] == floor)
+        for number, member in enumerate(members):
+            x = WIDTH * (number + 1) / (len(members) + 1)
+            places[member] = (round(x), TOP + (top - floor) * FLOOR_HEIGHT)
     arrows = sum(map(len, imports.values()))
     height = TOP + top * FLOOR_HEIGHT + BOX_HEIGHT + 16
     title = f"{len(imports)} packages and modules on {top + 1} floors, {arrows} imports between them"
@@ -102,16 +102,16 @@ def draw(imports: Mapping[str, set[str]]) -> str:
         f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
         f'<text x="16" y="26" font-size="15" fill="#333">megassm: {title}</text>',
     ]
-    for room, other in reduced(imports):
-        (x, y), (x_end, y_end) = places[room], places[other]
+    for member, other in reduced(imports):
+        (x, y), (x_end, y_end) = places[member], places[other]
         start, end = y + BOX_HEIGHT, y_end
         bend = (end - start) // 2
         curve = f"M{x} {start}C{x} {start + bend} {x_end} {end - bend} {x_end} {end}"
         lines.append(f'<path d="{curve}" fill="none" stroke="#999" marker-end="url(#tip)"/>')
-    for room, (x, y) in sorted(places.items()):
+    for member, (x, y) in sorted(places.items()):
         box = f'x="{x - BOX_WIDTH // 2}" y="{y}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="5"'
         lines.append(f'<rect {box} fill="#eaf2fb" stroke="#4a78a8"/>')
-        lines.append(f'<text x="{x}" y="{y + 19}" font-size="14" text-anchor="middle" fill="#123">{room}</text>')
+        lines.append(f'<text x="{x}" y="{y + 19}" font-size="14" text-anchor="middle" fill="#123">{member}</text>')
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 

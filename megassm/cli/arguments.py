@@ -34,7 +34,7 @@ MAX_BUDGET = 100_000
 STOPPED = 75
 """Exit code of a job that was told to stop before its end, and has saved: "try again" (EX_TEMPFAIL)."""
 
-Row = Mapping[str, Any]
+TableRow = Mapping[str, Any]
 
 
 def is_rank_zero() -> bool:
@@ -162,7 +162,7 @@ def _span(part: str) -> range:
     return found
 
 
-def print_table(title: str, rows: Sequence[Row], json_path: Path | None = None) -> None:
+def print_table(title: str, rows: Sequence[TableRow], json_path: Path | None = None) -> None:
     """Prints rows (all with the keys of the first) as a table; writes them as JSON where asked.
 
     No figure is broken over lines. What is too wide becomes several tables, each with the first column; a single row
@@ -252,7 +252,7 @@ def _drawn(title: Text, columns: Sequence[_Column]) -> Table:
     return drawn
 
 
-def write_json(rows: Sequence[Row], path: Path | None) -> None:
+def write_json(rows: Sequence[TableRow], path: Path | None) -> None:
     """Writes a table's rows where `--json` said, if it did."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

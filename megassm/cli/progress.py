@@ -58,7 +58,7 @@ def shown_progress(shown: bool = True) -> Iterator[Progress]:
         yield Silent()
         return
     if not sys.stderr.isatty():
-        yield Lines()
+        yield LineProgress()
         return
     from rich import progress
     from rich.console import Console
@@ -100,7 +100,7 @@ class _Rate:
         return f"{done:,.0f} of {self._total:,.0f} {self._unit}, {rate:,.2g} {self._unit}/s", left
 
 
-class Lines:
+class LineProgress:
     """A line every so often; nothing for work that is done before the first is due."""
 
     def __init__(self, every_s: float = LINE_EVERY_S) -> None:

@@ -9,7 +9,7 @@ import argparse
 import os
 from typing import get_args
 
-from megassm.cli.arguments import Row, path_argument, print_table, tool_parser
+from megassm.cli.arguments import TableRow, path_argument, print_table, tool_parser
 from megassm.cli.progress import shown_progress
 
 EXAMPLE = "python tools/index_shards.py data/theirs --tokenizer data/theirs/tokenizer.json"
@@ -26,7 +26,7 @@ def main() -> None:
 
     spec = TokenizerSpec(arguments.tokenizer, arguments.eod_token)
     tokenizer = load_tokenizer(spec)
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     found = set_directories(arguments.directory, "*.tar", (TRAIN, VALID))
     missing = [directory for directory in found if not (directory / INDEX_NAME).exists()]
     if found != [arguments.directory]:

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megassm.cli.arguments import Parser, Row, positive, print_table, tool_parser, write_json
+from megassm.cli.arguments import Parser, TableRow, positive, print_table, tool_parser, write_json
 from megassm.config.load import load_config, load_config_or_exit
 from megassm.config.schema import Config
 from megassm.config.source import ConfigError
@@ -80,7 +80,7 @@ def main() -> None:
     from megassm.plan.search import fitting_plans
 
     cluster, filters = cluster_of(arguments, config), filters_of(config)
-    report: dict[str, list[Row]] = {"cluster": [cluster._asdict()]}
+    report: dict[str, list[TableRow]] = {"cluster": [cluster._asdict()]}
     if mistakes:
         print("\n".join(mistakes) + f"\nthe mesh does not suit {world_size} GPUs as it is; what does:")
     elif not arguments.search:
@@ -121,7 +121,7 @@ def cluster_of(arguments: argparse.Namespace, config: Config) -> Cluster:
     )
 
 
-def row(plan: Plan, cluster: Cluster) -> Row:
+def row(plan: Plan, cluster: Cluster) -> TableRow:
     """A plan in one line."""
     from megassm.plan.estimate import model_flops_share
 
@@ -140,9 +140,9 @@ def row(plan: Plan, cluster: Cluster) -> Row:
     }
 
 
-def describe(plan: Plan, cluster: Cluster, filters: Filters) -> dict[str, list[Row]]:
+def describe(plan: Plan, cluster: Cluster, filters: Filters) -> dict[str, list[TableRow]]:
     config, model = plan.config, plan.config.model
-    memory: list[Row] = [{"kind": kind, "GB": size / 1e9} for kind, size in plan.memory.items()]
+    memory: list[TableRow] = [{"kind": kind, "GB": size / 1e9} for kind, size in plan.memory.items()]
     limit = cluster.memory_bytes * cluster.memory_share
     memory += [{"kind": "peak", "GB": plan.total_bytes / 1e9}, {"kind": "usable", "GB": limit / 1e9}]
     return {
@@ -166,7 +166,7 @@ def describe(plan: Plan, cluster: Cluster, filters: Filters) -> dict[str, list[R
     }
 
 
-def print_report(report: dict[str, list[Row]]) -> None:
+def print_report(report: dict[str, list[TableRow]]) -> None:
     cluster = report["cluster"][0]
     print(
         f"{cluster['nodes']} x {cluster['gpus_per_node']} GPUs at {cluster['peak_flops'] / 1e12:g} TFLOP/s, of which "
@@ -179,6 +179,6 @@ def print_report(report: dict[str, list[Row]]) -> None:
     print_table("budgets", report["budgets"])
 
 
-def write(report: dict[str, list[Row]], path: Path | None) -> None:
+def write(report: dict[str, list[TableRow]], path: Path | None) -> None:
     """One row a line of every table, with the table's name."""
     write_json([{"table": name, **line} for name, rows in report.items() for line in rows], path)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megassm.cli.arguments import Row, path_argument, print_table, tool_parser
+from megassm.cli.arguments import TableRow, path_argument, print_table, tool_parser
 from megassm.cli.progress import shown_progress
 from megassm.errors import UserError
 
@@ -28,7 +28,7 @@ def main() -> None:
         prepared = prepare(_job(arguments), progress)
     if prepared.was_there:
         print(f"{arguments.output} holds this data set already: nothing to do", file=sys.stderr)
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for split, shards in prepared.splits.items():
         counts = (shards.documents, shards.tokens, shards.text_bytes, len(shards.shards))
         rows.append(_row(split, *counts))
@@ -38,7 +38,7 @@ def main() -> None:
     print_table(str(arguments.output), rows, arguments.json)
 
 
-def _row(split: str, documents: int, tokens: int = 0, text_bytes: int = 0, shards: int = 0) -> Row:
+def _row(split: str, documents: int, tokens: int = 0, text_bytes: int = 0, shards: int = 0) -> TableRow:
     return {
         "split": split,
         "documents": documents,

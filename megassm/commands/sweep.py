@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from megassm.cli.arguments import (
     Parser,
-    Row,
+    TableRow,
     budget_list,
     image_file,
     output_file,
@@ -26,7 +26,7 @@ from megassm.errors import UserError
 
 if TYPE_CHECKING:
     from megassm.eval.sweep import BudgetRow, Sweep
-    from megassm.eval.watch import Request
+    from megassm.eval.watch import SweepRequest
     from megassm.parallel.world import Peers
 
 
@@ -61,10 +61,10 @@ def main() -> None:
     arguments = command_line.parse_args()
     if arguments.watch and (len(arguments.runs) > 1 or arguments.plot or arguments.report or arguments.csv):
         command_line.error("--watch takes one RUN_DIR and writes to its sweeps/; leave out --plot, --report and --csv")
-    from megassm.eval.watch import Request
+    from megassm.eval.watch import SweepRequest
     from megassm.parallel.world import join_peers, leave_world
 
-    request = Request(arguments.budgets, arguments.seq_lens, arguments.sequences, arguments.data, arguments.glob)
+    request = SweepRequest(arguments.budgets, arguments.seq_lens, arguments.sequences, arguments.data, arguments.glob)
     peers = join_peers(arguments.device)
     try:
         if arguments.watch:
@@ -77,7 +77,7 @@ def main() -> None:
         finish(sweeps, arguments.plot, arguments.report, arguments.csv, arguments.json)
 
 
-def measure(path: Path, request: Request, peers: Peers) -> Sweep:
+def measure(path: Path, request: SweepRequest, peers: Peers) -> Sweep:
     """Sweeps one run, prints its tables and leaves its files."""
     from megassm.eval.watch import sweep_path
     from megassm.report.sweep_files import write_sweep
@@ -91,7 +91,7 @@ def measure(path: Path, request: Request, peers: Peers) -> Sweep:
     return sweep
 
 
-def follow(run_dir: Path, request: Request, peers: Peers) -> list[Sweep]:
+def follow(run_dir: Path, request: SweepRequest, peers: Peers) -> list[Sweep]:
     """Sweeps a live run until its end."""
     from megassm.eval.watch import sweep_file, watch
     from megassm.report.sweep_files import plot_steps, write_json_sweep
@@ -132,7 +132,7 @@ def show(sweep: Sweep) -> None:
             print(f"rise: {describe(step)}")
 
 
-def table_row(row: BudgetRow) -> Row:
+def table_row(row: BudgetRow) -> TableRow:
     """What of a row fits on a terminal (ppl: perplexity a token; speeds in tokens); the files have the rest."""
     return {
         "K": row.k,
@@ -146,7 +146,7 @@ def table_row(row: BudgetRow) -> Row:
     }
 
 
-def _quality(row: BudgetRow) -> Row:
+def _quality(row: BudgetRow) -> TableRow:
     """Of a text, or of a task, whose bits are of an answer each."""
     if row.accuracy is None:
         spread = "" if row.perplexity_low is None else f"{row.perplexity_low:.4g}-{row.perplexity_high:.4g}"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megassm.cli.arguments import Row, path_argument, positive, print_table, tool_parser
+from megassm.cli.arguments import TableRow, path_argument, positive, print_table, tool_parser
 from megassm.cli.progress import shown_progress
 from megassm.errors import UserError
 
@@ -25,7 +25,7 @@ def main() -> None:
     from megassm.data.prepare.verify import set_directories
 
     damages: list[str] = []
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for directory in set_directories(arguments.directory, "index.*", (TRAIN, VALID)):
         found = _verify(directory, arguments, rows)
         for damage in found:
@@ -36,7 +36,7 @@ def main() -> None:
         raise UserError(f"{arguments.directory}: {len(damages)} damages, named above")
 
 
-def _verify(directory: Path, arguments: argparse.Namespace, rows: list[Row]) -> list[str]:
+def _verify(directory: Path, arguments: argparse.Namespace, rows: list[TableRow]) -> list[str]:
     """Adds a row to the table, prints samples where the set is sound; returns the damages."""
     from megassm.data.index import read_index
     from megassm.data.prepare.verify import check_tokenizer, sample_texts, verify

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from megassm.config.schema import Config
 from megassm.data.index import ShardSet, load_index
-from megassm.data.mixture import ONE_SOURCE, Mixture, MixturePhase, Reading, Source, check_repeats
+from megassm.data.mixture import ONE_SOURCE, DataSource, Mixture, MixturePhase, ReadOptions, check_repeats
 from megassm.data.request import Store
 from megassm.data.small_files import local_copies
 from megassm.data.stores import LocalStore, open_store
@@ -64,8 +64,8 @@ def open_dataset(config: Config) -> Dataset:
     for name, path in paths.items():
         knob = f"data.sources.{name}" if config.data.sources else "data.path"
         store = _open(knob, path)
-        train.append(Source(name, load_index(store.child(TRAIN))))
-        valid.append(Source(name, _valid_index(store)))
+        train.append(DataSource(name, load_index(store.child(TRAIN))))
+        valid.append(DataSource(name, _valid_index(store)))
         if tokenizer is None:
             spec = config.data.tokenizer or own_tokenizer(store, train[-1].shards)
             tokenizer = load_tokenizer(spec)
@@ -139,9 +139,9 @@ def _phases(config: Config) -> tuple[MixturePhase, ...]:
     return tuple(MixturePhase(phase.start_step, phase.sources) for phase in config.data.phases)
 
 
-def _reading(config: Config) -> Reading:
+def _reading(config: Config) -> ReadOptions:
     data, timeout_s = config.data, config.parallel.timeout_s
-    return Reading(
+    return ReadOptions(
         patience=Patience(deadline_s=FETCH_SHARE * timeout_s),
         batch_wait_s=BATCH_SHARE * timeout_s,
         cache_dir=Path(data.cache_dir) if data.cache_dir else None,

@@ -13,14 +13,14 @@ from typing import Literal, NamedTuple
 
 from megassm.config.schema import Config
 from megassm.data.index import ShardSet
-from megassm.data.order import MixtureOrder, Phase, SampleOrder, epoch_samples
+from megassm.data.order import MixtureOrder, OrderPhase, SampleOrder, epoch_samples
 from megassm.data.transport import Patience
 from megassm.errors import UserError
 
 ONE_SOURCE = "data"  # its name, where there is but one
 
 
-class Source(NamedTuple):
+class DataSource(NamedTuple):
     """A data set of a mixture."""
 
     name: str
@@ -28,7 +28,7 @@ class Source(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How the blocks are read; nothing here changes a batch, but for damaged data."""
 
     patience: Patience = field(default_factory=Patience)
@@ -51,9 +51,9 @@ class MixturePhase:
 class Mixture:
     """The sources of a run and their shares. All are in the ids of one tokenizer."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[DataSource, ...]
     phases: tuple[MixturePhase, ...]
-    reading: Reading = field(default_factory=Reading)
+    reading: ReadOptions = field(default_factory=ReadOptions)
     answers: int | None = None
     """Of a task: ids below it are answers, which alone are to be predicted (`megassm.data.task`)."""
 
@@ -85,7 +85,9 @@ class Mixture:
             samples = epoch_samples(shards.tokens, shape.seq_len)
             orders.append(SampleOrder(samples, shape.seed, shape.lanes, shape.window))
         phases = [
-            Phase(phase.start_step * shape.batch_sequences, tuple(phase.weights.get(s.name, 0.0) for s in self.sources))
+            OrderPhase(
+                phase.start_step * shape.batch_sequences, tuple(phase.weights.get(s.name, 0.0) for s in self.sources)
+            )
             for phase in self.phases
         ]
         return MixtureOrder(orders, phases)
@@ -101,9 +103,9 @@ class OrderShape(NamedTuple):
     window: int = 64
 
 
-def one_source(shards: ShardSet, reading: Reading | None = None) -> Mixture:
+def one_source(shards: ShardSet, reading: ReadOptions | None = None) -> Mixture:
     """The simple case."""
-    return Mixture((Source(ONE_SOURCE, shards),), (MixturePhase(0, {ONE_SOURCE: 1.0}),), reading or Reading())
+    return Mixture((DataSource(ONE_SOURCE, shards),), (MixturePhase(0, {ONE_SOURCE: 1.0}),), reading or ReadOptions())
 
 
 def check_repeats(mixture: Mixture, config: Config) -> None:

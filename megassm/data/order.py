@@ -96,14 +96,14 @@ class SampleOrder:
         return epoch, lane_start + window_start + order[offset]
 
 
-class Phase(NamedTuple):
+class OrderPhase(NamedTuple):
     """From a global sample on, what share of the samples each source has; 0: none."""
 
     first_sample: int
     weights: tuple[float, ...]
 
 
-class Place(NamedTuple):
+class SamplePlace(NamedTuple):
     """Where a sample lies: which source, and where in the virtual stream of one of its epochs."""
 
     source: int
@@ -136,7 +136,7 @@ def _pattern(weights: tuple[float, ...]) -> tuple[tuple[int, ...], npt.NDArray[n
 class MixtureOrder:
     """The map from global sample numbers to places in several sources, whose shares change by phases."""
 
-    def __init__(self, orders: Sequence[SampleOrder], phases: Sequence[Phase]) -> None:
+    def __init__(self, orders: Sequence[SampleOrder], phases: Sequence[OrderPhase]) -> None:
         """`orders` have equal lanes; the first phase begins at sample 0, and they are in order."""
         self._orders, self._phases = tuple(orders), tuple(phases)
         self._lanes = self._orders[0].lanes
@@ -147,10 +147,10 @@ class MixtureOrder:
         for phase in range(1, len(self._phases)):
             self._read_before.append(self._read(phase - 1, self._first_rows[phase]))
 
-    def locate(self, global_sample: int) -> Place:
+    def locate(self, global_sample: int) -> SamplePlace:
         """Where the sample is."""
         if len(self._orders) == 1:  # what is counted below would be the number itself
-            return Place(0, *self._orders[0].locate(global_sample))
+            return SamplePlace(0, *self._orders[0].locate(global_sample))
         phase = bisect_right(self._starts, global_sample) - 1
         row, lane = divmod(global_sample, self._lanes)
         pattern, taken = _pattern(self._phases[phase].weights)
@@ -158,7 +158,7 @@ class MixtureOrder:
         source = pattern[slot % PATTERN]
         since = _taken(taken[source], slot) - _taken(taken[source], lane)
         turn = int(self._read_before[phase][source, lane] + since)
-        return Place(source, *self._orders[source].locate(turn * self._lanes + lane))
+        return SamplePlace(source, *self._orders[source].locate(turn * self._lanes + lane))
 
     def epochs(self, global_samples: int) -> list[float]:
         """How often each source has been read by the samples before this one."""

@@ -36,7 +36,7 @@ class ReplacedFileError(Exception):
 
 
 @dataclass(frozen=True)
-class Span:
+class ByteRange:
     """Bytes asked for: `size` from `offset`, or all from there."""
 
     offset: int = 0
@@ -70,7 +70,7 @@ class Store(Protocol):
     def child(self, name: str) -> Store:
         """A folder inside."""
 
-    def request(self, name: str, span: Span, etag: str | None) -> Reply:
+    def request(self, name: str, span: ByteRange, etag: str | None) -> Reply:
         """The bytes `span` of a file; `etag` is what its content must still be."""
 
 

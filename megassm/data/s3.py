@@ -16,10 +16,10 @@ from megassm.data.request import (
     READ_S,
     RETRIED_STATUS,
     BrokenFetchError,
+    ByteRange,
     NoSuchFileError,
     ReplacedFileError,
     Reply,
-    Span,
     describe,
 )
 from megassm.errors import UserError, install_hint
@@ -42,7 +42,7 @@ class S3Store:
     def child(self, name: str) -> S3Store:
         return S3Store(f"{self.place}/{name}", self._client)
 
-    def request(self, name: str, span: Span, etag: str | None) -> Reply:
+    def request(self, name: str, span: ByteRange, etag: str | None) -> Reply:
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
         key = f"{self._prefix}/{name}".lstrip("/")
@@ -58,7 +58,7 @@ class S3Store:
         body = got["Body"]
         return Reply(int(got["ContentLength"]), got.get("ETag"), _chunks(body), body.close)
 
-    def _refused(self, response: dict[str, Any], name: str, span: Span) -> Reply:
+    def _refused(self, response: dict[str, Any], name: str, span: ByteRange) -> Reply:
         code = str(response.get("Error", {}).get("Code", ""))
         status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         if status == 416:

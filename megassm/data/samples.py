@@ -15,8 +15,8 @@ import numpy.typing as npt
 from megassm.data.blocks import BlockReader, DamagedBlockError, Fetch, StoredIds
 from megassm.data.cache import DiskCache
 from megassm.data.index import ShardSet
-from megassm.data.mixture import Mixture, OrderShape, Reading
-from megassm.data.order import Place, block_order
+from megassm.data.mixture import Mixture, OrderShape, ReadOptions
+from megassm.data.order import SamplePlace, block_order
 from megassm.data.prefetch import BlockKey, BlockMemory
 from megassm.data.transport import Meter, Transport
 
@@ -59,7 +59,7 @@ class SampleReader:
         self.memory = BlockMemory(self._load, self._bytes_of, memory_bytes)
         self._announced: set[str] = set()
 
-    def pieces(self, place: Place) -> list[Piece]:
+    def pieces(self, place: SamplePlace) -> list[Piece]:
         """What a sample consists of: seq_len + 1 ids, fewer where the epoch ends."""
         layout = self._layout(place.source, place.epoch)
         keys, starts = layout.keys, layout.starts
@@ -111,7 +111,7 @@ class SampleReader:
         return self._block_bytes[key.source][key.block]
 
 
-def _block_reader(shards: ShardSet, reading: Reading, meter: Meter, fetch: Fetch | None) -> BlockReader:
+def _block_reader(shards: ShardSet, reading: ReadOptions, meter: Meter, fetch: Fetch | None) -> BlockReader:
     disk = DiskCache(reading.cache_dir, reading.cache_bytes) if reading.cache_dir else None
     return BlockReader(shards, fetch or Transport(shards.store, reading.patience, meter, known=True).fetch, disk, meter)
 

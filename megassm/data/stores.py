@@ -17,10 +17,10 @@ from megassm.data.request import (
     READ_S,
     RETRIED_STATUS,
     BrokenFetchError,
+    ByteRange,
     NoSuchFileError,
     ReplacedFileError,
     Reply,
-    Span,
     Store,
     describe,
     whole_reply,
@@ -81,7 +81,7 @@ class LocalStore:
     def child(self, name: str) -> LocalStore:
         return LocalStore(self.directory / name)
 
-    def request(self, name: str, span: Span, etag: str | None) -> Reply:
+    def request(self, name: str, span: ByteRange, etag: str | None) -> Reply:
         try:
             with open(self.directory / name, "rb") as file:
                 file.seek(span.offset)
@@ -114,7 +114,7 @@ class HttpStore:
         parts = urlsplit(self._url)
         return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
 
-    def request(self, name: str, span: Span, etag: str | None) -> Reply:
+    def request(self, name: str, span: ByteRange, etag: str | None) -> Reply:
         return http_request(self._pool, self._file_url(name), span, etag)
 
 
@@ -127,7 +127,7 @@ class LinkedStore:
     def child(self, name: str) -> LinkedStore:
         return LinkedStore(f"{self.place}/{name}", self._links, self._pool, f"{self._prefix}{name}/")
 
-    def request(self, name: str, span: Span, etag: str | None) -> Reply:
+    def request(self, name: str, span: ByteRange, etag: str | None) -> Reply:
         url = self._links.get(self._prefix + name)
         if url is None:
             raise NoSuchFileError
@@ -159,7 +159,7 @@ def _pool(url: str) -> urllib3.PoolManager:
     return urllib3.PoolManager(maxsize=CONNECTIONS, timeout=timeout)
 
 
-def http_request(pool: urllib3.PoolManager, url: str, span: Span, etag: str | None) -> Reply:
+def http_request(pool: urllib3.PoolManager, url: str, span: ByteRange, etag: str | None) -> Reply:
     """One ranged GET, redirects followed. See `megassm.data.request` for what is raised."""
     import urllib3
 
@@ -188,7 +188,7 @@ def http_request(pool: urllib3.PoolManager, url: str, span: Span, etag: str | No
     return Reply(length, response.headers.get("ETag"), chunks, response.close)
 
 
-def _checked_length(response: urllib3.BaseHTTPResponse, url: str, span: Span) -> int:
+def _checked_length(response: urllib3.BaseHTTPResponse, url: str, span: ByteRange) -> int:
     """Bytes the body has, where the status and the headers are what was asked for."""
     match response.status:
         case 206:
@@ -213,7 +213,7 @@ def _checked_length(response: urllib3.BaseHTTPResponse, url: str, span: Span) ->
             raise UserError(f"{url}: HTTP {status}, expected 206; look at the server's log, or at the URL")
 
 
-def _range_length(content_range: str, span: Span) -> int:
+def _range_length(content_range: str, span: ByteRange) -> int:
     found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", content_range.strip())
     if not found:
         raise BrokenFetchError(f"HTTP 206 with Content-Range {content_range[:80]!r}")
@@ -261,7 +261,7 @@ class FsspecStore:
     def child(self, name: str) -> FsspecStore:
         return FsspecStore(f"{self._url}/{name}")
 
-    def request(self, name: str, span: Span, etag: str | None) -> Reply:
+    def request(self, name: str, span: ByteRange, etag: str | None) -> Reply:
         stop = None if span.size is None else span.offset + span.size
         try:
             data = self._files.cat_file(f"{self._url}/{name}", start=span.offset or None, end=stop)

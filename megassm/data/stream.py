@@ -25,7 +25,7 @@ import numpy.typing as npt
 from megassm.data.blocks import Fetch
 from megassm.data.index import ShardSet
 from megassm.data.mixture import Mixture, OrderShape, one_source
-from megassm.data.order import Place, epoch_samples
+from megassm.data.order import SamplePlace, epoch_samples
 from megassm.data.prefetch import BlockKey, FetchThreads
 from megassm.data.samples import Piece, SampleReader, lane_bytes
 from megassm.data.skipped import LeftOut, batch_of
@@ -221,13 +221,13 @@ def validation_batches(data: ShardSet | Mixture, plan: StreamPlan, sequences: in
     return _prefetched(batches, meter, mixture.reading.batch_wait_s)
 
 
-def validation_places(mixture: Mixture, seq_len: int, sequences: int) -> list[Place]:
+def validation_places(mixture: Mixture, seq_len: int, sequences: int) -> list[SamplePlace]:
     """The first samples of each source as stored, equally many of each as far as it goes."""
     places = []
     for number, (_, shards) in enumerate(mixture.sources):
         share = len(range(number, sequences, len(mixture.sources)))
         held = epoch_samples(shards.tokens, seq_len)
-        places += [Place(number, 0, index) for index in range(min(share, held))]
+        places += [SamplePlace(number, 0, index) for index in range(min(share, held))]
     return places
 
 

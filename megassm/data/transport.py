@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megassm.data.request import BrokenFetchError, NoSuchFileError, ReplacedFileError, Reply, Span, Store
+from megassm.data.request import BrokenFetchError, ByteRange, NoSuchFileError, ReplacedFileError, Reply, Store
 from megassm.errors import UserError
 
 START_DEADLINE_S = 30.0  # for an index: a wrong address is told soon
@@ -94,7 +94,7 @@ class Transport:
         got: list[bytes] = []
         reached = failures = 0
         while True:
-            rest = Span(offset + reached, None if size is None else size - reached)
+            rest = ByteRange(offset + reached, None if size is None else size - reached)
             try:
                 self._read(name, rest, got, started + self._patience.deadline_s)
                 return b"".join(got)
@@ -111,7 +111,7 @@ class Transport:
             except ReplacedFileError:
                 raise self._replaced(name, offset) from None
 
-    def _read(self, name: str, span: Span, into: list[bytes], deadline: float) -> None:
+    def _read(self, name: str, span: ByteRange, into: list[bytes], deadline: float) -> None:
         try:
             reply = self._store.request(name, span, self._etags.get(name))
         except NoSuchFileError:

@@ -23,7 +23,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from megassm.cli.arguments import Row
+from megassm.cli.arguments import TableRow
 from megassm.errors import UserError
 from megassm.eval.generate import generate
 from megassm.eval.sampling import Sampling
@@ -215,7 +215,7 @@ def local_tasks() -> list[str]:
     return sorted(path.stem for path in TASKS.glob("*.yaml"))
 
 
-def evaluate_tasks(model: MegaSSMLM, tasks: Sequence[str], budgets: Sequence[int], limit: int | None) -> list[Row]:
+def evaluate_tasks(model: MegaSSMLM, tasks: Sequence[str], budgets: Sequence[int], limit: int | None) -> list[TableRow]:
     """A row for each task, metric and budget: the value and its standard error.
 
     Args:
@@ -231,7 +231,7 @@ def evaluate_tasks(model: MegaSSMLM, tasks: Sequence[str], budgets: Sequence[int
     if unknown:
         raise UserError(f"tasks {', '.join(unknown)}: must be among {', '.join(local_tasks())}")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for k in budgets:
         model.k = k
         manager = TaskManager(include_path=str(TASKS), include_defaults=False)

@@ -61,7 +61,7 @@ class BudgetRow:
 
 
 @dataclass(frozen=True)
-class Curve:
+class BudgetCurve:
     """One text at one sequence length."""
 
     data: str
@@ -92,7 +92,7 @@ class Sweep:
     run: str
     step: int
     trained_seq_len: int
-    curves: list[Curve]
+    curves: list[BudgetCurve]
 
     @property
     def name(self) -> str:
@@ -118,7 +118,7 @@ class SweepPlan:
 
 
 @dataclass(frozen=True)
-class Cost:
+class MeasuredCost:
     """What of a budget's row is independent of the text; 0 on ranks that do not measure."""
 
     prefill_tokens_per_s: float = 0.0
@@ -133,7 +133,7 @@ def sweep(
     token_bytes: npt.NDArray[np.int64],
     peers: Peers,
     progress: Progress = SILENT,
-) -> list[Curve]:
+) -> list[BudgetCurve]:
     """Cuts `model` to each budget and to K_max in turn, and measures the smaller model.
 
     Every rank must call it and gets the same curves; the text is divided among them, and rank 0 alone is timed.
@@ -154,7 +154,7 @@ def sweep(
     keys = [(text, length) for length in plan.seq_lens for text in texts]
     batches = together(lambda: [list(_batches(text, length, model, plan, peers)) for text, length in keys])
     scores: list[dict[int, Floats]] = [{} for _ in keys]
-    costs: list[dict[int, Cost]] = [{} for _ in keys]
+    costs: list[dict[int, MeasuredCost]] = [{} for _ in keys]
     counted = _counter(progress, len(budgets) * sum(len(of_text) for of_text in batches))
     for k in budgets:
         small = truncate(model, k).to(peers.device).eval()
@@ -241,14 +241,14 @@ def _gathered(mine_N5: Floats) -> Floats:
     return np.asarray(rows[np.argsort(rows[:, 0], kind="stable"), 1:])
 
 
-def _cost(small: LanguageModel, k: int, batch: MicroBatch, peers: Peers) -> Cost:
+def _cost(small: LanguageModel, k: int, batch: MicroBatch, peers: Peers) -> MeasuredCost:
     """Measured by rank 0 while the others wait."""
-    cost = measured_cost(small, k, batch, peers.device) if peers.is_main else Cost()
+    cost = measured_cost(small, k, batch, peers.device) if peers.is_main else MeasuredCost()
     barrier()
     return cost
 
 
-def measured_cost(small: LanguageModel, k: int, batch: MicroBatch, device: torch.device) -> Cost:
+def measured_cost(small: LanguageModel, k: int, batch: MicroBatch, device: torch.device) -> MeasuredCost:
     """Of a model cut to k, on the inputs of `batch`."""
     ids_BL = torch.from_numpy(batch.ids_BT[:, :-1]).to(device)
     steps = has_steps(small)
@@ -269,7 +269,7 @@ def measured_cost(small: LanguageModel, k: int, batch: MicroBatch, device: torch
         _, after = small.prefill(ids_BL, k)
         seconds = statistics.median(timed_seconds(decode, device, TIMED_REPEATS))
         decode_rate = DECODED_TOKENS * len(ids_BL) / seconds
-    return Cost(rate, decode_rate, memory / 2**20)
+    return MeasuredCost(rate, decode_rate, memory / 2**20)
 
 
 def _unigram(batches: Sequence[MicroBatch], token_bytes: npt.NDArray[np.int64]) -> float:
@@ -286,9 +286,9 @@ def _curve(
     model: LanguageModel,
     key: tuple[str, int, SweepPlan],
     scores: dict[int, Floats],
-    costs: dict[int, Cost],
+    costs: dict[int, MeasuredCost],
     unigram: float,
-) -> Curve:
+) -> BudgetCurve:
     data, length, plan = key
     config, k_max = model.config, model.config.num_channels
     totals = {k: Score(*found_N4.sum(0).tolist()) for k, found_N4 in scores.items()}
@@ -318,7 +318,7 @@ def _curve(
             )
         )
     found = shape({k: total.bits_per_byte for k, total in totals.items()}, bits)
-    return Curve(data, length, sequences, int(totals[k_max].tokens), unigram, found, rows)
+    return BudgetCurve(data, length, sequences, int(totals[k_max].tokens), unigram, found, rows)
 
 
 def _bits_per_byte(sums_R4: Floats) -> Floats:

@@ -34,7 +34,7 @@ FINISHED = "finished"
 
 
 @dataclass(frozen=True)
-class Request:
+class SweepRequest:
     """What to measure; None is what the run's own configuration says."""
 
     budgets: Sequence[int] | None = None
@@ -71,7 +71,7 @@ def run_directory(checkpoint: Checkpoint) -> Path:
     return folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
 
 
-def sweep_path(path: Path, request: Request, peers: Peers) -> tuple[Sweep, Path]:
+def sweep_path(path: Path, request: SweepRequest, peers: Peers) -> tuple[Sweep, Path]:
     """(the sweep of a run's newest complete checkpoint or of the one named, its run directory). All ranks call it.
 
     Raises:
@@ -85,7 +85,7 @@ def sweep_path(path: Path, request: Request, peers: Peers) -> tuple[Sweep, Path]
     return _sweep(str(path), (checkpoint, model), texts, request, peers), run_directory(checkpoint)
 
 
-def watch(run_dir: Path, request: Request, peers: Peers) -> Iterator[Sweep]:
+def watch(run_dir: Path, request: SweepRequest, peers: Peers) -> Iterator[Sweep]:
     """Sweeps each checkpoint of a run that has no RUN_DIR/sweeps/step-N.json yet, oldest first, and waits for more.
 
     Ends after the checkpoint of the run's last step. One that rotation removes meanwhile is passed over. All ranks
@@ -125,7 +125,7 @@ def _sweep(
     name: str,
     opened: tuple[Checkpoint, LanguageModel],
     texts: tuple[list[EvalText], Tokenizer],
-    request: Request,
+    request: SweepRequest,
     peers: Peers,
 ) -> Sweep:
     checkpoint, model = opened

@@ -2,8 +2,8 @@
 
 A spectral layer's state is S x D numbers a sequence; an attention layer's the keys and values that later queries may
 see. States are values: a step gives a new one and leaves the old one as it was. Keys and values are nevertheless
-written in place, into room kept for them: only a state that is continued twice pays for a copy, unless it says first
-that nothing else is left of what came after it (`DecodingState.rewind`).
+written in place, into space reserved for them: only a state that is continued twice pays for a copy, unless it says
+first that nothing else is left of what came after it (`DecodingState.rewind`).
 
 Shapes: B batch, L length, D width, S states, G key-value heads, P dimensions a head, T positions held.
 """
@@ -18,62 +18,62 @@ import torch
 from torch import Tensor
 
 SLACK = 64
-"""Positions that a window has room for beyond those it needs, so that it is moved to the front once in so many."""
+"""Positions that a window has space for beyond those it needs, so that it is moved to the front once in so many."""
 
 
 @dataclass
-class _Store:
-    """Room for keys and values (B, G, room, P), and how many positions of each sequence the newest state holds."""
+class _Buffers:
+    """Memory for keys and values (B, G, capacity, P), and how many positions of each text the newest state holds."""
 
     key_BGTP: Tensor
     value_BGTP: Tensor
     newest: tuple[int, ...]
 
-    def moved(self, firsts: Sequence[int], used: Sequence[int], room: int) -> _Store:
-        """A copy with room for `room` positions, of positions first..used of each sequence."""
-        size = (*self.key_BGTP.shape[:2], room, self.key_BGTP.shape[3])
-        store = _Store(self.key_BGTP.new_zeros(size), self.value_BGTP.new_zeros(size), ())
+    def moved(self, firsts: Sequence[int], used: Sequence[int], capacity: int) -> _Buffers:
+        """A copy with space for `capacity` positions, of positions first..used of each sequence."""
+        size = (*self.key_BGTP.shape[:2], capacity, self.key_BGTP.shape[3])
+        buffers = _Buffers(self.key_BGTP.new_zeros(size), self.value_BGTP.new_zeros(size), ())
         for row, (first, end) in enumerate(zip(firsts, used, strict=True)):
-            store.key_BGTP[row, :, : end - first] = self.key_BGTP[row, :, first:end]
-            store.value_BGTP[row, :, : end - first] = self.value_BGTP[row, :, first:end]
-        store.newest = tuple(end - first for first, end in zip(firsts, used, strict=True))
-        return store
+            buffers.key_BGTP[row, :, : end - first] = self.key_BGTP[row, :, first:end]
+            buffers.value_BGTP[row, :, : end - first] = self.value_BGTP[row, :, first:end]
+        buffers.newest = tuple(end - first for first, end in zip(firsts, used, strict=True))
+        return buffers
 
 
 class KeyValueCache(NamedTuple):
     """The rotated keys and the values of the last `used` positions of each sequence."""
 
-    store: _Store
+    buffers: _Buffers
     used: tuple[int, ...]
 
     @classmethod
     def empty(cls, key_BGLP: Tensor, value_BGLP: Tensor) -> KeyValueCache:
         """Holds nothing, of as many sequences and heads as these."""
-        room = (*key_BGLP.shape[:2], 0, key_BGLP.shape[3])
+        capacity = (*key_BGLP.shape[:2], 0, key_BGLP.shape[3])
         nothing = (0,) * len(key_BGLP)
-        return cls(_Store(key_BGLP.new_zeros(room), value_BGLP.new_zeros(room), nothing), nothing)
+        return cls(_Buffers(key_BGLP.new_zeros(capacity), value_BGLP.new_zeros(capacity), nothing), nothing)
 
     def append(self, key_BGLP: Tensor, value_BGLP: Tensor, window: int | None) -> KeyValueCache:
-        """With L more positions of every sequence; what no later query can see makes room for them."""
-        store, used, length = self.store, self.used, key_BGLP.shape[2]
-        room = store.key_BGTP.shape[2]
-        if max(used) + length > room:
+        """With L more positions of every sequence; what no later query can see makes space for them."""
+        buffers, used, length = self.buffers, self.used, key_BGLP.shape[2]
+        capacity = buffers.key_BGTP.shape[2]
+        if max(used) + length > capacity:
             firsts = [0 if window is None else max(0, count - window + 1) for count in used]
             needed = length + max(count - first for first, count in zip(firsts, used, strict=True))
-            grown = max(needed, 2 * room) if window is None else max(needed, window - 1 + SLACK)
-            store = store.moved(firsts, used, grown)
-            used = store.newest
-        elif store.newest != used:  # another state has been continued from here
-            store = store.moved([0] * len(used), used, room)
+            grown = max(needed, 2 * capacity) if window is None else max(needed, window - 1 + SLACK)
+            buffers = buffers.moved(firsts, used, grown)
+            used = buffers.newest
+        elif buffers.newest != used:  # another state has been continued from here
+            buffers = buffers.moved([0] * len(used), used, capacity)
         if len(set(used)) == 1:
-            store.key_BGTP[:, :, used[0] : used[0] + length] = key_BGLP
-            store.value_BGTP[:, :, used[0] : used[0] + length] = value_BGLP
+            buffers.key_BGTP[:, :, used[0] : used[0] + length] = key_BGLP
+            buffers.value_BGTP[:, :, used[0] : used[0] + length] = value_BGLP
         else:
             for row, first in enumerate(used):
-                store.key_BGTP[row, :, first : first + length] = key_BGLP[row]
-                store.value_BGTP[row, :, first : first + length] = value_BGLP[row]
-        store.newest = tuple(count + length for count in used)
-        return KeyValueCache(store, store.newest)
+                buffers.key_BGTP[row, :, first : first + length] = key_BGLP[row]
+                buffers.value_BGTP[row, :, first : first + length] = value_BGLP[row]
+        buffers.newest = tuple(count + length for count in used)
+        return KeyValueCache(buffers, buffers.newest)
 
     def seen(self, length: int, window: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """(keys, values, mask) that the last `length` positions of each sequence look at.
@@ -83,7 +83,7 @@ class KeyValueCache(NamedTuple):
         before = [count - length for count in self.used]
         first = 0 if window is None else max(0, min(before) - window + 1)
         span = slice(first, max(self.used))
-        key_BGTP, value_BGTP = self.store.key_BGTP[:, :, span], self.store.value_BGTP[:, :, span]
+        key_BGTP, value_BGTP = self.buffers.key_BGTP[:, :, span], self.buffers.value_BGTP[:, :, span]
         alike = len(set(before)) == 1
         if length == 1 and alike:
             return key_BGTP, value_BGTP, None
@@ -97,38 +97,38 @@ class KeyValueCache(NamedTuple):
     def keep(self, length: int, counts: Sequence[int]) -> KeyValueCache:
         """Without all but the first `counts` of the last `length` positions, which are gone for good."""
         used = tuple(count - length + kept for count, kept in zip(self.used, counts, strict=True))
-        self.store.newest = used
-        return KeyValueCache(self.store, used)
+        self.buffers.newest = used
+        return KeyValueCache(self.buffers, used)
 
     def fitted(self, window: int) -> KeyValueCache:
-        """In no more room than a window needs: a long text that was read at once has taken more."""
-        room = window - 1 + SLACK
-        if self.store.key_BGTP.shape[2] <= room:
+        """In no more memory than a window needs: a long text that was read at once has taken more."""
+        capacity = window - 1 + SLACK
+        if self.buffers.key_BGTP.shape[2] <= capacity:
             return self
         firsts = [max(0, count - window + 1) for count in self.used]
-        store = self.store.moved(firsts, self.used, room)
-        return KeyValueCache(store, store.newest)
+        buffers = self.buffers.moved(firsts, self.used, capacity)
+        return KeyValueCache(buffers, buffers.newest)
 
     def rewind(self) -> None:
-        self.store.newest = self.used
+        self.buffers.newest = self.used
 
     def take(self, rows: Tensor) -> KeyValueCache:
         used = tuple(self.used[row] for row in rows.tolist())
-        store = _Store(self.store.key_BGTP[rows], self.store.value_BGTP[rows], used)
-        return KeyValueCache(store, used)
+        buffers = _Buffers(self.buffers.key_BGTP[rows], self.buffers.value_BGTP[rows], used)
+        return KeyValueCache(buffers, used)
 
     def where(self, own_B: Tensor, other: KeyValueCache) -> KeyValueCache:
         """This cache's texts where `own_B`, the other's, which holds as many positions, elsewhere."""
         assert self.used == other.used
         span, own_B111 = slice(max(self.used)), own_B[:, None, None, None]
-        key_BGTP = torch.where(own_B111, self.store.key_BGTP[:, :, span], other.store.key_BGTP[:, :, span])
-        value_BGTP = torch.where(own_B111, self.store.value_BGTP[:, :, span], other.store.value_BGTP[:, :, span])
-        return KeyValueCache(_Store(key_BGTP, value_BGTP, self.used), self.used)
+        key_BGTP = torch.where(own_B111, self.buffers.key_BGTP[:, :, span], other.buffers.key_BGTP[:, :, span])
+        value_BGTP = torch.where(own_B111, self.buffers.value_BGTP[:, :, span], other.buffers.value_BGTP[:, :, span])
+        return KeyValueCache(_Buffers(key_BGTP, value_BGTP, self.used), self.used)
 
     @property
     def nbytes(self) -> int:
-        """Of the room, used or not."""
-        return self.store.key_BGTP.nbytes + self.store.value_BGTP.nbytes
+        """Of the reserved memory, used or not."""
+        return self.buffers.key_BGTP.nbytes + self.buffers.value_BGTP.nbytes
 
 
 MixerState = Tensor | KeyValueCache

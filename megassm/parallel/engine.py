@@ -27,10 +27,10 @@ from megassm.parallel import state
 from megassm.parallel.mesh import Mesh
 from megassm.parallel.sequence import split_sequence
 from megassm.parallel.state import Kind
-from megassm.parallel.tensor import build_split_model, gather_whole, parts_of
+from megassm.parallel.tensor import build_split_model, gather_whole, weight_slices
 from megassm.parallel.world import Group, World
 
-Source = Callable[[str, Kind], Tensor]
+StateSource = Callable[[str, Kind], Tensor]
 """The whole value of a kind of state of a parameter, by name."""
 
 
@@ -123,7 +123,7 @@ class Engine:
                 dist_init_required=False,
             )
         self.model: LanguageModel = self._engine.module
-        self._parts = parts_of(config.model, world.mesh.tensor, world.place.tensor)
+        self._parts = weight_slices(config.model, world.mesh.tensor, world.coordinates.tensor)
         self._shapes = parameter_shapes(config.model)
         state.create_moments(self._engine)
 
@@ -211,7 +211,7 @@ class Engine:
                     kept.setdefault(name, {})[kind] = whole.to("cpu", torch.float32, copy=True)
         return kept
 
-    def write_state(self, source: Source, updates: int) -> None:
+    def write_state(self, source: StateSource, updates: int) -> None:
         """Restores what `read_state` gave on any mesh; `updates` is what `applied_updates` was."""
         for name, parameter in self.model.named_parameters():
             for kind in state.KINDS:

@@ -18,8 +18,8 @@ from typing import NamedTuple
 from megassm.config.schema import Config
 
 
-class Place(NamedTuple):
-    """Coordinates of a rank."""
+class Coordinates(NamedTuple):
+    """Of a rank, along the axes."""
 
     data: int
     sequence: int
@@ -42,13 +42,13 @@ class Mesh(NamedTuple):
         """Ranks that hold the same part of the weights."""
         return self.data * self.sequence
 
-    def place(self, rank: int) -> Place:
+    def coordinates(self, rank: int) -> Coordinates:
         rest, tensor = divmod(rank, self.tensor)
         data, sequence = divmod(rest, self.sequence)
-        return Place(data, sequence, tensor)
+        return Coordinates(data, sequence, tensor)
 
-    def rank(self, place: Place) -> int:
-        return (place.data * self.sequence + place.sequence) * self.tensor + place.tensor
+    def rank(self, at: Coordinates) -> int:
+        return (at.data * self.sequence + at.sequence) * self.tensor + at.tensor
 
     def tensor_groups(self) -> list[list[int]]:
         return self._groups("tensor")
@@ -64,9 +64,9 @@ class Mesh(NamedTuple):
 
     def _groups(self, *axes: str) -> list[list[int]]:
         """The ranks that differ along `axes` only, group by group."""
-        groups: dict[Place, list[int]] = {}
+        groups: dict[Coordinates, list[int]] = {}
         for rank in range(self.size):
-            key = self.place(rank)._replace(**dict.fromkeys(axes, 0))
+            key = self.coordinates(rank)._replace(**dict.fromkeys(axes, 0))
             groups.setdefault(key, []).append(rank)
         return list(groups.values())
 

@@ -1,6 +1,6 @@
 """Where an update's time goes on one rank: data, forward, backward, update, and waiting for other ranks.
 
-The loop notes them with its places for the watchdog (`megassm.parallel.watchdog.Progress`). What a phase spends in
+The loop notes them with its places for the watchdog (`megassm.parallel.watchdog.RankProgress`). What a phase spends in
 a collective is taken out of it and counted as communication: so a slow rank's own phases are long, and those of the
 ranks that only wait for it are not.
 
@@ -17,7 +17,7 @@ from typing import Any
 from torch._C._distributed_c10d import Work
 
 
-class Phase(StrEnum):
+class StepPhase(StrEnum):
     """A part of an update."""
 
     DATA = "data"
@@ -27,7 +27,7 @@ class Phase(StrEnum):
     COMMUNICATION = "communication"
 
 
-COMPUTE = (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.UPDATE)
+COMPUTE = (StepPhase.DATA, StepPhase.FORWARD, StepPhase.BACKWARD, StepPhase.UPDATE)
 """What a rank does itself."""
 
 
@@ -63,16 +63,16 @@ class PhaseClock:
 
     def restart(self, now: float) -> None:
         """Begins an update."""
-        self._spent = dict.fromkeys(Phase, 0.0)
+        self._spent = dict.fromkeys(StepPhase, 0.0)
         self._counted_to, self._waited = now, Waits.seconds
 
-    def count(self, phase: Phase | None, now: float) -> None:
+    def count(self, phase: StepPhase | None, now: float) -> None:
         """What has passed since the last count was spent in `phase`; None: beside the update."""
         seconds, waited = now - self._counted_to, Waits.seconds - self._waited
         self._counted_to, self._waited = now, Waits.seconds
         if phase is not None:
             self._spent[phase] += max(0.0, seconds - waited)
-            self._spent[Phase.COMMUNICATION] += waited
+            self._spent[StepPhase.COMMUNICATION] += waited
 
-    def spent(self) -> dict[Phase, float]:
+    def spent(self) -> dict[StepPhase, float]:
         return dict(self._spent)

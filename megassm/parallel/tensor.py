@@ -62,7 +62,7 @@ SPLIT_AXIS = {
 """By the end of a parameter's name; the others are replicated."""
 
 
-class Part(NamedTuple):
+class WeightSlice(NamedTuple):
     """What one rank holds of a parameter: every `step`-th of the indices [start, stop) of `axis`, or all of it where
     `axis` is None."""
 
@@ -87,11 +87,11 @@ def bounds(size: int, ranks: int, rank: int) -> tuple[int, int]:
     return size * rank // ranks, size * (rank + 1) // ranks
 
 
-def _part(axis: int, size: int, ranks: int, rank: int, dealt: bool) -> Part:
-    return Part(axis, rank, size, ranks) if dealt else Part(axis, *bounds(size, ranks, rank))
+def _slice(axis: int, size: int, ranks: int, rank: int, dealt: bool) -> WeightSlice:
+    return WeightSlice(axis, rank, size, ranks) if dealt else WeightSlice(axis, *bounds(size, ranks, rank))
 
 
-def parts_of(config: ModelConfig, ranks: int, rank: int) -> dict[str, Part]:
+def weight_slices(config: ModelConfig, ranks: int, rank: int) -> dict[str, WeightSlice]:
     """What tensor rank `rank` of `ranks` holds of each parameter: a pure function."""
     parts = {}
     for name, shape in parameter_shapes(config).items():
@@ -100,7 +100,7 @@ def parts_of(config: ModelConfig, ranks: int, rank: int) -> dict[str, Part]:
         if short in ("mixer.key.weight", "mixer.value.weight") and config.kv_heads < ranks:
             axis = None
         dealt = config.ffn_elastic is not None and short.startswith("ffn.")
-        parts[name] = Part(None, 0, 0) if axis is None else _part(axis, shape[axis], ranks, rank, dealt)
+        parts[name] = WeightSlice(None, 0, 0) if axis is None else _slice(axis, shape[axis], ranks, rank, dealt)
     return parts
 
 
@@ -116,7 +116,7 @@ def build_split_model(
     ranks, rank = group.size(), group.rank()
     with torch.device("meta"):
         model = LanguageModel(config, recompute)
-    parts = parts_of(config, ranks, rank)
+    parts = weight_slices(config, ranks, rank)
     for name, whole in weights:
         module, _, attribute = name.rpartition(".")
         parameter = nn.Parameter(parts[name].of(whole).clone())
@@ -130,11 +130,11 @@ def build_split_model(
     return model
 
 
-def gather_whole(part: Tensor, of: Part, shape: torch.Size, group: Group) -> Tensor:
+def gather_whole(part: Tensor, of: WeightSlice, shape: torch.Size, group: Group) -> Tensor:
     """The whole parameter, from the parts of all ranks of the group; every rank of it must call."""
     if of.axis is None or group.size() == 1:
         return part
-    parts = [_part(of.axis, shape[of.axis], group.size(), rank, of.step > 1) for rank in range(group.size())]
+    parts = [_slice(of.axis, shape[of.axis], group.size(), rank, of.step > 1) for rank in range(group.size())]
     widest = max(len(other.indices) for other in parts)
     padded = part.new_zeros(*shape[: of.axis], widest, *shape[of.axis + 1 :])
     padded.narrow(of.axis, 0, len(of.indices)).copy_(part)
@@ -201,7 +201,7 @@ class SplitWidth:
 
     def __call__(self, k: int) -> int:
         dealt = self.config.ffn_elastic is not None
-        mine = _part(0, self.config.d_ffn, self.link.size, self.link.rank, dealt).indices
+        mine = _slice(0, self.config.d_ffn, self.link.size, self.link.rank, dealt).indices
         return len(range(mine.start, min(mine.stop, self.config.ffn_width(k)), mine.step))
 
 

@@ -1,6 +1,6 @@
 """Ends a job in which a rank hangs or has died: within parallel.timeout_s, with one message that names the rank.
 
-The main thread of every rank notes where it is (`Progress`, an attribute). Two threads beside it look after that:
+The main thread of every rank notes where it is (`RankProgress`, an attribute). Two threads beside it look after that:
 
     beat     tells the job's store once a second that this rank lives and where its main thread is, and asks whether
              another rank has spoken; then this one ends too
@@ -35,7 +35,7 @@ from typing import NamedTuple, NoReturn, TypeVar, cast
 from torch._C._distributed_c10d import HashStore, Store, TCPStore
 
 from megassm.parallel.job_store import SignedStore, launcher_holds_store
-from megassm.parallel.phases import Phase, PhaseClock
+from megassm.parallel.phases import PhaseClock, StepPhase
 
 BEAT_S = 1.0
 SILENCE_S = 4.0
@@ -57,11 +57,11 @@ class Mark(NamedTuple):
     step: int
     place: str
     at: float
-    phase: Phase | None = None
+    phase: StepPhase | None = None
     """What its time counts for; None if it is not part of the update."""
 
 
-class Progress:
+class RankProgress:
     """Where this rank's main thread is."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Progress:
         self.steps_begun = 0
         self._clock = PhaseClock()
 
-    def note(self, place: str, step: int | None = None, phase: Phase | None = None) -> None:
+    def note(self, place: str, step: int | None = None, phase: StepPhase | None = None) -> None:
         """Costs nothing worth mentioning. All ranks must note the same places in the same order."""
         last, now = self.mark, time.monotonic()
         self.steps_begun += step is not None
@@ -79,7 +79,7 @@ class Progress:
             self._clock.restart(now)
         self.mark = Mark(last.number + 1, last.step if step is None else step, place, now, phase)
 
-    def phases(self) -> dict[Phase, float]:
+    def phases(self) -> dict[StepPhase, float]:
         """Seconds of this update so far, by phase."""
         self._clock.count(self.mark.phase, time.monotonic())
         return self._clock.spent()
@@ -125,7 +125,7 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank {few}" if len(ranks) == 1 else f"ranks {few}"
 
 
-Coordinates = tuple[int, int]
+RankAndSize = tuple[int, int]
 """(rank, number of ranks)."""
 
 
@@ -133,7 +133,7 @@ class Watchdog:
     """Looks after the ranks of a job, from `start` on."""
 
     def __init__(
-        self, world: Coordinates, progress: Progress, timeout_s: float, failure: Path, secret: bytes = b"alone"
+        self, world: RankAndSize, progress: RankProgress, timeout_s: float, failure: Path, secret: bytes = b"alone"
     ) -> None:
         """`failure` is the file that the first to speak creates with what it says; `secret` the ranks' own."""
         self._rank, self._size = world

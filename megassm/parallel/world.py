@@ -21,9 +21,9 @@ from megassm.cli.arguments import refusal_text
 from megassm.config.schema import Config
 from megassm.errors import UserError
 from megassm.parallel.job_store import meet
-from megassm.parallel.mesh import Mesh, Place, mesh_of
+from megassm.parallel.mesh import Coordinates, Mesh, mesh_of
 from megassm.parallel.phases import count_waits
-from megassm.parallel.watchdog import Progress
+from megassm.parallel.watchdog import RankProgress
 
 T = TypeVar("T")
 Group = dist.ProcessGroup
@@ -44,15 +44,15 @@ class World:
     readers: Group
     secret: bytes = field(repr=False)
     """Known to the ranks of this job and to nobody else."""
-    progress: Progress = field(default_factory=Progress)
+    progress: RankProgress = field(default_factory=RankProgress)
 
     @property
     def size(self) -> int:
         return self.mesh.size
 
     @property
-    def place(self) -> Place:
-        return self.mesh.place(self.rank)
+    def coordinates(self) -> Coordinates:
+        return self.mesh.coordinates(self.rank)
 
     @property
     def is_main(self) -> bool:

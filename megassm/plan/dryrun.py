@@ -20,7 +20,7 @@ from megassm.model import LanguageModel, parameter_shapes
 from megassm.optim import parameter_groups
 from megassm.parallel.mesh import Mesh, mesh_of
 from megassm.parallel.sequence import split_sequence
-from megassm.parallel.tensor import Part, build_split_model, parts_of
+from megassm.parallel.tensor import WeightSlice, build_split_model, weight_slices
 
 FLAT_ALIGNMENT = 2
 """Numbers that DeepSpeed's stages 1 and 2 align a rank's flat share to."""
@@ -88,7 +88,7 @@ def shapes_of(model: LanguageModel) -> dict[str, torch.Size]:
 
 def check_tensor_parts(config: Config, ranks: int) -> None:
     """The parts of a parameter must cover it once; what is not divided is whole on every rank."""
-    parts = [parts_of(config.model, ranks, rank) for rank in range(ranks)]
+    parts = [weight_slices(config.model, ranks, rank) for rank in range(ranks)]
     for name, shape in parameter_shapes(config.model).items():
         axis = parts[0][name].axis
         if axis is not None:
@@ -97,13 +97,13 @@ def check_tensor_parts(config: Config, ranks: int) -> None:
             raise UserError(f"{name}: whole on tensor rank 0, divided on another")
 
 
-def _runs(part: Part) -> list[Interval]:
+def _runs(part: WeightSlice) -> list[Interval]:
     return [(part.start, part.stop)] if part.step == 1 else [(index, index + 1) for index in part.indices]
 
 
 def check_rank(config: Config, mesh: Mesh, shapes: dict[str, torch.Size], rank: int) -> int:
     """The shapes must be those of the rank's parts, and the replicas' shares must cover them; returns their numbers."""
-    whole, parts = parameter_shapes(config.model), parts_of(config.model, mesh.tensor, rank)
+    whole, parts = parameter_shapes(config.model), weight_slices(config.model, mesh.tensor, rank)
     for name, shape in whole.items():
         part = parts[name]
         expected = list(shape)

@@ -6,15 +6,15 @@ import os
 from pathlib import Path
 
 from megassm.guarded import parse_object
-from megassm.run.records import Row
+from megassm.run.records import Record
 
 READ_BYTES = 4 * 2**20
 """At most at a time, so that a view of a long run appears at once."""
 MARK_BYTES = 256
-"""A resumed run cuts its journal and writes other rows there: what was before the place tells."""
+"""A resumed run cuts its journal and writes other records there: what was before the place tells."""
 
 
-class Tail:
+class FollowedFile:
     """The whole lines of `path`; a file that is not there yet is empty."""
 
     def __init__(self, path: Path) -> None:
@@ -24,7 +24,7 @@ class Tail:
         self.share = 1.0
         """How much of the file is read."""
 
-    def read(self) -> tuple[bool, list[Row]]:
+    def read(self) -> tuple[bool, list[Record]]:
         """(whether what was read before no longer holds, the objects that follow)."""
         try:
             file = self._path.open("rb")
@@ -46,4 +46,4 @@ class Tail:
         self._place += len(whole)
         self._mark = (self._mark + whole)[-MARK_BYTES:]
         self.share = 1.0 if len(data) < READ_BYTES else self._place / size
-        return restarted, [row for line in whole.splitlines() if (row := parse_object(line)) is not None]
+        return restarted, [record for line in whole.splitlines() if (record := parse_object(line)) is not None]

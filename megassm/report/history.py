@@ -1,7 +1,7 @@
-"""A run's journal in bounded memory, however long it is: means over spans of rows, the newest rows, all validations.
+"""A run's journal in bounded memory, however long it is: means over spans of records, the newest, all validations.
 
-A span covers one row at first; whenever there are `2 * SPANS` of them, neighbours are merged and later spans cover
-twice as many rows.
+A span covers one record at first; whenever there are `2 * SPANS` of them, neighbours are merged and later spans cover
+twice as many records.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megassm.run.records import Row
+from megassm.run.records import Record
 
 SPANS = 500
 RECENT = 50
-"""Rows that "now" is the median of."""
+"""Records that "now" is the median of."""
 OTHER_SHARE = 0.01
 VALIDATIONS = 400
 """Kept at most; every second of the older ones goes first."""
@@ -28,12 +28,12 @@ FIGURES = (
 
 @dataclass
 class Span:
-    """Neighbouring rows."""
+    """Neighbouring records."""
 
     step: int
-    """Of the last row, as are the tokens."""
+    """Of the last record, as are the tokens."""
     tokens: int
-    rows: int = 0
+    records: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     low: float = float("inf")
@@ -46,7 +46,7 @@ class Span:
 
     def take(self, later: Span) -> None:
         """Merges the span that follows into this one."""
-        self.step, self.tokens, self.rows = later.step, later.tokens, self.rows + later.rows
+        self.step, self.tokens, self.records = later.step, later.tokens, self.records + later.records
         self.low, self.high = min(self.low, later.low), max(self.high, later.high)
         for name, value in later.sums.items():
             self.add(name, value, later.counts[name])
@@ -60,56 +60,56 @@ BITS, ANSWERS = "bits per byte", "nats an answer"
 
 
 class History:
-    """What was added, row by row in order."""
+    """What was added, record by record in order."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
-        self.recent: deque[Row] = deque(maxlen=RECENT)
+        self.recent: deque[Record] = deque(maxlen=RECENT)
         self.validations: list[tuple[int, int, dict[int, float]]] = []
         """(step, tokens, what is `validated` by K)."""
         self.validated = BITS
-        self.rows = self.skipped = 0
+        self.records = self.skipped = 0
         self.seconds = 0.0
         self.phases: list[str] = []
         """Names, in the journal's order, where updates were timed by phase."""
-        self._rows_per_span = 1
+        self._records_per_span = 1
 
-    def extend(self, rows: Iterable[Row]) -> History:
-        for row in rows:
-            self.add(row)
+    def extend(self, records: Iterable[Record]) -> History:
+        for record in records:
+            self.add(record)
         return self
 
-    def add(self, row: Row) -> None:
-        """Takes a row of any version of the journal; what it lacks is missing."""
-        self.rows += 1
-        self.skipped += bool(row.get("skipped"))
-        self.seconds += row.get("step_s") or 0.0
-        self.recent.append(row)
-        self._add_to_span(row)
-        if row.get("valid_loss"):
+    def add(self, record: Record) -> None:
+        """Takes a record of any version of the journal; what it lacks is missing."""
+        self.records += 1
+        self.skipped += bool(record.get("skipped"))
+        self.seconds += record.get("step_s") or 0.0
+        self.recent.append(record)
+        self._add_to_span(record)
+        if record.get("valid_loss"):
             self.validated = ANSWERS
-        by_k = row.get("valid") or row.get("valid_loss") or {}
+        by_k = record.get("valid") or record.get("valid_loss") or {}
         if valid := {int(k): value for k, value in by_k.items() if value is not None}:
-            self.validations.append((row["step"], row.get("tokens", 0), valid))
+            self.validations.append((record["step"], record.get("tokens", 0), valid))
             if len(self.validations) > VALIDATIONS:
                 self.validations = self.validations[:-1:2] + self.validations[-1:]
 
     @property
-    def newest(self) -> Row | None:
+    def newest(self) -> Record | None:
         return self.recent[-1] if self.recent else None
 
     def now(self, name: str) -> float | None:
-        """The median of the newest rows."""
-        values = [value for row in self.recent if (value := row.get(name)) is not None]
+        """The median of the newest records."""
+        values = [value for record in self.recent if (value := record.get(name)) is not None]
         return statistics.median(values) if values else None
 
-    def phase_shares(self, rows: Iterable[Row]) -> dict[str, float]:
-        """Of the rows' time, by phase, and "other" where that is worth a word. Empty where phases were not timed."""
-        timed = [row for row in rows if row.get("phases_s")]
-        total = sum(row["step_s"] for row in timed)
+    def phase_shares(self, records: Iterable[Record]) -> dict[str, float]:
+        """Of the records' time, by phase, and "other" where that is worth a word. Empty where phases were not timed."""
+        timed = [record for record in records if record.get("phases_s")]
+        total = sum(record["step_s"] for record in timed)
         if not total:
             return {}
-        shares = {name: sum(row["phases_s"].get(name, 0.0) for row in timed) / total for name in self.phases}
+        shares = {name: sum(record["phases_s"].get(name, 0.0) for record in timed) / total for name in self.phases}
         other = 1 - sum(shares.values())
         return shares | ({"other": other} if other > OTHER_SHARE else {})
 
@@ -117,28 +117,28 @@ class History:
         """(span, mean of the figure there), where it has one."""
         return [(span, mean) for span in self.spans if (mean := span.mean(name)) is not None]
 
-    def _add_to_span(self, row: Row) -> None:
-        if not self.spans or self.spans[-1].rows >= self._rows_per_span:
+    def _add_to_span(self, record: Record) -> None:
+        if not self.spans or self.spans[-1].records >= self._records_per_span:
             self.spans.append(Span(0, 0))
         span = self.spans[-1]
-        span.step, span.tokens, span.rows = row["step"], row.get("tokens", 0), span.rows + 1
-        for name, value in _figures(row, self.phases):
+        span.step, span.tokens, span.records = record["step"], record.get("tokens", 0), span.records + 1
+        for name, value in _figures(record, self.phases):
             span.add(name, value)
-        loss = row.get("loss")
+        loss = record.get("loss")
         if loss is not None:
             span.low, span.high = min(span.low, loss), max(span.high, loss)
-        if len(self.spans) == 2 * SPANS and span.rows == self._rows_per_span:
+        if len(self.spans) == 2 * SPANS and span.records == self._records_per_span:
             for first, second in zip(self.spans[::2], self.spans[1::2], strict=True):
                 first.take(second)
             self.spans = self.spans[::2]
-            self._rows_per_span *= 2
+            self._records_per_span *= 2
 
 
-def _figures(row: Mapping[str, Any], phases: list[str]) -> Iterable[tuple[str, float]]:
+def _figures(record: Mapping[str, Any], phases: list[str]) -> Iterable[tuple[str, float]]:
     for name in FIGURES:
-        if (value := row.get(name)) is not None:
+        if (value := record.get(name)) is not None:
             yield name, value
-    for name, seconds in (row.get("phases_s") or {}).items():
+    for name, seconds in (record.get("phases_s") or {}).items():
         if name not in phases:
             phases.append(name)
         yield f"phases_s/{name}", seconds

@@ -7,16 +7,16 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Literal
 
-from megassm.report.follow import Tail
+from megassm.report.follow import FollowedFile
 from megassm.report.history import History
 from megassm.report.run_files import age_s, failure, planned_steps, read_environment, read_knobs
 from megassm.run.directory import CONFIG, EVENTS, METRICS
 from megassm.run.events import is_event
-from megassm.run.records import Row, is_row
+from megassm.run.records import Record, is_record
 
 EVENTS_KEPT = 200
 STALL_MIN_S = 60.0
-"""A run without a new row for this long, and for `STALL_UPDATES` updates, is called stalled."""
+"""A run without a new record for this long, and for `STALL_UPDATES` updates, is called stalled."""
 STALL_UPDATES = 5
 
 State = Literal["not started", "starting", "running", "stalled", "finished", "failed"]
@@ -28,18 +28,18 @@ class LiveRun:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.history = History()
-        self.events: deque[Row] = deque(maxlen=EVENTS_KEPT)
+        self.events: deque[Record] = deque(maxlen=EVENTS_KEPT)
         self.knobs: dict[str, Any] = {}
         self.environment: dict[str, Any] = {}
-        self._rows, self._happened = Tail(run_dir / METRICS), Tail(run_dir / EVENTS)
+        self._records, self._happened = FollowedFile(run_dir / METRICS), FollowedFile(run_dir / EVENTS)
         self._looked = 0.0
 
     def look(self) -> LiveRun:
         """Takes what is new, at most `tail.READ_BYTES` of it; `read_share` says how much of the journal is read."""
-        restarted, rows = self._rows.read()
+        restarted, records = self._records.read()
         if restarted:
             self.history = History()
-        self.history.extend(row for row in rows if is_row(row))
+        self.history.extend(record for record in records if is_record(record))
         restarted, events = self._happened.read()
         if restarted:
             self.events.clear()
@@ -50,7 +50,7 @@ class LiveRun:
 
     @property
     def read_share(self) -> float:
-        return self._rows.share
+        return self._records.share
 
     @property
     def steps(self) -> int | None:
@@ -59,8 +59,8 @@ class LiveRun:
 
     @property
     def age_s(self) -> float | None:
-        """Seconds since the last row, or since the run began where there is none; None where neither is known."""
-        return age_s(self.run_dir / (METRICS if self.history.rows else CONFIG), self._looked)
+        """Seconds since the last record, or since the run began where there is none; None where neither is known."""
+        return age_s(self.run_dir / (METRICS if self.history.records else CONFIG), self._looked)
 
     @property
     def failure(self) -> str:

@@ -12,7 +12,7 @@ from ruamel.yaml.error import YAMLError
 from megassm.errors import UserError, visible
 from megassm.guarded import LINE_BYTES, YAML_BYTES, parse_object, parse_yaml, read_bytes
 from megassm.run.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, FAILURE, METRICS
-from megassm.run.records import Row
+from megassm.run.records import Record
 
 
 def check_run_directory(path: Path) -> Path:
@@ -74,14 +74,14 @@ def age_s(path: Path, now: float | None = None) -> float | None:
         return None
 
 
-def event_text(event: Row) -> str:
+def event_text(event: Record) -> str:
     """What an event says; one without a text shows what it has."""
     text = event.get("text")
     rest = {name: value for name, value in event.items() if name not in ("time", "step", "kind")}
     return visible(str(text) if text else json.dumps(rest))
 
 
-def event_time(event: Row) -> str:
+def event_time(event: Record) -> str:
     """The event's `time`: seconds since 1970, or a text as it is."""
     moment = event.get("time")
     if isinstance(moment, int | float):

@@ -24,7 +24,7 @@ from megassm.report.run_plots import optimiser_panels, quality_panels, speed_pan
 from megassm.run.console import duration
 from megassm.run.directory import METRICS
 from megassm.run.events import read_events
-from megassm.run.records import Row, iterate_rows
+from megassm.run.records import Record, iterate_records
 
 EVENTS_SHOWN = 200
 """Of each run, the newest."""
@@ -51,7 +51,7 @@ class LoadedRun(NamedTuple):
     history: History
     knobs: dict[str, Any]
     environment: dict[str, Any]
-    events: list[Row]
+    events: list[Record]
     event_count: int
     failure: str
 
@@ -64,7 +64,7 @@ def load_run(run_dir: Path, name: str) -> LoadedRun:
     """
     check_run_directory(run_dir)
     journal = run_dir / METRICS
-    history = History().extend(iterate_rows(journal) if journal.exists() else ())
+    history = History().extend(iterate_records(journal) if journal.exists() else ())
     events, count = _newest_events(run_dir)
     return LoadedRun(name, history, read_knobs(run_dir), read_environment(run_dir), events, count, failure(run_dir))
 
@@ -83,7 +83,7 @@ def write_run_page(run_dirs: Sequence[Path], path: Path) -> list[dict[str, Any]]
 
 def render(runs: Sequence[LoadedRun]) -> str:
     """The whole file."""
-    histories = {run.name: run.history for run in runs if run.history.rows}
+    histories = {run.name: run.history for run in runs if run.history.records}
     sections = {"Summary": table([_summary_cells(run) for run in runs], alarms=("failed",))}
     first = 0
     for heading, make in (("Quality", quality_panels), ("Speed", speed_panels), ("Optimiser", optimiser_panels)):
@@ -206,8 +206,8 @@ def _union(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for mapping in mappings for name in mapping))
 
 
-def _newest_events(run_dir: Path) -> tuple[list[Row], int]:
-    newest: deque[Row] = deque(maxlen=EVENTS_SHOWN)
+def _newest_events(run_dir: Path) -> tuple[list[Record], int]:
+    newest: deque[Record] = deque(maxlen=EVENTS_SHOWN)
     count = 0
     for count, event in enumerate(read_events(run_dir), start=1):  # noqa: B007
         newest.append(event)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megassm.eval.curve import CLIFF_LOSS, CLIFF_SHARE, CONFIDENCE, NEAR_FULL, RESAMPLES, RISE_TOLERANCE, describe
-from megassm.eval.sweep import BudgetRow, Curve, Sweep
+from megassm.eval.sweep import BudgetCurve, BudgetRow, Sweep
 from megassm.report.html import Cell, definitions, document, note, number, plots, table, words
 from megassm.report.sweep_plots import panels
 
@@ -45,7 +45,7 @@ def render_page(sweeps: Sequence[Sweep]) -> str:
     return document(title, subtitle, sections)
 
 
-def _labels(sweep: Sweep, curve: Curve) -> dict[str, Cell]:
+def _labels(sweep: Sweep, curve: BudgetCurve) -> dict[str, Cell]:
     return {
         "run": words(sweep.run),
         "step": number(sweep.step, ",d"),
@@ -54,7 +54,7 @@ def _labels(sweep: Sweep, curve: Curve) -> dict[str, Cell]:
     }
 
 
-def _summary_cells(sweep: Sweep, curve: Curve) -> dict[str, Cell]:
+def _summary_cells(sweep: Sweep, curve: BudgetCurve) -> dict[str, Cell]:
     shape = curve.shape
     broken = [f"cliff at {describe(step)}" for step in shape.cliffs] + [
         f"rise at {describe(step)}" for step in shape.rises

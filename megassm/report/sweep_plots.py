@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megassm.eval.sweep import Curve, Sweep
+from megassm.eval.sweep import BudgetCurve, Sweep
 from megassm.report.figures import Panel, budget_axis, legend_below
 
 MAX_LINES = 6
@@ -38,7 +38,7 @@ def panels(sweeps: Sequence[Sweep]) -> list[Panel]:
     return result
 
 
-def _labelled(curves: Sequence[tuple[Sweep, Curve]]) -> dict[str, Curve]:
+def _labelled(curves: Sequence[tuple[Sweep, BudgetCurve]]) -> dict[str, BudgetCurve]:
     """What tells the curves of one panel apart."""
     several_runs = len({sweep.name for sweep, _ in curves}) > 1
     several_lengths = len({curve.seq_len for _, curve in curves}) > 1
@@ -49,7 +49,7 @@ def _labelled(curves: Sequence[tuple[Sweep, Curve]]) -> dict[str, Curve]:
     return labelled
 
 
-def _quality(curves: Mapping[str, Curve], bits: str) -> Callable[[Any], None]:
+def _quality(curves: Mapping[str, BudgetCurve], bits: str) -> Callable[[Any], None]:
     def draw(axes: Any) -> None:
         for label, curve in curves.items():
             budgets = [row.k for row in curve.rows]
@@ -67,7 +67,7 @@ def _quality(curves: Mapping[str, Curve], bits: str) -> Callable[[Any], None]:
     return draw
 
 
-def _accuracy(curves: Mapping[str, Curve]) -> Callable[[Any], None]:
+def _accuracy(curves: Mapping[str, BudgetCurve]) -> Callable[[Any], None]:
     def draw(axes: Any) -> None:
         for label, curve in curves.items():
             budgets = [row.k for row in curve.rows]
@@ -81,7 +81,7 @@ def _accuracy(curves: Mapping[str, Curve]) -> Callable[[Any], None]:
     return draw
 
 
-def _speed(curves: Mapping[str, Curve], field: str) -> Callable[[Any], None]:
+def _speed(curves: Mapping[str, BudgetCurve], field: str) -> Callable[[Any], None]:
     def draw(axes: Any) -> None:
         for label, curve in curves.items():
             axes.plot(
@@ -94,7 +94,7 @@ def _speed(curves: Mapping[str, Curve], field: str) -> Callable[[Any], None]:
     return draw
 
 
-def _over_lengths(curves: Sequence[Curve], trained: int) -> Callable[[Any], None]:
+def _over_lengths(curves: Sequence[BudgetCurve], trained: int) -> Callable[[Any], None]:
     def draw(axes: Any) -> None:
         budgets = [row.k for row in curves[0].rows]
         shown = sorted({round(i * (len(budgets) - 1) / (MAX_LINES - 1)) for i in range(MAX_LINES)})
@@ -110,7 +110,7 @@ def _over_lengths(curves: Sequence[Curve], trained: int) -> Callable[[Any], None
     return draw
 
 
-def _finish(axes: Any, curves: Mapping[str, Curve]) -> None:
+def _finish(axes: Any, curves: Mapping[str, BudgetCurve]) -> None:
     axes.set_xlabel("budget K (spectral channels)")
     budget_axis(axes, sorted({row.k for curve in curves.values() for row in curve.rows}))
     legend_below(axes)

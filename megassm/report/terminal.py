@@ -14,7 +14,7 @@ from megassm.report.braille import bar, curve, sparkline
 from megassm.report.live import LiveRun
 from megassm.report.run_files import event_text, event_time
 from megassm.run.console import duration, tokens_of_planned
-from megassm.run.records import Row
+from megassm.run.records import Record
 
 NARROW = 90
 """Columns under which panels stand below each other."""
@@ -65,7 +65,7 @@ def _state(run: LiveRun) -> str:
     age = "" if run.age_s is None else duration(run.age_s)
     match run.state:
         case "stalled":
-            return f"stalled for {age}: no row since then"
+            return f"stalled for {age}: no record since then"
         case "failed":
             return f"failed: {run.failure}"
         case "starting":
@@ -73,7 +73,7 @@ def _state(run: LiveRun) -> str:
         case "finished" | "not started":
             return run.state
         case "running":
-            return f"running, last row {age} ago"
+            return f"running, last record {age} ago"
 
 
 def _loss(run: LiveRun, width: int) -> Panel:
@@ -156,16 +156,16 @@ def _health(run: LiveRun, width: int) -> Panel:
     table.add_row("grad norm", _figure(history.now("grad_norm"), ".3g"), Text(sparkline(norms, width - 26), "cyan"))
     table.add_row("lr", _figure(newest.get("lr"), ".2e"))
     table.add_row("skipped", Text(f"{history.skipped:,}", "bold red" if history.skipped else "green"),
-                  Text(f"of {history.rows:,} updates", "dim"))  # fmt: skip
+                  Text(f"of {history.records:,} updates", "dim"))  # fmt: skip
     table.add_row("data", *_data_counters(history.recent))
-    budgets = [row["k"] for row in history.recent if isinstance(row.get("k"), int)]
+    budgets = [record["k"] for record in history.recent if isinstance(record.get("k"), int)]
     table.add_row("K", str(newest.get("k", "?")), Text(sparkline(budgets, width - 26), "dim"))
     return _panel("health", table, LOWER_ROWS)
 
 
-def _data_counters(rows: Sequence[Row]) -> tuple[str, Text]:
+def _data_counters(records: Sequence[Record]) -> tuple[str, Text]:
     names = {"data_reconnects": "reconnects", "data_refetches": "refetches", "data_masked_samples": "masked"}
-    found = {what: total for name, what in names.items() if (total := sum(row.get(name) or 0 for row in rows))}
+    found = {what: total for name, what in names.items() if (total := sum(record.get(name) or 0 for record in records))}
     if not found:
         return "ok", Text("no reconnects", "dim")
     return "uneven", Text(", ".join(f"{total:,} {what}" for what, total in found.items()), "yellow")

@@ -19,7 +19,7 @@ from megassm.files import open_own
 from megassm.guarded import parse_object
 from megassm.run.directory import EVENTS
 from megassm.run.fence import Fence
-from megassm.run.records import Row, lines_of
+from megassm.run.records import Record, lines_of
 
 Kind = Literal[
     "resume", "checkpoint", "passed over", "disk", "stop", "end", "straggler", "loss spike", "non-finite",
@@ -41,7 +41,7 @@ def append_event(run_dir: Path, kind: Kind, step: int, text: str, figures: Mappi
         print_line(f"warning: {run_dir / EVENTS}: cannot be written ({error.strerror})")
 
 
-def read_events(run_dir: Path) -> Iterator[Row]:
+def read_events(run_dir: Path) -> Iterator[Record]:
     """A run's events, oldest first, one at a time; without lines that a kill cut in half."""
     with contextlib.suppress(FileNotFoundError), (run_dir / EVENTS).open("rb") as file:
         yield from (
@@ -51,7 +51,7 @@ def read_events(run_dir: Path) -> Iterator[Row]:
         )
 
 
-def is_event(event: Row) -> bool:
+def is_event(event: Record) -> bool:
     """Whether an object is an event that can be shown."""
     moment, step = event.get("time"), event.get("step")
     dated = moment is None or isinstance(moment, str) or (isinstance(moment, int | float) and 0 <= moment < 1e11)

@@ -16,7 +16,7 @@ from megassm.files import write_atomically
 from megassm.guarded import LINE_BYTES, parse_object, read_bytes
 from megassm.run.directory import FAILURES
 from megassm.run.events import append_event
-from megassm.run.records import Row, newest_row
+from megassm.run.records import Record, newest_record
 
 KILLED = 0.5
 """A job that was killed counts so much: machines are taken away, and most often nothing is wrong with the step."""
@@ -41,7 +41,7 @@ def check_failures(run_dir: Path, journal: Path, failure: Path, limit: int | Non
     """
     lines = _read(run_dir)
     if lines and "began" in lines[-1]:
-        newest = newest_row(journal)
+        newest = newest_record(journal)
         lines[-1] = _failed(newest["step"] + 1 if newest else 1, failure)
         lines = [line for line in lines if line.get("failed") == lines[-1]["failed"]]
         _write(run_dir, lines)
@@ -57,19 +57,19 @@ def check_failures(run_dir: Path, journal: Path, failure: Path, limit: int | Non
     )
 
 
-def _failed(step: int, failure: Path) -> Row:
+def _failed(step: int, failure: Path) -> Record:
     reason = read_bytes(failure, LINE_BYTES).decode(errors="replace").strip() if failure.exists() else ""
     killed = not reason or LOST_RANK in reason
     return {"failed": step, "reason": reason or "killed, without a word", "killed": killed, "time": time.time()}
 
 
-def _read(run_dir: Path) -> list[Row]:
+def _read(run_dir: Path) -> list[Record]:
     path = run_dir / FAILURES
     lines = read_bytes(path, LINE_BYTES).splitlines() if path.exists() else []
     return [line for line in map(parse_object, lines) if line is not None and _is_known(line)]
 
 
-def _is_known(line: Row) -> bool:
+def _is_known(line: Record) -> bool:
     """Whether a line is one of those that this module writes; another is passed over."""
     if "began" in line:
         return isinstance(line["began"], int | float)
@@ -77,5 +77,5 @@ def _is_known(line: Row) -> bool:
     return all(type(line.get(name)) is kind for name, kind in types.items())
 
 
-def _write(run_dir: Path, lines: list[Row]) -> None:
+def _write(run_dir: Path, lines: list[Record]) -> None:
     write_atomically(run_dir / FAILURES, "".join(f"{json.dumps(line)}\n" for line in lines).encode())

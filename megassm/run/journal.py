@@ -1,6 +1,6 @@
 """The journal: metrics.jsonl is the truth, one object an update; a readable line now and then; wandb gets the same.
 
-Only the main rank keeps one. On resume, rows of updates that the checkpoint does not hold are dropped, for they are
+Only the main rank keeps one. On resume, records of updates that the checkpoint does not hold are dropped, for they are
 about to be made again: the file is always one curve without a seam. Whatever fails here - a full disk, a closed
 terminal, wandb - training goes on.
 """
@@ -17,13 +17,13 @@ import torch
 from megassm.cli.arguments import print_line
 from megassm.config.schema import Config
 from megassm.cost import PEAK_TFLOPS
-from megassm.run.console import format_row, is_validated
+from megassm.run.console import format_record, is_validated
 from megassm.run.directory import METRICS
 from megassm.run.fence import Fence
-from megassm.run.records import Row, RowFile, cut_after, read_rows
+from megassm.run.records import Record, RecordFile, cut_after, read_records
 from megassm.run.wandb_log import Tracker
 
-__all__ = ["METRICS", "Journal", "Row", "peak_flops", "peak_memory_bytes", "read_rows"]
+__all__ = ["METRICS", "Journal", "Record", "peak_flops", "peak_memory_bytes", "read_records"]
 
 
 class Journal:
@@ -35,27 +35,27 @@ class Journal:
         self._fence = fence
         path = Path(config.run.dir) / METRICS
         cut_after(path, done_steps)
-        self._file = RowFile(path, _warn)
+        self._file = RecordFile(path, _warn)
         self._tracker = None if config.log.wandb == "disabled" else Tracker(config, done_steps, _warn)
         self._first_step = done_steps
         self._started = time.monotonic()
 
-    def write(self, row: Row) -> None:
-        """Appends one update's row, and prints it where a line is due.
+    def write(self, record: Record) -> None:
+        """Appends one update's record, and prints it where a line is due.
 
         Raises:
             SupersededError: a newer start of the run has taken over.
         """
         if self._fence is not None:
             self._fence.check()
-        self._file.write(row)
+        self._file.write(record)
         if self._tracker is not None:
-            self._tracker.tell(row)
-        step, steps = row["step"], self._config.train.steps
-        if step % self._config.log.every_steps == 0 or step in (self._first_step + 1, steps) or is_validated(row):
+            self._tracker.tell(record)
+        step, steps = record["step"], self._config.train.steps
+        if step % self._config.log.every_steps == 0 or step in (self._first_step + 1, steps) or is_validated(record):
             elapsed = time.monotonic() - self._started
             eta = elapsed / (step - self._first_step) * (steps - step)
-            print_line(format_row(row, steps, eta))
+            print_line(format_record(record, steps, eta))
 
     def close(self) -> None:
         self._file.close()

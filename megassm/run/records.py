@@ -1,5 +1,6 @@
-"""metrics.jsonl and events.jsonl as files of rows: written so that a full disk costs nothing, read so that half a line
-costs nothing. Needs no torch.
+"""metrics.jsonl and events.jsonl, one record a line: a full disk loses none of them, and half a line is passed over.
+
+Needs no torch.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from megassm.guarded import LINE_BYTES, parse_object
 from megassm.run.directory import METRICS
 
 WAITING_BYTES = 64 * 2**20
-"""Rows kept in memory at most while they cannot be written; about 100,000."""
+"""Records kept in memory at most while they cannot be written; about 100,000."""
 
 COPIED_BYTES = 2**24
 BLOCK_BYTES = 2**18
 """What is read at a time of a file that is read from its end."""
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
 Count = Annotated[int, Field(ge=0, le=2**62)]
@@ -38,7 +39,7 @@ Seconds = Annotated[
 
 
 class KnownFigures(TypedDict, total=False):
-    """Those of a row that views, `resume` and tools compute with."""
+    """Those of a record that views, `resume` and tools compute with."""
 
     step: Required[Annotated[int, Field(ge=1, le=2**53)]]
     tokens: Count
@@ -62,13 +63,13 @@ class KnownFigures(TypedDict, total=False):
     phases_s: Seconds
 
 
-_ROW = TypeAdapter(KnownFigures)
+_RECORD = TypeAdapter(KnownFigures)
 
 
-class RowFile:
-    """Appends rows. While there is no room they wait in memory, and follow whole and in order when there is.
+class RecordFile:
+    """Appends records. While there is no space they wait in memory, and follow whole and in order when there is.
 
-    A row that is cut by a full disk is completed first. Beyond `WAITING_BYTES` the oldest that wait are lost.
+    A record that is cut by a full disk is completed first. Beyond `WAITING_BYTES` the oldest that wait are lost.
     """
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
@@ -80,8 +81,8 @@ class RowFile:
         self._lost = 0
         self._failing = False
 
-    def write(self, row: Row) -> None:
-        line = (json.dumps(row) + "\n").encode()
+    def write(self, record: Record) -> None:
+        line = (json.dumps(record) + "\n").encode()
         self._waiting.append(line)
         self._waiting_bytes += len(line)
         self._write_waiting()
@@ -94,7 +95,7 @@ class RowFile:
         """Tries once more; says what could not be written."""
         self._write_waiting()
         if self._waiting:
-            self._warn(f"{self._path}: {len(self._waiting) + self._lost} rows could not be written before the end")
+            self._warn(f"{self._path}: {len(self._waiting) + self._lost} records could not be written before the end")
         try:
             self._file.close()
         except OSError as error:  # a network file system may tell late
@@ -111,23 +112,25 @@ class RowFile:
         except OSError as error:
             if not self._failing:
                 self._failing = True
-                self._warn(f"{self._path}: {error.strerror}; training goes on, rows wait in memory until there is room")
+                self._warn(
+                    f"{self._path}: {error.strerror}; training goes on, records wait in memory until there is space"
+                )
             return
         if self._failing:
             lost = f", but for {self._lost} that were too many to keep" if self._lost else ""
-            self._warn(f"{self._path}: there is room again; every row is written{lost}")
+            self._warn(f"{self._path}: there is space again; every record is written{lost}")
             self._failing, self._lost = False, 0
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Drops the rows of updates after `step`, and a last line that a kill cut in half.
+    """Drops the records of updates after `step`, and a last line that a kill cut in half.
 
     The file becomes a new one: what an older start of the run may still append to its own is seen by nobody. Only where
-    a full disk has no room for both, it is cut in place.
+    a full disk has no space for both, it is cut in place.
     """
     if not path.exists():
         return
-    end = next((end for row, end in rows_newest_first(path) if row["step"] <= step), 0)
+    end = next((end for record, end in records_newest_first(path) if record["step"] <= step), 0)
     try:
         copy = open_temporary(path)
     except OSError:
@@ -144,28 +147,28 @@ def cut_after(path: Path, step: int) -> None:
         os.truncate(path, end)
 
 
-def parse_row(line: bytes) -> Row | None:
-    """A row of the journal; None if the line is not one, or a figure of it has another type than the journal's."""
-    row = parse_object(line)
-    return row if row is not None and is_row(row) else None
+def parse_record(line: bytes) -> Record | None:
+    """A record of the journal; None if the line is not one, or a figure of it has another type than the journal's."""
+    record = parse_object(line)
+    return record if record is not None and is_record(record) else None
 
 
-def is_row(row: Row) -> bool:
+def is_record(record: Record) -> bool:
     """Whether what a view computes with is there and of its type. Other figures may be anything."""
     try:
-        _ROW.validate_python(row, strict=True)
+        _RECORD.validate_python(record, strict=True)
     except ValidationError:
         return False
     return True
 
 
-def newest_row(path: Path) -> Row | None:
-    """The newest whole row; None if there is no row."""
-    return next((row for row, _ in rows_newest_first(path)), None)
+def newest_record(path: Path) -> Record | None:
+    """The newest whole record; None if there is no record."""
+    return next((record for record, _ in records_newest_first(path)), None)
 
 
-def rows_newest_first(path: Path) -> Iterator[tuple[Row, int]]:
-    """(row, where its line ends in the file) of every whole row from the end on; no more is read than is asked for."""
+def records_newest_first(path: Path) -> Iterator[tuple[Record, int]]:
+    """(record, where its line ends in the file) of every whole record, from the end on; reads no more than is asked."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -180,21 +183,21 @@ def rows_newest_first(path: Path) -> Iterator[tuple[Row, int]]:
             if len(rest) > LINE_BYTES:
                 rest = b""  # no record is so long
             for line in reversed(block[first:].splitlines(keepends=True)):
-                row = parse_row(line) if line.endswith(b"\n") else None
-                if row is not None:
-                    yield row, end
+                record = parse_record(line) if line.endswith(b"\n") else None
+                if record is not None:
+                    yield record, end
                 end -= len(line)
 
 
-def read_rows(run_dir: Path) -> list[Row]:
+def read_records(run_dir: Path) -> list[Record]:
     """A run's journal, oldest update first."""
-    return list(iterate_rows(run_dir / METRICS))
+    return list(iterate_records(run_dir / METRICS))
 
 
-def iterate_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file, one at a time."""
+def iterate_records(path: Path) -> Iterator[Record]:
+    """The records of a file, one at a time."""
     with path.open("rb") as file:
-        yield from (row for row in map(parse_row, lines_of(file)) if row is not None)
+        yield from (record for record in map(parse_record, lines_of(file)) if record is not None)
 
 
 def lines_of(file: IO[bytes]) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""wandb, told of every row from a thread of its own: whatever it does, or does not do, training never waits for it.
+"""wandb, told of every record from a thread of its own: whatever it does, or does not do, training never waits for it.
 
 Offline needs no account. Online without a key, or without a server, falls back to offline with one warning; whatever
 else goes wrong ends its part with one warning. metrics.jsonl is the truth.
@@ -19,7 +19,7 @@ import numpy as np
 
 from megassm.config.schema import Config
 from megassm.run.directory import METRICS
-from megassm.run.records import Row
+from megassm.run.records import Record
 
 INIT_TIMEOUT_S = 30
 """A server that does not answer is given up after this, and 10 s that wandb adds."""
@@ -35,8 +35,8 @@ PRIVATE: dict[str, Any] = {
     "disable_job_creation": True,
 }
 """wandb is told what this module tells it, and records nothing of the process by itself."""
-WAITING_ROWS = 10_000
-"""Rows that wait for wandb at most."""
+WAITING_RECORDS = 10_000
+"""Records that wait for wandb at most."""
 
 
 class Tracker:
@@ -46,24 +46,24 @@ class Tracker:
         self._config = config
         self._done_steps = done_steps
         self._warn = warn
-        self._rows: queue.Queue[Row | None] = queue.Queue(WAITING_ROWS)
+        self._records: queue.Queue[Record | None] = queue.Queue(WAITING_RECORDS)
         self._given_up = False
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
-    def tell(self, row: Row) -> None:
-        """Hands over a row; never waits."""
+    def tell(self, record: Record) -> None:
+        """Hands over a record; never waits."""
         if self._given_up:
             return
         try:
-            self._rows.put_nowait(row)
+            self._records.put_nowait(record)
         except queue.Full:
-            self._give_up(f"it is {WAITING_ROWS:,} rows behind")
+            self._give_up(f"it is {WAITING_RECORDS:,} records behind")
 
     def close(self) -> None:
         """Waits for what is still to be sent, not longer than wandb's own limits."""
         with contextlib.suppress(queue.Full):
-            self._rows.put(None, timeout=FINISH_TIMEOUT_S)
+            self._records.put(None, timeout=FINISH_TIMEOUT_S)
         self._thread.join(INIT_TIMEOUT_S + 10 + FINISH_TIMEOUT_S)
         if self._thread.is_alive():
             self._give_up("it does not come to an end")
@@ -71,8 +71,8 @@ class Tracker:
     def _work(self) -> None:
         try:
             run = self._start()
-            while not self._given_up and (row := self._rows.get()) is not None:
-                run.log(_flat(row) | _curve_over_budgets(row), step=row["step"])
+            while not self._given_up and (record := self._records.get()) is not None:
+                run.log(_flat(record) | _curve_over_budgets(record), step=record["step"])
             run.finish()
         except Exception as error:
             self._give_up(_first_line(error))
@@ -118,24 +118,24 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [repr(error)])[0]
 
 
-def _flat(row: Row) -> Row:
-    """A row as wandb draws it: numbers only, one curve a K, one a source, one a phase."""
-    flat = {name: value for name, value in row.items() if not isinstance(value, (dict, list))}
+def _flat(record: Record) -> Record:
+    """A record as wandb draws it: numbers only, one curve a K, one a source, one a phase."""
+    flat = {name: value for name, value in record.items() if not isinstance(value, (dict, list))}
     for group in ("epochs", "phases_s"):
-        flat |= {f"{group}/{name}": value for name, value in row.get(group, {}).items()}
-    for name, layers in row.get("channels", {}).items():  # means over layers: one curve a channel
+        flat |= {f"{group}/{name}": value for name, value in record.get(group, {}).items()}
+    for name, layers in record.get("channels", {}).items():  # means over layers: one curve a channel
         means = np.atleast_2d(layers).mean(axis=0).tolist()
         flat |= {f"channels/{name}_k{k:02d}": value for k, value in enumerate(means, start=1)}
     for name in ("valid_loss", "valid_accuracy"):
-        flat |= {f"valid/{name.removeprefix('valid_')}_k{k}": value for k, value in row.get(name, {}).items()}
-    return flat | {f"valid/bits_per_byte_k{k}": value for k, value in row.get("valid", {}).items()}
+        flat |= {f"valid/{name.removeprefix('valid_')}_k{k}": value for k, value in record.get(name, {}).items()}
+    return flat | {f"valid/bits_per_byte_k{k}": value for k, value in record.get("valid", {}).items()}
 
 
-def _curve_over_budgets(row: Row) -> Row:
+def _curve_over_budgets(record: Record) -> Record:
     """A validation as a plot over K beside the lines over steps that `_flat` makes; wandb keeps one a step."""
-    if not row.get("valid"):
+    if not record.get("valid"):
         return {}
     import wandb
 
-    table = wandb.Table(columns=["K", "bits per byte"], data=[[int(k), bits] for k, bits in row["valid"].items()])
+    table = wandb.Table(columns=["K", "bits per byte"], data=[[int(k), bits] for k, bits in record["valid"].items()])
     return {"valid/over_k": wandb.plot.line(table, "K", "bits per byte", title="validation bits per byte over K")}

@@ -9,8 +9,8 @@
 The failures of elastic training (ES-SSM, arXiv 2601.22488); the thresholds are ours:
 
     cliff collapse     the loss at a budget breaks away from the next larger one (`megassm.eval.curve` says when)
-    oscillating loss   the training loss jumps with the K that was drawn. Over the last rows, with s_tK the share of
-                       row t's micro-steps at K:  loss_t = a + b t + sum_K c_K s_tK + noise.
+    oscillating loss   the training loss jumps with the K that was drawn. Over the last records, with s_tK the share of
+                       record t's micro-steps at K:  loss_t = a + b t + sum_K c_K s_tK + noise.
                        Explained by K is 1 - (variance with the c_K) / (variance without), both per degree of freedom.
 
 Nothing here writes or prints; `tools/diagnose.py` does, and a training loop may.
@@ -31,14 +31,14 @@ from torch import Tensor, nn
 from megassm.eval.curve import describe, shape
 from megassm.layers.spectral import SpectralMixer
 
-OSCILLATION_ROWS = 200
-"""Journal rows looked at, the newest."""
-OSCILLATION_MIN_ROWS = 32
+OSCILLATION_RECORDS = 200
+"""Journal records looked at, the newest."""
+OSCILLATION_MIN_RECORDS = 32
 """Fewer say nothing."""
 OSCILLATION_EXPLAINED = 0.5
 """Oscillating: K explains at least this share of the loss variance ..."""
 OSCILLATION_SWING = 0.02
-"""... and moves the loss by at least this share of its mean (standard deviation over rows)."""
+"""... and moves the loss by at least this share of its mean (standard deviation over records)."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -122,9 +122,9 @@ def update_counts(budgets: Iterable[Sequence[int]], num_channels: int) -> npt.ND
     return np.asarray(largest[::-1].cumsum()[::-1])
 
 
-def warnings_of(rows: Sequence[Mapping[str, Any]], last: int = OSCILLATION_ROWS) -> list[Finding]:
-    """What a journal warns of: its newest validation, and its last rows' losses."""
-    found = [cliff_collapse(_newest_validation(rows)), oscillating_loss(rows, last)]
+def warnings_of(records: Sequence[Mapping[str, Any]], last: int = OSCILLATION_RECORDS) -> list[Finding]:
+    """What a journal warns of: its newest validation, and its last records' losses."""
+    found = [cliff_collapse(_newest_validation(records)), oscillating_loss(records, last)]
     return [warning for warning in found if warning is not None]
 
 
@@ -142,28 +142,30 @@ def cliff_collapse(valid: Mapping[int, float]) -> Finding | None:
     return Finding("cliff collapse", text, figures)
 
 
-def oscillating_loss(rows: Sequence[Mapping[str, Any]], last: int = OSCILLATION_ROWS) -> Finding | None:
+def oscillating_loss(records: Sequence[Mapping[str, Any]], last: int = OSCILLATION_RECORDS) -> Finding | None:
     """Whether the K that was drawn, and not chance, moves the training loss from update to update."""
-    explained, swing = loss_explained_by_budget(rows, last)
+    explained, swing = loss_explained_by_budget(records, last)
     if explained < OSCILLATION_EXPLAINED or swing < OSCILLATION_SWING:
         return None
     text = f"the drawn K explains {explained:.0%} of the loss variance and moves the loss by {swing:.1%} of its mean"
     return Finding("oscillating loss", text, {"explained": explained, "swing": swing})
 
 
-def loss_explained_by_budget(rows: Sequence[Mapping[str, Any]], last: int = OSCILLATION_ROWS) -> tuple[float, float]:
+def loss_explained_by_budget(
+    records: Sequence[Mapping[str, Any]], last: int = OSCILLATION_RECORDS
+) -> tuple[float, float]:
     """(share of the detrended loss variance that K explains, standard deviation of that part over the mean loss).
 
-    Rows without a finite loss are left out; (0, 0) where fewer than `OSCILLATION_MIN_ROWS` are left or K never
+    Records without a finite loss are left out; (0, 0) where fewer than `OSCILLATION_MIN_RECORDS` are left or K never
     changes.
     """
-    rows = [row for row in rows[-last:] if row.get("loss") is not None]
-    budgets = sorted({k for row in rows for k in row["k_micro"]})
-    if len(rows) < max(OSCILLATION_MIN_ROWS, len(budgets) + 3) or len(budgets) < 2:
+    records = [record for record in records[-last:] if record.get("loss") is not None]
+    budgets = sorted({k for record in records for k in record["k_micro"]})
+    if len(records) < max(OSCILLATION_MIN_RECORDS, len(budgets) + 3) or len(budgets) < 2:
         return 0.0, 0.0
-    loss_T = np.array([row["loss"] for row in rows])
-    shares_TK = np.array([[row["k_micro"].count(k) / len(row["k_micro"]) for k in budgets] for row in rows])
-    trend_T2 = np.stack((np.ones(len(rows)), np.linspace(-1, 1, len(rows))), axis=1)
+    loss_T = np.array([record["loss"] for record in records])
+    shares_TK = np.array([[record["k_micro"].count(k) / len(record["k_micro"]) for k in budgets] for record in records])
+    trend_T2 = np.stack((np.ones(len(records)), np.linspace(-1, 1, len(records))), axis=1)
     plain_T, plain_free = _residual(trend_T2, loss_T)
     rest_T, rest_free = _residual(np.concatenate((trend_T2, shares_TK), axis=1), loss_T)
     before, after = float(plain_T @ plain_T) / plain_free, float(rest_T @ rest_T) / rest_free
@@ -178,6 +180,8 @@ def _residual(columns_TC: Floats, values_T: Floats) -> tuple[Floats, int]:
     return values_T - columns_TC @ solution_C, len(values_T) - int(rank)
 
 
-def _newest_validation(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    valid: Mapping[str, float | None] = next((row["valid"] for row in reversed(rows) if row.get("valid")), {})
+def _newest_validation(records: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    valid: Mapping[str, float | None] = next(
+        (record["valid"] for record in reversed(records) if record.get("valid")), {}
+    )
     return {int(k): float(bits) for k, bits in valid.items() if bits is not None}

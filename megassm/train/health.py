@@ -1,7 +1,7 @@
 """Looks at a run's updates while it trains: stragglers, loss spikes, what goes on inside the channels.
 
-The main rank knows the past and tells of what it finds (`megassm.run.events`); the journal's rows get the figures. What
-changes training, the dropping of a spike's batch, is decided from one message, so alike on all ranks.
+The main rank knows the past and tells of what it finds (`megassm.run.events`); the journal's records get the figures.
+What changes training, the dropping of a spike's batch, is decided from one message, so alike on all ranks.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from megassm.checkpoint.format import newest_checkpoint
 from megassm.checkpoint.space import pin
 from megassm.data.skipped import LeftOut
 from megassm.eval.score import Score
-from megassm.parallel.phases import Phase
+from megassm.parallel.phases import StepPhase
 from megassm.parallel.world import gather_rows, gather_texts, sum_rows
 from megassm.run.directory import METRICS
 from megassm.run.left_out import leave_out, read_left_out
-from megassm.run.records import Row, rows_newest_first
+from megassm.run.records import Record, records_newest_first
 from megassm.train.agreement import Tally, Totals
-from megassm.train.channels import OSCILLATION_ROWS, GateMass, spectral_mixers, update_counts, warnings_of
+from megassm.train.channels import OSCILLATION_RECORDS, GateMass, spectral_mixers, update_counts, warnings_of
 from megassm.train.setup import Run
 from megassm.train.spikes import Spikes
 from megassm.train.stragglers import WINDOW, Straggler, Stragglers
@@ -42,7 +42,7 @@ class Health:
         self._stragglers = Stragglers(run.world.mesh.sequence * run.world.mesh.tensor)
         self._spikes = self._new_spikes(0)
         self._updates_K = np.zeros(config.model.num_channels, dtype=np.int64)
-        self._rows: deque[Row] = deque(maxlen=OSCILLATION_ROWS)
+        self._records: deque[Record] = deque(maxlen=OSCILLATION_RECORDS)
         self._told: dict[tuple[int, str], int] = {}
         self._warned: set[str] = set()
         if run.journal is not None and run.done_steps:
@@ -56,36 +56,38 @@ class Health:
         health = self._run.config.health
         if health.spike_action == "report":
             return False
-        self._run.world.progress.note("agreement on the loss", phase=Phase.FORWARD)
+        self._run.world.progress.note("agreement on the loss", phase=StepPhase.FORWARD)
         limit = self._spikes.limit(budgets) if self._run.world.is_main else 0.0
         rows = gather_rows([tally.nll.item(), tally.tokens, tally.text_bytes, limit])
         loss = Score.total(row[:3] for row in rows[:: self._run.world.mesh.tensor]).loss
         return loss > rows[0][3]
 
-    def look(self, row: Row, totals: Totals) -> Row:
-        """What an update's row gets more; tells of what is wrong. For the main rank, and for it alone."""
-        more: Row = {"phases_s": self._run.world.progress.phases()}
+    def look(self, record: Record, totals: Totals) -> Record:
+        """What an update's record gets more; tells of what is wrong. For the main rank, and for it alone."""
+        more: Record = {"phases_s": self._run.world.progress.phases()}
         slowest = self._stragglers.add(totals.seconds_RP)
         if slowest:
             more["slowest"] = {phase: rank._asdict() for phase, rank in slowest.items()}
-        self._tell_of_stragglers(row["step"], slowest)
-        if row["loss"] is not None and row["loss"] > self._spikes.limit(row["k_micro"]):
+        self._tell_of_stragglers(record["step"], slowest)
+        if record["loss"] is not None and record["loss"] > self._spikes.limit(record["k_micro"]):
             more["spike"] = True
-            self._tell_of_spike(row, totals.dropped)
-        self._remember(row | more)
+            self._tell_of_spike(record, totals.dropped)
+        self._remember(record | more)
         return more
 
-    def look_inside(self, row: Row) -> Row:
+    def look_inside(self, record: Record) -> Record:
         """After a validation: what `channels` gave with the update counts, and the named failures of training."""
-        more: Row = {}
-        if "channels" in row:
-            more["channels"] = row["channels"] | {"updates": self._updates_K.tolist()}
-        self._rows[-1] = self._rows[-1] | {"valid": row.get("valid", {})}  # a task's accuracies are no curve of bits
-        found = warnings_of(list(self._rows))
+        more: Record = {}
+        if "channels" in record:
+            more["channels"] = record["channels"] | {"updates": self._updates_K.tolist()}
+        self._records[-1] = self._records[-1] | {
+            "valid": record.get("valid", {})
+        }  # a task's accuracies are no curve of bits
+        found = warnings_of(list(self._records))
         for warning in found:
             if warning.name not in self._warned:
-                text = f"step {row['step']}: {warning.name}: {warning.text}"
-                self._run.events.add(warning.name, row["step"], text, **warning.figures)
+                text = f"step {record['step']}: {warning.name}: {warning.text}"
+                self._run.events.add(warning.name, record["step"], text, **warning.figures)
         self._warned = {warning.name for warning in found}
         return more | ({"warnings": [asdict(warning) for warning in found]} if found else {})
 
@@ -95,33 +97,33 @@ class Health:
     def _recall(self, journal: Path) -> None:
         """What the windows need of the updates before a resume, from the journal's end.
 
-        A validation's row has the update counts up to it; only where there is none, all of the journal is read.
+        A validation's record has the update counts up to it; only where there is none, all of the journal is read.
         """
-        recent: list[Row] = []
+        recent: list[Record] = []
         counted = "S" not in self._run.config.model.mixers
         counts_K = np.zeros_like(self._updates_K)
-        for row, _ in rows_newest_first(journal):
-            if len(recent) < OSCILLATION_ROWS:
-                recent.append(row)
+        for record, _ in records_newest_first(journal):
+            if len(recent) < OSCILLATION_RECORDS:
+                recent.append(record)
             elif counted:
                 break
-            if not counted and "updates" in row.get("channels", {}):
-                counts_K += row["channels"]["updates"]
+            if not counted and "updates" in record.get("channels", {}):
+                counts_K += record["channels"]["updates"]
                 counted = True
-            elif not counted and not row["skipped"]:
-                counts_K += update_counts([row["k_micro"]], len(counts_K))
+            elif not counted and not record["skipped"]:
+                counts_K += update_counts([record["k_micro"]], len(counts_K))
         self._spikes = self._new_spikes(recent[-1]["step"] - 1 if recent else 0)
-        for row in reversed(recent):
-            self._remember(row)
-            if "valid" in row:
-                self._warned = {warning["name"] for warning in row.get("warnings", ())}
+        for record in reversed(recent):
+            self._remember(record)
+            if "valid" in record:
+                self._warned = {warning["name"] for warning in record.get("warnings", ())}
         self._updates_K = counts_K
 
-    def _remember(self, row: Row) -> None:
-        self._rows.append(row)
-        self._spikes.add(row["k_micro"], row["loss"], row.get("spike", False))
-        if not row["skipped"]:
-            self._updates_K += update_counts([row["k_micro"]], len(self._updates_K))
+    def _remember(self, record: Record) -> None:
+        self._records.append(record)
+        self._spikes.add(record["k_micro"], record["loss"], record.get("spike", False))
+        if not record["skipped"]:
+            self._updates_K += update_counts([record["k_micro"]], len(self._updates_K))
 
     def _tell_of_stragglers(self, step: int, slowest: dict[str, Straggler]) -> None:
         """Once, and again only where it had gone for a window."""
@@ -134,13 +136,13 @@ class Health:
                 self._run.events.add("straggler", step, text, phase=phase, rank=rank, s=seconds, median_s=median_s)
             self._told[rank, phase] = step
 
-    def _tell_of_spike(self, row: Row, dropped: bool) -> None:
-        run, step = self._run, row["step"]
-        expected, deviation = self._spikes.expected(row["k_micro"])
+    def _tell_of_spike(self, record: Record, dropped: bool) -> None:
+        run, step = self._run, record["step"]
+        expected, deviation = self._spikes.expected(record["k_micro"])
         first, last = run.sample_range(step - 1)
-        z = (row["loss"] - expected) / deviation
+        z = (record["loss"] - expected) / deviation
         text = (
-            f"step {step}: loss spike: {row['loss']:.4g}, where {expected:.4g} was to be expected at its K "
+            f"step {step}: loss spike: {record['loss']:.4g}, where {expected:.4g} was to be expected at its K "
             f"({z:.1f} robust standard deviations): samples {first}..{last}"
             f"{' changed no weight' if dropped else ''}"
         )
@@ -149,11 +151,11 @@ class Health:
         if kept is not None:
             pin(kept, text)
         text += f"; {kept} is kept" if kept else "; there is no checkpoint from before"
-        run.events.add("loss spike", step, text, loss=row["loss"], expected=expected, z=z, samples=[first, last],
+        run.events.add("loss spike", step, text, loss=record["loss"], expected=expected, z=z, samples=[first, last],
                        dropped=dropped, checkpoint=str(kept) if kept else None)  # fmt: skip
 
 
-def channels(run: Run, masses: GateMass) -> Row:
+def channels(run: Run, masses: GateMass) -> Record:
     """Mean gate mass and Frobenius norm of M_k, (spectral layers, K_max), of the whole model and all ranks' text."""
     mixers = [mixer for _, mixer in spectral_mixers(run.engine.model)]
     if not mixers:

@@ -27,7 +27,7 @@ from megassm.data.task import Task
 from megassm.errors import UserError
 from megassm.eval.score import Score, score, text_bytes
 from megassm.optim import learning_rate
-from megassm.parallel.phases import Phase
+from megassm.parallel.phases import StepPhase
 from megassm.parallel.watchdog import Watchdog
 from megassm.parallel.world import (
     World,
@@ -41,7 +41,7 @@ from megassm.parallel.world import (
 )
 from megassm.run.directory import FAILURE
 from megassm.run.failures import job_begins, job_ends
-from megassm.run.journal import Row
+from megassm.run.journal import Record
 from megassm.run.stop import StopRequest
 from megassm.train.agreement import Tally, Totals, agree, report_skip
 from megassm.train.channels import gate_masses
@@ -130,26 +130,26 @@ def train(run: Run) -> End:
         if tally is None:
             return stop(run, step, saved)
         rate = learning_rate(config.optim, config.train, step)
-        note("update", phase=Phase.UPDATE)
+        note("update", phase=StepPhase.UPDATE)
         norm = engine.update(rate)
-        note("agreement of all ranks", phase=Phase.UPDATE)
+        note("agreement of all ranks", phase=StepPhase.UPDATE)
         totals = agree(run, step, budgets, tally, norm)
         stride = stop_stride(totals, engine.micro_steps)
         note("looking at the update")
         skipped = 0 if totals.finite else skipped + 1
-        row = journal_row(run, step, budgets, totals, time.perf_counter() - started) | {"lr": rate}
+        record = journal_record(run, step, budgets, totals, time.perf_counter() - started) | {"lr": rate}
         if run.world.is_main:
-            row |= health.look(row, totals)
+            record |= health.look(record, totals)
         if skipped:
             report_skip(run, step, totals, skipped)
         last = step + 1 == config.train.steps
         if last or (config.eval.every_steps and (step + 1) % config.eval.every_steps == 0):
-            row |= validation(run)
+            record |= validation(run)
             if run.world.is_main:
-                row |= health.look_inside(row)
+                record |= health.look_inside(record)
         note("journal")
         if run.journal is not None:
-            run.journal.write(row)
+            run.journal.write(record)
         if tally.dropped and config.health.spike_action == "rewind" and rewinds(run, step):
             return "rewound"
         due = (step + 1) % config.checkpoint.every_steps == 0 and not skipped  # a sick run replaces no good checkpoint
@@ -174,12 +174,12 @@ def accumulate(run: Run, health: Health, budgets: list[int], stride: int) -> Tal
             return None
         batch = next_batch(run, tally)
         ids_BT, mask_BL = (torch.from_numpy(x).to(run.world.device) for x in (batch.ids_BT, batch.mask_BL))
-        note("forward pass", phase=Phase.FORWARD)
+        note("forward pass", phase=StepPhase.FORWARD)
         nll_BL, objective_BL = engine.training_losses(ids_BT, k)
         tally.nll += (nll_BL.detach() * mask_BL).sum()
         if micro_step + 1 == len(budgets) and health.drops(budgets, tally):
             tally.dropped, objective_BL = True, without_effect(objective_BL)
-        note("backward pass", phase=Phase.BACKWARD)
+        note("backward pass", phase=StepPhase.BACKWARD)
         engine.backward(objective_BL, mask_BL)
     return tally
 
@@ -220,13 +220,13 @@ def next_batch(run: Run, tally: Tally) -> MicroBatch:
     One rank of a reader group reads, and hands what it read to the others.
     """
     started = time.perf_counter()
-    run.world.progress.note("reading data", phase=Phase.DATA)
+    run.world.progress.note("reading data", phase=StepPhase.DATA)
     own = next(run.batches) if run.world.readers.rank() == 0 else None
-    run.world.progress.note("sharing data", phase=Phase.DATA)
+    run.world.progress.note("sharing data", phase=StepPhase.DATA)
     batch = share_batch(own, run.config, run.world)
     tally.data_wait_s += time.perf_counter() - started
     tally.sample_ids += batch.sample_ids_B.tolist()
-    batch = batch.span(run.world.place.sequence, run.world.mesh.sequence)
+    batch = batch.span(run.world.coordinates.sequence, run.world.mesh.sequence)
     tally.tokens += int(batch.mask_BL.sum())
     tally.text_bytes += text_bytes(batch, run.token_bytes)
     return batch
@@ -262,7 +262,7 @@ def save(run: Run, done_steps: int, must: bool) -> bool:
     return False
 
 
-def journal_row(run: Run, step: int, budgets: list[int], totals: Totals, seconds: float) -> Row:
+def journal_record(run: Run, step: int, budgets: list[int], totals: Totals, seconds: float) -> Record:
     """One update for the journal; units in the names."""
     config = run.config
     step_tokens = config.tokens_per_step()
@@ -296,16 +296,16 @@ def update_flops_per_token(config: Config, k: int) -> float:
     return flops + forward_flops_per_token(model, model.num_channels, length) if taught else flops
 
 
-def validation(run: Run) -> Row:
+def validation(run: Run) -> Record:
     """The scores by K, and what the channels of the whole model do at the largest of these K."""
     *smaller, largest = run.config.eval_budgets()
     scores = {k: validate(run, k) for k in smaller}
     with gate_masses(run.engine.model) as masses:
         scores[largest] = validate(run, largest)
-    return validation_row(scores, run.data.task) | channels(run, masses)
+    return validation_record(scores, run.data.task) | channels(run, masses)
 
 
-def validation_row(scores: dict[int, Score], task: Task | None) -> Row:
+def validation_record(scores: dict[int, Score], task: Task | None) -> Record:
     """What the journal has of a validation, by K."""
     if task is None:
         return {"valid": {str(k): score.bits_per_byte for k, score in scores.items()}}

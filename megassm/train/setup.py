@@ -86,7 +86,7 @@ def set_up(config: Config, data: Dataset, world: World, stop: StopRequest | None
             write_environment(Path(config.run.dir), world, peak, peak_source)
         introduce(config, data, world, done_steps)
         say(world, f"MFU is of {peak / 1e12:,.4g} TFLOP/s a rank ({peak_source}), with the FLOPs of the K in use")
-    place, mesh = world.place, world.mesh
+    place, mesh = world.coordinates, world.mesh
     valid = validation_batches(data.valid, plan, config.eval.sequences)
     return Run(
         config=config,
@@ -194,7 +194,7 @@ def stream_plan(config: Config, world: World) -> StreamPlan:
         batch_sequences=config.train.batch_sequences,
         micro_batch_sequences=config.train.micro_batch_sequences,
         seed=config.run.seed,
-        rank=world.place.data,
+        rank=world.coordinates.data,
         world_size=world.mesh.data,
         left_out=read_left_out(Path(config.run.dir)),
     )

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 WINDOW = 64
-MIN_ROWS = 16
+MIN_RECORDS = 16
 """Fewer say nothing."""
 FLOOR = 0.005
 """A standard deviation below this share of the loss is taken for it: a flat curve makes no spike of a ripple."""
@@ -34,15 +34,15 @@ class Spikes:
     def __init__(self, z: float, updates: int = 0) -> None:
         """`z` deviations make a spike; `updates` were made before the first that `add` will tell of."""
         self._z = z
-        self._rows: deque[tuple[list[float], float]] = deque(maxlen=WINDOW)
+        self._records: deque[tuple[list[float], float]] = deque(maxlen=WINDOW)
         self._updates, self._in_a_row = updates, 0
 
     def expected(self, budgets: Sequence[int]) -> tuple[float, float]:
         """(loss, its standard deviation) of the next update at these K; (inf, inf) where too little is known."""
-        if len(self._rows) < MIN_ROWS:
+        if len(self._records) < MIN_RECORDS:
             return float("inf"), float("inf")
-        x_TC = np.array([columns for columns, _ in self._rows])
-        loss_T = np.array([loss for _, loss in self._rows])
+        x_TC = np.array([columns for columns, _ in self._records])
+        loss_T = np.array([loss for _, loss in self._records])
         x_C = np.array(self._columns(budgets))
         mean_C, scale_C = x_TC.mean(axis=0), x_TC.std(axis=0)
         mean_C[0], scale_C[0] = 0.0, 1.0
@@ -68,10 +68,10 @@ class Spikes:
             return
         self._in_a_row = self._in_a_row + 1 if spike else 0
         if self._in_a_row >= LEVEL:
-            self._rows.clear()
+            self._records.clear()
             self._in_a_row = 0
         if not spike:
-            self._rows.append((self._columns(budgets, self._updates - 1), loss))
+            self._records.append((self._columns(budgets, self._updates - 1), loss))
 
     def _columns(self, budgets: Sequence[int], update: int | None = None) -> list[float]:
         k = np.array(budgets, dtype=np.float64)

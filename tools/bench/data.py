@@ -33,7 +33,7 @@ MEMMAP_NAME = "flat.u16"
 
 
 @dataclass(frozen=True)
-class BenchPlan:
+class DataBenchPlan:
     """What to read."""
 
     tokens: int = 64 << 20
@@ -45,7 +45,7 @@ class BenchPlan:
 
 
 @dataclass(frozen=True)
-class BenchRow:
+class DataRow:
     """One reader on one path. Rates are in million tokens."""
 
     reader: str
@@ -57,7 +57,7 @@ class BenchRow:
     note: str = ""
 
 
-def bench(plan: BenchPlan, work: Path) -> Iterator[BenchRow]:
+def bench(plan: DataBenchPlan, work: Path) -> Iterator[DataRow]:
     """Writes a data set of random ids below `work`, and reads it in every way there is."""
     shards = _write(plan, work)
     memmap = _measure(plan, lambda: memmap_batches(shards.directory / MEMMAP_NAME, plan))
@@ -65,14 +65,14 @@ def bench(plan: BenchPlan, work: Path) -> Iterator[BenchRow]:
         places = list(_places(shards, stack))
         for reader, path, make in _contestants(plan, shards, work, memmap, places):
             if isinstance(make, str):
-                yield BenchRow(reader, path, None, None, None, make)
+                yield DataRow(reader, path, None, None, None, make)
                 continue
             rates = memmap if reader == "memmap" else _measure(plan, make)
-            yield BenchRow(reader, path, *rates, of_memmap=rates[0] / memmap[0])
+            yield DataRow(reader, path, *rates, of_memmap=rates[0] / memmap[0])
 
 
 def _contestants(
-    plan: BenchPlan, shards: ShardSet, work: Path, memmap: tuple[float, float], places: list[tuple[str, str, str]]
+    plan: DataBenchPlan, shards: ShardSet, work: Path, memmap: tuple[float, float], places: list[tuple[str, str, str]]
 ) -> Iterator[tuple[str, str, Callable[[], Batches] | str]]:
     """(reader, path, what makes its batches, or why it cannot)."""
     names = [shard.name for shard in shards.shards]
@@ -114,7 +114,7 @@ def _places(shards: ShardSet, stack: ExitStack) -> Iterator[tuple[str, str, str]
         yield "s3", "", str(error)
 
 
-def _measure(plan: BenchPlan, make: Callable[[], Batches]) -> tuple[float, float]:
+def _measure(plan: DataBenchPlan, make: Callable[[], Batches]) -> tuple[float, float]:
     """(million tokens a second, a CPU-second) of the fastest pass."""
     best = (0.0, 0.0)
     for _ in range(plan.repeats):
@@ -125,7 +125,7 @@ def _measure(plan: BenchPlan, make: Callable[[], Batches]) -> tuple[float, float
     return best
 
 
-def _write(plan: BenchPlan, work: Path) -> ShardSet:
+def _write(plan: DataBenchPlan, work: Path) -> ShardSet:
     random = np.random.default_rng(0)
     sizes = ShardSizes(16 * plan.block_tokens, plan.block_tokens, plan.block_tokens)
     with ShardWriter(work / "set", BytesTokenizer(), sizes) as writer:
@@ -137,7 +137,7 @@ def _write(plan: BenchPlan, work: Path) -> ShardSet:
     return shards
 
 
-def stream_batches(url: str, plan: BenchPlan) -> Batches:
+def stream_batches(url: str, plan: DataBenchPlan) -> Batches:
     """Ours: one epoch."""
     shards = load_index(open_store(url))
     stream = TokenStream(shards, StreamPlan(plan.seq_len, plan.batch_sequences, plan.batch_sequences, seed=0))
@@ -145,7 +145,7 @@ def stream_batches(url: str, plan: BenchPlan) -> Batches:
     return (batch.ids_BT for batch in stream.batches(0, steps))
 
 
-def memmap_batches(path: Path, plan: BenchPlan) -> Batches:
+def memmap_batches(path: Path, plan: DataBenchPlan) -> Batches:
     """As Megatron-LM: samples of one flat file in an order shuffled beforehand."""
     ids = np.memmap(path, dtype="<u2", mode="r")
     samples = np.random.default_rng(0).permutation((ids.size - 1) // plan.seq_len)
@@ -154,7 +154,7 @@ def memmap_batches(path: Path, plan: BenchPlan) -> Batches:
         yield np.stack([ids[start : start + plan.seq_len + 1].astype(np.int64) for start in starts])
 
 
-def webdataset_batches(urls: list[str], plan: BenchPlan) -> Batches:
+def webdataset_batches(urls: list[str], plan: DataBenchPlan) -> Batches:
     """Stock `wds.WebDataset`: its members in the order stored, cut into samples."""
     cut = (
         ids[start : start + plan.seq_len + 1].astype(np.int64)
@@ -175,7 +175,7 @@ def _ids(raw: bytes) -> npt.NDArray[np.uint16]:
     return np.frombuffer(raw, dtype="<u2")
 
 
-def write_mosaic(streaming: Any, shards: ShardSet, folder: Path, plan: BenchPlan) -> None:
+def write_mosaic(streaming: Any, shards: ShardSet, folder: Path, plan: DataBenchPlan) -> None:
     """The same samples in MDS, one array each, as its examples for pretraining have them."""
     ids = np.memmap(shards.directory / MEMMAP_NAME, dtype="<u2", mode="r")
     with streaming.MDSWriter(out=str(folder), columns={"ids": "bytes"}) as writer:
@@ -183,7 +183,7 @@ def write_mosaic(streaming: Any, shards: ShardSet, folder: Path, plan: BenchPlan
             writer.write({"ids": ids[start : start + plan.seq_len + 1].tobytes()})
 
 
-def mosaic_batches(streaming: Any, folder: Path, plan: BenchPlan) -> Batches:
+def mosaic_batches(streaming: Any, folder: Path, plan: DataBenchPlan) -> Batches:
     """Stock `StreamingDataset`, shuffled."""
     streaming.base.util.clean_stale_shared_memory()
     samples = streaming.StreamingDataset(local=str(folder), shuffle=True, batch_size=plan.batch_sequences)

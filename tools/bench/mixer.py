@@ -35,7 +35,7 @@ Core = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class BenchRow:
+class MixerRow:
     """One method at one length and budget."""
 
     method: str
@@ -56,7 +56,7 @@ class BenchRow:
 
 
 @dataclass(frozen=True)
-class BenchPlan:
+class MixerBenchPlan:
     """What to measure."""
 
     lengths: Sequence[int]
@@ -69,7 +69,7 @@ class BenchPlan:
     repeats: int = 5
 
 
-def bench(plan: BenchPlan, say: Callable[[str], None] = lambda _: None) -> Iterator[BenchRow]:
+def bench(plan: MixerBenchPlan, say: Callable[[str], None] = lambda _: None) -> Iterator[MixerRow]:
     """Rows in the order of lengths, budgets, methods. `say` is told which methods are left out, and why.
 
     Raises:
@@ -154,7 +154,7 @@ def _why_not(method: str, bank: FilterBank, length: int) -> str | None:
     return why_no_peer(method, bank.filters_LK.device) if method in PEERS else None
 
 
-def _inputs(plan: BenchPlan, length: int, k: int) -> list[Tensor]:
+def _inputs(plan: MixerBenchPlan, length: int, k: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
@@ -179,7 +179,7 @@ def _truth(bank: FilterBank, inputs: Sequence[Tensor], k: int) -> Tensor:
 
 def _measure(
     method: str, k: int, core: Core, inputs: list[Tensor], truth: Tensor | None, timing: tuple[float, int]
-) -> BenchRow:
+) -> MixerRow:
     rate, repeats = timing
     u_BLD = inputs[0]
     gradient = torch.ones_like(u_BLD)
@@ -197,7 +197,7 @@ def _measure(
         forward_backward()
     seconds = statistics.median(timed_seconds(forward_backward, u_BLD.device, repeats))
     error = None if truth is None else float((forward().double() - truth).norm() / truth.norm())
-    return BenchRow(
+    return MixerRow(
         method=method,
         length=u_BLD.shape[1],
         k=k,

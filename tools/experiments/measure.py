@@ -19,7 +19,7 @@ from megassm.eval.session import open_session
 from megassm.eval.sweep import measured_cost
 from megassm.model import build_model, losses_at, truncate
 from megassm.run.directory import CONFIG
-from megassm.run.journal import Row, read_rows
+from megassm.run.journal import Record, read_records
 from megassm.train.loop import step_budgets
 from tools.experiments.arms import Arm
 from tools.experiments.peers import build_peer, peer_parameters
@@ -116,8 +116,8 @@ def _random_batch(config: Config) -> MicroBatch:
     return MicroBatch(ids_BT, np.ones((size, length), dtype=np.bool_), np.arange(size))
 
 
-def _last_validation(run_dir: Path) -> Row:
-    validations: Iterator[Row] = (
-        row for row in reversed(read_rows(run_dir)) if {"valid", "valid_accuracy"} & row.keys()
+def _last_validation(run_dir: Path) -> Record:
+    validations: Iterator[Record] = (
+        row for row in reversed(read_records(run_dir)) if {"valid", "valid_accuracy"} & row.keys()
     )
     return next(validations)

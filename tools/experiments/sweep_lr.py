@@ -52,9 +52,9 @@ def main() -> None:
     arguments = parser().parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     from tools.experiments.results import write
-    from tools.experiments.transfer import Sweep, best_rates, run_sweep
+    from tools.experiments.transfer import RateSweep, best_rates, run_sweep
 
-    sweep = Sweep(arguments.widths, arguments.lrs, range(arguments.seeds), arguments.runs, tuple(arguments.set))
+    sweep = RateSweep(arguments.widths, arguments.lrs, range(arguments.seeds), arguments.runs, tuple(arguments.set))
     try:
         results = run_sweep(sweep, shlex.join(["python", *sys.argv]))
     except ConfigError as error:

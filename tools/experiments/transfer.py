@@ -27,7 +27,7 @@ SMALL = (
 
 
 @dataclass(frozen=True)
-class Sweep:
+class RateSweep:
     """What to train."""
 
     widths: Sequence[int]
@@ -54,7 +54,7 @@ def sweep_arms(widths: Sequence[int]) -> list[Arm]:
     return arms
 
 
-def run_sweep(sweep: Sweep, command: str) -> Results:
+def run_sweep(sweep: RateSweep, command: str) -> Results:
     """Trains what is not trained yet, in this process, and returns what to write down.
 
     Raises:
@@ -77,7 +77,7 @@ def run_sweep(sweep: Sweep, command: str) -> Results:
     )
 
 
-def _point(sweep: Sweep, arm: Arm, rate: float, seed: int) -> Point:
+def _point(sweep: RateSweep, arm: Arm, rate: float, seed: int) -> Point:
     """The validation of one training at full budget."""
     config = load_config(Path(TEXT), (*SMALL, *arm.overrides, *sweep.overrides, f"optim.lr={rate!r}"))
     config = placed(config, sweep.runs, seed)

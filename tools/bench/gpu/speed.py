@@ -26,7 +26,7 @@ from megassm.plan.memory import rank_memory
 from megassm.run.journal import peak_flops
 from megassm.train.profiling import Batches, kind_rows, phase_rows, profile_training, random_batches
 from tools.bench.gpu.plan import Found, Plan
-from tools.bench.mixer import BenchPlan, bench
+from tools.bench.mixer import MixerBenchPlan, bench
 from tools.bench.model import transformer_of_equal_size
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -176,7 +176,7 @@ def sizes(plan: Plan, _folder: Path) -> Iterator[Found]:
 def mixer(plan: Plan, _folder: Path) -> Iterator[Found]:
     """One spectral layer of 1b_hybrid's width at K = 2, 8, 32, beside attention and the published formulation."""
     cuda = plan.device == "cuda"
-    bench_plan = BenchPlan(
+    bench_plan = MixerBenchPlan(
         lengths=[2048] if plan.quick else [2048, 16384],
         budgets=[2, 8, 32] if cuda else [2],
         methods=("chunked", "attention", "authors") if cuda else ("chunked", "attention"),

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megassm.run.records import read_rows
+from megassm.run.records import read_records
 from tools.bench.gpu.plan import Found, Plan
 
 ROOT = Path(__file__).parents[3]
@@ -64,7 +64,7 @@ def arm(plan: Plan, folder: Path, name: str) -> Iterator[Found]:
 
     whole, again = folder / "whole", folder / "again"
     _train(_overrides(plan, whole, name))
-    rows = read_rows(whole)
+    rows = read_records(whole)
     yield {
         "loss": [round(row["loss"], 4) for row in rows],
         "grad_norm": [round(row["grad_norm"] or -1, 3) for row in rows],
@@ -77,7 +77,7 @@ def arm(plan: Plan, folder: Path, name: str) -> Iterator[Found]:
     if plan.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     _train(_overrides(plan, again, name))
-    resumed = read_rows(again)
+    resumed = read_records(again)
     off = max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(rows, resumed, strict=True))
     falls = rows[-1]["loss"] < rows[0]["loss"] - 0.3
     same = len(resumed) == STEPS and off < SAME.get(name, 2e-3)

@@ -1,4 +1,4 @@
-"""SLURM: the ranks' coordinates as `srun` tells them, and the batch script of a run (see `launch/slurm.py`).
+"""SLURM: the ranks' coordinates as `srun` tells them, and the batch script of a run (see `megassm.commands.slurm`).
 
 srun starts every rank itself, so nothing else has to reach the nodes: no ssh, no hostfile, no MPI.
 """
@@ -256,7 +256,7 @@ def batch_script(request: JobRequest, folder: Path, python: Path, cwd: Path, pat
 
 SCRIPT = """\
 #!/usr/bin/env bash
-# Made by launch/slurm.py. SIGUSR1 comes to every rank {save_before_s} s before the time is over: all finish the
+# Made by `megassm slurm`. SIGUSR1 comes to every rank {save_before_s} s before the time is over: all finish the
 # micro-batch, save, and exit with {stopped}; the job is then requeued, and continues from that checkpoint.
 {head}
 
@@ -266,7 +266,7 @@ echo "--- job $SLURM_JOB_ID, restart ${{SLURM_RESTART_COUNT:-0}}, on $SLURM_JOB_
 
 # in the background, because bash runs a trap only between commands
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node={tasks} --ntasks=$((SLURM_JOB_NUM_NODES * {tasks})) \\
-  --kill-on-bad-exit=0 --wait={wait_s} {python} "$JOB/code/launch/pretrain.py" --config "$JOB/config.yaml" &
+  --kill-on-bad-exit=0 --wait={wait_s} {python} -P -m megassm train --config "$JOB/config.yaml" &
 ranks=$!
 trap 'kill -USR1 $ranks' USR1   # scancel --batch --signal=USR1: srun hands it to the ranks
 trap : TERM                     # preemption, scancel: SLURM tells the ranks itself; wait for them

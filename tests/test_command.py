@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megassm.__main__ import COMMANDS
+from megassm.cli.arguments import SCRIPTS, as_started
 from megassm.config.load import ConfigError, load_config
 from tests.conftest import ROOT, run_python
 
@@ -31,10 +32,32 @@ def test_help_of_a_command_shows_the_command(name: str) -> None:
 
 def test_scripts_and_commands_are_one() -> None:
     scripts = [*(ROOT / "tools").glob("*.py"), *(ROOT / "launch").glob("*.py")]
-    found = [re.findall(r"from megassm\.commands\.(\w+) import", path.read_text(encoding="utf-8")) for path in scripts]
-    assert sorted(name for names in found for name in names) == sorted(COMMANDS)
+    found = {
+        str(path.relative_to(ROOT)): started[1]
+        for path in scripts
+        if (started := re.search(r"from megassm\.commands\.(\w+) import", path.read_text(encoding="utf-8")))
+    }
+    assert found == SCRIPTS
+    assert sorted(SCRIPTS.values()) == sorted(COMMANDS)
     for name in COMMANDS:
         assert callable(importlib.import_module(f"megassm.commands.{name}").main)
+
+
+def test_messages_name_commands_as_the_process_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "next: python tools/sweep_budgets.py runs/a; made by tools/export.py, tools/demo.py, launch/pretrain.py --x"
+    monkeypatch.setattr("sys.argv", ["tools/generate.py", "x"])
+    assert as_started(text) == text
+    monkeypatch.setattr("sys.argv", ["megassm generate", "x"])
+    assert as_started(text) == "next: megassm sweep runs/a; made by megassm export, tools/demo.py, megassm train --x"
+
+
+def test_slurm_is_a_command_like_the_others(tmp_path: Path) -> None:
+    done = run_python("-m", "megassm", "slurm", "status", str(tmp_path), check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no job of it was submitted with megassm slurm; give a run directory" in done.stderr
+    usage = run_python("-m", "megassm", "slurm", "submit", "--help").stdout
+    assert usage.startswith("usage: megassm slurm submit")
+    assert "example:\n  megassm slurm submit --config" in usage
 
 
 def test_an_unknown_command_is_named() -> None:

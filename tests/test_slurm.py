@@ -183,7 +183,7 @@ def test_an_orphan_behind_a_cut_link_writes_nothing_more(
     assert "continued by" in job.log
     virtual.start("n2")
     virtual.wait_until(lambda: virtual.idle("n2"))
-    ranks = [process for process in virtual.processes("n1") if "pretrain.py" in " ".join(process.cmdline())]
+    ranks = [process for process in virtual.processes("n1") if "megassm train" in " ".join(process.cmdline())]
     assert len(ranks) >= 2
     virtual.cut("n1")
     job.wait_for("RUNNING", restarts=2)

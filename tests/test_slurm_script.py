@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm as launch_slurm
+from megassm.commands import slurm as slurm_command
 from megassm.config.load import load_config
 from megassm.errors import UserError
 from megassm.slurm import JobRequest, batch_script, first_host, per_node, rank_environment, seconds
@@ -153,7 +153,7 @@ def test_a_run_from_submission_to_resumption(tmp_path: Path, data_path: Path, fa
     assert "job 41 trains in" in done.stdout
     job = run_dir / "jobs/0001"
     assert load_config(job / "config.yaml", world_size=4).train.steps == 33
-    assert {path.name for path in (job / "code").iterdir()} == {"megassm", "launch"}
+    assert {path.name for path in (job / "code").iterdir()} == {"megassm"}
     assert (job / "version.txt").read_text(encoding="utf-8").startswith("megassm 0.")
     assert json.loads((job / "job.json").read_text(encoding="utf-8"))["job_id"] == "41"
     for private in ("version.txt", "job.json", "job.sh"):
@@ -203,12 +203,12 @@ def test_a_job_gets_code_and_not_what_lies_beside_it(tmp_path: Path, monkeypatch
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("SECRET", encoding="utf-8")
     (tmp_path / "megassm/link.py").symlink_to(tmp_path / "launch/.env")
-    monkeypatch.setattr(launch_slurm, "ROOT", tmp_path)
+    monkeypatch.setattr(slurm_command, "ROOT", tmp_path)
     package = ["megassm/eval/tasks/a.yaml", "megassm/new.py", "megassm/py.typed"]
-    assert [str(path) for path in launch_slurm.code_files()] == package, "without git"
+    assert [str(path) for path in slurm_command.code_files()] == package, "without git"
     for command in (("init", "-q"), ("add", "megassm/py.typed")):
         subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
-    assert [str(path) for path in launch_slurm.code_files()] == package[1:], "Python files, and what git tracks"
+    assert [str(path) for path in slurm_command.code_files()] == package[1:], "Python files, and what git tracks"
 
 
 ASKED = {"nodes": "1", "gpus_per_node": 0, "tasks_per_node": 2, "time": "24:00:00", "save_before_s": 180, "sbatch": []}
@@ -250,10 +250,10 @@ def test_a_job_of_a_stranger_is_read_as_if_it_were_typed(
         facts = json.dumps({"job_id": facts.get("job_id", "41"), "request": request}).encode()
     (job / "job.json").write_bytes(facts)
     asked: list[tuple[str, ...]] = []
-    monkeypatch.setattr(launch_slurm, "ask_slurm", lambda *command: asked.append(command))
+    monkeypatch.setattr(slurm_command, "ask_slurm", lambda *command: asked.append(command))
     monkeypatch.setattr(sys, "argv", ["slurm.py", name, str(tmp_path)])
     with pytest.raises(UserError, match=re.escape(message)) as told:
-        launch_slurm.main()
+        slurm_command.main()
     assert str(job / "job.json") in str(told.value)
     assert not asked
 

@@ -34,7 +34,39 @@ MAX_BUDGET = 100_000
 STOPPED = 75
 """Exit code of a job that was told to stop before its end, and has saved: "try again" (EX_TEMPFAIL)."""
 
+SCRIPTS = {
+    "tools/train_tokenizer.py": "tokenizer",
+    "tools/prepare_data.py": "prepare",
+    "tools/index_shards.py": "index",
+    "tools/verify_data.py": "verify",
+    "tools/make_task.py": "make_task",
+    "tools/plan.py": "plan",
+    "launch/pretrain.py": "train",
+    "launch/slurm.py": "slurm",
+    "tools/watch.py": "watch",
+    "tools/inspect_data.py": "inspect",
+    "tools/diagnose.py": "diagnose",
+    "tools/profile_training.py": "profile",
+    "tools/sweep_budgets.py": "sweep",
+    "tools/evaluate_tasks.py": "tasks",
+    "tools/report.py": "report",
+    "tools/generate.py": "generate",
+    "tools/export.py": "export",
+}
+"""The commands of `megassm` by the scripts that start them; messages name the scripts."""
+
 TableRow = Mapping[str, Any]
+
+
+def as_started(text: str) -> str:
+    """`text` with this package's commands as this process was started: in a process started as `megassm`,
+    "python tools/sweep_budgets.py" is "megassm sweep", as is the script's name alone."""
+    if not Path(sys.argv[0]).name.startswith("megassm "):
+        return text
+    start = r"((python|deepspeed --num_gpus \d+) )?"
+    return re.sub(
+        rf"{start}(?P<script>{'|'.join(map(re.escape, SCRIPTS))})", lambda f: f"megassm {SCRIPTS[f['script']]}", text
+    )
 
 
 def is_rank_zero() -> bool:
@@ -45,13 +77,13 @@ def is_rank_zero() -> bool:
 def print_line(message: str, stream: TextIO | None = None) -> None:
     """Prints a line of a long job at once; a full disk or a closed terminal behind the stream does not end the job."""
     with contextlib.suppress(OSError):
-        print(message, file=stream or sys.stdout, flush=True)
+        print(as_started(message), file=stream or sys.stdout, flush=True)
 
 
 def refuse(message: str, code: int) -> NoReturn:
     """Prints `message` on rank 0 only and leaves with `code` on every rank."""
     if is_rank_zero():
-        print(message, file=sys.stderr, flush=True)
+        print(as_started(message), file=sys.stderr, flush=True)
     else:
         time.sleep(OTHER_RANKS_WAIT_S)  # a launcher ends all ranks with the first that leaves: let rank 0 speak
     raise SystemExit(code)
@@ -83,15 +115,15 @@ class Parser(argparse.ArgumentParser):
     """A parser whose `--help` ends with a runnable example and whose refusals are printed by rank 0 only."""
 
     def __init__(self, description: str, example: str) -> None:
-        program = Path(sys.argv[0]).name
-        if program.startswith("megassm "):  # not started as a script of the project
-            example = re.sub(r"(python|deepspeed --num_gpus \d+) (tools|launch)/\w+\.py", program, example)
         super().__init__(
             description=description,
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+
+    def format_help(self) -> str:
+        return as_started(super().format_help())
 
     def error(self, message: str) -> NoReturn:
         refuse(f"{self.format_usage()}{self.prog}: {message}; --help has an example", 2)

@@ -24,7 +24,10 @@ def family_arms(config: Config) -> list[Arm]:
     full = sizes[max(sizes)]
     arms = [Arm("elastic spectral"), _elastic_hybrid(config, full), _paper(config, full)]
     arms += [_alone(config, k) for k in sizes]
-    arms += [_transformer(config, f"transformer of K={k}'s size", size) for k, size in sizes.items()]
+    arms += [
+        _transformer(config, f"transformer of K={k}'s size", size)._replace(curve="transformer of each size", at=k)
+        for k, size in sizes.items()
+    ]
     return [*arms, _elastic_width(config, sizes), _early_exit(config, full), _mamba2(config, full)]
 
 
@@ -60,7 +63,8 @@ def _paper(config: Config, size: int) -> Arm:
 def _alone(config: Config, k: int) -> Arm:
     """The model that is left at K, trained at K."""
     cut = config.model.cut(k)
-    return Arm(f"spectral K={k} alone", _overrides(model__num_channels=k, model__d_ffn=cut.d_ffn, **_fixed(k)))
+    overrides = _overrides(model__num_channels=k, model__d_ffn=cut.d_ffn, **_fixed(k))
+    return Arm(f"spectral K={k} alone", overrides, curve="spectral, each size trained alone", at=k)
 
 
 def _fixed(k: int) -> Mapping[str, Any]:

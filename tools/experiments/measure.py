@@ -27,6 +27,8 @@ from tools.experiments.plain import drawn_passes, nested_passes, train_plain
 
 BITS = "validation bits per byte"
 ACCURACY = "validation accuracy"
+BY_SIZE = " by size"
+"""Ends the names of metrics over parameters, whose x are these."""
 TRAINING = "training, PFLOPs"
 
 
@@ -51,7 +53,7 @@ def family_points(run_dir: Path) -> list[Point]:
     """`journal_points`, the same over parameters, and what the training cost."""
     config = load_config(run_dir / CONFIG)
     curve = journal_points(run_dir)
-    over_size = [Point(f"{BITS} by size", "", parameters(config.model, int(point.x)), point.y) for point in curve]
+    over_size = [Point(BITS + BY_SIZE, "", parameters(config.model, int(point.x)), point.y) for point in curve]
     steps = range(config.train.steps)
     budgets = [k for step in steps for k in step_budgets(config, step, config.micro_steps(1))]
     flops = {k: training_flops_per_token(config.model, k, config.model.seq_len) for k in set(budgets)}
@@ -69,10 +71,10 @@ def plain_points(config: Config, arm: Arm, device: torch.device) -> list[Point]:
     model = config.model
     if arm.peer is not None:
         peer = build_peer(arm.peer, model, 0)
-        return [*curve, *(Point(f"{metric} by size", "", peer_parameters(peer, int(x)), y) for _, _, x, y in curve)]
+        return [*curve, *(Point(metric + BY_SIZE, "", peer_parameters(peer, int(x)), y) for _, _, x, y in curve)]
     flops = {k: training_flops_per_token(model, k, model.seq_len) for k in range(1, model.num_channels + 1)}
     rows = sum((part.last - part.first) * flops[part.k] for step in range(config.train.steps) for part in passes(step))
-    by_size = [Point(f"{metric} by size", "", parameters(model, int(point.x)), point.y) for point in curve]
+    by_size = [Point(metric + BY_SIZE, "", parameters(model, int(point.x)), point.y) for point in curve]
     return [*curve, *by_size, Point(TRAINING, "", max(found), rows * model.seq_len / 1e15)]
 
 

@@ -159,7 +159,7 @@ def table(results: Results, metric: str) -> str:
         lines += ["", _row([results.x_label, *map(_number, group[0].x)]), _row(["---"] * (len(group[0].x) + 1))]
         for curve in group:
             lines.append(_row([curve.label, *_cells(curve.mean, curve.half)]))
-    differences = _differences(shown, results)
+    differences = _differences(shown)
     if differences:
         lines += ["", "Difference from the first arm, on the same seeds:", ""]
         lines += [_row([results.x_label, *map(_number, shown[0].x)]), _row(["---"] * (len(shown[0].x) + 1))]
@@ -167,11 +167,12 @@ def table(results: Results, metric: str) -> str:
     return "\n".join(lines)
 
 
-def _differences(shown: Sequence[Curve], results: Results) -> list[str]:
-    if len(results.arms) < 2 or len(shown) != len(results.arms) or len({tuple(curve.x) for curve in shown}) > 1:
-        return []
+def _differences(shown: Sequence[Curve]) -> list[str]:
+    """Of every curve at the x of the first."""
     rows = []
     for curve in shown[1:]:
+        if curve.x != shown[0].x:
+            continue
         gap_SN = curve.y_SN - shown[0].y_SN
         cells = _cells([float(value) for value in gap_SN.mean(0)], half_width(gap_SN), sign="+")
         rows.append(_row([curve.label, *cells]))

@@ -28,7 +28,7 @@ from megassm.run.opening import open_run_directory, write_config
 from megassm.train.loop import pretrain
 from tools.experiments.arms import Arm
 from tools.experiments.definitions import EXPERIMENTS
-from tools.experiments.measure import Point, plain_points
+from tools.experiments.measure import BY_SIZE, Point, plain_points
 from tools.experiments.results import Results
 
 LOG = "train.log"
@@ -85,9 +85,7 @@ def run_experiment(name: str, options: Options, command: str, pool: Executor) ->
     rates = _tuned(name, arms, options, pool)
     arms = [arm._replace(overrides=(*arm.overrides, *rates.get(arm.name, ()))) for arm in arms]
     jobs = [_job(name, options, arm, seed) for arm in arms for seed in options.seeds]
-    points: dict[str, list[list[Point]]] = {arm.name: [] for arm in arms}
-    for job, measured in zip(jobs, _all_done(name, jobs, pool), strict=True):
-        points[job.arm.name].append(measured)
+    points = _curves(jobs, _all_done(name, jobs, pool), options.seeds)
     return Results(
         name=name,
         question=experiment.question,
@@ -99,6 +97,17 @@ def run_experiment(name: str, options: Options, command: str, pool: Executor) ->
         config=base.model_dump(mode="json"),
         points=points,
     )
+
+
+def _curves(jobs: Sequence[Job], found: Sequence[list[Point]], seeds: Sequence[int]) -> dict[str, list[list[Point]]]:
+    """Points by curve and seed; an arm is a curve of its own or a part of one."""
+    points: dict[str, list[list[Point]]] = {}
+    for job, measured in zip(jobs, found, strict=True):
+        curve, at = job.arm.curve, job.arm.at
+        by_seed = points.setdefault(curve or job.arm.name, [[] for _ in seeds])
+        placed = (p if p.metric.endswith(BY_SIZE) or not curve else p._replace(x=at) for p in measured)
+        by_seed[list(seeds).index(job.seed)] += sorted(placed, key=lambda point: point.metric) if curve else placed
+    return points
 
 
 def _tuned(name: str, arms: Sequence[Arm], options: Options, pool: Executor) -> dict[str, tuple[str, ...]]:

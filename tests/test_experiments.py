@@ -135,6 +135,8 @@ def test_a_family_has_equal_sizes() -> None:
     experiment = EXPERIMENTS["family"]
     base = load_config(ROOT / experiment.config)
     sizes = {k: parameters(base.model, k) for k in base.eval_budgets()}
+    whole = base.model.model_copy(update={"ffn_elastic": None})
+    channels_only = {k: parameters(whole, k) for k in sizes}
     for arm in experiment.arms(base):
         model = load_config(ROOT / experiment.config, arm.overrides).model
         if arm.peer is not None:
@@ -145,7 +147,8 @@ def test_a_family_has_equal_sizes() -> None:
         else:
             count = parameters(model, model.num_channels)
         named = re.search(r"K=(\d+)", arm.name)
-        wanted = sizes[int(named[1])] if named else sizes[max(sizes)]
+        family = channels_only if "channels only" in arm.name else sizes
+        wanted = family[int(named[1])] if named else sizes[max(sizes)]
         assert count == pytest.approx(wanted, rel=0.05 if arm.peer else 0.003), arm.name
     assert 8.2e6 / sizes[max(sizes)] > 40, "tokens a parameter"
 
@@ -223,15 +226,15 @@ def test_a_recipe_is_paid_by_the_row(data_path: Path, tmp_path: Path, small_conf
 
 def test_every_arm_goes_on_at_its_best_rate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def measured(job: Job) -> list[Point]:
-        best = {"elastic spectral": 4e-3, "Mamba-2": 2e-3}[job.arm.name]
+        best = {"transformer with taps": 8e-3, "Mamba-2": 4e-3}[job.arm.name]
         return [Point("loss", "", k, 1 + abs(math.log(job.config.optim.lr / best)) + job.seed) for k in (2, 4)]
 
     monkeypatch.setattr(runner, "carry_out", measured)
-    options = Options([3, 4], tmp_path, arms=("elastic spectral", "Mamba"), overrides=("data.path=x",))
+    options = Options([3, 4], tmp_path, arms=("with taps", "Mamba"), overrides=("data.path=x",))
     with ThreadPoolExecutor(1) as pool:
         found = run_experiment("family", options, "command", pool)
     rates = {arm: overrides[-1] for arm, overrides in found.arms.items()}
-    assert rates == {"elastic spectral": "optim.lr=0.004", "Mamba-2": "optim.lr=0.002"}
+    assert rates == {"transformer with taps": "optim.lr=0.008", "Mamba-2": "optim.lr=0.004"}
     assert [points[0].y for points in found.points["Mamba-2"]] == [4, 5]
     with ThreadPoolExecutor(1) as pool, pytest.raises(UserError, match="no arm of family has nothing in its name"):
         run_experiment("family", replace(options, arms=("nothing",)), "command", pool)

@@ -157,7 +157,7 @@ EXPERIMENTS = {
         family_arms,
         measure=family_points,
         config=FAMILY,
-        rates=(2e-3, 4e-3, 8e-3),
+        rates=(4e-3, 8e-3),
     ),
     "family_cost": Experiment(
         "What do the members of the family cost in prefill, decoding and memory?",

@@ -19,16 +19,30 @@ EXIT_LAYERS = 4
 
 
 def family_arms(config: Config) -> list[Arm]:
-    """The elastic model and hybrid first, then what they are held against, the sizes in order of K."""
+    """The elastic models first, then what they are held against, the sizes in order of K.
+
+    Two families: budgets cut the channels and the feed-forward width, as `config` says, or the channels alone.
+    """
     sizes = {k: parameters(config.model, k) for k in config.eval_budgets()}
     full = sizes[max(sizes)]
-    arms = [Arm("elastic spectral"), _elastic_hybrid(config, full), _paper(config, full)]
+    arms = [Arm("elastic"), _channels_only(Arm("elastic, channels only"))]
+    arms += [_hybrid(config, full), _channels_only(_hybrid(config, full, "elastic hybrid (SA), channels only"))]
+    arms += [_paper(config, full)]
     arms += [_alone(config, k) for k in sizes]
+    arms += [_alone(config, k, channels_only=True) for k in sizes if k != max(sizes)]
+    hybrid = _hybrid(config, full, "hybrid (SA) alone")
+    arms += [hybrid._replace(overrides=(*hybrid.overrides, *_overrides(**_fixed(max(sizes)))))]
     arms += [
         _transformer(config, f"transformer of K={k}'s size", size)._replace(curve="transformer of each size", at=k)
         for k, size in sizes.items()
     ]
+    taps = {"input_taps": config.model.input_taps}
+    arms += [_transformer(config, "transformer with taps", full, **taps)] if config.model.input_taps > 1 else []
     return [*arms, _elastic_width(config, sizes), _early_exit(config, full), _mamba2(config, full)]
+
+
+def _channels_only(arm: Arm) -> Arm:
+    return arm._replace(overrides=(*arm.overrides, "model.ffn_elastic=null"))
 
 
 def _overrides(**values: Any) -> tuple[str, ...]:
@@ -39,14 +53,14 @@ def _updated(config: Config, **values: Any) -> Any:
     return config.model.model_copy(update=values)
 
 
-def _elastic_hybrid(config: Config, size: int) -> Arm:
+def _hybrid(config: Config, size: int, name: str = "elastic hybrid (SA)") -> Arm:
     width = width_of_size(_updated(config, pattern="SA"), size)
-    return Arm("elastic hybrid (SA)", _overrides(model__pattern="SA", model__d_ffn=width))
+    return Arm(name, _overrides(model__pattern="SA", model__d_ffn=width))
 
 
 def _paper(config: Config, size: int) -> Arm:
     """The paper's layer: K dense matrices, a softmax gate, sigma^(1/4); so much narrower that the size is the same."""
-    paper = {"mixer_heads": 1, "gate": "softmax", "sigma_scale": ("quarter_power",)}
+    paper = {"mixer_heads": 1, "gate": "softmax", "sigma_scale": ("quarter_power",), "input_taps": 1}
 
     def width(d_model: int) -> int:
         return width_of_size(_updated(config, d_model=d_model, **paper), size)
@@ -54,17 +68,18 @@ def _paper(config: Config, size: int) -> Arm:
     # the widest whose feed-forward layer still has twice its width
     d_model = max(d for d in range(8, config.model.d_model + 1, 8) if width(d) >= 2 * d)
     settings = _overrides(
-        model__mixer_heads=1, model__gate="softmax", model__sigma_scale="quarter_power", model__d_model=d_model,
-        model__d_ffn=width(d_model),
+        model__mixer_heads=1, model__gate="softmax", model__sigma_scale="quarter_power", model__input_taps=1,
+        model__d_model=d_model, model__d_ffn=width(d_model),
     )  # fmt: skip
     return Arm("elastic, the paper's layer", settings)
 
 
-def _alone(config: Config, k: int) -> Arm:
-    """The model that is left at K, trained at K."""
-    cut = config.model.cut(k)
-    overrides = _overrides(model__num_channels=k, model__d_ffn=cut.d_ffn, **_fixed(k))
-    return Arm(f"spectral K={k} alone", overrides, curve="spectral, each size trained alone", at=k)
+def _alone(config: Config, k: int, channels_only: bool = False) -> Arm:
+    """The model that is left at K, trained at K; with `channels_only` of the family whose width stays."""
+    width = config.model.d_ffn if channels_only else config.model.cut(k).d_ffn
+    of = ", channels only" if channels_only else ""
+    overrides = _overrides(model__num_channels=k, model__d_ffn=width, model__ffn_elastic="null", **_fixed(k))
+    return Arm(f"spectral K={k}{of} alone", overrides, curve=f"each size trained alone{of}", at=k)
 
 
 def _fixed(k: int) -> Mapping[str, Any]:
@@ -72,23 +87,23 @@ def _fixed(k: int) -> Mapping[str, Any]:
 
 
 def _transformer(config: Config, name: str, size: int, **more: Any) -> Arm:
-    update = {"pattern": "A", "num_channels": 1, **more}
+    update = {"pattern": "A", "num_channels": 1, "input_taps": 1, **more}
     width = width_of_size(_updated(config, **update), size)
-    settings = {f"model__{key}": value for key, value in {**update, "d_ffn": width}.items()}
+    settings = {f"model__{key}": value for key, value in {**update, "d_ffn": width, "ffn_elastic": "null"}.items()}
     return Arm(name, _overrides(**settings, **_fixed(1)))
 
 
 def _elastic_width(config: Config, sizes: Mapping[int, int]) -> Arm:
     """A transformer whose budgets cut the feed-forward width alone, from the smallest of `sizes` to the largest."""
     k_max, k_min = max(sizes), min(sizes)
-    transformer = _updated(config, pattern="A")
+    transformer = _updated(config, pattern="A", input_taps=1)
     widest = width_of_size(transformer, sizes[k_max])
     narrowest = max(8, width_of_size(transformer, sizes[k_min]))
     units = max(8, round((widest - narrowest) / (k_max - k_min) / 8) * 8)
     widest = max(widest, units * k_max)
     elastic = f"{{knee_k: {k_max}, below: {units}, above: {units}}}"
     return Arm("transformer, elastic width",
-               _overrides(model__pattern="A", model__d_ffn=widest, model__ffn_elastic=elastic))  # fmt: skip
+               _overrides(model__pattern="A", model__input_taps=1, model__d_ffn=widest, model__ffn_elastic=elastic))  # fmt: skip
 
 
 def _early_exit(config: Config, size: int) -> Arm:
@@ -105,5 +120,5 @@ def _mamba2(config: Config, size: int) -> Arm:
 
     d_model = min(range(16, 2 * config.model.d_model, 8), key=lambda d: abs(count(d) - size))
     width = {"model__d_model": d_model, "model__pattern": "A", "model__n_heads": 1, "model__mixer_heads": 1,
-             "model__num_channels": 1, "model__ffn_elastic": "null"}  # fmt: skip
+             "model__num_channels": 1, "model__input_taps": 1, "model__ffn_elastic": "null"}  # fmt: skip
     return Arm("Mamba-2", _overrides(**width, **_fixed(1)), peer="mamba2")

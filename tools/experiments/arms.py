@@ -27,10 +27,10 @@ class Arm(NamedTuple):
     """Instead of the package's own model, one of `tools.experiments.peers` of the configured width and depth."""
     recipe: Recipe | None = None
     """Instead of the configuration's draws; trainings in the plain loop only."""
-    curve: str = ""
-    """The curve that this arm is one point of, beside other arms: each a model of one size; empty: one of its own."""
+    curves: tuple[str, ...] = ()
+    """The curves that this arm is one point of, beside other arms: each a model of one size; empty: one of its own."""
     at: float = 0.0
-    """Its x on that curve."""
+    """Its x on those curves."""
 
 
 def width_of_size(model: ModelConfig, wanted: int) -> int:

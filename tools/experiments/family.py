@@ -16,6 +16,7 @@ from tools.experiments.arms import Arm, width_of_size
 from tools.experiments.peers import build_peer, peer_parameters
 
 EXIT_LAYERS = 4
+ALONE, ALONE_CHANNELS = "each size trained alone", "each size trained alone, channels only"
 
 
 def family_arms(config: Config) -> list[Arm]:
@@ -28,12 +29,13 @@ def family_arms(config: Config) -> list[Arm]:
     arms = [Arm("elastic"), _channels_only(Arm("elastic, channels only"))]
     arms += [_hybrid(config, full), _channels_only(_hybrid(config, full, "elastic hybrid (SA), channels only"))]
     arms += [_paper(config, full)]
-    arms += [_alone(config, k) for k in sizes]
-    arms += [_alone(config, k, channels_only=True) for k in sizes if k != max(sizes)]
+    *smaller, largest = sizes
+    arms += [_alone(config, k) for k in smaller] + [_alone(config, k, channels_only=True) for k in smaller]
+    arms += [_alone(config, largest)._replace(curves=(ALONE, ALONE_CHANNELS))]
     hybrid = _hybrid(config, full, "hybrid (SA) alone")
     arms += [hybrid._replace(overrides=(*hybrid.overrides, *_overrides(**_fixed(max(sizes)))))]
     arms += [
-        _transformer(config, f"transformer of K={k}'s size", size)._replace(curve="transformer of each size", at=k)
+        _transformer(config, f"transformer of K={k}'s size", size)._replace(curves=("transformer of each size",), at=k)
         for k, size in sizes.items()
     ]
     taps = {"input_taps": config.model.input_taps}
@@ -79,7 +81,7 @@ def _alone(config: Config, k: int, channels_only: bool = False) -> Arm:
     width = config.model.d_ffn if channels_only else config.model.cut(k).d_ffn
     of = ", channels only" if channels_only else ""
     overrides = _overrides(model__num_channels=k, model__d_ffn=width, model__ffn_elastic="null", **_fixed(k))
-    return Arm(f"spectral K={k}{of} alone", overrides, curve=f"each size trained alone{of}", at=k)
+    return Arm(f"spectral K={k}{of} alone", overrides, curves=(ALONE_CHANNELS if channels_only else ALONE,), at=k)
 
 
 def _fixed(k: int) -> Mapping[str, Any]:
@@ -102,8 +104,8 @@ def _elastic_width(config: Config, sizes: Mapping[int, int]) -> Arm:
     units = max(8, round((widest - narrowest) / (k_max - k_min) / 8) * 8)
     widest = max(widest, units * k_max)
     elastic = f"{{knee_k: {k_max}, below: {units}, above: {units}}}"
-    return Arm("transformer, elastic width",
-               _overrides(model__pattern="A", model__input_taps=1, model__d_ffn=widest, model__ffn_elastic=elastic))  # fmt: skip
+    overrides = _overrides(model__pattern="A", model__input_taps=1, model__d_ffn=widest, model__ffn_elastic=elastic)
+    return Arm("transformer, elastic width", overrides)
 
 
 def _early_exit(config: Config, size: int) -> Arm:

@@ -103,10 +103,12 @@ def _curves(jobs: Sequence[Job], found: Sequence[list[Point]], seeds: Sequence[i
     """Points by curve and seed; an arm is a curve of its own or a part of one."""
     points: dict[str, list[list[Point]]] = {}
     for job, measured in zip(jobs, found, strict=True):
-        curve, at = job.arm.curve, job.arm.at
-        by_seed = points.setdefault(curve or job.arm.name, [[] for _ in seeds])
-        placed = (p if p.metric.endswith(BY_SIZE) or not curve else p._replace(x=at) for p in measured)
-        by_seed[list(seeds).index(job.seed)] += sorted(placed, key=lambda point: point.metric) if curve else placed
+        arm, seed = job.arm, list(seeds).index(job.seed)
+        for curve in arm.curves or (arm.name,):
+            by_seed = points.setdefault(curve, [[] for _ in seeds])
+            by_seed[seed] += (
+                p._replace(x=arm.at) if arm.curves and not p.metric.endswith(BY_SIZE) else p for p in measured
+            )
     return points
 
 

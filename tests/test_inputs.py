@@ -181,6 +181,13 @@ def test_the_output_within_the_input_is_no_input(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "dataset.md").write_text("not text to train on")
     assert [file.path.name for file in find(tmp_path, without=tmp_path / "out").files] == ["a.txt"]
+    for folder, names in (("other", ("prepare.json", "dataset.md")), ("foreign", ("index.json", "index.npz"))):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).write_text("{}")
+    found = find(tmp_path, without=tmp_path / "out")
+    assert [file.path.name for file in found.files] == ["a.txt"]
+    assert [len(paths) for paths in found.left_out.values()] == [2]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ import pytest
 from megassm.data.blocks import local_fetch, read_block
 from megassm.data.dataset import own_tokenizer
 from megassm.data.index import ShardSet, ShardSizes
+from megassm.data.prepare import parts, shuffle, units, work
 from megassm.data.prepare import pipeline as prepare_module
+from megassm.data.prepare import text as text_module
 from megassm.data.prepare.pipeline import Prepared, PrepareJob, prepare
 from megassm.data.prepare.source import TextSource
 from megassm.data.prepare.verify import verify
@@ -118,8 +121,10 @@ def test_the_bytes_do_not_depend_on_workers_or_on_the_memory_for_the_shuffle(
 ) -> None:
     done(job_of(corpus, tmp_path / "one"))
     done(job_of(corpus, tmp_path / "three", workers=3))
-    monkeypatch.setattr(prepare_module, "SHUFFLE_BYTES", 2000)
-    done(job_of(corpus, tmp_path / "tight"))
+    for module, name in ((work, "BUCKET_BYTES"), (work, "RANGE_ROWS"), (shuffle, "RUN_BYTES")):
+        monkeypatch.setattr(module, name, {"RANGE_ROWS": 20}.get(name, 2000))
+    monkeypatch.setattr(units, "UNIT_BYTES", 1000)
+    done(job_of(corpus, tmp_path / "tight", workers=2))
     assert tree_of(tmp_path / "one") == tree_of(tmp_path / "three") == tree_of(tmp_path / "tight")
 
 
@@ -132,7 +137,7 @@ def test_progress_is_of_work_done_and_reaches_its_end(corpus: Path, tmp_path: Pa
 
     phases: list[tuple[int, list[int]]] = []
     prepare(job_of(corpus, tmp_path / "out", workers=workers), ByPhase())
-    assert len(phases) == 2
+    assert len(phases) == 3
     for total_bytes, updates in phases:
         assert updates == sorted(updates)
         assert updates[-1] == total_bytes
@@ -233,11 +238,11 @@ class Slow:
     def update(self, done_bytes): time.sleep({tokenize_seconds})
     def note(self, message): print(message, flush=True)
 
-write_member = shard_writer._OpenShard.write_member
+write_member = shard_writer.OpenShard.write_member
 def slow_write_member(*arguments):
     time.sleep({write_seconds})
     write_member(*arguments)
-shard_writer._OpenShard.write_member = slow_write_member
+shard_writer.OpenShard.write_member = slow_write_member
 
 if __name__ == "__main__":
     sizes = ShardSizes(shard_tokens=20_000, block_tokens=4000, member_tokens=1000)
@@ -272,12 +277,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(corpus: Path, tmp_path: Path, ph
     slow = {"tokenize_seconds": 0, "write_seconds": 0, f"{phase}_seconds": 0.1}
     script.write_text(_fill(KILLED_RUN, slow))
     run = subprocess.Popen([sys.executable, script, corpus, output])
-    pattern = "part-*.documents.npy" if phase == "tokenize" else "train/shard-*.tar"
+    pattern = "part-*.rows.npy" if phase == "tokenize" else "shuffle-*/train/shard-*.tar"
     wait_until(len(list((output / ".partial").glob(pattern))) >= 1 for _ in iter(int, 1))
     workers = children_of(run.pid)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    parts = {path: path.stat().st_mtime_ns for path in (output / ".partial").glob("part-*.documents.npy")}
+    parts = {path: path.stat().st_mtime_ns for path in (output / ".partial").glob("part-*.rows.npy")}
     assert parts
     assert not (output / "train").exists()
     wait_until(not any(map(is_running, workers)) for _ in iter(int, 1))
@@ -295,7 +300,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(corpus: Path, tmp_path: Path, ph
         prepare(job_of(corpus, output), notes)
     assert kept
     assert all(kept)
-    assert "going on with the unfinished work" in notes.notes[0]
+    assert "going on with the unfinished work" in notes.notes[-1]
     assert tree_of(output) == tree_of(tmp_path / "whole")
 
 
@@ -325,18 +330,121 @@ def test_a_killed_worker_is_a_refusal_with_a_way_out(corpus: Path, tmp_path: Pat
         prepare(job_of(corpus, tmp_path / "out", workers=2), Killer())
 
 
-def test_unfinished_work_of_another_job_is_discarded_and_said(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mended", ["file", "flag", "gone"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_after_a_late_error_finished_parts_are_kept(corpus: Path, tmp_path: Path, mended: str, workers: int) -> None:
     output = tmp_path / "out"
+    good = "".join(json.dumps({"text": text + " more"}) + "\n" for text in some_texts())
+    (corpus / "z.jsonl").write_text(good + "{\n")
+    with pytest.raises(UserError, match=r"z\.jsonl:301: not JSON.*--on-bad-record skip"):
+        done(job_of(corpus, output, workers=workers))
+    parts = {path: path.stat().st_mtime_ns for path in (output / ".partial").glob("part-*.rows.npy")}
+    assert len(parts) > 20
+    source = TextSource((corpus,), on_bad_record="skip" if mended == "flag" else "raise")
+    if mended == "file":
+        (corpus / "z.jsonl").write_text(good)
+    elif mended == "gone":
+        (corpus / "z.jsonl").unlink()
+    notes = Notes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module.shutil, "rmtree", lambda *_, **__: None)  # so that there is something to look at
+        prepared = prepare(job_of(corpus, output, source=source), notes)
+    assert re.search(rf"going on with the unfinished work in .*: {len(parts)} finished parts", notes.notes[-1])
+    kept = [path.stat().st_mtime_ns == written for path, written in parts.items()]
+    assert all(kept)
+    count = sum(shards.documents for shards in prepared.splits.values())
+    assert count == 320 + 300 * (mended != "gone")
+    done(job_of(corpus, tmp_path / "clean", source=source))
+    for split in ("train", "valid"):
+        assert tree_of(output / split) == tree_of(tmp_path / "clean" / split)
+
+
+def test_unfinished_work_of_another_tokenizer_is_discarded_and_said(corpus: Path, tmp_path: Path) -> None:
     (corpus / "z.jsonl").write_text('{"text": "x"}\n{\n')
     with pytest.raises(UserError, match=r"z\.jsonl:2: not JSON"):
-        done(job_of(corpus, output))
-    assert list((output / ".partial").glob("part-*"))
+        done(job_of(corpus, tmp_path / "out"))
     (corpus / "z.jsonl").unlink()
+    (tmp_path / "a.model").write_bytes(train_sentencepiece(some_texts(), vocab_size=285))
     notes = Notes()
-    prepare(job_of(corpus, output), notes)
-    assert re.search(r"discarding unfinished work in .* \(other: files\)", notes.notes[0])
-    done(job_of(corpus, tmp_path / "clean"))
-    assert tree_of(output) == tree_of(tmp_path / "clean")
+    prepare(job_of(corpus, tmp_path / "out", tokenizer=TokenizerSpec(str(tmp_path / "a.model"))), notes)
+    assert re.search(r"discarding unfinished work in .* \(other: tokenizer\)", notes.notes[-1])
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = parts.PartStore.make
+
+    def make_and_touch(self: parts.PartStore, part: parts.Part) -> None:
+        make(self, part)
+        (corpus / "a.jsonl").write_text('{"text": "another"}\n')
+
+    monkeypatch.setattr(parts.PartStore, "make", make_and_touch)
+    with pytest.raises(UserError, match=r"a\.jsonl: was changed while it was read"):
+        done(job_of(corpus, tmp_path / "out"))
+
+
+def test_copies_of_a_text_stand_anywhere(tmp_path: Path) -> None:
+    texts = [f"text {n}" for n in range(400)] + ["copy"] * 400
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "a.jsonl").write_text(lines)
+    for part_bytes in (200, 10**6):  # in many parts, and in one
+        job = job_of(tmp_path / "a.jsonl", tmp_path / str(part_bytes), part_bytes=part_bytes, seed=3)
+        prepared = done(job)
+        found = [texts_of(prepared.splits[split]) for split in ("train", "valid")]
+        together = max(found, key=lambda texts: texts.count("copy"))
+        assert sorted([*found[0], *found[1]]) == sorted(texts)
+        runs = [len(list(run)) for text, run in groupby(together) if text == "copy"]
+        assert max(runs) < 20
+        assert prepared.repeated == 399
+    assert tree_of(tmp_path / "200") == tree_of(tmp_path / "1000000")
+
+
+def test_a_long_document_is_divided_and_stays_on_one_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_module, "PIECE_BYTES", 2000)
+    monkeypatch.setattr(text_module, "NEAR_BYTES", 1000)
+    long = ["".join(f"{n} line {line}\n" for line in range(700)) for n in range(6)]
+    short = [f"short {n}" for n in range(60)]
+    for n, text in enumerate(long[:3]):
+        (tmp_path / f"{n}.txt").write_text(text)
+    (tmp_path / "rest.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in long[3:] + short))
+    prepared = done(job_of(tmp_path, tmp_path / "out"))
+    assert sum(shards.documents for shards in prepared.splits.values()) == 66
+    sides: dict[int, set[str]] = {}
+    for split, shards in prepared.splits.items():
+        assert int(shards.blocks["tokens"].max()) < 4000 + 1000 + 2001
+        assert verify(shards) == []
+        blocks = (read_block(shards, block, local_fetch(shards.directory)) for block in range(len(shards.blocks)))
+        text = load_tokenizer("bytes").decode(np.concatenate(list(blocks)).tolist())
+        for number, _ in re.findall(r"(\d+) line (\d+)\n", text):
+            sides.setdefault(int(number), set()).add(split)
+    assert [len(sides[n]) for n in range(6)] == [1] * 6
+    doubled = done(replace(job_of(tmp_path, tmp_path / "out2", deduplicate=True), source=TextSource(
+        (tmp_path / "0.txt", tmp_path / "rest.jsonl", copy_of(tmp_path / "0.txt")))))  # fmt: skip
+    assert doubled.filtered["duplicate"] == 1
+    assert sum(shards.documents for shards in doubled.splits.values()) == 64
+
+
+def copy_of(path: Path) -> Path:
+    copy = path.with_suffix(".copy")
+    copy.write_bytes(path.read_bytes())
+    return copy
+
+
+def test_a_full_disk_and_names_in_latin_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/d\xe9j\xe0"))
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "one"}\n' * 30 + '{"text": "two"}\n')
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "part-x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "save_durably", full)
+        with pytest.raises(UserError, match=r"--output .*: the disk is full \([\d,]+ MiB free\).*run the same command"):
+            done(job_of(folder, folder / "out"))
+    assert done(job_of(folder, folder / "out")).splits["train"].documents in (1, 30)
+    assert "d\\xe9j\\xe0" in (folder / "out" / "dataset.md").read_text()
 
 
 def test_a_finished_job_is_not_done_again_and_another_is_refused(corpus: Path, tmp_path: Path) -> None:
@@ -384,15 +492,24 @@ def test_output_refusals(corpus: Path, tmp_path: Path) -> None:
             done(job_of(corpus, tmp_path / "busy"))
 
 
-def test_a_validation_set_is_never_empty_and_never_everything(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    (tmp_path / "b.txt").write_text("alone")
-    both = done(job_of(tmp_path / "a.jsonl", tmp_path / "two", valid_fraction=1e-9)).splits
-    assert [len(texts_of(both[split])) for split in ("train", "valid")] == [1, 1]
-    alone = job_of(tmp_path / "b.txt", tmp_path / "alone", valid_fraction=1e-9)
-    with pytest.raises(UserError, match=r"every document fell into validation.*--valid-fraction 0"):
-        done(alone)
-    assert list(done(replace(alone, valid_fraction=0)).splits) == ["train"]
+def test_few_documents_are_divided_by_position(tmp_path: Path) -> None:
+    lines = [f"line {n:03d} of the caf\u00e9\n" for n in range(500)]
+    (tmp_path / "a.txt").write_text("".join(lines))
+    for fraction, count in ((None, 24), (0.1, 49)):  # the line in which the cut falls is for training
+        splits = done(job_of(tmp_path / "a.txt", tmp_path / str(fraction), valid_fraction=fraction)).splits
+        assert texts_of(splits["train"]) == ["".join(lines[:-count])]
+        assert texts_of(splits["valid"]) == ["".join(lines[-count:])]
+    two = [{"text": "one two three"}, {"text": "\u4e16\u754c"}]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(record) + "\n" for record in two))
+    both = done(job_of(tmp_path / "b.jsonl", tmp_path / "two", valid_fraction=1e-9)).splits
+    assert sorted(texts_of(both["train"])) == ["one two thre", "\u4e16"]
+    assert sorted(texts_of(both["valid"])) == ["e", "\u754c"]
+    (tmp_path / "c.txt").write_text("x")
+    with pytest.raises(UserError, match=r"cannot be divided into training and validation.*--valid-fraction 0"):
+        done(job_of(tmp_path / "c.txt", tmp_path / "one", valid_fraction=None))
+    assert not (tmp_path / "one").exists()
+    alone = job_of(tmp_path / "c.txt", tmp_path / "one", valid_fraction=0)
+    assert list(done(alone).splits) == ["train"]
 
 
 def test_job_refusals(tmp_path: Path) -> None:
@@ -409,7 +526,9 @@ def test_the_tool(corpus: Path, tmp_path: Path) -> None:
     output, table = tmp_path / "out", tmp_path / "table.json"
     command = ("tools/prepare_data.py", "--input", str(corpus), "--output", str(output), "--json", str(table))
     first, again = run_python(*command), run_python(*command, "--workers", "1")
-    assert re.fullmatch(r"left out: 2 files: 1 named \*\.py \(.*\), 1 hidden \(.*\)\n", first.stderr)
+    said = first.stderr.splitlines()
+    assert re.fullmatch(r"left out: 2 files: 1 named \*\.py \(.*\), 1 hidden \(.*\)", said[0])
+    assert said[1:] == ["20 documents repeat the text of another; --deduplicate leaves such out"]
     assert "nothing to do" in again.stderr
     rows = {row["split"]: row for row in json.loads(table.read_text())}
     assert rows["train"]["documents"] + rows["valid"]["documents"] == 320

@@ -22,7 +22,8 @@ EXAMPLE = "python tools/prepare_data.py --input corpus/ --glob '*.py' --output d
 def main() -> None:
     """Prepares, then prints what lies in the output."""
     arguments = _parser().parse_args()
-    from megassm.data.prepare.pipeline import REPAIRED, prepare
+    from megassm.data.prepare.pipeline import prepare
+    from megassm.data.prepare.work import REPAIRED
 
     with shown_progress() as progress:
         prepared = prepare(_job(arguments), progress)
@@ -35,6 +36,9 @@ def main() -> None:
     for reason, documents in prepared.filtered.items():
         if documents:
             rows.append(_row(reason if reason == REPAIRED else f"left out: {reason}", documents))
+    if prepared.repeated and not arguments.deduplicate:
+        note = f"{prepared.repeated:,} documents repeat the text of another; --deduplicate leaves such out"
+        print(note, file=sys.stderr)
     print_table(str(arguments.output), rows, arguments.json)
 
 
@@ -60,7 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--eod-token", metavar="TOKEN", help="that ends a document; of a tokenizer.json (default: as it says)")
     add("--deduplicate", action="store_true", help="of documents with the same text, keep the first")
-    add("--valid-fraction", type=float, default=0.05, metavar="F", help=f"of the documents {default}")
+    valid_help = (
+        "of the documents, by a hash of their text; where they are fewer than 20, of each document its end; 0: no "
+        "validation set (default: 0.05, and files whose names say that they are split already are refused)"
+    )
+    add("--valid-fraction", type=float, metavar="F", help=valid_help)
+    given_help = "what to validate on; all other input is for training. It may lie in a folder of --input"
+    add("--valid-input", type=path_argument, nargs="+", default=[], metavar="PATH", help=given_help)
     add("--seed", type=int, default=0, metavar="N", help=f"of the shuffle {default}")
     add("--shard-tokens", type=int, default=1 << 28, metavar="N", help=f"tokens a file {default}")
     add("--block-tokens", type=int, default=1 << 20, metavar="N", help=f"tokens read at once {default}")
@@ -85,13 +95,15 @@ def _licence(given: str | None) -> str | None:
 
 
 def _job(arguments: argparse.Namespace) -> PrepareJob:
+    from dataclasses import replace
+
     from megassm.data.index import ShardSizes
     from megassm.data.prepare.pipeline import PrepareJob
     from megassm.data.prepare.source import source_of
     from megassm.data.tokenizer.base import TokenizerSpec
 
     return PrepareJob(
-        source=source_of(arguments),
+        source=replace(source_of(arguments), valid_inputs=tuple(arguments.valid_input)),
         output=arguments.output,
         tokenizer=TokenizerSpec(arguments.tokenizer, arguments.eod_token),
         deduplicate=arguments.deduplicate,

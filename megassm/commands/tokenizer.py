@@ -48,7 +48,7 @@ def main() -> None:
 
 def _sample(source: TextSource, max_bytes: int, seed: int, progress: Progress) -> Sequence[str]:
     """What to train on, from one pass over all documents."""
-    from megassm.data.prepare.documents import ReadCounts, read_documents, sample_documents
+    from megassm.data.prepare.documents import ReadCounts, read_pieces, sample_documents
     from megassm.data.prepare.inputs import find_inputs
 
     inputs, counts = find_inputs(source), ReadCounts()
@@ -57,8 +57,8 @@ def _sample(source: TextSource, max_bytes: int, seed: int, progress: Progress) -
     progress.start("read", inputs.size)
 
     def counted() -> Iterator[str]:
-        for text in read_documents(source, inputs.files, counts):
-            yield text
+        for piece in read_pieces(source, inputs.files, counts):
+            yield piece.content.decode()
             progress.update(counts.file_bytes)
 
     return sample_documents(counted(), max_bytes, seed)

@@ -18,22 +18,32 @@ from typing import Any, assert_never
 from megassm.data.prepare.kinds import InputFile
 from megassm.data.prepare.records import RawDocument, json_values, lines_of
 from megassm.data.prepare.samples import LeftOutMembers, documents_of_tar
+from megassm.data.prepare.source import TextSource
+from megassm.data.prepare.text import documents_of_text
 from megassm.data.prepare.unpack import load_pyarrow, open_unpacked
 from megassm.errors import UserError
 
 PARQUET_BATCH_ROWS = 64
 
 
-def read_file(file: InputFile, field: str, left_out: LeftOutMembers) -> Iterator[RawDocument]:
+def read_file(file: InputFile, source: TextSource, left_out: LeftOutMembers) -> Iterator[RawDocument]:
     """The documents of one file. UserError where it is damaged; a record's own faults are the caller's to find."""
-    if file.kind == "parquet":
-        yield from _read_parquet(file, field)
-        return
+    try:
+        if file.kind == "parquet":
+            yield from _read_parquet(file, source.text_field)
+        else:
+            yield from _read_stream(file, source.document_separator, left_out)
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"{file.path}: cannot be read: {why}; mend that, or leave the file out") from None
+
+
+def _read_stream(file: InputFile, separator: str | None, left_out: LeftOutMembers) -> Iterator[RawDocument]:
     with open(file.path, "rb") as raw:
         stream = open_unpacked(file.path, file.packing, raw)
         match file.kind:
             case "text":
-                yield RawDocument(str(file.path), stream.read(), raw.tell())
+                yield from documents_of_text(file.path, stream, raw, separator)
             case "json lines":
                 for number, line in lines_of(file.path, stream):
                     if line.strip():
@@ -44,6 +54,8 @@ def read_file(file: InputFile, field: str, left_out: LeftOutMembers) -> Iterator
                     yield RawDocument(place, value, raw.tell(), True, " of the record")
             case "tar":
                 yield from documents_of_tar(file.path, stream, raw, left_out)
+            case "parquet":
+                raise AssertionError("read by its own reader")
             case _:
                 assert_never(file.kind)
 

@@ -19,6 +19,7 @@ from megassm.errors import UserError
 ABOUT_THE_DATA = ("readme", "license", "licence", "copying", "changelog", "contributing", "citation", "dataset_card")
 SCHEMES = ("http:/", "https:/", "s3:/", "gs:/", "hf:/", "ftp:/")
 KINDS_SHOWN = 12
+PREPARED = ({"prepare.json", "dataset.md"}, {"index.json", "index.npz"})  # files of a folder that is no text
 
 
 @dataclass
@@ -67,9 +68,10 @@ def find_inputs(source: TextSource) -> Inputs:
     Raises:
         UserError: nothing to read, a file that cannot be opened, or one that is nothing that is read here.
     """
-    found, seen = Inputs(), set()
-    for given in source.inputs:
-        path = _checked(given)
+    found, seen = Inputs(), set[tuple[int, int]]()
+    # Those for validation first: a folder for training may hold them, and they are then no part of it.
+    for given in (*source.valid_inputs, *source.inputs):
+        path, for_validation = _checked(given), given in source.valid_inputs
         searched = path.is_dir()
         for candidate in _search(path, source, found) if searched else [path]:
             status = candidate.stat()
@@ -77,20 +79,27 @@ def find_inputs(source: TextSource) -> Inputs:
                 found.leave_out("given twice, by another path or link", candidate)
                 continue
             seen.add((status.st_dev, status.st_ino))
-            file = look_at(candidate, source.text_field, source.format)
-            try:
-                check_first_document(source, file)
-            except UserError as error:
-                if not (searched and source.glob is None and _is_about_the_data(file, error)):
-                    raise
-                found.leave_out(f"JSON files without texts in {source.text_field!r}", candidate)
-                continue
-            found.files.append(file)
-            if searched and split_packing(candidate.name)[0].split(".")[0] in ABOUT_THE_DATA:
-                found.about.append(shown(candidate))
-    if not found.files:
-        raise UserError(f"--input: nothing to read; {'; '.join(found.summary())}; give other files or --text-field")
+            file = look_at(candidate, source.text_field, source.format)._replace(for_validation=for_validation)
+            _add(file, source, searched, found)
+    for knob, wanted in (("input", False), ("valid-input", True))[: 1 + bool(source.valid_inputs)]:
+        if not any(file.for_validation == wanted for file in found.files):
+            rest = "; ".join(found.summary())
+            raise UserError(f"--{knob}: nothing to read; {rest}; give other files or --text-field")
     return found
+
+
+def _add(file: InputFile, source: TextSource, searched: bool, found: Inputs) -> None:
+    """Takes a file, once its first record was read; one of a folder that is about the data is left out."""
+    try:
+        check_first_document(source, file)
+    except UserError as error:
+        if not (searched and source.glob is None and _is_about_the_data(file, error)):
+            raise
+        found.leave_out(f"JSON files without texts in {source.text_field!r}", file.path)
+        return
+    found.files.append(file)
+    if searched and split_packing(file.path.name)[0].split(".")[0] in ABOUT_THE_DATA:
+        found.about.append(shown(file.path))
 
 
 def _is_about_the_data(file: InputFile, error: UserError) -> bool:
@@ -168,6 +177,10 @@ def _walk(directory: Path, without: Path | None, found: Inputs) -> Iterator[Path
             folders.clear()
             continue
         visited.add(real)
+        if any(marks <= set(names) for marks in PREPARED):
+            found.leave_out("prepared data sets", place)
+            folders.clear()
+            continue
         for name in [name for name in folders if name.startswith(".")]:
             found.leave_out("hidden", Path(place, name))
         folders[:] = sorted(

@@ -56,6 +56,7 @@ class InputFile(NamedTuple):
     kind: Kind
     packing: str | None  # one of unpack.MAGIC
     size: int  # bytes on disk
+    for_validation: bool = False  # a file of --valid-input
 
 
 def is_read(name: str) -> bool:

@@ -1,23 +1,24 @@
 """Text files to a shuffled, split, sharded data set: the logic behind tools/prepare_data.py.
 
-    1. read the documents in order and tokenize runs of them in worker processes (`parts`);
-    2. put all documents in the order of a hash of (content, seed), a bounded range of hashes at a time,
-       and write each to its split. A document's split is a hash of its content, so that duplicates
-       never stand on both sides. In this order they are neighbours: that is where they are left out, where
-       asked for, in any amount of text and with no table of hashes.
-    3. say what was done in dataset.md, for people, and in prepare.json.
+    1. look at every input, and decide how it is split (`inputs`, `split`)
+    2. read and tokenize units of the input into parts (`units`, `parts`)
+    3. put all documents in the order of a hash of (content, copy, seed), each split by itself (`shuffle`); copies of
+       a text are left out there, where asked for
+    4. cut the shards (`shards`), and say what was done in dataset.md, for people, and in prepare.json
 
-The shards' bytes depend on the documents, the tokenizer and the options, not on workers or on having
-been killed: unfinished work stays in OUTPUT/.partial and is used by the next run of the same job.
+Every phase is shared out to all workers, takes time linear in the text and memory that does not depend on it.
+The shards' bytes depend on the documents, the tokenizer and the options, not on workers or on having been killed:
+unfinished work stays in OUTPUT/.partial, and what fits is used by the next run, whatever else has changed.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,23 +27,22 @@ from megassm.cli.progress import Progress
 from megassm.data.dataset import TOKENIZER_NAMES, TRAIN, VALID, keep_tokenizer
 from megassm.data.index import ShardSet, ShardSizes, load_index
 from megassm.data.prepare.card import CARD_NAME, Card, card_text
-from megassm.data.prepare.documents import ReadCounts, read_documents
 from megassm.data.prepare.inputs import Inputs, find_inputs, shown
-from megassm.data.prepare.shard_writer import ShardWriter
-from megassm.data.prepare.shuffle import Shuffle
 from megassm.data.prepare.source import TextSource
-from megassm.data.prepare.tokenized import PartStore, TokenizeJob, cut_parts, default_part_bytes, tokenize_parts
+from megassm.data.prepare.split import Split, plan_split
+from megassm.data.prepare.units import describe, total_counts
+from megassm.data.prepare.work import REPEATED, Work, WorkOptions, filtered
+from megassm.data.prepare.workers import Crew
 from megassm.data.tokenizer.base import Tokenizer, TokenizerSpec, load_tokenizer
 from megassm.errors import UserError
 from megassm.files import write_atomically
 
-JOB_VERSION = 2  # raised when the same job would write other bytes
+JOB_VERSION = 3  # raised when the same job would write other bytes
 JOB_NAME = "prepare.json"
 PARTIAL_NAME = ".partial"
+LOCK_NAME = "lock"
 RESULT_NAMES = (TRAIN, VALID, *TOKENIZER_NAMES)
-REPAIRED = "repaired UTF-8"
-NEWER = {"format": "auto", "on_bad_record": "raise"}
-SHUFFLE_BYTES = 256 << 20  # ids held at once while writing
+NEWER = {"format": "auto", "on_bad_record": "raise", "document_separator": None}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class PrepareJob:
     output: Path
     tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
     deduplicate: bool = False  # of documents with the same text, keep the first
-    valid_fraction: float = 0.05  # of the documents; not 0: at least one, where two differ
+    valid_fraction: float | None = None  # of the documents; None: as `split` decides
     seed: int = 0
     sizes: ShardSizes = field(default_factory=ShardSizes)
     workers: int = 1
@@ -61,7 +61,7 @@ class PrepareJob:
     licence: str | None = None  # a text for dataset.md
 
     def __post_init__(self) -> None:
-        if not 0 <= self.valid_fraction < 1:
+        if self.valid_fraction is not None and not 0 <= self.valid_fraction < 1:
             raise UserError(f"valid fraction {self.valid_fraction}: it must be in [0, 1)")
         for name in ("workers", "part_bytes"):
             value = getattr(self, name)
@@ -76,6 +76,7 @@ class Prepared:
     splits: dict[str, ShardSet]  # "train", and "valid" unless its fraction is 0
     filtered: dict[str, int]  # documents by what befell them: FILTERS
     was_there: bool  # an earlier run had finished the same job
+    repeated: int = 0  # documents with the text of another before them, left out or not
 
 
 def prepare(job: PrepareJob, progress: Progress) -> Prepared:
@@ -83,73 +84,46 @@ def prepare(job: PrepareJob, progress: Progress) -> Prepared:
     tokenizer = load_tokenizer(job.tokenizer)
     job = replace(job, source=replace(job.source, without=job.output))
     inputs = find_inputs(job.source)
-    job = replace(job, part_bytes=job.part_bytes or default_part_bytes(inputs.size))
-    description = _describe(job, tokenizer, inputs)
+    split = plan_split(job.source, inputs.files, job.valid_fraction)
+    description = _describe(job, tokenizer, inputs, split)
     partial = job.output / PARTIAL_NAME
     was_there = _is_done(job.output, description)
     if not was_there:
-        with _locked(job.output) as lock_path:
+        with _locked(job.output), _disk_errors(job.output):
             was_there = _is_done(job.output, description)  # by another process, before we had the lock
             if not was_there:
-                _claim(job.output, description, lock_path, progress)
-                for line in inputs.summary():
+                for line in [*inputs.summary(), *_claim(job.output, tokenizer)]:
                     progress.note(line)
-                counts = ReadCounts()
-                shuffle = _tokenize(job, inputs, counts, progress)
-                duplicates = _write_splits(job, tokenizer, shuffle, progress)
-                _publish(job, tokenizer, description, _filtered(counts, duplicates))
+                with Crew(job.workers) as crew:
+                    work = Work(_options(job, split), tokenizer, partial, crew, progress)
+                    records = work.read(inputs)
+                    folders = work.write(records)
+                counts = filtered(total_counts(records), work.duplicates)
+                _publish(job, tokenizer, description, counts, folders)
     shutil.rmtree(partial, ignore_errors=True)  # also that of a run killed at its very end
     prepared = _prepared(job.output, was_there)
     if not was_there or job.licence is not None or not (job.output / CARD_NAME).exists():
-        _write_card(job, tokenizer, inputs, prepared)
+        _write_card(job, split, tokenizer, inputs, prepared)
     return prepared
 
 
-def _tokenize(job: PrepareJob, inputs: Inputs, counts: ReadCounts, progress: Progress) -> Shuffle:
-    assert job.part_bytes is not None
-    progress.start("tokenize", inputs.size)
-    store = PartStore(job.output / PARTIAL_NAME)
-    texts = read_documents(job.source, inputs.files, counts)
-    parts = cut_parts(texts, job.part_bytes, lambda: counts.file_bytes)
-    work = TokenizeJob(store, job.tokenizer, job.seed, job.workers)
-    number = tokenize_parts(parts, work, progress.update)
-    if number == 0:
-        left_out = ", ".join(f"{count} {name}" for name, count in _filtered(counts, 0).items() if count)
-        raise UserError(
-            f"--input: no text in {len(inputs.files)} files ({left_out or 'no documents'}); give files with text"
-        )
-    return Shuffle(store, number, SHUFFLE_BYTES)
+def _options(job: PrepareJob, split: Split) -> WorkOptions:
+    return WorkOptions(job.source, split, job.tokenizer, job.deduplicate, job.seed, job.sizes, job.part_bytes)
 
 
-def _filtered(counts: ReadCounts, duplicates: int) -> dict[str, int]:
-    """Documents by what befell them, in words for tables; all but `repaired` are left out."""
-    return {
-        "empty": counts.empty,
-        "not UTF-8": counts.bad_utf8,
-        "no text in its record": counts.bad_record,
-        "link in a tar": counts.members.links,
-        "beside the text of a tar's sample": counts.members.others,
-        "too short": counts.too_short,
-        "too long": counts.too_long,
-        "duplicate": duplicates,
-        REPAIRED: counts.repaired,
-    }
-
-
-def _describe(job: PrepareJob, tokenizer: Tokenizer, inputs: Inputs) -> dict[str, Any]:
+def _describe(job: PrepareJob, tokenizer: Tokenizer, inputs: Inputs, split: Split) -> dict[str, Any]:
     """All that decides the result, as JSON keeps it."""
     filters = ("text_field", "on_bad_utf8", "min_document_bytes", "max_document_bytes")
     return {
         "version": JOB_VERSION,
-        "files": [[str(file.path), file.size, file.path.stat().st_mtime_ns] for file in inputs.files],
+        "files": [describe(file) for file in inputs.files],
         **{name: getattr(job.source, name) for name in filters},
         # Newer options, where they are used: a set made before there were any is still this job's.
         **{name: getattr(job.source, name) for name, default in NEWER.items() if getattr(job.source, name) != default},
         "tokenizer": tokenizer.sha256,
         "deduplicate": job.deduplicate,
-        "valid_fraction": job.valid_fraction,
+        "valid_fraction": split.valid_fraction,
         "seed": job.seed,
-        "part_bytes": job.part_bytes,
         **asdict(job.sizes),
     }
 
@@ -179,9 +153,9 @@ def _differing(path: Path, description: dict[str, Any]) -> list[str]:
 
 
 @contextmanager
-def _locked(output: Path) -> Iterator[Path]:
+def _locked(output: Path) -> Iterator[None]:
     """Holds OUTPUT/.partial for this process alone; the system lets go of it when the process ends."""
-    path = output / PARTIAL_NAME / "lock"
+    path = output / PARTIAL_NAME / LOCK_NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path, "wb")  # noqa: SIM115
@@ -192,85 +166,84 @@ def _locked(output: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--output {output}: another process is preparing it; wait or stop it") from None
-        yield path
+        yield
 
 
-def _claim(output: Path, description: dict[str, Any], lock_path: Path, progress: Progress) -> None:
-    """Makes OUTPUT/.partial this job's: keeps the parts of the same job, discards those of another."""
-    partial = lock_path.parent
-    job_path = partial / JOB_NAME
-    if job_path.exists():
-        differing = _differing(job_path, description)
-        if not differing:
-            progress.note(f"going on with the unfinished work in {partial}")
-            return
-        progress.note(f"discarding unfinished work in {partial} (other: {', '.join(differing)})")
-        job_path.unlink()
-    for leftover in (*partial.iterdir(), *(output / name for name in RESULT_NAMES)):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        elif leftover != lock_path:
-            leftover.unlink(missing_ok=True)
-    write_atomically(job_path, json.dumps({"job": description}).encode())
+@contextmanager
+def _disk_errors(output: Path) -> Iterator[None]:
+    """A failed write says where, and whether the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        place = shown(error.filename or output)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(output).free
+            rule = f"the disk is full ({free >> 20:,} MiB free); the work takes about three times the finished set"
+            way_out = "make room and run the same command again: finished parts are kept"
+            raise UserError(f"--output {output}: {rule}; {way_out}") from None
+        what = error.strerror or str(error)
+        raise UserError(f"--output {output}: {place}: {what}; mend that, and run the same command again") from None
 
 
-def _write_splits(job: PrepareJob, tokenizer: Tokenizer, shuffle: Shuffle, progress: Progress) -> int:
-    """Writes OUTPUT/.partial/train and /valid; returns how many duplicates were left out."""
-    splits = (TRAIN, VALID) if job.valid_fraction else (TRAIN,)
-    # At least the document with the smallest hash: a validation set asked for is never empty.
-    last_valid = max(int(job.valid_fraction * 2**64) - 1, shuffle.smallest_split)
-    progress.start("write", shuffle.id_bytes)
-    done_bytes = duplicates = 0
-    with ExitStack() as stack:
-        writers = {}
-        for split in splits:
-            directory = job.output / PARTIAL_NAME / split
-            shutil.rmtree(directory, ignore_errors=True)
-            writers[split] = stack.enter_context(ShardWriter(directory, tokenizer, job.sizes))
-        for bucket in shuffle.buckets():
-            for (split_hash, text_bytes), is_duplicate, ids in bucket.rows():
-                done_bytes += ids.nbytes
-                if is_duplicate and job.deduplicate:
-                    duplicates += 1
-                    continue
-                is_valid = VALID in writers and split_hash <= last_valid
-                writers[VALID if is_valid else TRAIN].add(ids, text_bytes)
-            progress.update(done_bytes)
-        if writers[TRAIN].documents == 0:
-            rule = f"every document fell into validation (fraction {job.valid_fraction})"
-            raise UserError(f"--input: {rule}; give more documents, or --valid-fraction 0")
-        for writer in writers.values():
-            writer.finish()
-    return duplicates
+def _claim(output: Path, tokenizer: Tokenizer) -> list[str]:
+    """Makes OUTPUT/.partial ready: finished parts stay where they are of this tokenizer. Returns what to say of it."""
+    partial = output / PARTIAL_NAME
+    made = partial / JOB_NAME
+    try:
+        same = json.loads(made.read_bytes())["tokenizer"] == tokenizer.sha256
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    notes = []
+    parts = list(partial.glob("part-*.rows.npy"))
+    if same and parts:
+        notes.append(f"going on with the unfinished work in {partial}: {len(parts):,} finished parts")
+    elif not same:
+        if parts:
+            notes.append(f"discarding unfinished work in {partial} (other: tokenizer)")
+        for leftover in partial.iterdir():
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            elif leftover.name != LOCK_NAME:
+                leftover.unlink()
+        write_atomically(made, json.dumps({"tokenizer": tokenizer.sha256}).encode())
+    for name in RESULT_NAMES:  # ours: of a run that was killed while it published
+        leftover = output / name
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    return notes
 
 
-def _publish(job: PrepareJob, tokenizer: Tokenizer, description: dict[str, Any], filtered: dict[str, int]) -> None:
+def _publish(
+    job: PrepareJob,
+    tokenizer: Tokenizer,
+    description: dict[str, Any],
+    counts: dict[str, int],
+    folders: Mapping[str, Path],
+) -> None:
     """Moves the finished splits to OUTPUT; the job's description, last, declares them complete."""
     keep_tokenizer(tokenizer, job.output)
-    for split in (TRAIN, VALID):
-        written = job.output / PARTIAL_NAME / split
-        if written.is_dir():
-            shutil.rmtree(job.output / split, ignore_errors=True)  # ours: `_claim` made sure
-            written.rename(job.output / split)
-    record = {"job": description, "filtered": filtered}
+    for split, folder in folders.items():
+        folder.rename(job.output / split)
+    repeated = counts[REPEATED]
+    left_out = {**counts, REPEATED: repeated if job.deduplicate else 0}
+    record = {"job": description, "filtered": left_out, "repeated": repeated}
     write_atomically(job.output / JOB_NAME, json.dumps(record).encode() + b"\n")
 
 
 def _prepared(output: Path, was_there: bool) -> Prepared:
     record = json.loads((output / JOB_NAME).read_bytes())
     splits = {split: load_index(output / split) for split in (TRAIN, VALID) if (output / split).is_dir()}
-    return Prepared(splits, record["filtered"], was_there)
+    return Prepared(splits, record["filtered"], was_there, record.get("repeated", 0))
 
 
-def _write_card(job: PrepareJob, tokenizer: Tokenizer, inputs: Inputs, prepared: Prepared) -> None:
-    places = [shown(path) for path in job.source.inputs]
+def _write_card(job: PrepareJob, split: Split, tokenizer: Tokenizer, inputs: Inputs, prepared: Prepared) -> None:
+    places = [shown(path) for path in (*job.source.inputs, *job.source.valid_inputs)]
     options: dict[str, object] = {
         "deduplicate": job.deduplicate,
         "on bad UTF-8": job.source.on_bad_utf8,
         "on a bad record": job.source.on_bad_record,
         "shortest document (UTF-8 bytes)": job.source.min_document_bytes,
         "longest document (UTF-8 bytes)": job.source.max_document_bytes or "any",
-        "fraction for validation": job.valid_fraction,
+        "for validation": split.description,
         "seed": job.seed,
     }
     card = Card(shown(job.output.resolve().name), places, inputs, prepared.splits, prepared.filtered, options)

@@ -12,20 +12,25 @@ from typing import Any, NamedTuple
 from megassm.errors import UserError
 
 BOM = "\ufeff"
-MOST_RECORD_BYTES = 128 << 20  # a line, an element, a tar member: held whole, several times over
+MOST_RECORD_BYTES = 64 << 20  # a line, an element, a tar member: held whole, several times over
 BLANK = " \t\r\n"
 _SCANNER = json.JSONDecoder()
 
 
 class RawDocument(NamedTuple):
-    """Bytes that should be UTF-8, where they stand, and how far into the file reading has come."""
+    """Bytes that should be UTF-8, where they stand, and how far into the file reading has come.
+
+    A document of a text file that is too long to be held comes as several: the first starts it, the last ends it.
+    """
 
     place: str
     content: bytes
     file_position: int  # bytes of the file read so far
     is_json: bool = False  # else it is the text itself
     within: str = ""  # what offsets count from, where that is not the file
-    goes_on: bool = False  # the rest of the document before it, which was too long for one piece
+    offset: int = 0  # of this content in its document
+    starts: bool = True
+    ends: bool = True
 
 
 class BadRecordError(UserError):

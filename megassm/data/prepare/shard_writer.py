@@ -95,7 +95,7 @@ class ShardWriter:
         self._member: list[npt.NDArray[Any]] = []  # documents gathered for the next member
         self._member_tokens = 0
         self._members = 0
-        self._open: _OpenShard | None = None
+        self._open: OpenShard | None = None
         self._shards: list[ShardFile] = []
         self._blocks: list[tuple[int, ...]] = []  # in the order of BLOCK_DTYPE
 
@@ -105,7 +105,7 @@ class ShardWriter:
             limit = f"[0, {self._tokenizer.vocab_size})"
             raise UserError(f"{self.directory}: ids {ids.min()} to {ids.max()} leave the vocabulary {limit}")
         if self._open is None:
-            self._open = _OpenShard(self.directory, len(self._shards))
+            self._open = OpenShard(self.directory, len(self._shards))
         self._member += [ids.astype(self._eod_ids.dtype, copy=False), self._eod_ids]
         self._member_tokens += ids.size + 1
         self._open.documents += 1
@@ -126,7 +126,7 @@ class ShardWriter:
         write_index(self.directory, self._tokenizer, self._text_bytes, self._shards, self._blocks, {})
         return load_index(self.directory)
 
-    def _close_member(self, shard: _OpenShard) -> None:
+    def _close_member(self, shard: OpenShard) -> None:
         shard.write_member(f"{self._members:08d}.{self._dtype}", np.concatenate(self._member))
         self._members += 1
         self._member, self._member_tokens = [], 0
@@ -135,7 +135,7 @@ class ShardWriter:
             if shard.tokens >= self._sizes.shard_tokens:
                 self._close_shard(shard)
 
-    def _close_shard(self, shard: _OpenShard) -> None:
+    def _close_shard(self, shard: OpenShard) -> None:
         if shard.block_members:
             self._blocks.append(shard.close_block())
         self._shards.append(shard.close())
@@ -151,7 +151,7 @@ class ShardWriter:
             self._open.file.close()
 
 
-class _OpenShard:
+class OpenShard:
     """A shard being written: its file and the running counts of it and of its last block."""
 
     def __init__(self, directory: Path, number: int) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from megassm.cli.arguments import path_argument
 from megassm.data.prepare.kinds import READ_SUFFIXES, Format
+from megassm.data.prepare.text import separator_pattern
 from megassm.errors import UserError
 
 BadUtf8 = Literal["error", "skip", "replace"]
@@ -27,6 +29,8 @@ class TextSource:
     on_bad_record: BadRecord = "raise"  # no JSON, no such field, no string in it
     min_document_bytes: int = 0  # UTF-8 bytes; shorter documents are left out
     max_document_bytes: int | None = None  # UTF-8 bytes; longer documents are left out
+    document_separator: str | None = None  # within text files: LINE, BLANK or a regular expression; None: a file is one
+    valid_inputs: tuple[Path, ...] = ()  # what is for validation alone; the rest is then for training alone
     without: Path | None = None  # a folder that is never searched: the output
 
     def __post_init__(self) -> None:
@@ -34,6 +38,8 @@ class TextSource:
             if getattr(self, name) not in get_args(kind):
                 choices = " or ".join(repr(choice) for choice in get_args(kind))
                 raise UserError(f"{name} is {getattr(self, name)!r}; it is {choices}")
+        if self.document_separator is not None:
+            check_separator(self.document_separator)
         if self.min_document_bytes < 0:
             raise UserError(f"min_document_bytes is {self.min_document_bytes}, it must be at least 0")
         if self.max_document_bytes is not None and self.max_document_bytes < max(1, self.min_document_bytes):
@@ -57,6 +63,11 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     field_help = f"of a JSON object, or a Parquet column; outer.inner of a nested one {default}"
     add("--text-field", default="text", metavar="NAME", help=field_help)
     format_help = f"read every file that is not Parquet or tar as text, or as JSON {default}"
+    separator_help = (
+        "what divides a text file into documents: LINE (each line is one), BLANK (blank lines stand between), or a "
+        "regular expression, which is left out itself (default: a text file is one document)"
+    )
+    add("--document-separator", metavar="LINE|BLANK|REGEX", help=separator_help)
     add("--format", choices=get_args(Format), default="auto", help=format_help)
     bad_help = f"refuse, or leave the document out, or put U+FFFD in place of it; counted {default}"
     add("--on-bad-utf8", choices=get_args(BadUtf8), default="error", help=bad_help)
@@ -66,16 +77,30 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     add("--max-document-bytes", type=int, metavar="N", help="leave longer documents out (UTF-8 bytes)")
 
 
-def source_of(arguments: argparse.Namespace, without: Path | None = None) -> TextSource:
+def source_of(arguments: argparse.Namespace) -> TextSource:
     """What `add_source_options` was given."""
     return TextSource(
         inputs=tuple(arguments.input),
         glob=arguments.glob,
         text_field=arguments.text_field,
         format=arguments.format,
+        document_separator=arguments.document_separator,
         on_bad_utf8=arguments.on_bad_utf8,
         on_bad_record=arguments.on_bad_record,
         min_document_bytes=arguments.min_document_bytes,
         max_document_bytes=arguments.max_document_bytes,
-        without=without,
     )
+
+
+def check_separator(separator: str) -> None:
+    """UserError where a separator is no regular expression, or would divide before every character."""
+    try:
+        pattern = separator_pattern(separator)
+    except (re.error, RecursionError, OverflowError) as error:
+        way_out = "give LINE, BLANK or a regular expression of Python"
+        raise UserError(f"--document-separator {separator!r}: {error}; {way_out}") from None
+    if separator == "" or pattern.fullmatch(""):
+        rule = "matches where nothing stands, which is everywhere"
+        raise UserError(
+            f"--document-separator {separator!r}: {rule}; give LINE, BLANK, or what stands between documents"
+        )

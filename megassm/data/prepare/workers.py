@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
 from typing import Any, TypeVar
 
 from megassm.errors import UserError
@@ -48,6 +49,62 @@ def in_processes(
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return [future.result() for future in futures]
+
+
+class Crew:
+    """Worker processes for every phase of a job; one worker is this process itself. A context manager."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._pool: Executor | None = None  # started with the first work
+
+    def run(
+        self, work: Callable[[Item], Result], items: Iterable[Item], on_done: Callable[[Item, Result], None]
+    ) -> None:
+        """`work` of every item; `on_done` is told of each as it is done. Takes few items ahead of the work.
+
+        Raises:
+            UserError: from the work, or a worker was killed.
+        """
+        if self.workers == 1:
+            for item in items:
+                on_done(item, work(item))
+            return
+        self._pool = self._pool or worker_pool(self.workers)
+        in_flight: dict[Future[Result], Item] = {}
+
+        def collect() -> None:
+            for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
+                item = in_flight.pop(future)
+                on_done(item, future.result())
+
+        try:
+            for item in items:
+                in_flight[_submit(self._pool, work, item)] = item
+                while len(in_flight) >= self.workers + 2:
+                    collect()
+            while in_flight:
+                collect()
+        except BrokenProcessPool:
+            raise worker_lost("run the same command again with fewer --workers: finished parts are kept") from None
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(pool: Executor, work: Callable[[Item], Result], item: Item) -> Future[Result]:
+    try:
+        return pool.submit(work, item)
+    except (ValueError, OSError):
+        # The pool starts workers as work comes. Where one dies meanwhile, it closes the pipes under the
+        # one that starts, which then fails with either of these.
+        raise BrokenProcessPool from None
 
 
 def worthwhile(workers: int, data_bytes: int) -> int:

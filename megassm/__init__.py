@@ -3,13 +3,17 @@
     from megassm import ModelConfig, SpectralLayer, build_model, generate, open_model, truncate
 
 `docs/python.md` has an example of each. The names are imported when they are first used: `import megassm` costs no
-import of torch.
+import of torch. Once it is imported, Hugging Face's transformers knows this package's models, also if it is imported
+later.
 """
 
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
+
+from megassm.on_import import when_imported
 
 if TYPE_CHECKING:
     from megassm.checkpoint.open import open_model, open_tokenizer
@@ -66,3 +70,15 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PLACES})
+
+
+def _register(what: str) -> None:
+    """Tells transformers of our classes; without ours it is to work as it did."""
+    try:
+        getattr(importlib.import_module("megassm.hf.register"), f"register_{what}")()
+    except ImportError as error:
+        warnings.warn(f"transformers cannot open MegaSSM models: {error}", stacklevel=2)
+
+
+when_imported("transformers.models.auto.configuration_auto", lambda: _register("config"))
+when_imported("transformers.models.auto.tokenization_auto", lambda: _register("tokenizer"))

@@ -13,6 +13,7 @@ import pytest
 
 from megassm.config.load import load_config
 from megassm.config.schema import Config
+from tests import hub_mixins
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,6 +29,11 @@ HYBRID = ("model.pattern=SA", "model.d_ffn=96", "model.ffn_elastic={knee_k: 3, b
 """What the finished run's model is besides."""
 FINISHED = (*HYBRID, "train.steps=12", "data.isolate_documents=true")
 """What the finished run is, `SMALL` apart."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name in (*(f"{mark}_test" for mark in hub_mixins.MARKS), "accelerate_tests", "generate", "slow", "order"):
+        config.addinivalue_line("markers", f"{name}: of transformers' tests")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,6 +11,20 @@ from transformers import PretrainedConfig
 
 from megassm.checkpoint.exported import AUTO_MAP, SECTION, write_code
 from megassm.config.model import ModelConfig
+from megassm.hf.register import register_models
+
+KNOBS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "initializer_range",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+)
+"""The names of the section's knobs under transformers; where both are given, these count."""
 
 DEFAULT = ModelConfig(vocab_size=257, d_model=256, n_layers=4, seq_len=1024, num_channels=16, d_ffn=688)
 """What `MegaSSMConfig()` is: a small model of bytes."""
@@ -58,6 +72,7 @@ class MegaSSMConfig(PretrainedConfig):
         if self.model.classes is not None and getattr(self, "id2label", None) is None:
             kwargs["num_labels"] = self.model.classes
         super().__post_init__(**kwargs)
+        register_models()
         self.auto_map = dict(AUTO_MAP)
 
     @property
@@ -81,7 +96,12 @@ class MegaSSMConfig(PretrainedConfig):
 
     @num_key_value_heads.setter
     def num_key_value_heads(self, value: int) -> None:
-        self.section["model"] = {**self.section["model"], "n_kv_heads": value}
+        if value != self.num_key_value_heads:  # None in the section follows num_attention_heads
+            self.section["model"] = {**self.section["model"], "n_kv_heads": value}
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the knobs by transformers' names too, where other tools look for them."""
+        return {**super().to_dict(), **{name: getattr(self, name) for name in KNOBS}}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """With the whole section, whatever of it is the default."""

@@ -44,6 +44,7 @@ class MegaSSMForCausalLM(MegaSSMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         k: int | None = None,
@@ -60,9 +61,17 @@ class MegaSSMForCausalLM(MegaSSMPreTrainedModel, GenerationMixin):
         cache = past_key_values if cache is None else cache
         if cache is not None and isinstance(logits_to_keep, int):
             cache.ahead = logits_to_keep
-        asked = {"use_cache": use_cache, "output_hidden_states": output_hidden_states, "return_dict": True, "k": k}
         read: BaseModelOutputWithPast = self.model(
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, **asked
+            input_ids,
+            attention_mask,
+            position_ids,
+            cache,
+            inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+            k=k,
         )
         x_BLD = cast(Tensor, read.last_hidden_state)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -72,14 +81,8 @@ class MegaSSMForCausalLM(MegaSSMPreTrainedModel, GenerationMixin):
             if attention_mask is not None and attention_mask.shape == labels.shape:
                 follows_padding_BL = F.pad(attention_mask[:, :-1] == 0, (1, 0))
                 labels = labels.masked_fill(follows_padding_BL, -100)
-            loss = self.loss_function(logits=logits_BLV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits_BLV,
-            hidden_states=read.hidden_states,
-            **cache_field(getattr(read, CACHE)),
-        )
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+            loss = self.loss_function(logits=logits_BLV, labels=labels, vocab_size=logits_BLV.shape[-1], **kwargs)
+        return self.returned(CausalLMOutputWithPast(loss=loss, logits=logits_BLV, **_passed_on(read)), return_dict)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -113,38 +116,33 @@ class MegaSSMForSequenceClassification(MegaSSMPreTrainedModel):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         k: int | None = None,
         cache: MegaSSMCache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
         """Logits (B, C); labels are (B,). Of a model trained on classes input_ids may end in the separator and more."""
-        read = cast(
-            BaseModelOutputWithPast,
-            self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values if cache is None else cache,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                output_hidden_states=output_hidden_states,
-                return_dict=True,
-                k=k,
-            ),
+        read: BaseModelOutputWithPast = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values if cache is None else cache,
+            inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+            k=k,
         )
         x_BLD = cast(Tensor, read.last_hidden_state)
         logits_BC = self.score(self._text(x_BLD, input_ids, attention_mask))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_BC, labels=labels, pooled_logits=logits_BC, config=self.config)
-        output = SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits_BC,
-            hidden_states=read.hidden_states,
-            **cache_field(getattr(read, CACHE)),
+        return self.returned(
+            SequenceClassifierOutputWithPast(loss=loss, logits=logits_BC, **_passed_on(read)), return_dict
         )
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _text(self, x_BLD: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """What stands for each text, (B, D)."""
@@ -160,3 +158,12 @@ class MegaSSMForSequenceClassification(MegaSSMPreTrainedModel):
             return pooled(x_BLD, real_BL)[:, 0]
         places_L = torch.arange(length, device=x_BLD.device)
         return x_BLD[torch.arange(batch, device=x_BLD.device), (places_L * real_BL).argmax(1)]
+
+
+def _passed_on(read: BaseModelOutputWithPast) -> dict[str, Any]:
+    """What of the network's output a head returns as it is."""
+    return {
+        "hidden_states": read.hidden_states,
+        "attentions": read.attentions,
+        **cache_field(getattr(read, CACHE)),
+    }

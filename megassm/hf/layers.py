@@ -1,35 +1,29 @@
 """The network's layers with every matrix in a linear layer, where adapters and quantisers look for them.
 
-The products are those of `megassm.layers`, to the last bit, as long as the matrices are ordinary tensors. What has
-taken a linear layer's place is called instead, with the whole inputs; channels then cost their gated features,
-(B, L, K, D).
+The products are those of `megassm.layers` as long as the matrices are ordinary tensors: to the last bit, but where a
+processor sums a few rows otherwise for a matrix that lies the other way round. What has taken a linear layer's place is
+called instead, with the whole inputs; channels then cost their gated features, (B, L, K, D).
 
-Shapes: B batch, L length, D width, H heads, P = D/H, K channels, F hidden width of the gate.
+Shapes: B batch, L length, D width, H heads, G key-value heads, P = D/H, K channels, F hidden width of the gate,
+T positions of a cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import MutableSequence, Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from megassm.layers.attention import Attention
 from megassm.layers.block import Block
 from megassm.layers.context import Context
 from megassm.layers.ffn import LeadingLinear, leading
 from megassm.layers.filterbank import SentState
 from megassm.layers.spectral import SpectralGate, SpectralMixer
 from megassm.ops.mixing import gate_features, mix_channels
-
-
-class Matrix(LeadingLinear):
-    """x (..., i) -> (..., o) by x M, the form in which the mixer's matrices are trained.
-
-    The weight is M^T in the memory of M, (i, o) row by row, so that products are the same as in training.
-    """
-
-    def __init__(self, d_in: int, d_out: int) -> None:
-        super().__init__(d_in, d_out)
-        self.weight = nn.Parameter(self.weight.detach().view(d_in, d_out).t())
 
 
 class LinearGate(SpectralGate):
@@ -43,7 +37,7 @@ class LinearGate(SpectralGate):
 
 
 class LinearMixer(SpectralMixer):
-    """`SpectralMixer` whose matrices are linear layers: `channels`, `direct` and, with several heads, `output`.
+    """`SpectralMixer` whose matrices are linear layers: `channels`, `direct_proj` and, with several heads, `out_proj`.
 
     `channels` maps K*P gated features to D outputs. Its weight has the K P x P matrices of head h in the rows of that
     head, side by side, so that the leading columns are the leading channels: also of an adapter.
@@ -52,17 +46,17 @@ class LinearMixer(SpectralMixer):
     gate_module = LinearGate
 
     def _make_matrices(self, d_model: int, num_channels: int) -> None:
-        self.channels = Matrix(num_channels * d_model // self.heads, d_model)
-        self.output = Matrix(d_model, d_model) if self.heads > 1 else None
-        self.direct = Matrix(d_model, d_model)
+        self.channels = LeadingLinear(num_channels * d_model // self.heads, d_model)
+        self.out_proj = LeadingLinear(d_model, d_model) if self.heads > 1 else None
+        self.direct_proj = LeadingLinear(d_model, d_model)
 
     def _mixed(self, u_BLD: Tensor, weights_BLHK: Tensor, context: Context, sent: SentState | None) -> Tensor:
         assert context.filterbank is not None
-        if _is_plain(self.channels):
+        if _is_plain(self.channels) and not torch.compiler.is_exporting():  # it groups by size
             channels_KDP = self._channels(context.k)
             return context.filterbank.mix(u_BLD, weights_BLHK, channels_KDP, context.segments, sent)
         features_BLKD = context.filterbank(u_BLD, context.k, context.segments)
-        return self._by_linear(features_BLKD, weights_BLHK).to(u_BLD.dtype)
+        return self._mixed_features(features_BLKD, weights_BLHK).to(u_BLD.dtype)
 
     def _mixed_from(self, state_BSD: Tensor, u_BLD: Tensor, context: Context) -> Tensor:
         assert context.filterbank is not None
@@ -90,13 +84,13 @@ class LinearMixer(SpectralMixer):
         return torch.cat([mixed_HBLHP[head, :, :, head] for head in range(self.heads)], dim=-1)
 
     def _direct(self, u_BLD: Tensor) -> Tensor:
-        direct_BLD: Tensor = self.direct(u_BLD)
+        direct_BLD: Tensor = self.direct_proj(u_BLD)
         return direct_BLD
 
     def _out(self, mixed_BLD: Tensor) -> Tensor:
-        if self.output is None:
+        if self.out_proj is None:
             return mixed_BLD
-        out_BLD: Tensor = self.output(mixed_BLD)
+        out_BLD: Tensor = self.out_proj(mixed_BLD)
         return out_BLD
 
     def _channels(self, k: int) -> Tensor:
@@ -105,10 +99,10 @@ class LinearMixer(SpectralMixer):
 
 
 def stacked(weight: Tensor, heads: int) -> Tensor:
-    """The M_k (K, D, P) of a weight of `LinearMixer.channels`; with one head in its memory, if that is a `Matrix`'s."""
+    """The M_k (K, D, P) of a weight of `LinearMixer.channels`; with one head a view of it."""
     weight_HEX = torch.unflatten(weight, 0, (heads, -1))
     weight_HEKP = torch.unflatten(weight_HEX, 2, (-1, weight_HEX.shape[1]))
-    return weight_HEKP.permute(2, 0, 3, 1).flatten(1, 2).contiguous()
+    return weight_HEKP.permute(2, 0, 3, 1).flatten(1, 2)
 
 
 def unstacked(channels_KDP: Tensor, heads: int) -> Tensor:
@@ -117,10 +111,68 @@ def unstacked(channels_KDP: Tensor, heads: int) -> Tensor:
     return channels_KHPE.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)
 
 
+class HubAttention(Attention):
+    """Attention that forms its weights where the context has a place for them, instead of torch's fused product."""
+
+    def _attended(self, query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, context: Context) -> Tensor:
+        if context.attentions is None:
+            return super()._attended(query_BHLP, key_BGLP, value_BGLP, context)
+        mask = context.mask
+        if mask is None:
+            mask = torch.ones(query_BHLP.shape[2], key_BGLP.shape[2], dtype=torch.bool, device=query_BHLP.device).tril()
+        return _by_weights(query_BHLP, key_BGLP, value_BGLP, mask, context.attentions)
+
+    def _attended_cache(
+        self, query_BHLP: Tensor, key_BGTP: Tensor, value_BGTP: Tensor, mask: Tensor | None, context: Context
+    ) -> Tensor:
+        if context.attentions is None:
+            return super()._attended_cache(query_BHLP, key_BGTP, value_BGTP, mask, context)
+        return _by_weights(query_BHLP, key_BGTP, value_BGTP, mask, context.attentions)
+
+
+def _by_weights(
+    query_BHLP: Tensor,
+    key_BGTP: Tensor,
+    value_BGTP: Tensor,
+    mask: Tensor | None,
+    attentions: MutableSequence[Tensor],
+) -> Tensor:
+    """Attention by its definition; the weights are left in `attentions`."""
+    group = query_BHLP.shape[1] // key_BGTP.shape[1]
+    key_BHTP, value_BHTP = (heads.repeat_interleave(group, dim=1) for heads in (key_BGTP, value_BGTP))
+    scores_BHLT = query_BHLP @ key_BHTP.transpose(-1, -2) * query_BHLP.shape[-1] ** -0.5
+    if mask is not None:
+        scores_BHLT = scores_BHLT.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores_BHLT + mask
+    weights_BHLT = scores_BHLT.softmax(dim=-1, dtype=torch.float32).to(query_BHLP.dtype)
+    attentions.append(weights_BHLT)
+    mixed_BHLP: Tensor = weights_BHLT @ value_BHTP
+    return mixed_BHLP
+
+
 class HubBlock(GradientCheckpointingLayer, Block):
     """A block that transformers may compute again in backward."""
 
     spectral_mixer = LinearMixer
+    attention = HubAttention
+
+
+def joined(attentions: Sequence[Tensor], layers: int) -> tuple[Tensor, ...]:
+    """The weights (B, H, L, T) of every attention layer, of a text that was read in several parts one after another.
+
+    A part's weights end with its own last position; what they do not reach is 0.
+    """
+    return tuple(_beside_each_other(list(attentions)[layer::layers]) for layer in range(layers))
+
+
+def _beside_each_other(parts: Sequence[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    ends = [sum(part.shape[2] for part in parts[: i + 1]) for i in range(len(parts))]
+    first = min(end - part.shape[3] for end, part in zip(ends, parts, strict=True))
+    return torch.cat(
+        [F.pad(part, (end - part.shape[3] - first, ends[-1] - end)) for end, part in zip(ends, parts, strict=True)],
+        dim=2,
+    )
 
 
 def _is_plain(linear: nn.Module) -> bool:

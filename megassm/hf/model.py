@@ -6,19 +6,21 @@ Shapes: B batch, L length, T length with what a cache has read, D width.
 from __future__ import annotations
 
 import os
+from collections import deque
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import ModelOutput
 
 from megassm.checkpoint.exported import write_code
 from megassm.errors import UserError
 from megassm.hf.cache import MegaSSMCache, cache_field, padding_mask
 from megassm.hf.config import MegaSSMConfig
-from megassm.hf.layers import HubBlock
+from megassm.hf.layers import HubBlock, joined
 from megassm.hf.weights import HEADS, hub_form
 from megassm.layers.attention import attention_mask as attention_bias
 from megassm.layers.attention import rope_tables
@@ -27,6 +29,8 @@ from megassm.layers.filterbank import FilterBank
 from megassm.layers.state import DecodingState, LayerState
 from megassm.model import initial_weights
 
+Output = TypeVar("Output", bound=ModelOutput)
+
 
 class MegaSSMPreTrainedModel(PreTrainedModel):
     """Loading, saving and starting weights."""
@@ -34,6 +38,7 @@ class MegaSSMPreTrainedModel(PreTrainedModel):
     config_class = MegaSSMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _supports_sdpa = True
     _no_split_modules = ["HubBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"head_VD$"]  # noqa: RUF012
@@ -71,6 +76,10 @@ class MegaSSMPreTrainedModel(PreTrainedModel):
             if hub_name in missing and missing[hub_name].shape == value.shape:
                 missing[hub_name].copy_(value)
 
+    def returned(self, output: Output, return_dict: bool | None) -> Output | tuple[Any, ...]:
+        """As a tuple, where that is asked for."""
+        return output if (self.config.return_dict if return_dict is None else return_dict) else tuple(output.to_tuple())
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """As transformers does; the classes are imported from the package, never copied."""
         saved = super().save_pretrained(save_directory, *args, **kwargs)
@@ -102,6 +111,8 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
         self.shape = model
         """The network's sizes; the vocabulary's may have changed since."""
         self.gradient_checkpointing = False
+        if self.filterbank is not None:
+            self.filterbank.reset()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -119,6 +130,7 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         k: int | None = None,
         cache: MegaSSMCache | None = None,
@@ -134,6 +146,8 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
             inputs_embeds: (B, L, D), instead of input_ids.
             use_cache: return a cache. None is the configuration's choice, and no in training.
             output_hidden_states: return what each block reads, and the output.
+            output_attentions: return the weights (B, H, L, T) of the attention layers, over the positions their window
+                reaches; spectral layers have none.
             return_dict: False returns a tuple.
             k: the budget; None is `config.k`, or the model's K.
 
@@ -145,20 +159,40 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         x_BLD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
-        before = 0 if cache is None else cache.get_seq_length()
-        real_BL = padding_mask(attention_mask, len(x_BLD), x_BLD.shape[1], before)
-        if cache is not None and before:
-            states = self._continue(x_BLD, real_BL, self.budget(k), cache)
-        else:
-            documents_BL = _documents(position_ids, real_BL, len(x_BLD))
-            states = self._read(x_BLD, real_BL, documents_BL, self.budget(k), cache)
+        base = self._base(k, output_attentions)
+        states = self._states(x_BLD, attention_mask, position_ids, base, cache)
         want = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = BaseModelOutputWithPast(
             last_hidden_state=cast(Any, states[-1]),
             hidden_states=cast(Any, tuple(states)) if want else None,
+            attentions=cast(Any, joined(base.attentions, self.shape.mixers.count("A"))) if base.attentions else None,
             **cache_field(cache),
         )
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return self.returned(output, return_dict)
+
+    def _states(
+        self,
+        x_BLD: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        base: Context,
+        cache: MegaSSMCache | None,
+    ) -> list[Tensor]:
+        """What each block reads, and the output; a cache is continued, or filled."""
+        before = 0 if cache is None else cache.get_seq_length()
+        real_BL = padding_mask(attention_mask, x_BLD.shape[0], x_BLD.shape[1], before)
+        if cache is not None and before:
+            return self._continue(x_BLD, real_BL, base, cache)
+        return self._read(x_BLD, real_BL, _documents(position_ids, real_BL, x_BLD.shape[0]), base, cache)
+
+    def _base(self, k: int | None, output_attentions: bool | None) -> Context:
+        """What of a context is the same for all parts of a call; weights that are formed but not shown are not kept."""
+        shown = bool(self.config.output_attentions if output_attentions is None else output_attentions)
+        by_weights = shown or self.config._attn_implementation == "eager"
+        attentions: deque[Tensor] | None = (
+            deque(maxlen=None if shown else 0) if by_weights and "A" in self.shape.mixers else None
+        )
+        return Context(self.budget(k), self.filterbank, None, attentions=attentions)
 
     def _cache(self, cache: MegaSSMCache | None, use_cache: bool | None) -> MegaSSMCache | None:
         """What is to be continued and filled: a new one where a cache is wanted, none where an empty one is not."""
@@ -180,7 +214,12 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
         return bool(self.config.use_cache if use_cache is None else use_cache)
 
     def _read(
-        self, x_BLD: Tensor, real_BL: Tensor | None, documents_BL: Tensor | None, k: int, cache: MegaSSMCache | None
+        self,
+        x_BLD: Tensor,
+        real_BL: Tensor | None,
+        documents_BL: Tensor | None,
+        base: Context,
+        cache: MegaSSMCache | None,
     ) -> list[Tensor]:
         """What each block reads, and the output; a cache is filled."""
         length = x_BLD.shape[1]
@@ -189,13 +228,14 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
             assert cache is not None
             cache.ahead = 0
             head, tail = slice(None, length - stepped), slice(length - stepped, None)
-            first = self._read(x_BLD[:, head], None if real_BL is None else real_BL[:, head], documents_BL, k, cache)
-            rest = self._continue(x_BLD[:, tail], None if real_BL is None else real_BL[:, tail], k, cache)
+            first = self._read(x_BLD[:, head], None if real_BL is None else real_BL[:, head], documents_BL, base, cache)
+            rest = self._continue(x_BLD[:, tail], None if real_BL is None else real_BL[:, tail], base, cache)
             return [torch.cat(parts, dim=1) for parts in zip(first, rest, strict=True)]
-        context = self._context(0, length, k, x_BLD, real_BL)
+        context = self._context(0, length, base, x_BLD, real_BL)
         if documents_BL is not None:
             context = self._apart(context, documents_BL, x_BLD)
-        states, layers = [x_BLD], list[LayerState]()
+        states = [x_BLD]
+        layers: list[LayerState] = []
         for block in cast(list[HubBlock], self.blocks):
             if cache is None:
                 x_BLD = block(x_BLD, context)
@@ -209,7 +249,7 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
         states[-1] = self.head_norm(x_BLD)
         return states
 
-    def _continue(self, x_BLD: Tensor, real_BL: Tensor | None, k: int, cache: MegaSSMCache) -> list[Tensor]:
+    def _continue(self, x_BLD: Tensor, real_BL: Tensor | None, base: Context, cache: MegaSSMCache) -> list[Tensor]:
         """`_read` after what the cache has read; position by position where it is to know the states between."""
         if cache.real_BT is not None and not bool(cache.real_BT[:, -1].all()):
             raise UserError("padding on the right: there is nothing to continue; use tokenizer.padding_side = 'left'")
@@ -217,18 +257,19 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
         parts = []
         for first in range(0, x_BLD.shape[1], length):
             part = slice(first, first + length)
-            parts.append(self._extend(x_BLD[:, part], None if real_BL is None else real_BL[:, part], k, cache))
+            parts.append(self._extend(x_BLD[:, part], None if real_BL is None else real_BL[:, part], base, cache))
         return [torch.cat(states, dim=1) for states in zip(*parts, strict=True)]
 
-    def _extend(self, x_BLD: Tensor, real_BL: Tensor | None, k: int, cache: MegaSSMCache) -> list[Tensor]:
+    def _extend(self, x_BLD: Tensor, real_BL: Tensor | None, base: Context, cache: MegaSSMCache) -> list[Tensor]:
         assert cache.state is not None
         batch, length = x_BLD.shape[:2]
         real_BT = cache.read(real_BL, batch, length, x_BLD.device)
-        context = self._context(cache.get_seq_length(), length, k, x_BLD, real_BL)._replace(mask=None)
+        context = self._context(cache.get_seq_length(), length, base, x_BLD, real_BL)._replace(mask=None)
         if real_BT is not None and "A" in self.shape.mixers:
             bias_BT = torch.zeros(real_BT.shape, dtype=x_BLD.dtype, device=x_BLD.device)
             context = context._replace(mask=bias_BT.masked_fill_(~real_BT, -torch.inf)[:, None, None])
-        states, layers = [x_BLD], list[LayerState]()
+        states = [x_BLD]
+        layers: list[LayerState] = []
         for block, layer in zip(cast(list[HubBlock], self.blocks), cache.state.layers, strict=True):
             if length == 1:
                 x_BD, after = block.step(x_BLD[:, 0], layer, context)
@@ -242,14 +283,16 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
         states[-1] = self.head_norm(x_BLD)
         return states
 
-    def _context(self, first: int, length: int, k: int, like: Tensor, real_BL: Tensor | None) -> Context:
+    def _context(self, first: int, length: int, base: Context, like: Tensor, real_BL: Tensor | None) -> Context:
         real_BL1 = None if real_BL is None else real_BL[..., None]
         if "A" not in self.shape.mixers:
-            return Context(k, self.filterbank, None, real_BL1=real_BL1)
+            return base._replace(real_BL1=real_BL1)
+        if real_BL is None and torch.compiler.is_exporting():  # one mask for lengths within a window and beyond
+            real_BL = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
         positions_L = torch.arange(first, first + length, device=like.device)
         rope = rope_tables(positions_L, self.shape.d_model // self.shape.n_heads, self.shape.rope_theta)
         mask = attention_bias(length, self.shape.window, None, like, real_BL)
-        return Context(k, self.filterbank, rope, mask, real_BL1=real_BL1)
+        return base._replace(rope=rope, mask=mask, real_BL1=real_BL1)
 
     def _apart(self, context: Context, documents_BL: Tensor, like: Tensor) -> Context:
         """`context` with the documents kept apart."""

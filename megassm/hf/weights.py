@@ -20,7 +20,7 @@ RENAMED = {
     "mixer.gate.score_KH": "mixer.gate.score.weight",
     "mixer.gate.score_bias_K": "mixer.gate.score.bias",
 }
-TRANSPOSED = {"mixer.direct_DD": "mixer.direct.weight", "mixer.out_DD": "mixer.output.weight"}
+TRANSPOSED = {"mixer.direct_DD": "mixer.direct_proj.weight", "mixer.out_DD": "mixer.out_proj.weight"}
 CHANNELS = ("mixer.channels_KDD", "mixer.channels.weight")
 HEADS = {"MegaSSMForCausalLM": "lm_head.weight", "MegaSSMForSequenceClassification": "score.weight"}
 """What a model's own head is called, by class."""
@@ -33,9 +33,9 @@ def hub_form(name: str, value: Tensor, config: ModelConfig) -> tuple[str, Tensor
             return name.removesuffix(ours) + theirs, value
     for ours, theirs in TRANSPOSED.items():
         if name.endswith(ours):
-            return name.removesuffix(ours) + theirs, value.t()
+            return name.removesuffix(ours) + theirs, value.t().contiguous()
     if name.endswith(CHANNELS[0]):
-        return name.removesuffix(CHANNELS[0]) + CHANNELS[1], unstacked(value, config.mixer_heads)
+        return name.removesuffix(CHANNELS[0]) + CHANNELS[1], unstacked(value, config.mixer_heads).contiguous()
     return name, value
 
 
@@ -51,7 +51,7 @@ class _Form(ConversionOps):
         (tensors,) = input_dict.values()
         value = tensors[0] if isinstance(tensors, list) else tensors
         heads = kwargs["config"].model.mixer_heads
-        return {target_patterns[0]: self._of(value, heads).detach()}
+        return {kwargs["full_layer_name"]: self._of(value, heads).detach()}
 
     def _of(self, value: Tensor, heads: int) -> Tensor:
         raise NotImplementedError
@@ -62,17 +62,17 @@ class _Form(ConversionOps):
 
 
 class Transposed(_Form):
-    """A view, so that the memory stays that of training; whole on the way to a file."""
+    """A matrix that is multiplied from the right as the weight of a linear layer, and back."""
 
     def _of(self, value: Tensor, heads: int) -> Tensor:
-        return value.t() if self.opens else value.t().contiguous()
+        return value.t().contiguous()
 
 
 class Stacked(_Form):
     """The channel matrices as one linear layer, and back."""
 
     def _of(self, value: Tensor, heads: int) -> Tensor:
-        return unstacked(value, heads) if self.opens else stacked(value, heads)
+        return (unstacked if self.opens else stacked)(value, heads).contiguous()
 
 
 def _transforms(head: str | None) -> list[WeightConverter | WeightRenaming]:
@@ -80,8 +80,9 @@ def _transforms(head: str | None) -> list[WeightConverter | WeightRenaming]:
         WeightRenaming(ours, theirs) for ours, theirs in RENAMED.items()
     ]
     if head is not None:
-        transforms.append(WeightRenaming("model.head_VD", head))
-    transforms += [WeightConverter(ours, theirs, [Transposed(True)]) for ours, theirs in TRANSPOSED.items()]
+        transforms.append(WeightRenaming("^model.head_VD", f"^{head}"))
+    # one for both, because a model of one head has one of them only: every pattern is to be found in every model
+    transforms.append(WeightConverter(r"mixer.\1_DD", "mixer.(direct|out)_proj.weight", [Transposed(True)]))
     return [*transforms, WeightConverter(CHANNELS[0], CHANNELS[1], [Stacked(True)])]
 
 

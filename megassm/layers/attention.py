@@ -99,7 +99,7 @@ class Attention(nn.Module):
         query_BHLP = rotate(self._heads(self.query(u_BLD)), context.rope)
         key_BGLP = rotate(self._heads(self.key(u_BLD)), context.rope)
         value_BGLP = self._heads(self.value(u_BLD))
-        mixed_BHLP = self.attend(query_BHLP, key_BGLP, value_BGLP, context.mask)
+        mixed_BHLP = self._attended(query_BHLP, key_BGLP, value_BGLP, context)
         mixed: Tensor = self.out(mixed_BHLP.transpose(1, 2).flatten(2))
         return mixed
 
@@ -112,15 +112,24 @@ class Attention(nn.Module):
         cache = state if isinstance(state, KeyValueCache) else KeyValueCache.empty(key_BGLP, value_BGLP)
         cache = cache.append(key_BGLP, value_BGLP, self.window)
         if state is None:
-            mixed_BHLP = attend(query_BHLP, key_BGLP, value_BGLP, context.mask)
+            mixed_BHLP = self._attended(query_BHLP, key_BGLP, value_BGLP, context)
         else:
             key_BGTP, value_BGTP, mask = cache.seen(u_BLD.shape[1], self.window)
             if context.mask is not None:  # padding among what was read before
                 hidden = context.mask[..., -key_BGTP.shape[2] :]
                 mask = hidden if mask is None else hidden.masked_fill(~mask, -torch.inf)
-            mixed_BHLP = F.scaled_dot_product_attention(query_BHLP, key_BGTP, value_BGTP, mask, enable_gqa=True)
+            mixed_BHLP = self._attended_cache(query_BHLP, key_BGTP, value_BGTP, mask, context)
         out_BLD: Tensor = self.out(mixed_BHLP.transpose(1, 2).flatten(2))
         return out_BLD, ContinuedAttention(cache, u_BLD.shape[1], self.window)
+
+    def _attended(self, query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, context: Context) -> Tensor:
+        return self.attend(query_BHLP, key_BGLP, value_BGLP, context.mask)
+
+    def _attended_cache(
+        self, query_BHLP: Tensor, key_BGTP: Tensor, value_BGTP: Tensor, mask: Tensor | None, context: Context
+    ) -> Tensor:
+        """Of queries over what a cache holds; a mask is True, or 0 and not -inf, where a query may look."""
+        return F.scaled_dot_product_attention(query_BHLP, key_BGTP, value_BGTP, mask, enable_gqa=True)
 
     def _heads(self, x_BLE: Tensor) -> Tensor:
         return x_BLE.view(*x_BLE.shape[:-1], -1, self.head_dim).transpose(1, 2)

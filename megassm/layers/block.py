@@ -19,6 +19,7 @@ class Block(nn.Module):
     """x + mixer(taps(norm(x))), then x + ffn(norm(x)); a `sigma_scale` of None makes the mixer attention."""
 
     spectral_mixer: ClassVar[type[SpectralMixer]] = SpectralMixer
+    attention: ClassVar[type[Attention]] = Attention
 
     def __init__(self, config: ModelConfig, sigma_scale: SigmaScale | None) -> None:
         super().__init__()
@@ -26,7 +27,7 @@ class Block(nn.Module):
         self.mixer_norm = nn.RMSNorm(d_model, eps=config.norm_eps)
         self.taps = InputTaps(d_model, config.input_taps) if config.input_taps > 1 else None
         self.mixer: Any = (
-            Attention(d_model, config.n_heads, config.kv_heads, config.window)
+            self.attention(d_model, config.n_heads, config.kv_heads, config.window)
             if sigma_scale is None
             else self.spectral_mixer(
                 d_model, config.num_channels, config.mixer_heads, config.gate, config.gate_rescale, sigma_scale

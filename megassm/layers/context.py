@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableSequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -26,6 +27,8 @@ class Context(NamedTuple):
     """The number of each position's document; None: all of a sequence is one document."""
     real_BL1: Tensor | None = None
     """False at padding, which no other position may see anything of; None: there is none."""
+    attentions: MutableSequence[Tensor] | None = None
+    """Where attention layers that form the weights (B, H, L, T) of their heads leave them (`megassm.hf.layers`)."""
 
     def without_padding(self, u_BLD: Tensor) -> Tensor:
         """A mixer's inputs, zero at padding: to the filter bank a text that follows zeros begins there."""

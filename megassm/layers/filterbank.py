@@ -158,7 +158,11 @@ class FilterBank(nn.Module):
 
     def way(self, length: int) -> Way:
         """How sequences of `length` are computed. `auto`: chunked, but direct where the state would be no shorter than
-        the sequence: many filters of a short length have no short recurrence."""
+        the sequence: many filters of a short length have no short recurrence.
+
+        An exported program has one graph for all lengths up to the trained one, which only the direct way has."""
+        if torch.compiler.is_exporting():
+            return "direct"
         if self.method != "auto":
             return self.method
         if 0 < self.transition_SS.shape[0] < self.seq_len - 1:

@@ -34,7 +34,7 @@ class InputTaps(nn.Module):
         self.weight_ND = nn.Parameter(torch.empty(taps * d_model))
 
     def forward(self, u_BLD: Tensor, context: Context) -> Tensor:
-        past_BTD = u_BLD.new_zeros(len(u_BLD), self.taps - 1, u_BLD.shape[2])
+        past_BTD = u_BLD.new_zeros(u_BLD.shape[0], self.taps - 1, u_BLD.shape[2])
         if self.before is not None:
             past_BTD = self.before(u_BLD[:, u_BLD.shape[1] - self.taps + 1 :])
         return self._convolved(torch.cat((past_BTD, u_BLD), dim=1), context.documents_BL)
@@ -42,7 +42,7 @@ class InputTaps(nn.Module):
     def extend(self, u_BLD: Tensor, past_BTD: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
         """(v of L positions that follow those of `past_BTD`, the inputs (B, T + L, D) of all); None: of none."""
         if past_BTD is None:
-            past_BTD = u_BLD.new_zeros(len(u_BLD), self.taps - 1, u_BLD.shape[2])
+            past_BTD = u_BLD.new_zeros(u_BLD.shape[0], self.taps - 1, u_BLD.shape[2])
         inputs_BXD = torch.cat((past_BTD, u_BLD), dim=1)
         return self._convolved(inputs_BXD, context.documents_BL), inputs_BXD
 

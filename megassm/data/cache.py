@@ -1,11 +1,13 @@
-"""Blocks kept on this node's disk, within a bound, shared by all its processes.
+"""What was fetched and is kept on this node, for all its processes: blocks within a bound, small files by their hash.
 
     DIR/ab/abcdef....block      the raw bytes of one block, named by what they are (fingerprint and number)
     DIR/writing/                blocks on their way to their names, one a thread; not counted
-    DIR/bytes                   how much is kept; also the lock under which files come and go
+    DIR/bytes                   how much is kept; also the lock under which blocks come and go
+    CACHE/data/SHA256/NAME      block indices and tokenizers, a few MB each, without a bound (CACHE: `cache_folder`)
 
 Files appear whole and are read without the lock: the reader checks length and CRC32, and a file that vanished
-under it is no hit. The least recently used go first; a use is remembered as the file's time.
+under it is no hit. So nothing is synced to the disk. The least recently used blocks go first; a use is remembered
+as the file's time.
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from megassm.data.request import Store
+from megassm.data.stores import LocalStore
+from megassm.data.transport import read_file
 from megassm.errors import UserError
-from megassm.files import TEMPORARY_SUFFIX
+from megassm.files import TEMPORARY_SUFFIX, cache_folder
 
 SUFFIX = ".block"
 WRITING = "writing"
@@ -58,11 +63,11 @@ class DiskCache:
         return raw if len(raw) == size and zlib.crc32(raw) == crc32 else None
 
     def put(self, fingerprint: str, block: int, raw: bytes) -> None:
-        """Keeps a block, and lets go of others to make room. A disk that fails ends the cache, not the run."""
+        """Keeps a block, and lets go of others to make space. A disk that fails ends the cache, not the run."""
         if self._broken or len(raw) > self._max_bytes:
             return
         path = self._path(fingerprint, block)
-        own = self._directory / WRITING / f"{path.name}.{os.getpid()}.{threading.get_ident()}"
+        own = _own_name(self._directory / WRITING / path.name)
         try:
             for folder in (own.parent, path.parent):
                 folder.mkdir(exist_ok=True)
@@ -117,6 +122,60 @@ class DiskCache:
             kept -= size
         _write_number(file, kept)
         return kept
+
+
+def read_known(store: Store, name: str, sha256: str) -> bytes:
+    """A file whose content is known by its hash, fetched only where it is not kept. The caller checks the hash.
+
+    Raises:
+        FileNotFoundError, UserError: see `Transport.fetch`.
+    """
+    if isinstance(store, LocalStore):
+        return read_file(store, name)
+    kept = _kept_path(name, sha256)
+    with contextlib.suppress(OSError):
+        raw = kept.read_bytes()
+        if hashlib.sha256(raw).hexdigest() == sha256:
+            return raw
+    raw = read_file(store, name)
+    with contextlib.suppress(OSError):  # no space, no right: it is fetched again next time
+        _keep(_kept_path(name, hashlib.sha256(raw).hexdigest()), raw)
+    return raw
+
+
+def local_copies(files: Mapping[str, bytes]) -> Path:
+    """A folder with these files, which belong together.
+
+    Raises:
+        OSError: there is nowhere to put them.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(f"{name} {len(files[name])} ".encode() + files[name])
+    for name, raw in files.items():
+        _keep(cache_folder() / "data" / digest.hexdigest() / name, raw)
+    return cache_folder() / "data" / digest.hexdigest()
+
+
+def _keep(path: Path, raw: bytes) -> None:
+    """Makes `path` a file of these bytes, whole at any moment; others may do so at once."""
+    if not path.exists() or path.read_bytes() != raw:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own = _own_name(path)
+        try:
+            own.write_bytes(raw)
+            own.replace(path)
+        finally:
+            own.unlink(missing_ok=True)
+
+
+def _kept_path(name: str, sha256: str) -> Path:
+    return cache_folder() / "data" / sha256 / name
+
+
+def _own_name(path: Path) -> Path:
+    """A name beside `path` that no other thread of this machine writes to."""
+    return path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
 
 
 def _number(file: IO[bytes]) -> int:

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megassm.config.schema import Config
+from megassm.data.cache import local_copies
 from megassm.data.index import ShardSet, load_index
 from megassm.data.mixture import ONE_SOURCE, DataSource, Mixture, MixturePhase, ReadOptions, check_repeats
 from megassm.data.request import Store
-from megassm.data.small_files import local_copies
 from megassm.data.stores import LocalStore, open_store
 from megassm.data.task import TASK_NAME, Task, TaskTokenizer
 from megassm.data.tokenizer.base import MODEL_NAME, BytesTokenizer, Tokenizer, load_tokenizer

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from megassm.data.cache import read_known
 from megassm.data.request import Store
-from megassm.data.small_files import read_known
 from megassm.data.stores import LocalStore
 from megassm.data.transport import read_file
 from megassm.errors import UserError

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import cast
 
@@ -130,10 +130,16 @@ class LanguageModel(nn.Module):
         return self.vocabulary.losses(logits_BLV, targets_BL)
 
     @torch.no_grad()
-    def prefill(self, ids_BL: Tensor, k: int | None = None) -> tuple[Tensor, DecodingState]:
-        """(logits (B, V) of the token after the last, the state that `step` and `extend` continue from)."""
+    def prefill(
+        self, ids_BL: Tensor, k: int | None = None, counts: Sequence[int] | None = None
+    ) -> tuple[Tensor, DecodingState]:
+        """(logits (B, V) of the token after the last, the state that `step` and `extend` continue from).
+
+        With `counts`, text b is its first counts[b] tokens, and padding on the right.
+        """
         x_BLD, extension = self._extended(ids_BL, None, k)
-        return self.logits(self.head_norm(x_BLD[:, -1])), extension.keep()
+        last_BD = x_BLD[:, -1] if counts is None else x_BLD[range(len(counts)), [count - 1 for count in counts]]
+        return self.logits(self.head_norm(last_BD)), extension.keep(counts)
 
     @torch.no_grad()
     def extend(self, ids_BL: Tensor, state: DecodingState | None, k: int | None = None) -> tuple[Tensor, Extension]:

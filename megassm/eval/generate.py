@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megassm.data.tokenizer.base import Tokenizer
 from megassm.errors import UserError
-from megassm.eval.sampling import Sampling, probabilities
+from megassm.eval.sampling import Sampling, Text, check_prompts, draw, read_prompts
 from megassm.eval.speculate import Drafting, speculate
 from megassm.layers.state import DecodingState
 from megassm.model import LanguageModel
@@ -52,8 +52,7 @@ def generate(
             raise UserError("drafting needs one budget for the whole text; give a number, or no drafting")
         return speculate(model, prompts, budget, sampling, drafting).texts
     sampling.check()
-    if not prompts or not all(prompts):
-        raise UserError("the prompt is empty; give at least one character")
+    check_prompts(prompts)
     return _step_by_step(model, prompts, budget, sampling)
 
 
@@ -62,25 +61,21 @@ def _step_by_step(
 ) -> list[list[int]]:
     device = model.embedding_VD.device
     generator = torch.Generator().manual_seed(sampling.seed)
-    logits_BV, state = _prefill(model, prompts, budget)
-    texts: list[list[int]] = [[] for _ in prompts]
-    open_rows = set(range(len(prompts)))
+    if callable(budget):
+        logits_BV, state = _read_step_by_step(model, prompts, budget)
+    else:
+        logits_BV, state = read_prompts(model, prompts, budget)
+    texts = [Text(sampling) for _ in prompts]
     while True:
-        drawn = torch.multinomial(probabilities(logits_BV, sampling), 1, generator=generator)[:, 0].tolist()
-        ids = []
-        for row, prompt in enumerate(prompts):
-            if state.position < len(prompt):  # a longer prompt than the shortest: still being read
-                ids.append(prompt[state.position])
-                continue
-            ids.append(drawn[row])
-            if row in open_rows:
-                stopped = drawn[row] in sampling.stop_ids
-                texts[row] += [] if stopped else [drawn[row]]
-                if stopped or sampling.ends(texts[row]):
-                    open_rows.discard(row)
-        if not open_rows:
-            return texts
-        logits_BV, state = model.step(torch.tensor(ids, device=device), state, _at(budget, state.position))
+        ids_B = draw(logits_BV, sampling, generator)
+        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            if state.lengths[row] < len(prompt):  # longer than the shortest, at a changing budget: still being read
+                ids_B[row] = prompt[state.lengths[row]]
+            else:
+                text.add([int(ids_B[row])])
+        if not any(text.is_open for text in texts):
+            return [text.ids for text in texts]
+        logits_BV, state = model.step(ids_B.to(device), state, budget(state.position) if callable(budget) else budget)
 
 
 def sample_text(
@@ -102,17 +97,12 @@ def sample_text(
     return tokenizer.decode([token for token in drawn if token < tokenizer.vocab_size])
 
 
-def _at(budget: Budget, position: int) -> int:
-    return budget(position) if callable(budget) else budget
-
-
-def _prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], budget: Budget) -> tuple[Tensor, DecodingState]:
-    """Reads the part that all prompts have: in parallel at a fixed budget, step by step at a changing one."""
-    device = model.embedding_VD.device
+def _read_step_by_step(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], budget: Callable[[int], int]
+) -> tuple[Tensor, DecodingState]:
+    """`read_prompts` at a budget that changes, of what all prompts have: their tokens up to the end of the shortest."""
     common = min(len(prompt) for prompt in prompts)
-    ids_BL = torch.tensor([list(prompt[:common]) for prompt in prompts], device=device)
-    if not callable(budget):
-        return model.prefill(ids_BL, budget)
+    ids_BL = torch.tensor([list(prompt[:common]) for prompt in prompts], device=model.embedding_VD.device)
     logits_BV, state = model.prefill(ids_BL[:, :1], budget(0))
     for position in range(1, common):
         logits_BV, state = model.step(ids_BL[:, position], state, budget(position))

@@ -1,4 +1,4 @@
-"""How tokens are drawn from logits."""
+"""How prompts are read, tokens drawn from logits, and texts ended."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from megassm.errors import UserError
+from megassm.layers.state import DecodingState
+from megassm.model import LanguageModel
 
 
 class Sampling(NamedTuple):
@@ -42,6 +44,46 @@ class Sampling(NamedTuple):
     def ends(self, ids: Sequence[int]) -> bool:
         """Whether a text ends with the last of its ids so far."""
         return len(ids) == self.max_tokens or (self.ended is not None and self.ended(ids))
+
+
+class Text:
+    """A text while it grows."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.ids: list[int] = []
+        self.is_open = True
+        self._sampling = sampling
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Tokens up to the one that ends the text."""
+        for token in tokens:
+            if not self.is_open:
+                return
+            if token in self._sampling.stop_ids:
+                self.is_open = False
+                return
+            self.ids.append(token)
+            self.is_open = not self._sampling.ends(self.ids)
+
+
+def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    """UserError where there is none, or one is empty."""
+    if not prompts or not all(prompts):
+        raise UserError("the prompt is empty; give at least one character")
+
+
+def read_prompts(model: LanguageModel, prompts: Sequence[Sequence[int]], k: int) -> tuple[Tensor, DecodingState]:
+    """(logits (B, V) after each prompt, the state there): all prompts at once, whatever their lengths."""
+    counts = [len(prompt) for prompt in prompts]
+    padded = [[*prompt, *[0] * (max(counts) - len(prompt))] for prompt in prompts]
+    return model.prefill(torch.tensor(padded, device=model.embedding_VD.device), k, counts)
+
+
+def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """A token of each text (B,), on the CPU."""
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1).cpu()
+    return torch.multinomial(probabilities(logits_BV, sampling), 1, generator=generator)[:, 0]
 
 
 def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:

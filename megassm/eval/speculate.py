@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megassm.errors import UserError
-from megassm.eval.sampling import Sampling, probabilities
+from megassm.eval.sampling import Sampling, Text, check_prompts, draw, probabilities, read_prompts
 from megassm.layers.state import DecodingState
 from megassm.model import LanguageModel
 
@@ -57,26 +57,6 @@ class Speculated(NamedTuple):
         return self.accepted / self.drafted if self.drafted else 0.0
 
 
-class _Text:
-    """A text while it grows."""
-
-    def __init__(self, sampling: Sampling) -> None:
-        self.ids: list[int] = []
-        self.is_open = True
-        self._sampling = sampling
-
-    def add(self, tokens: Sequence[int]) -> None:
-        """Tokens up to the one that ends the text."""
-        for token in tokens:
-            if not self.is_open:
-                return
-            if token in self._sampling.stop_ids:
-                self.is_open = False
-                return
-            self.ids.append(token)
-            self.is_open = not self._sampling.ends(self.ids)
-
-
 @torch.no_grad()
 def speculate(
     model: LanguageModel, prompts: Sequence[Sequence[int]], k: int, sampling: Sampling, drafting: Drafting
@@ -95,12 +75,11 @@ def speculate(
     """
     sampling.check()
     drafting.check(k)
-    if not prompts or not all(prompts):
-        raise UserError("the prompt is empty; give at least one character")
+    check_prompts(prompts)
     generator = torch.Generator().manual_seed(sampling.seed)
-    logits_BV, state = _read(model, prompts, k)
-    last_B = torch.multinomial(probabilities(logits_BV, sampling), 1, generator=generator)[:, 0]
-    texts = [_Text(sampling) for _ in prompts]
+    logits_BV, state = read_prompts(model, prompts, k)
+    last_B = draw(logits_BV, sampling, generator)
+    texts = [Text(sampling) for _ in prompts]
     for text, token in zip(texts, last_B.tolist(), strict=True):
         text.add([token])
     rounds = drafted = accepted = 0
@@ -119,14 +98,6 @@ def speculate(
         for row, tokens in zip(growing, news, strict=True):
             texts[row].add(tokens)
             rounds, drafted, accepted = rounds + 1, drafted + chosen.tokens, accepted + len(tokens) - 1
-
-
-def _read(model: LanguageModel, prompts: Sequence[Sequence[int]], k: int) -> tuple[Tensor, DecodingState]:
-    """(logits (B, V) after each prompt, the state there): all prompts at once, whatever their lengths."""
-    counts = [len(prompt) for prompt in prompts]
-    padded = [[*prompt, *[0] * (max(counts) - len(prompt))] for prompt in prompts]
-    logits_BLV, extension = model.extend(torch.tensor(padded, device=model.embedding_VD.device), None, k)
-    return logits_BLV[range(len(counts)), [count - 1 for count in counts]], extension.keep(counts)
 
 
 def _round(  # noqa: PLR0913

@@ -221,7 +221,7 @@ class FilterBank(nn.Module):
 
         `sent` is what `send_state(u_BLD)` gave.
         """
-        batch, length, heads, k = weights_BLHK.shape
+        length, k = weights_BLHK.shape[1], weights_BLHK.shape[3]
         way = self.way(length)
         if way in ("fft", "flashfft"):
             return mix_channels(self(u_BLD, k, segments), weights_BLHK, channels_KDE)
@@ -233,14 +233,7 @@ class FilterBank(nn.Module):
             tables = self.tables(u_BLD.dtype, k)
             states_BNSD = None if sent is None else self._received(sent)
             z_NID, rows_CKI = chunk_inputs(u_BLD, tables, segments, states_BNSD), tables.rows_CKI
-        positions = rows_CKI.shape[0]
-        padding = -length % positions
-        weights_NCHK = F.pad(weights_BLHK, (0, 0, 0, 0, 0, padding)).reshape(-1, positions, heads, k)
-        mixed_NCE = gated_product(z_NID, rows_CKI, weights_NCHK, channels_KDE)
-        if segments is not None and segments.has_copies:
-            z_XID, weights_XCHK = copied_inputs(z_NID, segments), weights_NCHK[segments.copied_X]
-            mixed_NCE = segments.join(mixed_NCE, gated_product(z_XID, rows_CKI, weights_XCHK, channels_KDE))
-        return mixed_NCE.reshape(batch, length + padding, -1)[:, :length]
+        return _mix_rows(z_NID, rows_CKI, weights_BLHK, channels_KDE, segments)
 
     def _received(self, sent: SentState) -> Tensor:
         """The chunk states of this part, with what came before it."""
@@ -263,7 +256,7 @@ class FilterBank(nn.Module):
     @without_autocast
     def mix_from(self, state_BSD: Tensor, u_BLD: Tensor, weights_BLHK: Tensor, channels_KDE: Tensor) -> Tensor:
         """`mix` of L positions that follow those of a state: one short chunk of all, or whole chunks."""
-        batch, length, heads, k = weights_BLHK.shape
+        length, k = weights_BLHK.shape[1], weights_BLHK.shape[3]
         if u_BLD.device.type == "cpu":
             u_BLD = u_BLD.to(torch.promote_types(u_BLD.dtype, torch.float32))
         tables, states_BNSD = self.tables(u_BLD.dtype, k), state_BSD[:, None]
@@ -275,10 +268,7 @@ class FilterBank(nn.Module):
             powers_NSS = chunk_powers(self.transition_SS, own_BNSD.shape[1]).to(state_BSD.dtype)
             states_BNSD = own_BNSD.to(state_BSD.dtype) + powers_NSS @ states_BNSD
             z_NID, rows_CKI = chunk_inputs(u_BLD, tables, None, states_BNSD), tables.rows_CKI
-        padding = -length % rows_CKI.shape[0]
-        weights_NCHK = F.pad(weights_BLHK, (0, 0, 0, 0, 0, padding)).reshape(-1, rows_CKI.shape[0], heads, k)
-        mixed_NCE = gated_product(z_NID, rows_CKI, weights_NCHK, channels_KDE)
-        return mixed_NCE.reshape(batch, length + padding, -1)[:, :length]
+        return _mix_rows(z_NID, rows_CKI, weights_BLHK, channels_KDE, None)
 
     @without_autocast
     def advance(self, u_BLD: Tensor, state_BSD: Tensor | None) -> Tensor:
@@ -328,6 +318,20 @@ class FilterBank(nn.Module):
             rows.append((self.step_output_KS @ (power_SS @ response_SC)).t())
             response_SC = self.transition_SS @ response_SC
         return torch.cat(rows)[:count]
+
+
+def _mix_rows(
+    z_NID: Tensor, rows_CKI: Tensor, weights_BLHK: Tensor, channels_KDE: Tensor, segments: Segments | None
+) -> Tensor:
+    """`FilterBank.mix`, (B, L, H*E), from what the rows are multiplied with: N rows of C positions each."""
+    (batch, length, heads, k), positions = weights_BLHK.shape, rows_CKI.shape[0]
+    padding = -length % positions
+    weights_NCHK = F.pad(weights_BLHK, (0, 0, 0, 0, 0, padding)).reshape(-1, positions, heads, k)
+    mixed_NCE = gated_product(z_NID, rows_CKI, weights_NCHK, channels_KDE)
+    if segments is not None and segments.has_copies:
+        z_XID, weights_XCHK = copied_inputs(z_NID, segments), weights_NCHK[segments.copied_X]
+        mixed_NCE = segments.join(mixed_NCE, gated_product(z_XID, rows_CKI, weights_XCHK, channels_KDE))
+    return mixed_NCE.reshape(batch, length + padding, -1)[:, :length]
 
 
 @lru_cache

@@ -87,4 +87,4 @@ def test_a_real_job_is_refused_at_its_second_start_and_trains_once_the_file_is_g
     run_python("launch/pretrain.py", *arguments)
     assert not (run_dir / FAILURES).exists()
     kinds = [event["kind"] for event in read_events(run_dir)]
-    assert kinds == ["repeated failure", "checkpoint", "end"]
+    assert kinds == ["start", "failure", "repeated failure", "start", "checkpoint", "end"]

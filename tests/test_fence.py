@@ -82,7 +82,8 @@ def superseded_while_saving(config: Config) -> None:
         publish = save._publish
 
         def late(partial: Path, final: Path, manifest: format.Manifest) -> None:
-            enter(run.fence.run_dir, world)
+            _, left_over = enter(run.fence.run_dir, world)
+            assert left_over == [partial.name]
             publish(partial, final, manifest)
 
         save._publish = late

@@ -33,7 +33,7 @@ JOB = (
 
 def beats(*counts: int, number: int = 1, waits: tuple[int, ...] = ()) -> list[Beat | None]:
     return [
-        Beat(number, count, f"step 7, phase {count}", stuck_s=12.0, where="a.py:3 in f", waits=rank in waits)
+        Beat(number, count, 7, f"step 7, phase {count}", stuck_s=12.0, where="a.py:3 in f", waits=rank in waits)
         for rank, count in enumerate(counts)
     ]
 
@@ -44,6 +44,14 @@ def test_who_is_silent_is_named_before_who_is_behind() -> None:
     assert verdict(before, after).startswith("rank 2 no longer answers: ended, stopped, or cut off; last heard of in s")
     after[3] = None
     assert verdict(before, after).startswith("ranks 2, 3 no longer answer: ")
+
+
+def test_a_rank_that_ends_before_its_next_beat_is_placed_by_the_others() -> None:
+    """Its last word may be of its set-up, where the others have trained for a second since."""
+    last = Beat(5, 9, 0, "its set-up")
+    after = [last, *(Beat(6, 40, 12, "step 12, backward pass") for _ in range(2))]
+    found = verdict([last, *(Beat(5, 9, 0, "its set-up") for _ in range(2))], after)
+    assert found.endswith("last heard of in its set-up; the others are in step 12, backward pass")
 
 
 def test_who_is_behind_hangs() -> None:

@@ -8,6 +8,7 @@ start removes it: what older ranks may still write can then not be published.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -55,9 +56,7 @@ def save_checkpoint(engine: Engine, config: Config, step: int, data_fingerprint:
     if world.is_main:
         fence.check()
         clear_partial(Path(config.run.dir))
-        with contextlib.suppress(OSError):  # what fails here fails in writing too
-            partial.mkdir(parents=True)
-    if failure := gather_texts(shortage(folder, config) if world.is_main else "")[0]:
+    if failure := gather_texts(_make(partial, config) if world.is_main else "")[0]:
         shutil.rmtree(partial, ignore_errors=True)
         return failure
     shares = [json.loads(text) for text in gather_texts(json.dumps(_write_share(engine, partial)))]
@@ -74,6 +73,17 @@ def save_checkpoint(engine: Engine, config: Config, step: int, data_fingerprint:
     if world.is_main and failure:
         shutil.rmtree(partial, ignore_errors=True)
     return gather_texts(failure)[0] or None
+
+
+def _make(partial: Path, config: Config) -> str:
+    """Makes the folder to write to; returns why no checkpoint can be written there, if none can."""
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return f"{partial.parent} is read-only ({error.strerror})"
+        return refusal_text(error)
+    return shortage(partial.parent, config)
 
 
 def _write_share(engine: Engine, partial: Path) -> dict[str, list[int]] | str:

@@ -19,8 +19,10 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from megassm.cli.arguments import Parser, positive, run_tool
+from megassm.cli.arguments import Parser, positive, refusal_text, run_tool
 from megassm.config.load import dump_config, load_config_or_exit, world_size_from_environment
+from megassm.errors import UserError
+from megassm.run.directory import FAILURE
 from megassm.run.stop import leave_when_told
 from megassm.slurm import rank_environment
 
@@ -66,13 +68,22 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one message of ours, not pages of frames
     # imported one after another, so that what is wrong early is refused early
     from megassm.data.dataset import open_dataset
+    from megassm.run.events import append_event
     from megassm.run.opening import open_run_directory
 
     data = open_dataset(config)
     lock = open_run_directory(config)
+    run_dir = Path(config.run.dir)
+    if lock is not None:
+        leave_when_told(lambda text: append_event(run_dir, "stop", 0, text, {}))
     from megassm.train.loop import pretrain
 
-    pretrain(config, data)
+    try:
+        pretrain(config, data)
+    except (UserError, OSError) as error:  # before there is a watchdog to say it
+        with contextlib.suppress(OSError), open(run_dir / FAILURE, "x", encoding="utf-8") as file:
+            file.write(f"{refusal_text(error)}\n")
+        raise
     if lock is not None:
         lock.close()
 

@@ -91,6 +91,8 @@ class Beat:
 
     number: int = 0
     count: int = 0
+    step: int = 0
+    """0 in its set-up."""
     place: str = "its set-up"
     stuck_s: float = 0.0
     where: str = ""
@@ -103,10 +105,12 @@ def verdict(before: Sequence[Beat | None], after: Sequence[Beat | None]) -> str:
     """Which rank is at fault, from two readings of all ranks' beats that lie more than a beat apart."""
     silent = [rank for rank, beat in enumerate(after) if beat is None or beat == before[rank]]
     if silent:
-        last = after[silent[0]]
+        last = after[silent[0]] or before[silent[0]]
+        front = max((beat for beat in after if beat is not None), key=_step_of, default=None)
+        ahead = f"; the others are in {front.place}" if front and _step_of(front) > _step_of(last) else ""
         return (
             f"{_ranks(silent)} no longer answer{'s' if len(silent) == 1 else ''}: ended, stopped, or cut off; "
-            f"last heard of in {last.place if last else 'its set-up'}"
+            f"last heard of in {last.place if last else 'its start'}{ahead}"
         )
     beats = [cast(Beat, beat) for beat in after]
     first = min(beat.count for beat in beats)
@@ -118,6 +122,10 @@ def verdict(before: Sequence[Beat | None], after: Sequence[Beat | None]) -> str:
     others = next((f"; the others wait in {beats[rank].place}" for rank in range(len(beats)) if rank not in late), "")
     hang = "hangs" if len(late) == 1 else "hang"
     return f"{_ranks(late)} {hang}: in {beat.place} for {beat.stuck_s:.0f} s{at}{others}"
+
+
+def _step_of(beat: Beat | None) -> int:
+    return beat.step if beat else 0
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -216,8 +224,8 @@ class Watchdog:
         where, waits = _main_thread() if stuck_s > SILENCE_S else ("", False)
         place = f"step {mark.step}, {mark.place}" if mark.step else mark.place
         self._beat = replace(
-            self._beat, number=self._beat.number + 1, count=mark.number, place=place, stuck_s=stuck_s, where=where,
-            waits=waits,
+            self._beat, number=self._beat.number + 1, count=mark.number, step=mark.step, place=place,
+            stuck_s=stuck_s, where=where, waits=waits,
         )  # fmt: skip
         self._store.set(f"beat/{self._rank}", json.dumps(asdict(self._beat)))
 

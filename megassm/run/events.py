@@ -7,6 +7,7 @@ writes. Nothing is ever removed: an update that is made again after a resume lea
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import time
@@ -19,26 +20,38 @@ from megassm.files import open_own
 from megassm.guarded import parse_object
 from megassm.run.directory import EVENTS
 from megassm.run.fence import Fence
-from megassm.run.records import Record, lines_of
+from megassm.run.records import Record, RecordFile, ends_amid_a_line, lines_of
 
 Kind = Literal[
-    "resume", "checkpoint", "passed over", "disk", "stop", "end", "straggler", "loss spike", "non-finite",
-    "cliff collapse", "oscillating loss", "repeated failure", "rewind",
+    "start", "resume", "checkpoint", "passed over", "left over", "disk", "stop", "end", "failure", "straggler",
+    "loss spike", "non-finite", "cliff collapse", "oscillating loss", "repeated failure", "rewind",
 ]  # fmt: skip
+ENDS: tuple[Kind, ...] = ("stop", "end", "failure")
+"""How a start ended."""
+LIFE: tuple[Kind, ...] = ("start", "resume", "passed over", "left over", "disk", "rewind", "repeated failure", *ENDS)
+"""What a person reads first of a run that did not go as it should."""
 WARNINGS: tuple[Kind, ...] = ("disk", "straggler", "loss spike", "non-finite", "cliff collapse", "oscillating loss")
 
 
 def append_event(run_dir: Path, kind: Kind, step: int, text: str, figures: Mapping[str, Any]) -> None:
     """Adds a line. A disk that is full ends no run for it."""
-    event = {"time": time.time(), "step": step, "kind": kind, "text": text, "figures": dict(figures)}
     try:
-        with open_own(run_dir / EVENTS, "a+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 1))
-            mends = size and file.read(1) != b"\n"  # a full disk has cut the line before
-            file.write(b"\n" * bool(mends) + json.dumps(event).encode() + b"\n")
+        write_event(run_dir, kind, step, text, figures)
     except OSError as error:
         print_line(f"warning: {run_dir / EVENTS}: cannot be written ({error.strerror})")
+
+
+def write_event(run_dir: Path, kind: Kind, step: int, text: str, figures: Mapping[str, Any]) -> None:
+    """Adds a line; an `OSError` where it cannot."""
+    line = json.dumps(_event(kind, step, text, figures)).encode() + b"\n"
+    with open_own(run_dir / EVENTS, "a+b") as file:
+        line = b"\n" * ends_amid_a_line(file) + line
+        if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run_dir / EVENTS))
+
+
+def _event(kind: Kind, step: int, text: str, figures: Mapping[str, Any]) -> Record:
+    return {"time": time.time(), "step": step, "kind": kind, "text": text, "figures": dict(figures)}
 
 
 def read_events(run_dir: Path) -> Iterator[Record]:
@@ -47,7 +60,7 @@ def read_events(run_dir: Path) -> Iterator[Record]:
         yield from (
             event
             for event in map(parse_object, lines_of(file))
-            if event is not None and "kind" in event and is_event(event)
+            if event is not None and isinstance(event.get("kind"), str) and is_event(event)
         )
 
 
@@ -59,13 +72,31 @@ def is_event(event: Record) -> bool:
 
 
 class Events:
-    """Writes and prints a run's events on the main rank; does nothing on others, and writes nothing once fenced off."""
+    """Writes and prints a run's events on the main rank; does nothing on others, and writes nothing once fenced off.
+
+    What a full disk does not take waits in memory, as the journal's rows do.
+    """
 
     def __init__(self, run_dir: Path, writes: bool, fence: Fence) -> None:
-        self._run_dir, self._writes, self._fence = run_dir, writes, fence
+        self._writes, self._fence = writes, fence
+        self._file: RecordFile | None = None
+        if writes:
+            try:
+                self._file = RecordFile(run_dir / EVENTS, lambda text: print_line(f"warning: {text}"))
+            except OSError as error:
+                print_line(f"warning: {run_dir / EVENTS}: cannot be written ({error.strerror})")
 
     def add(self, kind: Kind, step: int, text: str, **figures: Any) -> None:
         if self._writes:
             print_line(f"warning: {text}" if kind in WARNINGS else text)
-            if self._fence.holds():
-                append_event(self._run_dir, kind, step, text, figures)
+            if self._file is not None and self._fence.holds():
+                self._file.write(_event(kind, step, text, figures))
+
+    def retry(self) -> None:
+        """Writes what waits, if there is room again."""
+        if self._file is not None and self._file.waits and self._fence.holds():
+            self._file.retry()
+
+    def close(self) -> None:
+        if self._file is not None and self._fence.holds():
+            self._file.close()

@@ -18,10 +18,11 @@ from megassm.files import open_own, write_atomically
 from megassm.run.directory import CHECKPOINTS, CONFIG, FAILURE, LOCK, METRICS
 from megassm.run.failures import check_failures
 from megassm.run.fence import restarts_the_newest
+from megassm.run.lives import note_last_end, note_start
 
 
 def open_run_directory(config: Config) -> IO[str] | None:
-    """Makes the run directory, tries that it can be written, and locks it against a second job.
+    """Makes the run directory, tries that it can be written, locks it against a second job, and notes the start.
 
     Every rank tries it, before anything is started: so all refuse together where one would. Nothing a finished run
     left there is changed yet.
@@ -40,8 +41,10 @@ def open_run_directory(config: Config) -> IO[str] | None:
         if not is_rank_zero():
             return None
         lock = _lock(folder / LOCK)
+        note_last_end(folder)
         check_failures(folder, folder / METRICS, folder / FAILURE, config.health.max_failures)
         (folder / FAILURE).unlink(missing_ok=True)
+        note_start(config)
         return lock
     except UserError:
         raise
@@ -78,11 +81,14 @@ def write_config(config: Config) -> None:
     write_atomically(Path(config.run.dir) / CONFIG, dump_config(config).encode())
 
 
-def clear_partial(run_dir: Path) -> None:
-    """Removes what saves that did not end have left. Renamed first: another's rename to its final name then fails."""
+def clear_partial(run_dir: Path) -> list[str]:
+    """Removes what saves that did not end have left; returns the names. Renamed first: another's rename to its final
+    name then fails."""
     folder = run_dir / CHECKPOINTS
+    found = sorted(path.name for path in folder.glob(".partial-*"))
     for remains in folder.glob(".partial-*"):
         with contextlib.suppress(OSError):
             remains.rename(remains.with_name(remains.name.replace(".partial", ".removed")))
     for removed in folder.glob(".removed-*"):
         shutil.rmtree(removed, ignore_errors=True)
+    return found

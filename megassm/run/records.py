@@ -73,11 +73,11 @@ class RecordFile:
     """
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
-        self._file = open_own(path, "ab")
+        self._file = open_own(path, "a+b")
         self._path = path
         self._warn = warn
-        self._waiting: deque[bytes] = deque()
-        self._waiting_bytes = 0
+        self._waiting: deque[bytes] = deque([b"\n"] * ends_amid_a_line(self._file))
+        self._waiting_bytes = len(self._waiting)
         self._lost = 0
         self._failing = False
 
@@ -85,7 +85,7 @@ class RecordFile:
         line = (json.dumps(record) + "\n").encode()
         self._waiting.append(line)
         self._waiting_bytes += len(line)
-        self._write_waiting()
+        self.retry()
         while self._waiting_bytes > WAITING_BYTES and len(self._waiting) > 1:
             self._waiting_bytes -= len(self._waiting[1])
             del self._waiting[1]  # the first may be half written
@@ -93,7 +93,7 @@ class RecordFile:
 
     def close(self) -> None:
         """Tries once more; says what could not be written."""
-        self._write_waiting()
+        self.retry()
         if self._waiting:
             self._warn(f"{self._path}: {len(self._waiting) + self._lost} records could not be written before the end")
         try:
@@ -101,7 +101,12 @@ class RecordFile:
         except OSError as error:  # a network file system may tell late
             self._warn(f"{self._path}: {error.strerror}")
 
-    def _write_waiting(self) -> None:
+    @property
+    def waits(self) -> bool:
+        return bool(self._waiting)
+
+    def retry(self) -> None:
+        """Writes what waits, as far as there is room."""
         try:
             while self._waiting:
                 written = self._file.write(self._waiting[0]) or 0
@@ -120,6 +125,13 @@ class RecordFile:
             lost = f", but for {self._lost} that were too many to keep" if self._lost else ""
             self._warn(f"{self._path}: there is space again; every record is written{lost}")
             self._failing, self._lost = False, 0
+
+
+def ends_amid_a_line(file: IO[bytes]) -> bool:
+    """Whether a full disk, or a kill, has cut the last line of a file that is open for appending."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    return size > 0 and file.read(1) != b"\n"
 
 
 def cut_after(path: Path, step: int) -> None:

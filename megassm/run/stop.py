@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 from megassm.cli.arguments import STOPPED
@@ -18,21 +19,34 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self._signalled = False
+        self._signal: signal.Signals | None = None
         self._launcher = launcher_pids()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
+        self._signal = signal.Signals(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     @property
     def received(self) -> bool:
-        return self._signalled or launcher_is_gone(self._launcher)
+        return self._signal is not None or launcher_is_gone(self._launcher)
+
+    @property
+    def cause(self) -> str:
+        """Why this process is to stop, in words; of another rank's stop it knows nothing."""
+        if self._signal is not None:
+            return f"by {self._signal.name}"
+        return "because its launcher ended" if launcher_is_gone(self._launcher) else "by a signal to another rank"
 
 
-def leave_when_told() -> None:
-    """Until there is a `StopRequest`, and anything to save, SIGUSR1 and SIGTERM end this process at once."""
+def leave_when_told(note: Callable[[str], None] = lambda text: None) -> None:
+    """Until there is a `StopRequest`, and anything to save, SIGUSR1 and SIGTERM end this process at once, after
+    `note`."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        note(f"stopped by {signal.Signals(number).name} in its set-up; there was nothing to save")
+        os._exit(STOPPED)
+
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda *_: os._exit(STOPPED))
+        signal.signal(number, leave)

@@ -46,7 +46,7 @@ from megassm.run.stop import StopRequest
 from megassm.train.agreement import Tally, Totals, agree, report_skip
 from megassm.train.channels import gate_masses
 from megassm.train.health import Health, channels, rewinds, without_effect
-from megassm.train.setup import Run, say, set_up
+from megassm.train.setup import Run, set_up
 
 STOP_CHECK_S = 10.0
 """Longest that a stop signal waits for the end of an update, seconds of computation."""
@@ -110,6 +110,7 @@ def continue_run(config: Config, data: Dataset, world: World, watchdog: Watchdog
             job_ends(Path(config.run.dir))
         world.progress.note("end of the run")
     finally:
+        run.events.close()
         if run.journal is not None:
             run.journal.close()
     return end
@@ -119,7 +120,8 @@ def train(run: Run) -> End:
     """The loop; says how it came to its end."""
     config, engine, note = run.config, run.engine, run.world.progress.note
     if run.done_steps >= config.train.steps:
-        say(run.world, f"nothing to do: {config.run.dir} has done {run.done_steps} of {config.train.steps} steps")
+        text = f"nothing to do: {config.run.dir} has done {run.done_steps} of {config.train.steps} steps"
+        run.events.add("end", run.done_steps, text)
         return "done"
     skipped, saved, health, stride = 0, run.done_steps, Health(run), 1
     for step in range(run.done_steps, config.train.steps):
@@ -150,6 +152,7 @@ def train(run: Run) -> End:
         note("journal")
         if run.journal is not None:
             run.journal.write(record)
+        run.events.retry()
         if tally.dropped and config.health.spike_action == "rewind" and rewinds(run, step):
             return "rewound"
         due = (step + 1) % config.checkpoint.every_steps == 0 and not skipped  # a sick run replaces no good checkpoint
@@ -203,7 +206,7 @@ def stop(run: Run, done_steps: int, saved: int) -> End:
     samples are read again."""
     if done_steps > saved:
         save(run, done_steps, must=True)
-    text = f"stopped by a signal after step {done_steps}; the same command continues from there"
+    text = f"stopped {run.stop.cause} after step {done_steps}; the same command continues from there"
     run.events.add("stop", done_steps, text)
     return "stopped"
 
@@ -253,12 +256,15 @@ def save(run: Run, done_steps: int, must: bool) -> bool:
     """
     failure = save_checkpoint(run.engine, run.config, done_steps, run.data.train.fingerprint, run.fence)
     if failure is None:
+        run.save_failure = ""
         run.events.add("checkpoint", done_steps, f"checkpoint after step {done_steps}")
         return True
     what = f"no checkpoint after step {done_steps}: {failure}; older ones are untouched"
     if must:
         raise UserError(f"{what}. Make room, and start again: the same command continues from the last one")
-    run.events.add("disk", done_steps, what)
+    if failure != run.save_failure:  # a disk that stays full, or read-only, is told of once
+        run.save_failure = failure
+        run.events.add("disk", done_steps, what)
     return False
 
 

@@ -55,6 +55,8 @@ class Run:
     stop: StopRequest
     events: Events
     fence: Fence
+    save_failure: str = ""
+    """Why the last save failed, where it did."""
 
     def sample_range(self, step: int) -> tuple[int, int]:
         """First and last global sample of the batch of update `step` (from 0)."""
@@ -68,9 +70,11 @@ def set_up(config: Config, data: Dataset, world: World, stop: StopRequest | None
     `stop` is the process's own stop request, if it has one already: a signal must survive a second set-up.
     """
     stop = stop or StopRequest()
-    fence = enter(Path(config.run.dir), world)
+    fence, left_over = enter(Path(config.run.dir), world)
     digest = start_digest(config, data)
     events = Events(Path(config.run.dir), world.is_main, fence)
+    if left_over:
+        events.add("left over", 0, f"removed what saves that did not end have left: {', '.join(left_over)}")
     weights = start_weights(config, data, world)
     checkpoint = checkpoint_to_continue(config, data, events)
     config = with_draws(config, checkpoint, world)
@@ -107,17 +111,14 @@ def set_up(config: Config, data: Dataset, world: World, stop: StopRequest | None
     )
 
 
-def enter(run_dir: Path, world: World) -> Fence:
-    """Fences off every older start of the run, and what one of them may still be saving."""
+def enter(run_dir: Path, world: World) -> tuple[Fence, list[str]]:
+    """Fences off every older start of the run, and what one of them may still be saving, whose names it returns."""
 
-    def take_number() -> int:
-        number = take(run_dir).number if world.is_main else 0
-        if world.is_main:
-            clear_partial(run_dir)
-        return number
+    def take_number() -> tuple[int, list[str]]:
+        return (take(run_dir).number, clear_partial(run_dir)) if world.is_main else (0, [])
 
-    number = together(take_number)
-    return Fence(run_dir, int(gather_rows([number])[0][0]))
+    number, left_over = together(take_number)
+    return Fence(run_dir, int(gather_rows([number])[0][0])), left_over
 
 
 def start_weights(config: Config, data: Dataset, world: World) -> Iterator[tuple[str, Tensor]] | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import psutil
 
@@ -18,19 +21,26 @@ from tests.conftest import ROOT
 
 PATIENCE_S = 300.0
 
+Launcher = Literal["torchrun", "deepspeed"]
+
 
 class Job:
-    """torchrun with `ranks` ranks of `script`; killed with all its ranks where the `with` is left."""
+    """A launcher with `ranks` ranks of `script`; killed with all its ranks where the `with` is left."""
 
     def __init__(self, run_dir: Path, ranks: int, overrides: Sequence[str], script: str = "launch/pretrain.py",
-                 **environment: str) -> None:  # fmt: skip
+                 launcher: Launcher = "torchrun", **environment: str) -> None:  # fmt: skip
         self.run_dir = run_dir
+        self._known: set[psutil.Process] = set()
         run_dir.mkdir(parents=True, exist_ok=True)
         self._log = run_dir.with_name(f"{run_dir.name}.log")
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+        starts = {
+            "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)],
+            "deepspeed": [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port",
+                          str(free_port())],
+        }[launcher]  # fmt: skip
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *launcher, script, "--config", "configs/tiny.yaml", *overrides, f"run.dir={run_dir}"],
+                [*starts, script, "--config", "configs/tiny.yaml", *overrides, f"run.dir={run_dir}"],
                 cwd=ROOT,
                 env=os.environ | environment,
                 stdout=log,
@@ -42,7 +52,8 @@ class Job:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for member in self._family():
-            member.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # also of those that a killed launcher has left
+                member.kill()
         self.process.wait()
 
     @property
@@ -60,13 +71,23 @@ class Job:
             assert time.monotonic() < deadline, f"the moment never came:\n{self.said}"
             time.sleep(poll_s)
 
+    def end(self, number: signal.Signals, whole: bool) -> None:
+        """Sends a signal to the launcher, or to everything at once."""
+        for member in self._family() if whole else [psutil.Process(self.process.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(number)
+
+    @property
+    def ranks(self) -> list[psutil.Process]:
+        return [member for member in self._family() if _rank_of(member) is not None]
+
     def send(self, rank: int, number: signal.Signals) -> None:
         self._rank(rank).send_signal(number)
 
     def wait_for_ranks(self, but: int | None, within_s: float) -> int:
         """Waits until all ranks have ended, except for `but`, which is then killed; returns the launcher's code."""
         stopped = None if but is None else self._rank(but)
-        ranks = [member for member in self._family() if _rank_of(member) is not None and member != stopped]
+        ranks = [member for member in self.ranks if member != stopped]
         deadline = time.monotonic() + within_s
         while alive := [member.pid for member in ranks if _lives(member)]:
             assert time.monotonic() < deadline, f"ranks live on after {within_s} s ({alive}):\n{self.said}"
@@ -81,14 +102,20 @@ class Job:
         return self.said
 
     def _family(self) -> list[psutil.Process]:
-        try:
+        """All that was ever seen of the job, and still is there."""
+        with contextlib.suppress(psutil.NoSuchProcess):
             own = psutil.Process(self.process.pid)
-            return [*own.children(recursive=True), own]
-        except psutil.NoSuchProcess:
-            return []
+            self._known |= {*own.children(recursive=True), own}
+        return [member for member in self._known if _lives(member)]
 
     def _rank(self, rank: int) -> psutil.Process:
         return next(member for member in self._family() if _rank_of(member) == rank)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _lives(process: psutil.Process) -> bool:

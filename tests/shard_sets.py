@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megassm.data.index import ShardSet, ShardSizes
+from megassm.data.index import ShardSet, ShardSizes, index_checksum
 from megassm.data.prepare.shard_writer import ShardWriter
 from megassm.data.tokenizer.base import BytesTokenizer
 from megassm.data.tokenizer.ids import Ids
@@ -20,6 +23,13 @@ class WideTokenizer(BytesTokenizer):
     name = "wide"
     vocab_size = 1 << 20
     eod = vocab_size - 1
+
+
+def edit_index(directory: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Changes what index.json says, its checksum with it: as another writer would have written it."""
+    index = json.loads((directory / "index.json").read_text())
+    edit(index)
+    (directory / "index.json").write_text(json.dumps(index | {"checksum": index_checksum(index)}))
 
 
 def random_documents(count: int, seed: int = 0, longest: int = 90) -> list[Ids]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from megassm.checkpoint.exported import WEIGHTS, open_model_folder, write_model_folder
+from megassm.checkpoint.exported import SUMS, WEIGHTS, open_model_folder, write_model_folder
 from megassm.checkpoint.format import find_checkpoint
 from megassm.cli.arguments import TableRow
 from megassm.cost import parameters
@@ -204,8 +205,33 @@ def test_another_tokenizer_is_no_start(tmp_path: Path) -> None:
 
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     write_model_folder(tmp_path, build_model(config(vocab_size=300), 0), load_tokenizer("bytes"), torch.float32)
+    sums = (tmp_path / SUMS).read_text()
+    assert subprocess.run(["sha256sum", "-c", "--quiet", SUMS], cwd=tmp_path, check=False).returncode == 0
+    weights = (tmp_path / WEIGHTS).read_bytes()
+    assert b'"F32"' in weights
+    (tmp_path / WEIGHTS).write_bytes(weights.replace(b'"F32"', b'"I32"'))
+    for check in (
+        lambda: list(open_model_folder(tmp_path).weights()),
+        lambda: list(open_model_folder(tmp_path).weights(2)),
+    ):
+        with pytest.raises(UserError, match=rf"{WEIGHTS}: damaged: its SHA-256 is not that of SHA256SUMS"):
+            check()
+    said = run_python("tools/verify_data.py", str(tmp_path), check=False)
+    assert (said.returncode, "damaged: its SHA-256" in said.stderr) == (1, True)
+    (tmp_path / WEIGHTS).write_bytes(weights)
+    assert "checked files" in run_python("tools/verify_data.py", str(tmp_path)).stdout
+    for text in (sums.replace("a", "\xe4", 1), sums.partition("\n")[2] + "x\n", "", sums.replace(WEIGHTS, "x")):
+        (tmp_path / SUMS).write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match="not the checksums of an exported model"):
+            open_model_folder(tmp_path)
+    (tmp_path / SUMS).write_text(sums)
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace('"d_ffn": 32', '"d_ffn": 33'))
+    with pytest.raises(
+        UserError, match=r"config\.json: damaged: its SHA-256 .* or remove SHA256SUMS if you have changed"
+    ):
+        open_model_folder(tmp_path)
+    (tmp_path / SUMS).unlink()
     with pytest.raises(UserError, match=r"ffn\..*expected"):
         list(open_model_folder(tmp_path).weights())
     (tmp_path / WEIGHTS).write_bytes(b"nothing")

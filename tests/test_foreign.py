@@ -25,7 +25,7 @@ from megassm.data.stream import StreamPlan, validation_batches
 from megassm.data.tokenizer.base import BytesTokenizer, TokenizerSpec
 from megassm.errors import UserError
 from tests.conftest import run_python
-from tests.shard_sets import random_documents, write_documents
+from tests.shard_sets import edit_index, random_documents, write_documents
 from tests.test_formats import write_tar
 from tests.test_hugging_face_tokenizer import gpt2_like
 
@@ -186,11 +186,10 @@ def test_two_members_of_ids_in_one_sample_are_refused(tmp_path: Path) -> None:
 def test_a_layout_that_is_none_is_refused(tmp_path: Path) -> None:
     write_shards(tmp_path, random_documents(5), "u16")
     index(tmp_path)
-    described = json.loads((tmp_path / "index.json").read_text())
-    (tmp_path / "index.json").write_text(json.dumps(described | {"members": "other"}))
+    edit_index(tmp_path, lambda described: described.update(members="other"))
     with pytest.raises(UserError, match="damaged index"):
         load_index(tmp_path)
-    (tmp_path / "index.json").write_text(json.dumps(described | {"members": "chunks"}))
+    edit_index(tmp_path, lambda described: described.update(members="chunks"))
     with pytest.raises(UserError, match=r"theirs-0000\.tar, block at offset 1024: .*expected tokens \d+, got \d+"):
         read_block(load_index(tmp_path), 0, local_fetch(tmp_path))
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from megassm.data.prepare.verify import verify
 from megassm.data.tokenizer.base import BytesTokenizer
 from megassm.data.tokenizer.ids import Ids
 from megassm.errors import UserError
-from tests.shard_sets import SMALL, WideTokenizer, random_documents, write_documents, write_unique_ids
+from tests.shard_sets import SMALL, WideTokenizer, edit_index, random_documents, write_documents, write_unique_ids
 
 
 @pytest.fixture
@@ -160,20 +161,24 @@ def test_counts_are_checked(shards: ShardSet, count: str) -> None:
 
 def test_an_id_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
     shards = write_unique_ids(tmp_path / "set", 200)
-    narrowed = json.loads((shards.directory / "index.json").read_text())
-    narrowed["vocab_size"], narrowed["eod"] = 70_000, 69_999
-    (shards.directory / "index.json").write_text(json.dumps(narrowed))
+    edit_index(shards.directory, lambda index: index.update(vocab_size=70_000, eod=69_999))
     with pytest.raises(UserError, match=r"like \*\.u32, got ids \d+ to 1048575 leave the vocabulary \[0, 70000\)"):
         read_block(load_index(shards.directory), 0, local_fetch(shards.directory))
     with ShardWriter(tmp_path / "other", BytesTokenizer()) as writer, pytest.raises(UserError, match="vocabulary"):
         writer.add(np.array([300]), 1)
 
 
-def _edit(name: str, edit: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
+def _edit(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    return lambda directory: edit_index(directory, edit)
+
+
+def _replace(old: str, new: str) -> Callable[[Path], None]:
+    """As a disk, or a person in an editor, would: the checksum stays what it was."""
+
     def damage(directory: Path) -> None:
-        index = json.loads((directory / name).read_text())
-        edit(index)
-        (directory / name).write_text(json.dumps(index))
+        text = (directory / "index.json").read_text()
+        assert old in text
+        (directory / "index.json").write_text(text.replace(old, new, 1))
 
     return damage
 
@@ -196,9 +201,16 @@ def _other_index(directory: Path) -> None:
         (lambda d: (d / "index.npz").unlink(), r"index\.npz: damaged index: no such file; prepare"),
         (lambda d: (d / "index.json").write_text("{"), r"index\.json: damaged index: not JSON"),
         (lambda d: (d / "index.json").write_text("[]"), r"index\.json: damaged index: not a JSON object"),
-        (_edit("index.json", lambda i: i.update(version=9)), r"index version is 9, this program reads 1; prepare"),
-        (_edit("index.json", lambda i: i.pop("eod")), r"index\.json: damaged index: eod: Field required; prepare"),
-        (_edit("index.json", lambda i: i.update(tokens=5)), r"blocks, shards and totals disagree; prepare"),
+        (_edit(lambda i: i.update(version=9)), r"index version is 9, this program reads 1 and 2; prepare"),
+        (_edit(lambda i: i.pop("eod")), r"index\.json: damaged index: eod: Field required; prepare"),
+        (_edit(lambda i: i.update(tokens=5)), r"blocks, shards and totals disagree; prepare"),
+        (_edit(lambda i: i.update(text_bytes="x")), r"index\.json: damaged index: text_bytes: .*integer"),
+        (_edit(lambda i: i.update(eod=1.5)), r"index\.json: damaged index: eod: .*integer"),
+        (_edit(lambda i: i.update(shards=[{"name": 5}])), r"index\.json: damaged index: shards\.0\.name: .*string"),
+        (_edit(lambda i: i.update(blocks_sha256="0")), r"index\.json: damaged index: blocks_sha256: "),
+        (_replace('"text_bytes": ', '"text_bytes": 1'), r"index\.json: damaged index: its own checksum is another"),
+        (_replace('"checksum"', '"checksun"'), r"index\.json: damaged index: its own checksum is another"),
+        (_replace('"version": 2', '"version": 1'), r"index\.json: damaged index: its own checksum is another"),
         (_other_blocks, r"index\.npz: damaged index: sha256 \w+, index\.json says \w+; prepare"),
         (_other_index, r"shard-0000\d\.tar: the file ends at offset \d+, expected \d+ bytes"),
     ],
@@ -207,6 +219,13 @@ def test_a_damaged_index_is_refused(shards: ShardSet, damage: Callable[[Path], N
     damage(shards.directory)
     with pytest.raises(UserError, match=message):
         load_index(shards.directory)
+
+
+def test_an_index_of_before_checksums_is_read(shards: ShardSet) -> None:
+    index = json.loads((shards.directory / "index.json").read_text())
+    del index["checksum"]
+    (shards.directory / "index.json").write_text(json.dumps(index | {"version": 1}))
+    assert load_index(shards.directory).tokens == shards.tokens
 
 
 def test_an_unfinished_writer_leaves_no_data_set(tmp_path: Path) -> None:

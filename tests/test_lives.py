@@ -79,7 +79,7 @@ def test_a_full_disk_loses_no_event(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [event["step"] for event in read_events(tmp_path)] == [1, 2, 3, 4, 5]
     said = capsys.readouterr().out
     assert said.count("File too large; training goes on") == 1
-    assert "there is room again; every row is written" in said
+    assert "there is space again; every record is written" in said
 
 
 def test_no_room_for_the_start_refuses_it(small_config: Make) -> None:

@@ -24,7 +24,7 @@ from megassm.data.prepare.shard_writer import ShardWriter
 from megassm.data.stream import StreamPlan, TokenStream, validation_batches
 from megassm.errors import UserError
 from tests.conftest import run_python
-from tests.shard_sets import SMALL, WideTokenizer, random_documents, write_documents
+from tests.shard_sets import SMALL, WideTokenizer, edit_index, random_documents, write_documents
 
 WORLDS = (1, 2, 3, 4, 8, 48)
 
@@ -259,9 +259,7 @@ def test_sources_of_two_tokenizers_are_refused(
 ) -> None:
     other = Path(shutil.copytree(two_paths[1], tmp_path / "other"))
     for split in ("train", "valid"):
-        index = json.loads((other / split / "index.json").read_text())
-        index["tokenizer_sha256"] = "0" * 64
-        (other / split / "index.json").write_text(json.dumps(index))
+        edit_index(other / split, lambda index: index.update(tokenizer_sha256="0" * 64))
     phases = "[{start_step: 0, sources: {code: 1, poems: 1}}]"
     with pytest.raises(UserError, match=r"other/train: its shards were made with tokenizer bytes \(sha256 0000"):
         open_dataset(small_config(*mixed((two_paths[0], other), phases)))

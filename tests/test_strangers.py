@@ -8,6 +8,8 @@ import contextlib
 import io
 import json
 import os
+import re
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,19 +22,24 @@ from rich.console import Console
 from ruamel.yaml.error import YAMLError
 
 from megassm.checkpoint.format import FORMAT, MANIFEST, Manifest, read_checkpoint
-from megassm.cli.arguments import budget_list
+from megassm.cli.arguments import budget_list, print_line, print_table, refuse
+from megassm.cli.progress import LineProgress
 from megassm.config.load import load_config
 from megassm.config.source import ConfigError
 from megassm.data.prepare.tar import tar_members
 from megassm.data.stores import open_store
+from megassm.data.task import load_task
+from megassm.data.tasks.from_files import items
 from megassm.errors import UserError, visible
 from megassm.files import open_own, write_atomically
 from megassm.guarded import LINE_BYTES, check_tar, load_columns, parse_json, parse_yaml
 from megassm.report.live import LiveRun
 from megassm.report.run_files import read_knobs
+from megassm.report.sweep_files import plot_steps
 from megassm.report.terminal import frame
 from megassm.run.events import append_event, read_events
 from megassm.run.failures import check_failures
+from megassm.run.left_out import read_left_out
 from megassm.run.records import RecordFile, cut_after, newest_record, parse_record, read_records
 from tests.conftest import ROOT
 
@@ -194,6 +201,46 @@ def test_what_lies_in_a_run_directory_may_be_anything(name: str, text: bytes, tm
     assert list(read_events(tmp_path)) == []
 
 
+NO_LEFT_OUT = [
+    '{"step": 1}',
+    '[{"step": 1}]',
+    '[{"step": -1, "batches": 2}]',
+    "[[[",
+    "\xff",
+    '[{"step": 1e999, "batches": 1}]',
+]
+
+
+@pytest.mark.parametrize(
+    "text", [*NO_LEFT_OUT, "[" * 5000, '[{"step": "1", "batches": 1}]'], ids=lambda text: text[:20]
+)
+def test_files_beside_the_journal_are_what_they_should_be(text: str, tmp_path: Path) -> None:
+    for name in ("left_out.json", "task.json", "step-00000001.json"):
+        (tmp_path / name).write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"left_out\.json: .*and write them again"):
+        read_left_out(tmp_path)
+    with pytest.raises(UserError, match=r"task\.json: .*make the data set again"):
+        load_task(tmp_path / "task.json")
+    with pytest.raises(UserError, match=r"step-00000001\.json: .*the checkpoint is measured again"):
+        plot_steps(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", "[]", "[" * 5000, "\xff", '{"text": 5, "label": "a"}', '{"text": "\\ud800", "label": "a"}']
+)
+def test_a_line_of_a_labelled_text_is_one(line: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "a", "label": 1}\n' + line, encoding="latin-1")
+    with pytest.raises(UserError, match=r"x\.jsonl:2: "):
+        items("text", [tmp_path / "x.jsonl"])
+
+
+def test_pathfinder_names_images_of_its_folder_only(tmp_path: Path) -> None:
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata" / "0.npy").write_text("../.. passwd 0 1\n", encoding="utf-8")
+    with pytest.raises(UserError, match="does not lie in its folder"):
+        items("pathfinder", [tmp_path])
+
+
 def test_an_event_is_not_glued_to_half_a_line(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_bytes(b'{"time": 1, "kind": "stop", "te')
     for step in (1, 2):
@@ -211,6 +258,21 @@ def test_budgets_have_a_limit(words: str) -> None:
 def test_what_is_no_url_is_said(url: str) -> None:
     with pytest.raises(UserError, match="not a URL"):
         open_store(url)
+
+
+def test_what_is_printed_shows_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    """Tables, lines, progress and refusals: every way that text from outside takes to a terminal."""
+    text = "a\x1b]0;title\x07\x9b2J\u202eb"
+    print_table(text, [{"k": 1, text: text}, {"k": 2, text: text}])
+    print_line(text)
+    print_line(text, sys.stderr)
+    LineProgress().note(text)
+    with pytest.raises(SystemExit):
+        refuse(text, 2)
+    said = capsys.readouterr()
+    assert not re.search("[\x07\x1b\x80-\x9f\u202e]", said.out + said.err)
+    assert said.out.count("\\x1b") >= 5
+    assert said.err.count("\\x1b]0;title\\x07\\x9b2J\\u202eb") == 3
 
 
 @pytest.mark.parametrize("text", ["a\x1b[2Jb", "\x9b31m", "a\u202eb", "\rfaked", "\x00"])

@@ -100,7 +100,7 @@ def test_the_description_is_kept_and_bits_are_of_answers(recall: Path) -> None:
 
 def test_damaged_descriptions_and_examples_are_refused(tmp_path: Path) -> None:
     (tmp_path / "task.json").write_text('{"name": "x"}', encoding="utf-8")
-    with pytest.raises(UserError, match=r"task\.json: not a task's description"):
+    with pytest.raises(UserError, match=r"task\.json: length: Field required; .*no task's description"):
         load_task(tmp_path / "task.json")
     task = Task("t", 6, ("a", "b"), ("s",))
     assert task.ids(Example(np.array([5, 5]), np.array([1]))).tolist() == [5, 5, 2, 1, 3]

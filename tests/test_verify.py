@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from megassm.data.prepare import workers as workers_module
 from megassm.data.prepare.verify import sample_texts, verify
 from megassm.data.tokenizer.base import BytesTokenizer
 from tests.conftest import run_python
-from tests.shard_sets import random_documents, write_documents
+from tests.shard_sets import edit_index, random_documents, write_documents
 
 
 @pytest.fixture
@@ -56,11 +57,11 @@ def test_every_damaged_shard_is_named_with_its_offset(
 
 
 def test_counts_of_documents_are_checked(shards: ShardSet) -> None:
-    path = shards.directory / "index.json"
-    described = json.loads(path.read_text())
-    described["shards"][1]["documents"] += 1
-    described["documents"] += 1
-    path.write_text(json.dumps(described))
+    def one_more(described: dict[str, Any]) -> None:
+        described["shards"][1]["documents"] += 1
+        described["documents"] += 1
+
+    edit_index(shards.directory, one_more)
     [damage] = verify(load_index(shards.directory))
     assert f"{shards.shards[1].name}: expected {shards.shards[1].documents + 1} documents, got" in damage
 

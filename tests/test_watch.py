@@ -21,6 +21,7 @@ from megassm.eval.watch import SweepRequest, sweep_file, sweep_path, watch
 from megassm.parallel.world import Peers, join_peers, leave_world
 from megassm.report.sweep_files import write_json_sweep
 from tests.conftest import ROOT, SMALL, run_python
+from tests.shard_sets import edit_index
 
 QUICK = SweepRequest(budgets=[2], sequences=2)
 
@@ -82,8 +83,7 @@ def test_sources_that_cannot_be_scored(run: Path, tmp_path: Path, data_path: Pat
     other = tmp_path / "other"
     shutil.copytree(data_path, other)
     for part in ("train", "valid"):
-        index = json.loads((other / part / "index.json").read_text(encoding="utf-8"))
-        (other / part / "index.json").write_text(json.dumps(index | {"tokenizer_sha256": "0" * 64}), encoding="utf-8")
+        edit_index(other / part, lambda index: index.update(tokenizer_sha256="0" * 64))
     for source, settings, refusal in (
         (tmp_path / "missing.txt", config, "missing.txt: no such file"),
         (tmp_path / "empty.txt", config, "holds no text"),

@@ -2,32 +2,46 @@
 
     python -m tests.torture --data data/demo_bytes --output /tmp/torture --kills 20
 
-A job of 4 ranks loses a random rank to `kill -9` at a random moment, is started again by the same command, and so on;
-in the first half always on the same ranks, then each time on another mesh and ZeRO stage. The journal must be one curve
-without a seam. It must equal the undisturbed run's bit for bit as long as the mesh stayed what it was, and within
-1e-5 after that. That every sample was read once is what `megassm.train.agreement` checks in every update.
+A job of 4 ranks, under torchrun or deepspeed, is ended at a random moment: a random rank, its launcher or everything by
+`kill -9`, or a rank by SIGSTOP. It is started again by the same command, and so on; in the first half always on the
+same ranks, then each time on another mesh and ZeRO stage. Some lives have a bad time before: a disk that is full, a run
+directory that is read-only (root alone can make it so), data that is away, a second starter.
+
+The journal must be one curve without a seam. It must equal the undisturbed run's bit for bit as long as the mesh stayed
+what it was, and within 1e-5 after that. That every sample was read once is what `megassm.train.agreement` checks in
+every update. No process and no file may be left over, and every end must be in events.jsonl with its cause.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import resource
 import shutil
 import signal
+import statistics
+import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
+
 from megassm.cli.arguments import print_table, run_tool, tool_parser
 from megassm.errors import UserError
+from megassm.run.events import ENDS as EVENT_ENDS
+from megassm.run.events import read_events
 from megassm.run.journal import Record, read_records
-from tests.conftest import SMALL
-from tests.jobs import Job
+from tests.conftest import SMALL, run_python
+from tests.jobs import Job, Launcher
 
 BASE = (
     *SMALL, "model.seq_len=128", "model.pattern=SA", "model.n_kv_heads=2", "model.vocab_size=259",
     "budget.strategy=uniform", "budget.draws=2", "train.batch_sequences=8", "optim.grad_clip=0.3",
     "checkpoint.every_steps=5", "eval.every_steps=null", "eval.budgets=[8]", "log.every_steps=1000",
+    "parallel.timeout_s=45",
 )  # fmt: skip
 TOLERANCE = 1e-5
 EXACT = ("loss", "bits_per_byte", "grad_norm", "k_micro", "lr", "tokens")
@@ -65,12 +79,15 @@ SHAPES = [
 class Life:
     """One start of the job, from its beginning to the kill."""
 
+    launcher: Launcher
     mesh: str
+    bad_time: str
+    ended_by: str
     continued_after: int
     killed_rank: int
     at_row: int
     named: bool
-    """Whether the one message of the others named the killed rank."""
+    """Whether the one message of the others named the killed rank, where there were others."""
     ended_s: float
     """From the kill to the end of the last rank."""
 
@@ -80,29 +97,126 @@ def shape_of(life: int, kills: int) -> Shape:
     return SHAPES[0] if later < 0 else SHAPES[1 + later % (len(SHAPES) - 1)]
 
 
+ENDS = ("rank killed", "rank killed", "all killed", "launcher killed", "rank stopped")
+BAD_TIMES = ("", "full disk", "second starter", "", "data away", "read-only")
+BAD_S = 4.0
+CAUSES = {
+    "rank killed": "no longer answer|without a word",
+    "rank stopped": "no longer answer|without a word",
+    "all killed": "ended without a word",
+    "launcher killed": "because its launcher ended|no longer answer|without a word",
+}
+"""What events.jsonl must say of an end; a single rank leaves no word."""
+
+
 def live(number: int, run_dir: Path, shape: Shape, overrides: list[str], dice: random.Random) -> Life:
-    """Starts the job, kills one of its ranks, and waits until all have ended."""
-    with Job(run_dir, shape.ranks, [*overrides, *shape.overrides()]) as job:
+    """Starts the job, gives it a bad time, ends it, and waits until all its processes have ended."""
+    launcher: Launcher = "deepspeed" if number % 2 else "torchrun"
+    end, bad_time = ENDS[number % len(ENDS)], BAD_TIMES[number % len(BAD_TIMES)]
+    with Job(run_dir, shape.ranks, [*overrides, *shape.overrides()], launcher=launcher) as job:
         job.wait_until(lambda: "parameters at K=" in job.said)
         before = re.search(r"continuing after step (\d+)", job.said)
         start = int(before.group(1)) if before else 0
         if number % 5 == 4:  # while it sets up, reads the checkpoint, makes the first steps
+            bad_time = ""
             time.sleep(dice.random() * 2)
         else:
             target = start + dice.randint(6, 18)
             job.wait_until(lambda: job.rows >= target)
+            give_a_bad_time(bad_time, job, overrides)
             time.sleep(dice.random() * 0.3)
-        rank, killed, row = dice.randrange(shape.ranks), time.monotonic(), job.rows
-        job.send(rank, signal.SIGKILL)
-        code = job.wait_for_ranks(but=None, within_s=60)
-        ended_s = time.monotonic() - killed
+        rank, row = dice.randrange(shape.ranks), job.rows
+        ended_s, code = end_job(job, end, rank)
         errors = [line for line in job.said.splitlines() if line.startswith("error: ")]
-        if code == 0 or len(errors) != (shape.ranks > 1):
-            raise UserError(f"rank {rank} of {shape} was killed at row {row}: code {code}, messages {errors}")
-        named = shape.ranks > 1 and errors[0].startswith(f"error: rank {rank} ")
-    return Life(
-        f"{shape.data}x{shape.sequence}x{shape.tensor}, ZeRO {shape.zero_stage}", start, rank, row, named, ended_s
-    )
+    named = shape.ranks > 1 and len(errors) == 1 and errors[0].startswith(f"error: rank {rank} ")
+    told = code != 0 and (not end.startswith("rank ") or len(errors) == (shape.ranks > 1))
+    if not told or (living := processes_of(run_dir)):
+        what = errors if not told else f"processes {living} live on"
+        raise UserError(f"life {number}, {end} ({rank} of {shape} at row {row}): code {code}, {what}:\n{job.said}")
+    mesh = f"{shape.data}x{shape.sequence}x{shape.tensor}, ZeRO {shape.zero_stage}"
+    return Life(launcher, mesh, bad_time, end, start, rank, row, named, ended_s)
+
+
+def give_a_bad_time(kind: str, job: Job, overrides: list[str]) -> None:
+    """For `BAD_S` seconds, in which the job trains on or waits, and must not end."""
+    data = Path(next(text for text in overrides if text.startswith("data.path=")).partition("=")[2])
+    checkpoints, away = job.run_dir / "checkpoints", data.with_name(f"{data.name}.away")
+    match kind:
+        case "full disk":  # no file may grow, as on one; a limit of this machine's kernel, for these processes
+            for process in job.ranks:
+                process.rlimit(psutil.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+        case "read-only":
+            subprocess.run(["chattr", "+i", checkpoints], check=True)
+        case "data away":
+            data.rename(away)
+        case "second starter":
+            one = [*overrides, *Shape(1, 1, 1, 0).overrides(), f"run.dir={job.run_dir}"]
+            said = run_python("launch/pretrain.py", "--config", "configs/tiny.yaml", *one, check=False)
+            if said.returncode != 1 or "another job is training there" not in said.stderr:
+                raise UserError(f"a second starter was not refused: {said.returncode}, {said.stderr}")
+    time.sleep(BAD_S if kind not in ("", "second starter") else 0)
+    match kind:
+        case "full disk":
+            for process in job.ranks:
+                process.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        case "read-only":
+            subprocess.run(["chattr", "-i", checkpoints], check=True)
+        case "data away":
+            away.rename(data)
+    done = job.rows
+    job.wait_until(lambda: job.rows > done)
+
+
+def end_job(job: Job, end: str, rank: int) -> tuple[float, int]:
+    """(seconds until all had ended, the launcher's code)."""
+    family, began = job.ranks, time.monotonic()
+    match end:
+        case "all killed":
+            job.end(signal.SIGKILL, whole=True)
+        case "launcher killed":
+            job.end(signal.SIGKILL, whole=False)
+        case "rank stopped":
+            job.send(rank, signal.SIGSTOP)
+        case _:
+            job.send(rank, signal.SIGKILL)
+    stopped = rank if end == "rank stopped" and len(family) > 1 else None
+    if end == "rank stopped" and stopped is None:
+        job.end(signal.SIGKILL, whole=True)  # alone, nobody notices
+    code = job.wait_for_ranks(but=stopped, within_s=120)
+    return time.monotonic() - began, code
+
+
+def processes_of(run_dir: Path) -> list[int]:
+    """Those that still train there."""
+    deadline = time.monotonic() + 30  # a launcher may take a while to follow its ranks
+    while found := [process.pid for process in psutil.process_iter(["cmdline", "status"])
+                    if f"run.dir={run_dir}" in (process.info["cmdline"] or ())
+                    and process.info["status"] != psutil.STATUS_ZOMBIE]:  # fmt: skip
+        if time.monotonic() > deadline:
+            return found
+        time.sleep(0.2)
+    return []
+
+
+def check_left(run_dir: Path, lives: Sequence[Life]) -> Record:
+    """Nothing lies about in the run directory, and every end has its cause in events.jsonl.
+
+    Raises:
+        UserError: something does, or one has not.
+    """
+    patterns = ("checkpoints/.*", "**/*.tmp", "failure.txt", "failures.jsonl", "incarnations/.*")
+    if left := [str(path) for pattern in patterns for path in run_dir.glob(pattern)]:
+        raise UserError(f"files are left over: {left}")
+    ends: list[str] = []
+    for event in read_events(run_dir):
+        if event["kind"] in EVENT_ENDS:
+            ends.append(f"{event['kind']}: {event['text']}")
+    if len(ends) != len(lives) + 1:
+        raise UserError(f"{len(lives) + 1} starts have {len(ends)} ends: {ends}")
+    for life, text in zip(lives, ends, strict=False):
+        if not re.search(CAUSES[life.ended_by], text):
+            raise UserError(f"the end of {life} has no cause in events.jsonl: {text}")
+    return {"ends_with_a_cause": len(ends)}
 
 
 def torture(output: Path, data: Path, kills: int, steps: int, seed: int) -> tuple[list[Life], Record]:
@@ -112,10 +226,11 @@ def torture(output: Path, data: Path, kills: int, steps: int, seed: int) -> tupl
         UserError: a job ended otherwise than it must, or the curves differ.
     """
     dice = random.Random(seed)
-    overrides = [*BASE, f"data.path={data}", f"train.steps={steps}"]
-    calm, broken = output / "calm", output / "broken"
-    for folder in (calm, broken):
+    calm, broken, own_data = output / "calm", output / "broken", output / "data"
+    overrides = [*BASE, f"data.path={own_data}", f"train.steps={steps}"]
+    for folder in (calm, broken, own_data):
         shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(data, own_data)
     with Job(calm, SHAPES[0].ranks, [*overrides, *SHAPES[0].overrides()]) as job:
         job.finish()
     lives = []
@@ -128,7 +243,19 @@ def torture(output: Path, data: Path, kills: int, steps: int, seed: int) -> tupl
         found = re.search(r"continuing after step (\d+)", job.said)
     starts = [*(life.continued_after for life in lives), int(found.group(1)) if found else 0]
     same_mesh = min(start for number, start in enumerate(starts) if shape_of(number, kills) != SHAPES[0])
-    return lives, compare(read_records(calm), read_records(broken), same_mesh) | {"kills": kills}
+    found_left = check_left(broken, lives)
+    return lives, compare(read_records(calm), read_records(broken), same_mesh) | found_left | {"kills": kills}
+
+
+def times(lives: Sequence[Life]) -> list[Record]:
+    """Seconds from what ended a life to the end of its last process, by what it was."""
+    table = []
+    for end in dict.fromkeys(ENDS):
+        found = [life.ended_s for life in lives if life.ended_by == end]
+        if found:
+            figures = {"median_s": statistics.median(found), "longest_s": max(found)}
+            table.append({"ended_by": end, "lives": len(found), **figures})
+    return table
 
 
 def compare(calm: list[Record], broken: list[Record], same_mesh: int) -> Record:
@@ -158,8 +285,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0, help="of the ranks and moments")
     arguments = parser.parse_args()
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     lives, summary = torture(arguments.output, arguments.data, arguments.kills, arguments.steps, arguments.seed)
     print_table("lives", [asdict(life) for life in lives])
+    print_table("from what ended a life to the end of its last process", times(lives))
     print_table("against the undisturbed run", [summary], arguments.json)
 
 

@@ -5,14 +5,17 @@
     modeling_megassm.py       imports `megassm.hf`, so that transformers finds its classes
     tokenizer.model           or tokenizer.json; neither for bytes
     tokenizer_config.json     generation_config.json   README.md
+    SHA256SUMS                of all but README.md: `sha256sum -c SHA256SUMS`; checked here wherever the file is there
 
 The filters are not in it: they are derived from model.seq_len and model.num_channels when it is opened.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +35,14 @@ from megassm.data.tokenizer.base import EOD_PIECE, Tokenizer, load_tokenizer
 from megassm.data.tokenizer.hugging_face import CONFIG_NAME, FILE_NAME
 from megassm.errors import UserError
 from megassm.files import sync, write_atomically
-from megassm.guarded import LINE_BYTES, read_json
+from megassm.guarded import LINE_BYTES, read_bytes, read_json
 from megassm.model import LanguageModel, assembled, parameter_shapes
 
 CONFIG, WEIGHTS, CODE = "config.json", "model.safetensors", "modeling_megassm.py"
 SECTION = "megassm"
 PREFIX = "model."
+SUMS = "SHA256SUMS"
+SUM_LINE = re.compile(r"([0-9a-f]{64})  ([\w.-]{1,100})")
 CODE_PATH = Path(__file__).parents[1] / "hf" / CODE
 STEM = CODE.removesuffix(".py")
 AUTO_MAP = {
@@ -66,6 +71,7 @@ class ModelFolder:
         """
         path = self.folder / WEIGHTS
         self._check_size()
+        check_sums(self.folder, {WEIGHTS})
         kept = parameter_shapes(self.config if k is None else self.config.cut(k))
         try:
             with safe_open(path, framework="pt") as file:
@@ -140,7 +146,57 @@ def open_model_folder(path: Path) -> ModelFolder:
         raise UserError(
             f"{path / CONFIG}: not an exported model ({why}); give a folder that tools/export.py wrote"
         ) from None
+    if (sums := read_sums(path)) is not None:
+        check_sums(path, sums.keys() - {WEIGHTS})
     return ModelFolder(path, config)
+
+
+def read_sums(folder: Path) -> dict[str, str] | None:
+    """SHA-256 by file name, as `SUMS` has them; None where there is no such file, as in models saved by others.
+
+    Raises:
+        UserError: it is damaged, or does not name the weights.
+    """
+    path, way_out = folder / SUMS, "export the model again"
+    try:
+        lines = read_bytes(path, LINE_BYTES, way_out).decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return None
+    found = [SUM_LINE.fullmatch(line) for line in lines]
+    sums = {line[2]: line[1] for line in found if line is not None}
+    if None in found or not {WEIGHTS, CONFIG} <= sums.keys():
+        raise UserError(f"{path}: damaged: not the checksums of an exported model; {way_out}")
+    return sums
+
+
+def check_sums(folder: Path, names: Set[str]) -> None:
+    """These files are what was written, as far as `SUMS` tells.
+
+    Raises:
+        UserError: one is missing, or another than it was.
+    """
+    sums = read_sums(folder) or {}
+    for name in sorted(names & sums.keys()):
+        path = folder / name
+        try:
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}, and {SUMS} names it; export the model again") from None
+        if found != sums[name]:
+            raise UserError(
+                f"{path}: damaged: its SHA-256 is not that of {SUMS}; export the model again, or remove {SUMS} if you "
+                "have changed the file yourself"
+            )
+
+
+def write_sums(folder: Path) -> None:
+    """Writes `SUMS` for what is in the folder."""
+    lines = []
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    write_atomically(folder / SUMS, "".join(lines).encode())
 
 
 def write_model_folder(folder: Path, model: LanguageModel, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
@@ -163,6 +219,7 @@ def write_model_folder(folder: Path, model: LanguageModel, tokenizer: Tokenizer,
     generation = {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.eod}
     _write_json(folder / "generation_config.json", {**generation, "do_sample": False, "use_cache": True})
     _write_json(folder / CONFIG_NAME, _tokenizer_config(folder))
+    write_sums(folder)
 
 
 def write_code(folder: Path) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TextIO
 
-from megassm.errors import UserError
+from megassm.errors import UserError, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -75,15 +75,18 @@ def is_rank_zero() -> bool:
 
 
 def print_line(message: str, stream: TextIO | None = None) -> None:
-    """Prints a line of a long job at once; a full disk or a closed terminal behind the stream does not end the job."""
+    """Prints at once what may hold text from outside, its control characters shown (`visible`).
+
+    A full disk or a closed terminal behind the stream does not end a job.
+    """
     with contextlib.suppress(OSError):
-        print(as_started(message), file=stream or sys.stdout, flush=True)
+        print(visible(as_started(message)), file=stream or sys.stdout, flush=True)
 
 
 def refuse(message: str, code: int) -> NoReturn:
     """Prints `message` on rank 0 only and leaves with `code` on every rank."""
     if is_rank_zero():
-        print(as_started(message), file=sys.stderr, flush=True)
+        print(visible(as_started(message)), file=sys.stderr, flush=True)
     else:
         time.sleep(OTHER_RANKS_WAIT_S)  # a launcher ends all ranks with the first that leaves: let rank 0 speak
     raise SystemExit(code)
@@ -211,7 +214,7 @@ def print_table(title: str, rows: Sequence[TableRow], json_path: Path | None = N
     else:
         tables = list(_fitting(columns, console.width - 1))
     for number, table in enumerate(tables):
-        console.print(_drawn(Text(title if number == 0 else ""), table))
+        console.print(_drawn(Text(visible(title) if number == 0 else ""), table))
     write_json(rows, json_path)
 
 
@@ -237,13 +240,13 @@ def _column(name: str, values: Sequence[Any]) -> _Column:
         if value is None:
             return "-"
         if not _is_number(value):
-            return str(value)
+            return visible(str(value))
         if value == 0 and style.endswith("e"):
             return "0"
         return format(value, style if isinstance(value, float) else ",")
 
     numeric = all(value is None or _is_number(value) for value in values)
-    return _Column(name.replace("_", " "), [cell(value) for value in values], numeric)
+    return _Column(visible(name.replace("_", " ")), [cell(value) for value in values], numeric)
 
 
 def _is_number(value: Any) -> bool:

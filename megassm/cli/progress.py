@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from megassm.errors import visible
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
@@ -135,7 +137,7 @@ class LineProgress:
             teller.join()
 
     def note(self, message: str) -> None:
-        print(message, file=sys.stderr, flush=True)
+        print(visible(message), file=sys.stderr, flush=True)
 
 
 class _Bar:
@@ -161,4 +163,4 @@ class _Bar:
         self._bar.update(task, total=1, completed=1)
 
     def note(self, message: str) -> None:
-        self._bar.console.print(message, markup=False, highlight=False)
+        self._bar.console.print(visible(message), markup=False, highlight=False)

@@ -7,8 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megassm.cli.arguments import Parser, positive, tool_parser, write_json
-from megassm.errors import visible
+from megassm.cli.arguments import Parser, positive, print_line, tool_parser, write_json
 
 if TYPE_CHECKING:
     from megassm.data.inspect import SampleText
@@ -58,11 +57,11 @@ def main() -> None:
 def show(sample: SampleText) -> None:
     """For people: where it is from, then the text as it is, with a line where a document ends."""
     reader = f"update {sample.update}" if sample.update else "passed over"
-    print(
+    print_line(
         f"=== sample {sample.sample} ({reader}): {sample.source}, epoch {sample.epoch}, number "
         f"{sample.number}; {sample.tokens} tokens; {', '.join(sample.blocks)}"
     )
     if not sample.tokens:
         print("(masked: a block of it is damaged)")
     text = f"{END_OF_DOCUMENT}\n".join(sample.documents)
-    print(visible(text + END_OF_DOCUMENT if sample.ends_document else text))
+    print_line(text + END_OF_DOCUMENT if sample.ends_document else text)

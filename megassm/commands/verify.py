@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megassm.cli.arguments import TableRow, path_argument, positive, print_table, tool_parser
+from megassm.cli.arguments import TableRow, path_argument, positive, print_line, print_table, tool_parser
 from megassm.cli.progress import shown_progress
 from megassm.errors import UserError
 
@@ -26,14 +26,33 @@ def main() -> None:
 
     damages: list[str] = []
     rows: list[TableRow] = []
+    if (arguments.directory / "model.safetensors").is_file():
+        _verify_model(arguments.directory, arguments.json)
+        return
     for directory in set_directories(arguments.directory, "index.*", (TRAIN, VALID)):
         found = _verify(directory, arguments, rows)
         for damage in found:
-            print(damage, file=sys.stderr)
+            print_line(damage, sys.stderr)
         damages += found
     print_table(str(arguments.directory), rows, arguments.json)
     if damages:
         raise UserError(f"{arguments.directory}: {len(damages)} damages, named above")
+
+
+def _verify_model(folder: Path, json_path: Path | None) -> None:
+    """An exported model: every file against its checksum, and the weights read once.
+
+    Raises:
+        UserError: naming what is wrong.
+    """
+    from megassm.checkpoint.exported import SUMS, open_model_folder, read_sums
+
+    model = open_model_folder(folder)
+    tensors = sum(1 for _ in model.weights())
+    sums = read_sums(folder)
+    if sums is None:
+        print_line(f"warning: {folder}: has no {SUMS}, so its files are what they say they are; export it again")
+    print_table(str(folder), [{"model": folder.name, "tensors": tensors, "checked_files": len(sums or ())}], json_path)
 
 
 def _verify(directory: Path, arguments: argparse.Namespace, rows: list[TableRow]) -> list[str]:
@@ -54,8 +73,7 @@ def _verify(directory: Path, arguments: argparse.Namespace, rows: list[TableRow]
     rows.append({"data_set": str(directory), **counts, "blocks": len(shards.blocks), "damages": len(damages)})
     if not damages:
         for sample in sample_texts(shards, tokenizer, arguments.samples):
-            visible = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in sample.text)
-            print(f"-- {directory.name}/{sample.place}:\n{visible}\n")
+            print_line(f"-- {directory.name}/{sample.place}:\n{sample.text}\n")
     return damages
 
 
@@ -69,9 +87,17 @@ def _tokenizer(directory: Path, arguments: argparse.Namespace) -> tuple[str, Tok
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = tool_parser("Checks checksums, counts and ids of a data set, and shows samples of its text.", EXAMPLE)
+    parser = tool_parser(
+        "Checks checksums, counts and ids of a data set, and shows samples of its text; or an exported model's files.",
+        EXAMPLE,
+    )
     add, default = parser.add_argument, "(default: %(default)s)"
-    add("directory", type=path_argument, metavar="DIR", help="a data set, or one of its train/ and valid/")
+    add(
+        "directory",
+        type=path_argument,
+        metavar="DIR",
+        help="a data set, one of its train/ and valid/, or an exported model",
+    )
     add("--tokenizer", metavar="bytes|FILE", help="that made the ids (default: the data set's own)")
     add("--eod-token", metavar="TOKEN", help="that ends a document; of a tokenizer.json (default: as it says)")
     add("--samples", type=int, default=3, metavar="N", help=f"documents to show the beginning of {default}")

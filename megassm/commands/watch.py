@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megassm.cli.arguments import Parser, path_argument, positive
-from megassm.errors import UserError, visible
+from megassm.cli.arguments import Parser, path_argument, positive, print_line
+from megassm.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,8 +61,9 @@ def show_history(run_dir: Path) -> None:
 
     for event in life_of(run_dir):
         step = event["step"] if isinstance(event.get("step"), int) else "?"
-        kind = visible(event["kind"])
-        print(f"{event_time(event):<19}  step {step:>8}  {kind:<16}  {event_text(event)}".replace("\n", " "))
+        print_line(
+            f"{event_time(event):<19}  step {step:>8}  {event['kind']:<16}  {event_text(event)}".replace("\n", " ")
+        )
 
 
 def show_once(run: LiveRun, console: Console) -> None:

@@ -1,6 +1,6 @@
 """The data set on disk: tar shards of token ids, and the index that makes them addressable.
 
-    DIR/index.json              version, dtype, eod, tokenizer, totals, one entry a shard, sha256 of index.npz
+    DIR/index.json              version, dtype, eod, tokenizer, totals, one entry a shard, sha256 of index.npz, checksum
     DIR/index.npz               the blocks: what a reader fetches at once (columns of BLOCK_DTYPE)
     DIR/shard-00000.tar ...     plain tar; members 00000000.u16 (or .u32), little-endian ids
 
@@ -14,6 +14,8 @@ The index is written last, so a directory without one holds no data set. `shard_
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -29,7 +31,9 @@ from megassm.data.transport import read_file
 from megassm.errors import UserError
 from megassm.guarded import MAX_VOCABULARY, Described, check_inside, confined, load_columns, parse_json, validated
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+READ_VERSIONS = (1, 2)
+"""Of version 1, index.json has no checksum of its own."""
 INDEX_NAME = "index.json"
 BLOCKS_NAME = "index.npz"
 BLOCK_DTYPE = np.dtype(
@@ -53,6 +57,7 @@ Blocks = npt.NDArray[np.void]
 
 
 Count = Annotated[int, Field(ge=0, le=2**62)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class ShardFile:
 
     name: str
     bytes: Count
-    sha256: str
+    sha256: Sha256
     tokens: Count
     documents: Count
 
@@ -88,7 +93,7 @@ class IndexFacts(Described):
     tokens: Count
     documents: Count
     text_bytes: Count
-    blocks_sha256: str
+    blocks_sha256: Sha256
     shards: tuple[ShardFile, ...]
     suffix: Annotated[str, Field(max_length=100)] | None = None
     members: MemberKind = "documents"
@@ -186,10 +191,18 @@ def _read_index_json(store: Store) -> tuple[bytes, dict[str, Any]]:
     if not isinstance(index, dict):
         raise _damaged_index(store, INDEX_NAME, "not a JSON object")
     version = index.get("version")
-    if version != INDEX_VERSION:
-        rule = f"this program reads {INDEX_VERSION}"
+    if version not in READ_VERSIONS or isinstance(version, bool):
+        rule = f"this program reads {' and '.join(map(str, READ_VERSIONS))}"
         raise UserError(f"{path}: index version is {version}, {rule}; {PREPARE_AGAIN}")
+    if (version > 1 or "checksum" in index) and index.get("checksum") != index_checksum(index):
+        raise _damaged_index(store, INDEX_NAME, "its own checksum is another")
     return raw, index
+
+
+def index_checksum(index: Mapping[str, Any]) -> str:
+    """SHA-256 over all that index.json says, but for the checksum."""
+    said = {name: value for name, value in index.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _read_blocks(store: Store, expected_sha256: str) -> Blocks:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megassm.cli.arguments import print_line
 from megassm.data.blocks import BlockReader, DamagedBlockError, Fetch, StoredIds
 from megassm.data.cache import DiskCache
 from megassm.data.index import ShardSet
@@ -95,7 +96,7 @@ class SampleReader:
     def _announce(self, damage: str) -> None:
         if damage not in self._announced:
             self._announced.add(damage)
-            print(f"warning: its samples train nothing: {damage}", file=sys.stderr, flush=True)
+            print_line(f"warning: its samples train nothing: {damage}", sys.stderr)
 
     def _make_layout(self, source: int, epoch: int) -> _Layout:
         stored = self._sources[source].shards.blocks["tokens"].astype(np.int64)

@@ -16,13 +16,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Annotated, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from megassm.config.model import CHUNK
 from megassm.errors import UserError
+from megassm.guarded import MAX_VOCABULARY, TOKENIZER_BYTES, Described, read_json
 
 TASK_NAME = "task.json"
 SEPARATOR_NAME, PAD_NAME, END_NAME = "=>", "_", "<end>"
@@ -114,12 +116,20 @@ def fitting(seen: int) -> int:
 
 def load_task(path: Path) -> TaskTokenizer:
     """Reads a data set's task.json. UserError if the file is not a valid task."""
+    way_out = "it is no task's description; make the data set again"
     try:
-        found: dict[str, Any] = json.loads(path.read_bytes())
-        names = {name: tuple(found[name]) for name in ("answers", "symbols")}
-        return TaskTokenizer(Task(str(found["name"]), int(found["length"]), asked=int(found["asked"]), **names))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a task's description ({error}); make the data set again") from None
+        found = read_json(path, _Description, way_out, TOKENIZER_BYTES)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {way_out}") from None
+    return TaskTokenizer(Task(found.name, found.length, found.answers, found.symbols, found.asked))
+
+
+class _Description(Described):
+    name: Annotated[str, Field(pattern=r"^[\w.-]{1,100}$")]
+    length: Annotated[int, Field(ge=3, le=2**30)]
+    answers: Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_VOCABULARY)]
+    symbols: Annotated[tuple[str, ...], Field(max_length=MAX_VOCABULARY)]
+    asked: Annotated[int, Field(ge=1, le=2**30)]
 
 
 def answer_mask(ids_BT: Ids, answers: int) -> npt.NDArray[np.bool_]:

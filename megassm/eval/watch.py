@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from megassm.checkpoint.format import (
     newest_checkpoint,
     read_checkpoint,
 )
+from megassm.cli.arguments import print_line
 from megassm.cli.progress import shown_progress
 from megassm.config.schema import Config
 from megassm.data.task import TaskTokenizer
@@ -27,6 +29,8 @@ from megassm.model import LanguageModel
 from megassm.parallel.world import Peers, gather_texts, together
 from megassm.run.directory import CHECKPOINTS, SWEEPS
 from megassm.run.launcher import launcher_is_gone, launcher_pids
+
+STEP_FOLDER = re.compile("step-[0-9]{8,18}")
 
 POLL_S = 5.0
 """Between two looks for a new checkpoint."""
@@ -111,7 +115,7 @@ def watch(run_dir: Path, request: SweepRequest, peers: Peers) -> Iterator[Sweep]
             checkpoint, model = together(partial(_open, Path(folder)))
         except UserError as error:
             if peers.is_main:
-                print(f"passed over {folder}: {error}", flush=True)
+                print_line(f"passed over {folder}: {error}")
             continue
         texts = texts or together(partial(request.open, checkpoint.config))
         yield _sweep(str(run_dir), (checkpoint, model), texts, request, peers)
@@ -150,7 +154,8 @@ def _check_run_directory(run_dir: Path) -> None:
 
 def _next_folder(run_dir: Path, seen: set[str]) -> str:
     """The oldest checkpoint to be measured, FINISHED, or nothing yet."""
-    folders = sorted(checkpoints_folder(run_dir).glob(f"step-*/{MANIFEST}"))
+    named = checkpoints_folder(run_dir).glob(f"step-*/{MANIFEST}")
+    folders = sorted(path for path in named if STEP_FOLDER.fullmatch(path.parent.name))
     for manifest in folders:
         step = int(manifest.parent.name.removeprefix("step-"))
         if str(manifest.parent) not in seen and not _is_measured(manifest, sweep_file(run_dir, step)):

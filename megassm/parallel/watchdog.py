@@ -34,6 +34,7 @@ from typing import NamedTuple, NoReturn, TypeVar, cast
 
 from torch._C._distributed_c10d import HashStore, Store, TCPStore
 
+from megassm.errors import visible
 from megassm.parallel.job_store import SignedStore, launcher_holds_store
 from megassm.parallel.phases import PhaseClock, StepPhase
 
@@ -304,5 +305,5 @@ def _main_thread() -> tuple[str, bool]:
 
 
 def _print(text: str) -> None:
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(visible(text) + "\n")
     sys.stderr.flush()

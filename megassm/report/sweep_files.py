@@ -5,13 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from megassm.cli.arguments import MAX_BUDGET
+from megassm.errors import visible
 from megassm.eval.sweep import Sweep
 from megassm.files import write_atomically
+from megassm.guarded import Described, read_json
 from megassm.report.figures import plot_over_steps, save_panels
 from megassm.report.sweep_page import render_page
 from megassm.report.sweep_plots import panels
@@ -60,19 +65,38 @@ def write_page(sweeps: Sequence[Sweep], path: Path) -> None:
 
 def plot_steps(folder: Path) -> Path:
     """Draws one line a K over the steps of all step-*.json in `folder`: the first text at the trained length."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("step-*.json"))]
+    way_out = "remove it, and the checkpoint is measured again"
+    found = [read_json(path, _SweepFile, way_out) for path in sorted(folder.glob("step-*.json"))]
     lines: dict[int, list[tuple[int, float]]] = {}
     for sweep in found:
-        for row in _first_curve(sweep)["rows"]:
-            lines.setdefault(row["k"], []).append((sweep["step"], row["bits_per_byte"]))
-    last = _first_curve(found[-1])
-    unit = "byte" if last["rows"][0].get("accuracy") is None else "answer"
-    plot_over_steps(lines, f"bits per {unit} of {last['data']}", folder / STEPS_PLOT)
+        for row in sweep.first_curve.rows:
+            lines.setdefault(row.k, []).append((sweep.step, row.bits_per_byte))
+    last = found[-1].first_curve
+    unit = "byte" if last.rows[0].accuracy is None else "answer"
+    plot_over_steps(lines, f"bits per {unit} of {visible(last.data)}", folder / STEPS_PLOT)
     return folder / STEPS_PLOT
 
 
-def _first_curve(sweep: Mapping[str, Any]) -> Mapping[str, Any]:
-    curves: Iterable[Mapping[str, Any]] = sweep["curves"]
-    trained = [curve for curve in curves if curve["seq_len"] == sweep["trained_seq_len"]]
-    first: Mapping[str, Any] = (trained or sweep["curves"])[0]
-    return first
+class _RowOfFile(Described):
+    k: Annotated[int, Field(ge=1, le=MAX_BUDGET)]
+    bits_per_byte: Annotated[float, Field(ge=0, le=1e30)]
+    accuracy: float | None = None
+
+
+class _CurveOfFile(Described):
+    data: Annotated[str, Field(max_length=10_000)]
+    seq_len: int
+    rows: Annotated[tuple[_RowOfFile, ...], Field(min_length=1)]
+
+
+class _SweepFile(Described):
+    """What `plot_steps` needs of a step-*.json."""
+
+    step: Annotated[int, Field(ge=0, le=2**53)]
+    trained_seq_len: int
+    curves: Annotated[tuple[_CurveOfFile, ...], Field(min_length=1)]
+
+    @property
+    def first_curve(self) -> _CurveOfFile:
+        """The first text at the trained length; where there is none, the first."""
+        return next((curve for curve in self.curves if curve.seq_len == self.trained_seq_len), self.curves[0])

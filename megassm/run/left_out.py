@@ -7,11 +7,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from megassm.data.skipped import LeftOut
-from megassm.errors import UserError
 from megassm.files import write_atomically
+from megassm.guarded import LINE_BYTES, Described, read_json
 from megassm.run.directory import LEFT_OUT
+
+
+class _Entry(Described):
+    step: Annotated[int, Field(ge=0, le=2**53)]
+    batches: Annotated[int, Field(ge=1, le=2**53)]
 
 
 def read_left_out(run_dir: Path) -> tuple[LeftOut, ...]:
@@ -21,16 +29,15 @@ def read_left_out(run_dir: Path) -> tuple[LeftOut, ...]:
         UserError: the file is damaged.
     """
     path = run_dir / LEFT_OUT
+    way_out = (
+        "it says which batches the run passes over: see events.jsonl for 'rewind', and write them again: "
+        '[{"step": 400, "batches": 37}]'
+    )
     try:
-        found = [LeftOut(int(entry["step"]), int(entry["batches"])) for entry in json.loads(path.read_text("utf-8"))]
+        found = read_json(path, list[_Entry], way_out, LINE_BYTES)
     except FileNotFoundError:
         return ()
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path}: damaged ({error!r}); it says which batches the run passes over, see events.jsonl for 'rewind', "
-            'and write them again: [{"step": 400, "batches": 37}]'
-        ) from None
-    return tuple(sorted(found))
+    return tuple(sorted(LeftOut(entry.step, entry.batches) for entry in found))
 
 
 def leave_out(run_dir: Path, more: LeftOut) -> None:

@@ -26,6 +26,7 @@ from megassm.data.index import (
     ShardFile,
     ShardSet,
     ShardSizes,
+    index_checksum,
     load_index,
     stored_dtype,
     token_dtype,
@@ -53,7 +54,7 @@ def write_index(
     with open_temporary(directory / BLOCKS_NAME) as file:
         np.savez(file, **by_name)
         commit(file, directory / BLOCKS_NAME)
-    index = {
+    index: dict[str, Any] = {
         "version": INDEX_VERSION,
         "dtype": token_dtype(tokenizer.vocab_size),
         "eod": tokenizer.eod,
@@ -67,6 +68,7 @@ def write_index(
         "blocks_sha256": hashlib.sha256((directory / BLOCKS_NAME).read_bytes()).hexdigest(),
         "shards": [asdict(shard) for shard in shards],
     }
+    index["checksum"] = index_checksum(index)
     write_atomically(directory / INDEX_NAME, json.dumps(index, indent=1).encode() + b"\n")
 
 

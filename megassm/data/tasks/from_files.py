@@ -12,7 +12,6 @@ A text that is too long is cut; an image must fit. What is read is shuffled, by 
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import pickletools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +27,7 @@ from megassm.data.dataset import TRAIN, VALID
 from megassm.data.order import hash_order
 from megassm.data.task import Example, Task, fitting
 from megassm.errors import UserError, install_hint
-from megassm.guarded import read_bytes
+from megassm.guarded import Described, check_inside, confined, parse_json, read_bytes, validated
 
 Kind = Literal["text", "image", "pathfinder"]
 Pixels = npt.NDArray[np.uint8]
@@ -37,6 +36,7 @@ TEXT_LENGTH = 4096
 GREY = np.array([0.299, 0.587, 0.114])
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 MAX_PIXELS = 2**24
+TEXT_LINE_BYTES = 2**26
 CIFAR_BYTES = 2**26
 UNUSED = frozenset({"EXT1", "EXT2", "EXT4", "INST", "OBJ", "NEWOBJ", "PERSID", "BINPERSID"})
 """Operations of a pickle that no batch of CIFAR-10 needs."""
@@ -130,17 +130,28 @@ def _examples(task: Task, found: Sequence[Item]) -> Iterator[Example]:
 
 def _texts(place: Path) -> Iterator[Item]:
     if place.is_file():
-        for number, line in enumerate(place.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line)
-                content = str(row["text"]).encode()
-                yield Item(str(row["label"]), partial(bytes, content))
-            except (ValueError, KeyError, TypeError) as error:
-                rule = 'a line is {"text": "..", "label": ".."}'
-                raise UserError(f"{place}:{number}: {rule}, and this one is not ({error})") from None
+        with place.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(TEXT_LINE_BYTES + 1), b""), 1):
+                yield _labelled_line(line, f"{place}:{number}")
         return
     for label, path in _by_label(place):
         yield Item(label, path.read_bytes)
+
+
+def _labelled_line(line: bytes, place: str) -> Item:
+    way_out = 'a line is {"text": "..", "label": ".."}'
+    if len(line) > TEXT_LINE_BYTES:
+        raise UserError(f"{place}: longer than {TEXT_LINE_BYTES:,} bytes; {way_out}")
+    row = validated(_LabelledLine, parse_json(line, place, way_out), place, way_out)
+    try:
+        return Item(str(row.label), partial(bytes, row.text.encode()))
+    except UnicodeEncodeError as error:  # half of a character, written as \\ud83d
+        raise UserError(f"{place}: the text has U+{ord(row.text[error.start]):04X}, which is no character") from None
+
+
+class _LabelledLine(Described):
+    text: str
+    label: str | int | bool
 
 
 def _by_label(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -172,9 +183,11 @@ def _images(place: Path) -> Iterator[Item]:
 
 def _array(path: Path) -> npt.NDArray[Any]:
     try:
-        found: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not an array ({error})") from None
+        found: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False, max_header_size=2**14)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; give arrays as numpy.save writes them") from None
+    except Exception as error:  # of many types, whatever the header leads numpy to
+        raise UserError(f"{path}: not an array ({type(error).__name__}: {error})") from None
     return found
 
 
@@ -197,16 +210,7 @@ def _cifar_bytes(path: Path) -> bytes:
     """The file, if it holds nothing but the operations that a batch is made of: none allocates more than it brings."""
     content = read_bytes(path, CIFAR_BYTES)
     for operation, _, place in pickletools.genops(content):
-        if operation.proto > 2 or operation.name in (
-            "EXT1",
-            "EXT2",
-            "EXT4",
-            "INST",
-            "OBJ",
-            "NEWOBJ",
-            "PERSID",
-            "BINPERSID",
-        ):
+        if operation.proto > 2 or operation.name in UNUSED:
             raise ValueError(f"{operation.name} at byte {place}")
     return content
 
@@ -233,11 +237,13 @@ class _CifarUnpickler(pickle._Unpickler):  # in Python: the one in C allocates w
 
 def _pathfinder(place: Path) -> Iterator[Item]:
     for listing in sorted(place.glob("metadata/*.npy"), key=lambda path: (len(path.stem), path.stem)):
-        for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_bytes(listing, TEXT_LINE_BYTES).decode(errors="replace").splitlines(), 1):
             fields = line.split()
             if len(fields) < 4:
-                raise UserError(f"{listing}:{number}: {line!r} is not FOLDER FILE NUMBER LABEL ..")
-            yield Item(fields[3], partial(_image_file, place / fields[0] / fields[1]))
+                raise UserError(f"{listing}:{number}: {line[:200]!r} is not FOLDER FILE NUMBER LABEL ..")
+            image = place / confined(f"{fields[0]}/{fields[1]}", f"{listing}:{number}")
+            check_inside(image, place)
+            yield Item(fields[3], partial(_image_file, image))
 
 
 def _image_file(path: Path) -> bytes:

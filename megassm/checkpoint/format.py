@@ -29,7 +29,7 @@ from megassm.errors import UserError
 from megassm.guarded import as_tensors, check_inside, open_tensors, read_json
 from megassm.model import LanguageModel, assembled, parameter_shapes
 from megassm.parallel.state import Kind
-from megassm.run.directory import CHECKPOINTS
+from megassm.run.directory import CHECKPOINTS, TOKENIZER
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -68,6 +68,11 @@ class Checkpoint:
 
     folder: Path
     manifest: Manifest
+
+    @property
+    def kept_tokenizer(self) -> Path:
+        """A folder of the run directory; older runs have none."""
+        return self.folder.parent.parent / TOKENIZER
 
     @property
     def config(self) -> Config:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megassm.checkpoint.exported import is_model_folder, open_model_folder
 from megassm.checkpoint.format import find_checkpoint
-from megassm.data.dataset import open_dataset
+from megassm.data.dataset import run_tokenizer
 from megassm.data.tokenizer.base import Tokenizer
 from megassm.model import LanguageModel
 
@@ -30,12 +30,13 @@ def open_model(path: str | os.PathLike[str], k: int | None = None) -> LanguageMo
 
 
 def open_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a trained model: its exported folder's own, or that of the data set it was trained on.
+    """The tokenizer of a trained model: its exported folder's own, or what its run directory kept.
 
     Raises:
-        UserError: nothing there to open, or the data set is gone.
+        UserError: nothing there to open; of an older run, its data set is gone.
     """
     folder = Path(path)
     if is_model_folder(folder):
         return open_model_folder(folder).tokenizer()
-    return open_dataset(find_checkpoint(folder).config).tokenizer
+    checkpoint = find_checkpoint(folder)
+    return run_tokenizer(checkpoint.config, checkpoint.kept_tokenizer)

@@ -32,7 +32,7 @@ def parser() -> Parser:
     result.add_argument(
         "--sequences", type=positive, metavar="N", help="validation sequences to measure on (default: eval.sequences)"
     )
-    result.add_argument("--data", metavar="DIR", help="data set to check with (default: the run's own)")
+    result.add_argument("--data", metavar="DIR", help="data set or text to check with (default: the run's own data)")
     result.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return result
 

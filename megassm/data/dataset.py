@@ -36,8 +36,7 @@ class Dataset(NamedTuple):
 
     def token_bytes(self, vocab_size: int) -> npt.NDArray[np.int64]:
         """(V,) UTF-8 bytes of text each id stands for; 0 for ids of the model beyond the tokenizer's."""
-        known = self.tokenizer.token_bytes()
-        return np.pad(known, (0, vocab_size - len(known))).astype(np.int64)
+        return padded_token_bytes(self.tokenizer, vocab_size)
 
     @property
     def task(self) -> Task | None:
@@ -47,6 +46,12 @@ class Dataset(NamedTuple):
     def document_end(self, config: Config) -> int | None:
         """The id that ends a document, where documents are to be kept apart."""
         return self.train.eod if config.data.isolate_documents else None
+
+
+def padded_token_bytes(tokenizer: Tokenizer, vocab_size: int) -> npt.NDArray[np.int64]:
+    """See `Dataset.token_bytes`."""
+    known = tokenizer.token_bytes()
+    return np.pad(known, (0, vocab_size - len(known))).astype(np.int64)
 
 
 def open_dataset(config: Config) -> Dataset:
@@ -172,6 +177,21 @@ def own_tokenizer(place: Path | Store, shards: ShardSet | None = None) -> str:
             f"{store.place}: has no {' and '.join(names)}, the tokenizer {shards.tokenizer} of its shards; upload it, "
             "or set data.tokenizer"
         ) from None
+
+
+def run_tokenizer(config: Config, kept: Path) -> Tokenizer:
+    """The tokenizer of a run: what its run directory `kept`, or else, of an older run, that of its data.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if kept.is_dir():
+        return load_tokenizer(own_tokenizer(kept))
+    try:
+        return open_dataset(config).tokenizer
+    except UserError as error:
+        way_out = "bring that back, or copy the data set's tokenizer to that folder"
+        raise UserError(f"{kept}: no such folder, and the run's data cannot be opened: {error}; {way_out}") from None
 
 
 def keep_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:

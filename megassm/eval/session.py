@@ -14,10 +14,12 @@ import torch
 from megassm.checkpoint.exported import is_model_folder, open_model_folder
 from megassm.checkpoint.format import Checkpoint, find_checkpoint
 from megassm.config.schema import Config
-from megassm.data.dataset import Dataset, open_dataset
+from megassm.data.dataset import Dataset, open_dataset, padded_token_bytes, run_tokenizer
 from megassm.data.stream import MicroBatch, StreamPlan, validation_batches
+from megassm.data.task import Task, TaskTokenizer
 from megassm.data.tokenizer.base import Tokenizer
 from megassm.errors import UserError
+from megassm.eval.text import EvalText, is_plain_text, open_texts
 from megassm.model import LanguageModel
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -29,8 +31,12 @@ class Session:
 
     checkpoint: Checkpoint
     config: Config
-    data: Dataset
     device: torch.device
+    tokenizer: Tokenizer
+    prepared: Dataset | UserError
+    """The data; or why it cannot be opened, which is raised when it is asked for."""
+    text: EvalText | None = None
+    """What to validate on in place of it."""
 
     @cached_property
     def model(self) -> LanguageModel:
@@ -42,18 +48,25 @@ class Session:
         return self.checkpoint.folder.parent.parent
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        return self.data.tokenizer
+    def data(self) -> Dataset:
+        if isinstance(self.prepared, UserError):
+            raise self.prepared
+        return self.prepared
+
+    @property
+    def task(self) -> Task | None:
+        """What its examples are, of a model of labelled data."""
+        return self.tokenizer.task if isinstance(self.tokenizer, TaskTokenizer) else None
 
     @property
     def token_bytes(self) -> npt.NDArray[np.int64]:
         """(V,) UTF-8 bytes of text of every id the model knows."""
-        return self.data.token_bytes(self.config.model.vocab_size)
+        return padded_token_bytes(self.tokenizer, self.config.model.vocab_size)
 
     @property
     def document_end(self) -> int | None:
         """The id that ends a document, where the model was trained to keep documents apart."""
-        return self.data.document_end(self.config)
+        return self.tokenizer.eod if self.config.data.isolate_documents else None
 
     def validation(self, sequences: int, seq_len: int | None = None) -> list[MicroBatch]:
         """The first `sequences` validation sequences, of the trained length or of another."""
@@ -63,21 +76,34 @@ class Session:
             micro_batch_sequences=self.config.train.micro_batch_sequences,
             seed=self.config.run.seed,
         )
+        if self.text is not None:
+            return list(self.text.read(plan, sequences))
         return list(validation_batches(self.data.valid, plan, sequences))
 
 
 def open_session(path: Path, data_path: str | None, device: Device) -> Session:
-    """Opens the newest complete checkpoint of a run, or the one named, on its own data or on `data_path`.
+    """Opens the newest complete checkpoint of a run, or the one named, on its own data or on `data_path`: a prepared
+    set, or plain text. A run whose own data is gone can be opened; what needs the data says so then.
 
     Raises:
-        UserError: no checkpoint, no data, another tokenizer, no such device.
+        UserError: no checkpoint, no tokenizer, another one, no such device.
     """
     checkpoint = find_checkpoint(path)
-    config = checkpoint.config
+    config, kept = checkpoint.config, checkpoint.kept_tokenizer
+    if data_path is not None and is_plain_text(data_path):
+        [text], tokenizer = open_texts(config, [data_path], kept=kept)
+        gone = UserError(f"--data {data_path}: is plain text; this needs a prepared data set")
+        return Session(checkpoint, config, _device(device), tokenizer, gone, text)
     if data_path is not None:
         one_set = {"path": data_path, "sources": {}, "phases": ()}
         config = config.model_copy(update={"data": config.data.model_copy(update=one_set)})
-    return Session(checkpoint, config, open_dataset(config), _device(device))
+    try:
+        data = open_dataset(config)
+    except UserError as error:
+        if data_path is not None or not kept.is_dir():
+            raise
+        return Session(checkpoint, config, _device(device), run_tokenizer(config, kept), error)
+    return Session(checkpoint, config, _device(device), data.tokenizer, data)
 
 
 class OpenModel(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megassm.config.schema import Config
-from megassm.data.dataset import VALID, Dataset, open_dataset
+from megassm.data.dataset import VALID, Dataset, open_dataset, run_tokenizer
 from megassm.data.order import epoch_samples
 from megassm.data.prepare.documents import ReadCounts, read_documents
 from megassm.data.prepare.inputs import find_inputs
@@ -31,13 +31,16 @@ class EvalText:
     equally many micro-batches."""
 
 
-def open_texts(config: Config, sources: Sequence[str], glob: str | None = None) -> tuple[list[EvalText], Tokenizer]:
+def open_texts(
+    config: Config, sources: Sequence[str], glob: str | None = None, kept: Path | None = None
+) -> tuple[list[EvalText], Tokenizer]:
     """The texts to score a run on, in its tokenizer's ids.
 
     Args:
         config: the run's.
         sources: prepared data sets (their validation part), files and folders of text; none: the run's own set.
         glob: which files of a folder are text.
+        kept: a folder with the run's tokenizer, for where its data is gone.
 
     Raises:
         UserError: a source is missing, empty, or was prepared with another tokenizer.
@@ -45,8 +48,8 @@ def open_texts(config: Config, sources: Sequence[str], glob: str | None = None) 
     if not sources:
         own = open_dataset(config)
         return [_prepared(config.data.path or ", ".join(config.data.sources), own)], own.tokenizer
-    sets = {path: _open_set(config, path) for path in sources if "://" in path or (Path(path) / VALID).is_dir()}
-    tokenizer = _tokenizer(config, list(sets.values()))
+    sets = {path: _open_set(config, path) for path in sources if not is_plain_text(path)}
+    tokenizer = _tokenizer(config, list(sets.values()), kept)
     texts = []
     for path in sources:
         if path not in sets:
@@ -59,6 +62,11 @@ def open_texts(config: Config, sources: Sequence[str], glob: str | None = None) 
             )
         texts.append(_prepared(without_secrets(path), sets[path]))
     return texts, tokenizer
+
+
+def is_plain_text(path: str) -> bool:
+    """Whether --data names text, and not a prepared data set."""
+    return "://" not in path and not (Path(path) / VALID).is_dir()
 
 
 def token_batches(ids_N: npt.NDArray[np.int64], eod: int, plan: StreamPlan, sequences: int) -> Iterator[MicroBatch]:
@@ -92,8 +100,10 @@ def _open_set(config: Config, path: str) -> Dataset:
     return open_dataset(config.model_copy(update={"data": data}))
 
 
-def _tokenizer(config: Config, sets: Sequence[Dataset]) -> Tokenizer:
+def _tokenizer(config: Config, sets: Sequence[Dataset], kept: Path | None) -> Tokenizer:
     """The run's own; where its data is not here, that of the first prepared set."""
+    if kept is not None and kept.is_dir():
+        return run_tokenizer(config, kept)
     if config.data.tokenizer is not None:
         return load_tokenizer(config.data.tokenizer)
     try:

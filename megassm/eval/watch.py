@@ -65,8 +65,8 @@ class SweepRequest:
             is_task=is_task,
         )
 
-    def open(self, config: Config) -> tuple[list[EvalText], Tokenizer]:
-        return open_texts(config, self.data, self.glob)
+    def open(self, checkpoint: Checkpoint) -> tuple[list[EvalText], Tokenizer]:
+        return open_texts(checkpoint.config, self.data, self.glob, checkpoint.kept_tokenizer)
 
 
 def run_directory(checkpoint: Checkpoint) -> Path:
@@ -85,7 +85,7 @@ def sweep_path(path: Path, request: SweepRequest, peers: Peers) -> tuple[Sweep, 
     folder = together(lambda: str(find_checkpoint(path).folder) if peers.is_main else "")
     checkpoint = read_checkpoint(Path(gather_texts(folder)[0]))
     model = together(checkpoint.load_model)
-    texts = together(lambda: request.open(checkpoint.config))
+    texts = together(lambda: request.open(checkpoint))
     return _sweep(str(path), (checkpoint, model), texts, request, peers), run_directory(checkpoint)
 
 
@@ -117,7 +117,7 @@ def watch(run_dir: Path, request: SweepRequest, peers: Peers) -> Iterator[Sweep]
             if peers.is_main:
                 print_line(f"passed over {folder}: {error}")
             continue
-        texts = texts or together(partial(request.open, checkpoint.config))
+        texts = texts or together(partial(request.open, checkpoint))
         yield _sweep(str(run_dir), (checkpoint, model), texts, request, peers)
 
 

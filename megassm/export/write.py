@@ -94,8 +94,8 @@ def _text_to_check_with(
     session: Session, folders: Mapping[int, Path], sequences: int, seq_len: int
 ) -> Sequence[MicroBatch]:
     """Validation text, after everything that can be said before a file is written has been checked."""
-    if session.data.task is not None:
-        rule = f"task {session.data.task.name!r} has no text to prompt it with, so it is not exported"
+    if session.task is not None:
+        rule = f"task {session.task.name!r} has no text to prompt it with, so it is not exported"
         raise UserError(f"{session.run_dir}: {rule}; tools/sweep_budgets.py measures it at every budget")
     for k, folder in folders.items():
         resized(session.config.model, k, seq_len)

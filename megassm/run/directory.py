@@ -6,6 +6,7 @@ RUN_DIR/metrics.jsonl       one object an update
 RUN_DIR/events.jsonl        what happened to the run (see `megassm.run.events`)
 RUN_DIR/failures.jsonl      the job that trains, and those before that failed at its step (see `megassm.run.failures`)
 RUN_DIR/failure.txt         why the last job ended, where something was wrong (see `megassm.parallel.watchdog`)
+RUN_DIR/tokenizer/          that of the data, so that the model can be used where its data is gone
 RUN_DIR/left_out.json       batches that the run passes over (see `megassm.run.left_out`)
 RUN_DIR/checkpoints/        step-NNNNNNNN/, see `megassm.checkpoint.format`
 RUN_DIR/incarnations/       one file a start of the run, see `megassm.run.fence`
@@ -24,6 +25,7 @@ FAILURES = "failures.jsonl"
 FAILURE = "failure.txt"
 LEFT_OUT = "left_out.json"
 CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
 INCARNATIONS = "incarnations"
 JOBS = "jobs"
 LOCK = ".lock"

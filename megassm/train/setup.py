@@ -20,14 +20,14 @@ from megassm.checkpoint.format import Checkpoint, check_identity, checkpoints_fo
 from megassm.cli.arguments import print_line
 from megassm.config.schema import Config
 from megassm.cost import parameters
-from megassm.data.dataset import Dataset
+from megassm.data.dataset import Dataset, keep_tokenizer
 from megassm.data.skipped import batch_of
 from megassm.data.stream import MicroBatch, StreamPlan, TokenStream, validation_batches
 from megassm.errors import UserError
 from megassm.parallel.engine import Engine
 from megassm.parallel.state import Kind
 from megassm.parallel.world import World, gather_rows, together
-from megassm.run.directory import ENVIRONMENT
+from megassm.run.directory import ENVIRONMENT, TOKENIZER
 from megassm.run.events import Events
 from megassm.run.fence import Fence, take
 from megassm.run.journal import Journal, peak_flops
@@ -88,6 +88,8 @@ def set_up(config: Config, data: Dataset, world: World, stop: StopRequest | None
             fence.check()
             write_config(config)
             write_environment(Path(config.run.dir), world, peak, peak_source)
+            (Path(config.run.dir) / TOKENIZER).mkdir(exist_ok=True)
+            keep_tokenizer(data.tokenizer, Path(config.run.dir) / TOKENIZER)
         introduce(config, data, world, done_steps)
         say(world, f"MFU is of {peak / 1e12:,.4g} TFLOP/s a rank ({peak_source}), with the FLOPs of the K in use")
     place, mesh = world.coordinates, world.mesh

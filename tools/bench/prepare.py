@@ -15,12 +15,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megassm.cli.arguments import TableRow, path_argument, print_table, run_tool, tool_parser
 from megassm.data.prepare.documents import ReadCounts, read_documents
@@ -63,6 +60,13 @@ with open(target, "wb") as out:
     for text in documents():
         out.write(np.array(encode(text), dtype=np.uint16).tobytes())
 """
+TIMED = """
+import json, resource, subprocess, sys, time
+begun = time.monotonic()
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([used.ru_utime + used.ru_stime, time.monotonic() - begun, used.ru_maxrss / 1024]))
+"""
 
 
 def main() -> None:
@@ -74,6 +78,7 @@ def main() -> None:
     add("--kinds", nargs="+", choices=tuple(KINDS), default=["many"], help="(default: many)")
     add("--tokenizers", nargs="+", choices=TOKENIZERS, default=list(TOKENIZERS), help="(default: all)")
     add("--work", type=path_argument, metavar="DIR", help="for the files, which are removed (default: a temporary one)")
+    add("--alone", action="store_true", help="leave the plain loop out")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
         work = Path(name)
@@ -85,7 +90,14 @@ def main() -> None:
             path = work / KINDS[kind]
             size = write_text(path, documents(text, round(arguments.megabytes * 1e6)))
             for tokenizer, place in tokenizers.items():
-                rows.append({"input": kind, "MB": size / 1e6, "tokenizer": tokenizer, **measured(path, place, size)})
+                rows.append(
+                    {
+                        "input": kind,
+                        "MB": size / 1e6,
+                        "tokenizer": tokenizer,
+                        **measured(path, place, size, not arguments.alone),
+                    }
+                )
             path.unlink()
     print_table("prepare", rows, arguments.json)
 
@@ -158,37 +170,29 @@ def make_tokenizer(kind: str, text: str, work: Path) -> str:
     return str(model)
 
 
-def measured(path: Path, tokenizer: str, size: int) -> TableRow:
+def measured(path: Path, tokenizer: str, size: int, with_loop: bool) -> TableRow:
     """Both, one after the other; rates in MB of text per second of CPU, and of the clock for preparation."""
     flat, output = path.with_suffix(".bin"), path.with_name("set")
-    loop_s, _, loop_mib = timed([sys.executable, "-c", LOOP, str(path), tokenizer, str(flat)])
-    flat.unlink()
     tool = Path(__file__).parents[1] / "prepare_data.py"
     options = ["--input", str(path), "--tokenizer", tokenizer, "--output", str(output), "--workers", "1"]
     cpu_s, wall_s, mib = timed([sys.executable, str(tool), *options])
     shutil.rmtree(output)
-    return {
-        "loop_MB_per_cpu_s": size / 1e6 / loop_s,
-        "prepare_MB_per_cpu_s": size / 1e6 / cpu_s,
-        "of_loop": loop_s / cpu_s,
-        "prepare_MB_per_s": size / 1e6 / wall_s,
-        "loop_MiB": loop_mib,
-        "prepare_MiB": mib,
-    }
+    row = {"prepare_MB_per_cpu_s": size / 1e6 / cpu_s, "prepare_MB_per_s": size / 1e6 / wall_s, "prepare_MiB": mib}
+    if with_loop:
+        loop_s, _, loop_mib = timed([sys.executable, "-c", LOOP, str(path), tokenizer, str(flat)])
+        flat.unlink()
+        row |= {"loop_MB_per_cpu_s": size / 1e6 / loop_s, "of_loop": loop_s / cpu_s, "loop_MiB": loop_mib}
+    return row
 
 
 def timed(command: list[str]) -> tuple[float, float, float]:
     """(CPU seconds, seconds, MiB of the largest resident memory) of a command. Raises where it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
-    begun = time.monotonic()
-    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{command} ended with {process.returncode}")
-    return usage.ru_utime + usage.ru_stime, time.monotonic() - begun, usage.ru_maxrss / 1024
+    # From a small process: a process's largest memory begins with that of the one it was started from.
+    done = subprocess.run([sys.executable, "-c", TIMED, *command], env=environment, stdout=subprocess.PIPE, check=True)
+    cpu_s, wall_s, mib = json.loads(done.stdout.splitlines()[-1])
+    return cpu_s, wall_s, mib
 
 
 if __name__ == "__main__":
-    np.seterr(all="raise")
     run_tool(main)

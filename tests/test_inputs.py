@@ -278,3 +278,10 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(UserError, match="has 2 columns named 'text'; rename one"):
         find(tmp_path)
+
+
+def test_a_window_too_large_is_told_from_damage(tmp_path: Path) -> None:
+    frame = b"\x28\xb5\x2f\xfd\x00\xa8" + (5 << 3 | 1).to_bytes(3, "little") + b"hello"  # a window of 2 GiB
+    (tmp_path / "a.txt.zst").write_bytes(frame)
+    with pytest.raises(UserError, match="asks for too large a window; unpack it first, with zstd -d --long=31"):
+        find(tmp_path)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megassm.data import request, stores
+from megassm.data import http, request
 from megassm.data.blocks import FETCHES, BlockReader, DamagedBlockError
 from megassm.data.index import ShardSet, load_index
 from megassm.data.mixture import DataSource, Mixture, MixturePhase, ReadOptions, one_source
@@ -37,7 +37,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 @pytest.fixture
 def server(local: ShardSet, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultServer]:
-    for module in (request, stores):
+    for module in (request, http):
         monkeypatch.setattr(module, "READ_S", 0.3)
     with serving(local.directory.parent) as server:
         yield server

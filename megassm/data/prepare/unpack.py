@@ -75,7 +75,8 @@ class _Unpacked(io.RawIOBase):
 
     def _refusal(self, error: str) -> UserError:
         if "too much memory" in error or "emory usage limit" in error:
-            way_out = f"unpack it first, for example with {self._packing} -d --long=31"
+            how = "zstd -d --long=31" if self._packing == "zstd" else f"{self._packing} -d"
+            way_out = f"unpack it first, with {how}"
             return UserError(f"{self._path}: this {self._packing} file asks for too large a window; {way_out}")
         after = f"after {self._done} bytes of its content"
         return UserError(f"{self._path}: damaged {self._packing} {after}: {error}; fetch the file again")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
+import pyarrow.ipc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,6 +66,38 @@ def test_a_parquet_column_of_any_string_type(tmp_path: Path, kind: pyarrow.DataT
     column = pyarrow.array(["one", None, "d\u00e9j\u00e0"]).cast(kind)
     parquet.write_table(pyarrow.table({"body": column}), tmp_path / "a.parquet", row_group_size=2)
     assert read(tmp_path, text_field="body") == ["one", "d\u00e9j\u00e0"]
+
+
+def test_a_data_set_that_datasets_saved(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = {
+        "id": list(range(500)),
+        "text": [*TEXTS[:-1], None],
+        "meta": [{"n": n, "text": text} for n, text in enumerate(TEXTS)],
+    }
+    whole = datasets.Dataset.from_dict(rows)
+    whole.save_to_disk(tmp_path / "saved", num_shards=3)
+    assert read(tmp_path / "saved") == TEXTS[:-1]
+    assert read(tmp_path / "saved", text_field="meta.text") == TEXTS
+    datasets.DatasetDict(train=whole, test=whole).save_to_disk(tmp_path / "both")
+    assert read(tmp_path / "both") == TEXTS[:-1] * 2
+    with pytest.raises(UserError, match=r"arrow: no column 'no'; pass --text-field \(columns here: id, text, meta\)"):
+        read(tmp_path / "saved", text_field="no")
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_a_damaged_arrow_file_is_refused(tmp_path: Path, is_stream: bool) -> None:
+    table = pyarrow.table({"text": TEXTS})
+    path = tmp_path / "a.arrow"
+    new = pyarrow.ipc.new_stream if is_stream else pyarrow.ipc.new_file
+    with new(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=100)
+    assert read(path) == TEXTS
+    raw = path.read_bytes()
+    for cut in (9, 200, len(raw) // 2, len(raw) - 3000, len(raw) - 9, len(raw) - 8):  # the last: between two batches
+        path.write_bytes(raw[:cut])
+        with pytest.raises(UserError, match=r"a\.arrow: (damaged Arrow file|cut short|holds binary)"):
+            read(path)
 
 
 def test_parquet_refusals(tmp_path: Path) -> None:

@@ -100,7 +100,6 @@ def test_any_file_can_be_forced_to_be_text_or_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("content", "message"), [
     (b"PK\x03\x04rest", "is a zip archive .*unpack it"),
-    (b"ARROW1\0\0rest", "is an Arrow file, which is not read; convert it"),
     (b"%PDF-1.4\nrest", "is a PDF file"),
     ("text".encode("utf-16"), r"is UTF-16, text must be UTF-8; convert it: iconv -f UTF-16 -t UTF-8"),
     (("text " * 9).encode("utf-16-be"), "is UTF-16"),

@@ -4,6 +4,7 @@
     json lines   one JSON object a line
     json values  one JSON array of objects, or objects one after the other
     parquet      one row a document
+    arrow        the same: a file or stream of Arrow, as `datasets` saves a data set to disk
     tar          WebDataset shards: one sample a document, `.txt` or else `.json`
 
 `kinds` says which a file is. Each may be compressed. Memory: one document, of a text file one piece, of Parquet a
@@ -13,6 +14,7 @@ batch of rows and the pages they stand in. zstd and Parquet need pyarrow, an opt
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, assert_never
 
 from megassm.data.prepare.kinds import InputFile
@@ -24,6 +26,7 @@ from megassm.data.prepare.unpack import load_pyarrow, open_unpacked
 from megassm.errors import UserError
 
 PARQUET_BATCH_ROWS = 64
+ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def read_file(file: InputFile, source: TextSource, left_out: LeftOutMembers) -> Iterator[RawDocument]:
@@ -31,6 +34,8 @@ def read_file(file: InputFile, source: TextSource, left_out: LeftOutMembers) -> 
     try:
         if file.kind == "parquet":
             yield from _read_parquet(file, source.text_field)
+        elif file.kind == "arrow":
+            yield from _read_arrow(file, source.text_field)
         else:
             yield from _read_stream(file, source.document_separator, left_out)
     except OSError as error:
@@ -54,7 +59,7 @@ def _read_stream(file: InputFile, separator: str | None, left_out: LeftOutMember
                     yield RawDocument(place, value, raw.tell(), True, " of the record")
             case "tar":
                 yield from documents_of_tar(file.path, stream, raw, left_out)
-            case "parquet":
+            case "parquet" | "arrow":
                 raise AssertionError("read by its own reader")
             case _:
                 assert_never(file.kind)
@@ -82,6 +87,45 @@ def _read_parquet(file: InputFile, field: str) -> Iterator[RawDocument]:
                 raise UserError(f"{path}: damaged Parquet file: {rows} of {total} rows; fetch the file again")
     except (pyarrow.ArrowException, OSError, OverflowError) as error:
         raise UserError(f"{path}: damaged Parquet file: {error}; fetch the file again") from None
+
+
+def _read_arrow(file: InputFile, field: str) -> Iterator[RawDocument]:
+    path = file.path
+    if file.packing is not None:
+        raise UserError(f"{path}: an Arrow file within {file.packing}; unpack it")
+    pyarrow = load_pyarrow(path)
+    from pyarrow import ipc
+
+    try:
+        with pyarrow.memory_map(str(path)) as mapped:
+            is_stream = mapped.read(4) == b"\xff\xff\xff\xff"
+            mapped.seek(0)
+            opened = ipc.open_stream(mapped) if is_stream else ipc.open_file(mapped)
+            _check_text_column(file, opened.schema, field)
+            outer = field if field in opened.schema.names else field.partition(".")[0]
+            batches = opened if is_stream else map(opened.get_batch, range(opened.num_record_batches))
+            rows = 0
+            for whole in batches:
+                for start in range(0, whole.num_rows, PARQUET_BATCH_ROWS):
+                    column = whole.column(whole.schema.get_field_index(outer)).slice(start, PARQUET_BATCH_ROWS)
+                    for name in field.split(".")[1:] if outer != field else ():
+                        column = column.flatten()[column.type.get_field_index(name)]
+                    for content in column.cast(pyarrow.large_binary()).to_pylist():
+                        rows += 1
+                        yield RawDocument(f"{path}: row {rows}", content or b"", mapped.tell(), within=" of the text")
+            if is_stream:
+                _check_arrow_end(path, mapped)
+    except (pyarrow.ArrowException, OSError, OverflowError) as error:
+        raise UserError(f"{path}: damaged Arrow file: {error}; fetch the file again") from None
+
+
+def _check_arrow_end(path: Path, mapped: Any) -> None:
+    """A stream ends with a mark; pyarrow takes one that was cut between two batches for whole."""
+    end = mapped.tell()
+    mapped.seek(max(0, end - len(ARROW_END)))
+    if mapped.read(len(ARROW_END)) != ARROW_END or mapped.read(1):
+        rule = "it does not end with its mark, or something follows"
+        raise UserError(f"{path}: damaged Arrow file: {rule}; fetch the file again")
 
 
 def _flat(column: Any, pyarrow: Any) -> Any:

@@ -14,7 +14,7 @@ from megassm.data.prepare.records import first_object, has_field, is_object
 from megassm.data.prepare.unpack import MAGIC_BYTES, open_unpacked, packing_of, split_packing
 from megassm.errors import UserError
 
-Kind = Literal["text", "json lines", "json values", "parquet", "tar"]
+Kind = Literal["text", "json lines", "json values", "parquet", "arrow", "tar"]
 Format = Literal["auto", "text", "json"]
 
 HEAD_BYTES = 1 << 16
@@ -22,7 +22,7 @@ LEAST_WIDE_BYTES = 8  # of text that is taken for UTF-16 without its mark
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
 JSON_SUFFIXES = (*LINE_SUFFIXES, ".json")
 TEXT_SUFFIXES = (".txt", ".md")
-READ_SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, ".parquet", ".tar")
+READ_SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, ".parquet", ".arrow", ".tar")
 UNPACK = "unpack it and give what it holds"
 CONVERT = "convert it to text, JSON lines or Parquet"
 TOKENS = "token ids go to tools/index_shards.py"
@@ -31,8 +31,6 @@ FOREIGN = {
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", UNPACK),
     b"Rar!\x1a\x07": ("a rar archive", UNPACK),
     b"\x04\x22\x4d\x18": ("an lz4 file", UNPACK),
-    b"ARROW1\0\0": ("an Arrow file", CONVERT),
-    b"\xff\xff\xff\xff": ("an Arrow stream", CONVERT),
     b"Obj\x01": ("an Avro file", CONVERT),
     b"SQLite format 3\0": ("an SQLite database", CONVERT),
     b"\x89HDF": ("an HDF5 file", CONVERT),
@@ -46,6 +44,7 @@ FOREIGN = {
     b"\xff\xd8\xff": ("an image", CONVERT),
     b"\x7fELF": ("a program", CONVERT),
 }
+ARROW_MARKS = (b"ARROW1\0\0", b"\xff\xff\xff\xff")  # a file, a stream
 WIDE = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\0\0\xfe\xff": "UTF-32"}
 
 
@@ -87,6 +86,8 @@ def look_at(path: Path, text_field: str, forced: Format = "auto") -> InputFile:
 def _kind_of(path: Path, name: str, head: bytes, field: str, forced: Format) -> Kind:
     if head.startswith(b"PAR1\x15") or (name.endswith(".parquet") and forced == "auto"):
         return "parquet"
+    if head.startswith(ARROW_MARKS):
+        return "arrow"
     if _begins_as_tar(head) or (name.endswith(".tar") and forced == "auto"):
         return "tar"
     _refuse_what_is_no_text(path, head)

@@ -218,6 +218,16 @@ class LanguageModel(nn.Module):
         segments = None if self.filterbank is None else self.filterbank.segments(documents_BL)
         return context._replace(mask=mask, segments=segments, documents_BL=documents_BL)
 
+    def beyond_trained(self, length: int, k: int | None = None) -> str | None:
+        """What is wrong with sequences of `length` at budget k, where the filters cannot be continued so far."""
+        k = self._budget(k)
+        steady = k if self.filterbank is None else self.filterbank.steady_channels(length)
+        if k <= steady:
+            return None
+        return (f"{length} positions at K = {k}: beyond the {self.config.seq_len} of the training the filters from "
+                f"channel {steady + 1} on grow without bound, and what they say is noise; take K <= {steady}, or stay "
+                f"within {self.config.seq_len}")  # fmt: skip
+
     def reset_filters(self) -> None:
         if self.filterbank is not None:
             self.filterbank.reset()

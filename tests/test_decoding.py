@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 
 import pytest
@@ -212,3 +213,14 @@ print(graphs)
 def test_torch_compile_makes_one_graph_a_budget_without_a_break() -> None:
     done = run_python("-c", COMPILE_CHECK, check=False, TORCHDYNAMO_DISABLE="0")
     assert done.stdout == "3\n", done.stderr
+
+
+def test_a_text_that_high_filters_cannot_carry_is_named() -> None:
+    network = build_model(config(seq_len=128, num_channels=16, d_model=16), 0).eval()
+    prompt, sampling = [[1, 2, 3]], Sampling(253, temperature=0.0)
+    with pytest.warns(UserWarning, match=r"256 positions at K = 16: beyond the 128 of the training .* take K <= 12"):
+        generate(network, prompt, 16, sampling)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(network, prompt, 12, sampling)
+        generate(network, prompt, 16, sampling._replace(max_tokens=125))

@@ -163,3 +163,14 @@ def test_filters_are_not_part_of_a_checkpoint() -> None:
 def test_flashfft_is_refused_where_it_is_not() -> None:
     with pytest.raises(UserError, match=r"model\.filterbank = 'flashfft'.*set model\.filterbank: chunked"):
         check_flashfft(make(16, 2).filters_LK, 16)
+
+
+@pytest.mark.parametrize(("seq_len", "k", "steady"), [(128, 16, 12), (256, 16, 14), (2048, 32, 22)])
+def test_filters_that_explode_beyond_their_length_are_known(seq_len: int, k: int, steady: int) -> None:
+    bank = bank_of(seq_len, k)
+    assert bank.steady_channels(seq_len) == k
+    assert bank.steady_channels(4 * seq_len) == steady
+    impulse = torch.zeros(1, 4 * seq_len, 1, dtype=torch.float64)
+    impulse[:, 0] = 1
+    largest_K = bank(impulse, k)[0, seq_len:, :, 0].abs().amax(0) / bank.filters_LK.abs().amax(0)
+    assert largest_K[:steady].max() <= 2 < largest_K[steady]

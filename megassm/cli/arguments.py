@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TextIO
@@ -97,6 +98,10 @@ def run_tool(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows '?', and nothing breaks
+    python_format = warnings.formatwarning
+    warnings.formatwarning = lambda message, category, filename, *rest: (
+        f"warning: {message}\n" if category is UserWarning else python_format(message, category, filename, *rest)
+    )
     try:
         main()
     except BrokenPipeError:

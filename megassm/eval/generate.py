@@ -6,6 +6,7 @@ from token to token (the online budgets that the paper leaves open).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -47,6 +48,10 @@ def generate(
         UserError: an empty prompt, a budget or a sampling value out of range, drafts for a budget that changes.
     """
     budget = model.config.num_channels if k is None else k
+    if not callable(budget) and sampling.max_tokens > 0 and prompts:
+        warning = model.beyond_trained(max(map(len, prompts)) + sampling.max_tokens, budget)
+        if warning:
+            warnings.warn(warning, stacklevel=2)
     if drafting is not None:
         if callable(budget):
             raise UserError("drafting needs one budget for the whole text; give a number, or no drafting")

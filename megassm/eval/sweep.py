@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,6 +152,9 @@ def sweep(
     """
     _check(model, plan)
     budgets = sorted({*plan.budgets, model.config.num_channels})
+    beyond = model.beyond_trained(max(plan.seq_lens), budgets[-1])
+    if beyond and peers.is_main:
+        warnings.warn(beyond, stacklevel=2)
     keys = [(text, length) for length in plan.seq_lens for text in texts]
     batches = together(lambda: [list(_batches(text, length, model, plan, peers)) for text, length in keys])
     scores: list[dict[int, Floats]] = [{} for _ in keys]

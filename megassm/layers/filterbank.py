@@ -43,20 +43,15 @@ from megassm.ops.realize import realize
 Way = Literal["direct", "fft", "flashfft", "chunked"]
 Method = Literal["auto"] | Way
 
+GROWTH = 2.0
+"""A filter that is continued to more than so many times its largest value is taken to grow without bound."""
 DIRECT_LENGTH = 512
 """Up to this length one Toeplitz product beats the FFT (CPU, see docs/LOG.md)."""
 
 
 BUFFERS = (
-    "filters_LK",
-    "scale_K",
-    "transition_SS",
-    "input_SC",
-    "rows_CKI",
-    "step_change_SS",
-    "step_input_S",
-    "step_output_KS",
-)
+    "filters_LK", "scale_K", "transition_SS", "input_SC", "rows_CKI", "step_change_SS", "step_input_S", "step_output_KS",
+)  # fmt: skip
 
 
 class Carry(Protocol):
@@ -307,6 +302,18 @@ class FilterBank(nn.Module):
         if length <= self.seq_len:
             return self.filters_LK.to(u_BLD.dtype)
         return torch.cat((self.filters_LK, self._continued(length - self.seq_len))).to(u_BLD.dtype)
+
+    @torch.no_grad()
+    def steady_channels(self, length: int) -> int:
+        """How many leading filters stay within `GROWTH` of their largest value where they are continued to `length`.
+
+        High filters of a short length grow exponentially beyond it, by a factor of 300 at k = 32 and L = 2048; the
+        lower ones fall (docs/LOG.md). All of them up to the length that they were made for.
+        """
+        if length <= self.seq_len or not self.transition_SS.shape[0]:
+            return self.num_channels
+        growth_K = self._continued(length - self.seq_len).abs().amax(0) / self.filters_LK.abs().amax(0)
+        return int((growth_K > GROWTH).long().cumsum(0).eq(0).sum())
 
     def _continued(self, count: int) -> Tensor:
         """(count, K) rows after the last: the response q A1^(i-1) b of the state, so that all ways agree on them."""

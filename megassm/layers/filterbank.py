@@ -50,7 +50,8 @@ DIRECT_LENGTH = 512
 
 
 BUFFERS = (
-    "filters_LK", "scale_K", "transition_SS", "input_SC", "rows_CKI", "step_change_SS", "step_input_S", "step_output_KS",
+    "filters_LK", "scale_K", "transition_SS", "input_SC", "rows_CKI",
+    "step_change_SS", "step_input_S", "step_output_KS",
 )  # fmt: skip
 
 

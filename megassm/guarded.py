@@ -68,7 +68,7 @@ def read_bytes(path: Path, limit: int, way_out: str = "give another file") -> by
             facts = os.fstat(file.fileno())
             if not stat.S_ISREG(facts.st_mode):
                 raise UserError(f"{path}: is no regular file; {way_out}")
-            content = file.read(limit + 1)
+            content = file.read(min(limit, facts.st_size) + 1)  # python makes room for as much as is asked for
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -92,8 +92,9 @@ class Life:
     """From the kill to the end of the last rank."""
 
 
-def shape_of(life: int, kills: int) -> Shape:
-    later = life - kills // 2 - 1
+def shape_of(life: int, same_mesh: int) -> Shape:
+    """The first `same_mesh` lives, and the one after, have the undisturbed run's."""
+    later = life - same_mesh - 1
     return SHAPES[0] if later < 0 else SHAPES[1 + later % (len(SHAPES) - 1)]
 
 
@@ -219,32 +220,43 @@ def check_left(run_dir: Path, lives: Sequence[Life]) -> Record:
     return {"ends_with_a_cause": len(ends)}
 
 
-def torture(output: Path, data: Path, kills: int, steps: int, seed: int) -> tuple[list[Life], Record]:
+@dataclass(frozen=True)
+class Plan:
+    """How much is done to a run."""
+
+    kills: int
+    steps: int
+    same_mesh: int
+    """Lives on one mesh, before it changes with each."""
+    seed: int = 0
+
+
+def torture(output: Path, data: Path, plan: Plan) -> tuple[list[Life], Record]:
     """The lives of the disturbed run, and how far it is from the other.
 
     Raises:
         UserError: a job ended otherwise than it must, or the curves differ.
     """
-    dice = random.Random(seed)
+    dice = random.Random(plan.seed)
     calm, broken, own_data = output / "calm", output / "broken", output / "data"
-    overrides = [*BASE, f"data.path={own_data}", f"train.steps={steps}"]
+    overrides = [*BASE, f"data.path={own_data}", f"train.steps={plan.steps}"]
     for folder in (calm, broken, own_data):
         shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(data, own_data)
     with Job(calm, SHAPES[0].ranks, [*overrides, *SHAPES[0].overrides()]) as job:
         job.finish()
     lives = []
-    for number in range(kills):
-        lives.append(live(number, broken, shape_of(number, kills), overrides, dice))
+    for number in range(plan.kills):
+        lives.append(live(number, broken, shape_of(number, plan.same_mesh), overrides, dice))
         print(f"kill {number + 1}: {lives[-1]}", flush=True)
-    last = shape_of(kills, kills)
+    last = shape_of(plan.kills, plan.same_mesh)
     with Job(broken, last.ranks, [*overrides, *last.overrides()]) as job:
         job.finish()
         found = re.search(r"continuing after step (\d+)", job.said)
     starts = [*(life.continued_after for life in lives), int(found.group(1)) if found else 0]
-    same_mesh = min(start for number, start in enumerate(starts) if shape_of(number, kills) != SHAPES[0])
+    same_mesh = min(start for number, start in enumerate(starts) if shape_of(number, plan.same_mesh) != SHAPES[0])
     found_left = check_left(broken, lives)
-    return lives, compare(read_records(calm), read_records(broken), same_mesh) | found_left | {"kills": kills}
+    return lives, compare(read_records(calm), read_records(broken), same_mesh) | found_left | {"kills": plan.kills}
 
 
 def times(lives: Sequence[Life]) -> list[Record]:
@@ -282,11 +294,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data set of bytes")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets both run directories")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, help="default: 30 a kill")
+    parser.add_argument("--same-mesh", type=int, metavar="N", help="kills before the mesh changes (default: half)")
     parser.add_argument("--seed", type=int, default=0, help="of the ranks and moments")
     arguments = parser.parse_args()
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    lives, summary = torture(arguments.output, arguments.data, arguments.kills, arguments.steps, arguments.seed)
+    kills = arguments.kills
+    same_mesh = kills // 2 if arguments.same_mesh is None else arguments.same_mesh
+    plan = Plan(kills, arguments.steps or 30 * kills, same_mesh, arguments.seed)
+    lives, summary = torture(arguments.output, arguments.data, plan)
     print_table("lives", [asdict(life) for life in lives])
     print_table("from what ended a life to the end of its last process", times(lives))
     print_table("against the undisturbed run", [summary], arguments.json)

@@ -193,12 +193,12 @@ def broadcast_array(array: npt.NDArray[np.int64], group: Group) -> npt.NDArray[n
 
 def gather_texts(text: str) -> list[str]:
     """Every rank's text, in the order of ranks, on every rank; almost always empty, and then one small message."""
-    raw = text.encode()
+    raw = text.encode(errors="surrogateescape")  # a path may be no UTF-8
     longest = int(max(row[0] for row in gather_rows([len(raw)])))
     if longest == 0:
         return [""] * dist.get_world_size()
     rows = gather_rows([*raw, *([0] * (longest - len(raw)))])
-    return [bytes(int(byte) for byte in row).rstrip(b"\0").decode() for row in rows]
+    return [bytes(int(byte) for byte in row).rstrip(b"\0").decode(errors="surrogateescape") for row in rows]
 
 
 def together(attempt: Callable[[], T]) -> T:

@@ -246,7 +246,7 @@ def is_sentencepiece_model(content: bytes) -> bool:
 
     try:
         return bool(content) and sentencepiece.SentencePieceProcessor(model_proto=content).vocab_size() > 0
-    except RuntimeError:
+    except Exception:  # RuntimeError, or another where its message holds bytes of the file that are not UTF-8
         return False
 
 

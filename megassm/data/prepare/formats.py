@@ -74,7 +74,7 @@ def _read_parquet(file: InputFile, field: str) -> Iterator[RawDocument]:
 
     try:
         # Not pre-buffered: that would keep every column chunk it has read.
-        with parquet.ParquetFile(path, pre_buffer=False) as opened:
+        with open(path, "rb") as raw, parquet.ParquetFile(raw, pre_buffer=False) as opened:  # a name may be no UTF-8
             _check_text_column(file, opened.schema_arrow, field)
             rows, total = 0, opened.metadata.num_rows
             for batch in opened.iter_batches(PARQUET_BATCH_ROWS, columns=[field]):
@@ -97,7 +97,7 @@ def _read_arrow(file: InputFile, field: str) -> Iterator[RawDocument]:
     from pyarrow import ipc
 
     try:
-        with pyarrow.memory_map(str(path)) as mapped:
+        with open(path, "rb") as raw, pyarrow.PythonFile(raw, mode="r") as mapped:  # a name may be no UTF-8
             is_stream = mapped.read(4) == b"\xff\xff\xff\xff"
             mapped.seek(0)
             opened = ipc.open_stream(mapped) if is_stream else ipc.open_file(mapped)
@@ -110,13 +110,23 @@ def _read_arrow(file: InputFile, field: str) -> Iterator[RawDocument]:
                     column = whole.column(whole.schema.get_field_index(outer)).slice(start, PARQUET_BATCH_ROWS)
                     for name in field.split(".")[1:] if outer != field else ():
                         column = column.flatten()[column.type.get_field_index(name)]
-                    for content in column.cast(pyarrow.large_binary()).to_pylist():
+                    for content in _checked_bytes(column, pyarrow):
                         rows += 1
                         yield RawDocument(f"{path}: row {rows}", content or b"", mapped.tell(), within=" of the text")
             if is_stream:
                 _check_arrow_end(path, mapped)
     except (pyarrow.ArrowException, OSError, OverflowError) as error:
         raise UserError(f"{path}: damaged Arrow file: {error}; fetch the file again") from None
+
+
+def _checked_bytes(column: Any, pyarrow: Any) -> list[bytes | None]:
+    """A column's texts. Arrow believes the offsets that a file holds, and would read whatever lies there."""
+    plain = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
+    column.validate(full=not plain)  # of strings that would refuse what is no UTF-8, which is judged later
+    stored = column.cast(pyarrow.large_binary())
+    stored.validate(full=True)
+    texts: list[bytes | None] = stored.to_pylist()
+    return texts
 
 
 def _check_arrow_end(path: Path, mapped: Any) -> None:

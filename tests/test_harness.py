@@ -231,6 +231,46 @@ def test_refused_tasks(model: LanguageModel, examples: Path) -> None:
         evaluate_tasks(own, ["piqa"], [2], None)
 
 
+HUB = {
+    "piqa": {"goal": "Cut bread", "sol1": "knife", "sol2": "spoon", "label": 0},
+    "lambada": {"text": "the cat sat on the mat"},
+    "arc_easy": {"question": "Who?", "choices": {"text": ["I", "you"], "label": ["A", "B"]}, "answerKey": "B"},
+    "hellaswag": {"activity_label": "Baking", "ctx_a": "A man.", "ctx_b": "he", "endings": ["a [x]", "b", "c", "d"],
+                  "label": "1"},
+}  # fmt: skip
+ASKED = {
+    "piqa": {"goal": "Cut bread", "sol1": "knife", "sol2": "spoon", "gold": 0},
+    "lambada": {"query": "the cat sat on the", "choices": ["mat"]},
+    "arc_easy": {"query": "Question: Who?\nAnswer:", "choices": ["I", "you"], "gold": 1},
+    "hellaswag": {"query": "Baking: A man. He", "choices": ["a ", "b", "c", "d"], "gold": 1},
+}
+
+
+def test_the_hubs_fields(model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megassm.eval.harness import evaluate_tasks
+    from megassm.eval.task_fields import as_asked
+
+    names = {"piqa": "piqa_val", "lambada": "lambada_test", "arc_easy": "arc_easy_test", "hellaswag": "hellaswag_val"}
+    results = []
+    for form in (HUB, ASKED):
+        for task, example in form.items():
+            assert as_asked(task, example, "here") == ASKED[task]
+            (tmp_path / f"{names[task]}.jsonl").write_text(json.dumps(example) + "\n")
+        monkeypatch.setenv("MEGASSM_EVAL_DATA", str(tmp_path))
+        lm = harness(model, load_tokenizer("bytes"))
+        results.append([row["value"] for row in evaluate_tasks(lm, list(names), [6], None)])
+    assert results[0] == results[1]
+    (tmp_path / "piqa_val.jsonl").write_text('{"goal": "x", "sol1": "y"}\n')
+    with pytest.raises(
+        UserError, match=r"piqa_val.jsonl:1: has the fields goal sol1; piqa wants .*sol2 gold, or .*label"
+    ):
+        evaluate_tasks(lm, ["piqa"], [6], None)
+    for task, change in (("piqa", {"label": -1}), ("arc_easy", {"answerKey": "C"}), ("lambada", {"text": "one"}),
+                         ("hellaswag", {"label": ""})):  # fmt: skip
+        with pytest.raises(UserError, match=f"here: not an example of {task} "):
+            as_asked(task, {**HUB[task], **change}, "here")
+
+
 def test_the_command_and_the_registered_name_agree(trained: Path, examples: Path, tmp_path: Path) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager

@@ -18,6 +18,7 @@ from megassm.eval.sampling import Sampling
 from megassm.eval.session import open_session
 from megassm.export.write import ExportPlan, export_models
 from megassm.model import LanguageModel, build_model, losses_at
+from tests.conftest import run_python
 from tests.test_model import config
 
 pytest.importorskip("transformers", reason="needs the extra 'hf'")
@@ -176,6 +177,81 @@ def test_a_new_model_starts_as_in_training(pair: tuple[LanguageModel, Any, Any])
     for name, value in ours.named_parameters():
         hub_name, hub_value = hub_form(name, value, ours.config)
         assert torch.equal(fresh.model.get_parameter(hub_name), hub_value), name
+
+
+COMPILE_CHECK = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+import megassm
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+text, mask = torch.randint(0, 256, (2, 40)), torch.ones(2, 40, dtype=torch.long)
+mask[0, :7] = 0
+compiled = torch.compile(model, fullgraph=True, backend="eager")
+for given in (None, mask):
+    asked = {"attention_mask": given, "use_cache": False, "k": 3, "labels": text}
+    found, expected = compiled(text, **asked), model(text, **asked)
+    assert torch.allclose(found.logits, expected.logits, atol=1e-5) and torch.allclose(found.loss, expected.loss)
+
+class Logits(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = model
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids, attention_mask, use_cache=False).logits
+
+free = {0: torch.export.Dim("B", min=1, max=64), 1: torch.export.Dim("L", min=2, max=64)}
+program = torch.export.export(Logits(), (text, mask), dynamic_shapes=(free, free)).module()
+for batch, length in ((2, 40), (3, 9), (5, 64)):
+    text, mask = torch.randint(0, 256, (batch, length)), torch.ones(batch, length, dtype=torch.long)
+    mask[1, :5] = 0
+    assert torch.allclose(program(text, mask), Logits()(text, mask), atol=1e-5)
+"""
+
+
+def test_one_graph_with_and_without_a_mask_and_a_program_of_any_length(tmp_path: Path) -> None:
+    write_model_folder(tmp_path, random_model("SA"), load_tokenizer("bytes"), torch.float32)
+    run_python("-c", COMPILE_CHECK, str(tmp_path), TORCHDYNAMO_DISABLE="0")
+
+
+KNOWN_CHECK = """
+import sys
+{first}
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+{last}
+kinds = (AutoTokenizer, AutoModel, AutoModelForCausalLM)
+print(*(type(kind.from_pretrained(sys.argv[1])).__name__ for kind in kinds))
+"""
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_importing_the_package_is_enough(first: bool, tmp_path: Path) -> None:
+    write_model_folder(tmp_path, random_model("S"), load_tokenizer("bytes"), torch.float32)
+    light = "import megassm; assert not {'torch', 'transformers'} & sys.modules.keys()"
+    check = KNOWN_CHECK.format(first=light if first else "", last="" if first else "import megassm")
+    done = run_python("-c", check, str(tmp_path))
+    assert done.stdout == "MegaSSMTokenizer MegaSSMModel MegaSSMForCausalLM\n"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_files_tensors_are_taken_as_they_are(tied: bool, tmp_path: Path) -> None:
+    """The Trainer resumes so; a classifier's head is another name in the file."""
+    from safetensors.torch import load_file
+
+    ours = build_model(config(vocab_size=300, mixer_heads=4, tie_embeddings=tied), 3).eval()
+    write_model_folder(tmp_path, ours, load_tokenizer("bytes"), torch.float32)
+    settings = hf_model.MegaSSMConfig.from_pretrained(tmp_path)
+    ids = torch.randint(0, 256, (2, 20))
+    for model_class in (hf_model.MegaSSMForCausalLM, hf_model.MegaSSMForSequenceClassification):
+        # an untied model's own head has its vocabulary's rows, no classifier's
+        model = model_class.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=not tied).eval()
+        model.save_pretrained(tmp_path / "again")
+        other = model_class(model.config).eval()
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        assert not any(other.load_state_dict(load_file(tmp_path / "again/model.safetensors"), strict=False))
+        assert torch.equal(other(ids).logits, model(ids).logits)
+    assert settings.hidden_size == ours.config.d_model
 
 
 @pytest.fixture(scope="module")

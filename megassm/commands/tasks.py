@@ -1,7 +1,8 @@
 """Runs language-model tasks at several budgets K with one load, by the EleutherAI harness, and prints one table.
 
 The tasks read local files and ask nothing of a hub: lambada_test, hellaswag_val, piqa_val and arc_easy_test, each
-.jsonl or .jsonl.gz, in the folder of --data. Texts longer than model.seq_len lose their beginning (--max-length). For
+.jsonl or .jsonl.gz, in the folder of --data; examples have the fields of the hub's data sets (piqa: goal sol1 sol2
+label), or query, choices and gold. Texts longer than model.seq_len lose their beginning (--max-length). For
 other tasks import `megassm.eval.harness` and use lm_eval's own `simple_evaluate("megassm", ...)`.
 """
 

@@ -21,7 +21,7 @@ from megassm.errors import UserError
 from megassm.hf.cache import MegaSSMCache, cache_field, padding_mask
 from megassm.hf.config import MegaSSMConfig
 from megassm.hf.layers import HubBlock, joined
-from megassm.hf.weights import HEADS, hub_form
+from megassm.hf.weights import HEADS, hub_form, take_file_form
 from megassm.layers.attention import attention_mask as attention_bias
 from megassm.layers.attention import rope_tables
 from megassm.layers.context import Context
@@ -42,6 +42,10 @@ class MegaSSMPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["HubBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"head_VD$"]  # noqa: RUF012
+
+    def __init__(self, config: MegaSSMConfig) -> None:
+        super().__init__(config)
+        self.register_load_state_dict_pre_hook(take_file_form)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

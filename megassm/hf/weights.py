@@ -39,6 +39,22 @@ def hub_form(name: str, value: Tensor, config: ModelConfig) -> tuple[str, Tensor
     return name, value
 
 
+def take_file_form(module: Any, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Before `load_state_dict`: the Trainer, which resumes by it, hands it a file's tensors as they are."""
+    config = module.config.model
+    head = HEADS.get(type(module).__name__)
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        value = state_dict.pop(name)
+        if name == f"{prefix}model.head_VD" and head is not None:
+            state_dict[prefix + head] = value
+        else:
+            hub_name, hub_value = hub_form(name, value, config)
+            state_dict[hub_name] = hub_value
+    embedding = state_dict.get(f"{prefix}model.embed_tokens.weight")
+    if head == "lm_head.weight" and config.tie_embeddings and embedding is not None:
+        state_dict.setdefault(prefix + head, embedding)
+
+
 class _Form(ConversionOps):
     """One parameter in the other form; `opens` says in which direction."""
 

@@ -49,8 +49,9 @@ class LeadingLinear(nn.Linear):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the weight is an ordinary tensor, whose rows and columns can be taken; a quantised one is not."""
-        return type(self.weight) in (nn.Parameter, Tensor)
+        """Whether the weight is an ordinary tensor whose rows and columns can be taken: it is not quantised, and not on
+        disk until the layer is called."""
+        return type(self.weight) in (nn.Parameter, Tensor) and not self.weight.is_meta
 
     def forward(self, x: Tensor, outputs: int | None = None) -> Tensor:
         used = (self.weight.shape[0] if outputs is None else outputs, x.shape[-1])

@@ -33,18 +33,22 @@ class InputTaps(nn.Module):
         # a vector to the optimizer, as gains and biases are; tap by tap
         self.weight_ND = nn.Parameter(torch.empty(taps * d_model))
 
-    def forward(self, u_BLD: Tensor, context: Context) -> Tensor:
-        past_BTD = u_BLD.new_zeros(u_BLD.shape[0], self.taps - 1, u_BLD.shape[2])
-        if self.before is not None:
-            past_BTD = self.before(u_BLD[:, u_BLD.shape[1] - self.taps + 1 :])
+    def forward(self, u_BLD: Tensor, context: Context, past_BTD: Tensor | None = None) -> Tensor:
+        """`past_BTD` is what `before` would tell, where it is known already."""
+        if past_BTD is None:
+            past_BTD = self._nothing(u_BLD)
+            if self.before is not None:
+                past_BTD = self.before(u_BLD[:, u_BLD.shape[1] - self.taps + 1 :])
         return self._convolved(torch.cat((past_BTD, u_BLD), dim=1), context.documents_BL)
 
     def extend(self, u_BLD: Tensor, past_BTD: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
         """(v of L positions that follow those of `past_BTD`, the inputs (B, T + L, D) of all); None: of none."""
-        if past_BTD is None:
-            past_BTD = u_BLD.new_zeros(u_BLD.shape[0], self.taps - 1, u_BLD.shape[2])
-        inputs_BXD = torch.cat((past_BTD, u_BLD), dim=1)
-        return self._convolved(inputs_BXD, context.documents_BL), inputs_BXD
+        past_BTD = self._nothing(u_BLD) if past_BTD is None else past_BTD
+        # called as a module, so that what offloads weights finds them
+        return self(u_BLD, context, past_BTD), torch.cat((past_BTD, u_BLD), dim=1)
+
+    def _nothing(self, u_BLD: Tensor) -> Tensor:
+        return u_BLD.new_zeros(u_BLD.shape[0], self.taps - 1, u_BLD.shape[2])
 
     def _convolved(self, inputs_BXD: Tensor, documents_BL: Tensor | None) -> Tensor:
         """v of all but the first T positions; with `documents_BL` no position takes an input of another document."""

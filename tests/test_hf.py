@@ -169,6 +169,25 @@ def test_saved_again_by_transformers(pair: tuple[LanguageModel, Any, Any], tmp_p
     )
 
 
+def test_saved_in_several_files(pair: tuple[LanguageModel, Any, Any], tmp_path: Path) -> None:
+    ours, model, _ = pair
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    found = open_model_folder(tmp_path).load_model()
+    for name, value in ours.named_parameters():
+        assert torch.equal(found.get_parameter(name), value), name
+    index = tmp_path / "model.safetensors.index.json"
+    whole = index.read_text()
+    for damage in (whole.replace('": "model-00001', '": "../model-00001'), "[]", "{}", "x"):
+        index.write_text(damage)
+        with pytest.raises(UserError, match=r"index\.json: not an index of weights .*save the model again"):
+            open_model_folder(tmp_path).load_model()
+    index.write_text(whole)
+    next(tmp_path.glob("*-00002-*")).unlink()
+    with pytest.raises(UserError, match=r"00002.*No such file.*names it"):
+        open_model_folder(tmp_path).load_model()
+
+
 def test_a_new_model_starts_as_in_training(pair: tuple[LanguageModel, Any, Any]) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -16,7 +16,9 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Set
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,9 @@ from megassm.model import LanguageModel, assembled, parameter_shapes
 CONFIG, WEIGHTS, CODE = "config.json", "model.safetensors", "modeling_megassm.py"
 SECTION = "megassm"
 PREFIX = "model."
+INDEX_BYTES = 64 << 20
+INDEX = "model.safetensors.index.json"
+"""Instead of `WEIGHTS` where transformers has saved a large model in several files: which has which parameter."""
 SUMS = "SHA256SUMS"
 SUM_LINE = re.compile(r"([0-9a-f]{64})  ([\w.-]{1,100})")
 CODE_PATH = Path(__file__).parents[1] / "hf" / CODE
@@ -69,14 +74,19 @@ class ModelFolder:
         Raises:
             UserError: the file is damaged, or not of this configuration, or a budget out of range.
         """
-        path = self.folder / WEIGHTS
         self._check_size()
-        check_sums(self.folder, {WEIGHTS})
+        path = self.folder / WEIGHTS
+        if path.is_file():
+            check_sums(self.folder, {WEIGHTS})
         kept = parameter_shapes(self.config if k is None else self.config.cut(k))
         try:
-            with safe_open(path, framework="pt") as file:
+            with ExitStack() as stack:
+                files: dict[Path, Any] = {}
                 for name, shape in parameter_shapes(self.config).items():
-                    values = leading(file, PREFIX + name, shape, kept[name])
+                    path = self._file_of(name)
+                    if path not in files:
+                        files[path] = stack.enter_context(safe_open(path, framework="pt"))
+                    values = leading(files[path], PREFIX + name, shape, kept[name])
                     if not bool(torch.isfinite(values).all()):
                         raise UserError(f"{path}: {name} is not finite; export it again")
                     yield name, values.float()
@@ -92,9 +102,32 @@ class ModelFolder:
 
     def _check_size(self) -> None:
         """UserError if the file is too small for the model of its configuration, before one of that size is made."""
-        path, least = self.folder / WEIGHTS, 2 * parameters(self.config, self.config.num_channels)  # bfloat16
-        if (size := path.stat().st_size) < least:
+        least = 2 * parameters(self.config, self.config.num_channels)  # bfloat16
+        paths = {self._file_of(name) for name in parameter_shapes(self.config)}
+        path = min(paths)
+        try:
+            size = sum(each.stat().st_size for each in paths)
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}, and {INDEX} names it; save the model again") from None
+        if size < least:
             raise UserError(f"{path}: has {size:,} bytes, {CONFIG} says {least:,} at least; export it again")
+
+    def _file_of(self, name: str) -> Path:
+        return self.folder / (WEIGHTS if self._index is None else self._index.get(PREFIX + name, WEIGHTS))
+
+    @cached_property
+    def _index(self) -> Mapping[str, str] | None:
+        """The file by parameter; None where there is one for all."""
+        path = self.folder / INDEX
+        if (self.folder / WEIGHTS).is_file():
+            return None
+        try:
+            files: dict[str, str] = read_json(path, dict[str, Any], limit=INDEX_BYTES)["weight_map"]
+            if not all(isinstance(file, str) and file == Path(file).name for file in files.values()):
+                raise ValueError("weight_map does not name files of this folder")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not an index of weights ({error}); save the model again") from None
+        return files
 
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(own_tokenizer(self.folder))
@@ -129,7 +162,7 @@ class ModelFolder:
 
 
 def is_model_folder(path: Path) -> bool:
-    return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
+    return any((path / name).is_file() for name in (WEIGHTS, INDEX)) and (path / CONFIG).is_file()
 
 
 def open_model_folder(path: Path) -> ModelFolder:

@@ -10,6 +10,7 @@ wrong types and sizes under a checksum that fits.
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 import pickle
 import random
@@ -269,10 +270,8 @@ def _texts(folder: Path) -> list[Kind]:
     task.write_text(
         '{"name": "x", "length": 64, "answers": ["a", "b"], "symbols": ["s"], "asked": 1}', encoding="utf-8"
     )
-    labelled, packed, image, cifar = (folder / name for name in ("l.jsonl", "t.jsonl.gz", "p.png", "data_batch_1"))
+    labelled, packed, cifar = (folder / name for name in ("l.jsonl", "t.jsonl.gz", "data_batch_1"))
     labelled.write_text('{"text": "some text", "label": "a"}\n{"text": "more", "label": 1}\n', encoding="utf-8")
-    import gzip
-
     packed.write_bytes(gzip.compress(b'{"text": "some text"}\n' * 20, mtime=0))
     kinds = [
         Kind("SentencePiece model", tokenizer, lambda: load_tokenizer(str(tokenizer)).encode(["some text"])),
@@ -280,6 +279,7 @@ def _texts(folder: Path) -> list[Kind]:
         Kind("labelled texts", labelled, lambda: [item.load() for item in items("text", [labelled])]),
         Kind("documents, gzip", packed, lambda: _documents(packed)),
     ]
+    kinds += _json_tokenizer(folder / "tokenizer.json", library)
     rows = np.zeros((2, 3072), dtype=np.uint8)
     cifar.write_bytes(pickle.dumps({b"labels": [0, 1], b"data": rows}, protocol=2))
     kinds.append(Kind("CIFAR-10 batch", cifar, lambda: [item.load() for item in items("image", [cifar])]))
@@ -291,6 +291,27 @@ def _texts(folder: Path) -> list[Kind]:
     image = folder / "images" / "a" / "p.png"
     Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(image)
     return [*kinds, Kind("PNG", image, lambda: [item.load() for item in items("image", [folder / "images"])])]
+
+
+def _json_tokenizer(path: Path, texts: list[str]) -> list[Kind]:
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ImportError:
+        return []
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.save(str(path))
+
+    def ids() -> Any:
+        return load_tokenizer(str(path)).encode(["some text"])[0].tolist()
+
+    return [Kind("tokenizer.json", path, ids), Kind("tokenizer.json, forged", path, ids, sign=lambda value: value)]
 
 
 def _documents(path: Path) -> list[str]:
@@ -311,7 +332,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         kinds = all_kinds(Path(name))
         fuzz(kinds, arguments.inputs, arguments.seed)
-    rows = [asdict_of(kind) for kind in kinds]
+    rows = [
+        {"kind": kind.name, "inputs": kind.inputs, "refused": kind.refused, "faults": len(kind.faults),
+         "longest_s": round(kind.longest_s, 3)} for kind in kinds
+    ]  # fmt: skip
     print_table(f"mutated files, {sum(kind.inputs for kind in kinds):,} in all", rows, arguments.json)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"largest memory of the process: {memory:,.0f} MiB")
@@ -320,13 +344,6 @@ def main() -> None:
             print(f"{kind.name}: {fault!r}, {kind.faults.count(fault)} times")
     if any(kind.faults for kind in kinds):
         raise UserError("there are faults, named above")
-
-
-def asdict_of(kind: Kind) -> dict[str, Any]:
-    """A row of the table."""
-    taken = kind.inputs - kind.refused - len(kind.faults)
-    return {"kind": kind.name, "inputs": kind.inputs, "refused": kind.refused, "taken": taken,
-            "faults": len(kind.faults), "longest_s": round(kind.longest_s, 3)}  # fmt: skip
 
 
 if __name__ == "__main__":

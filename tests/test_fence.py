@@ -137,7 +137,7 @@ def test_signals_may_come_twice(tmp_path: Path) -> None:
     code = (
         "import os, signal; from megassm.run.stop import StopRequest; s = StopRequest(); assert not s.received\n"
         "for n in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):\n"
-        "    os.kill(os.getpid(), n); assert s.received\n"
+        "    os.kill(os.getpid(), n); assert s.received and f'after step 7 ({n.name})' in s.told(7)\n"
         "os.kill(os.getpid(), signal.SIGINT); print('lives')"
     )
     done = run_python("-c", code, check=False)

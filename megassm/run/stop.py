@@ -32,12 +32,11 @@ class StopRequest:
     def received(self) -> bool:
         return self._signal is not None or launcher_is_gone(self._launcher)
 
-    @property
-    def cause(self) -> str:
-        """Why this process is to stop, in words; of another rank's stop it knows nothing."""
-        if self._signal is not None:
-            return f"by {self._signal.name}"
-        return "because its launcher ended" if launcher_is_gone(self._launcher) else "by a signal to another rank"
+    def told(self, step: int) -> str:
+        """That a run stops after `step` updates, and why, in words; of another rank's stop this one knows nothing."""
+        if self._signal is None and launcher_is_gone(self._launcher):
+            return f"stopped because its launcher ended, after step {step}"
+        return f"stopped by a signal after step {step} ({self._signal.name if self._signal else 'to another rank'})"
 
 
 def leave_when_told(note: Callable[[str], None] = lambda text: None) -> None:

@@ -206,7 +206,7 @@ def stop(run: Run, done_steps: int, saved: int) -> End:
     samples are read again."""
     if done_steps > saved:
         save(run, done_steps, must=True)
-    text = f"stopped {run.stop.cause} after step {done_steps}; the same command continues from there"
+    text = f"{run.stop.told(done_steps)}; the same command continues from there"
     run.events.add("stop", done_steps, text)
     return "stopped"
 

@@ -85,7 +85,7 @@ def test_a_long_journal_gives_few_points_in_bounded_memory(tmp_path: Path, monke
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         sizes.append(len(run.history.spans))
-    assert run.history.rows == 10_000
+    assert run.history.records == 10_000
     assert peaks[1] < 1.5 * peaks[0]
     assert 50 <= min(sizes) <= max(sizes) <= 100, "the points of the page's curves"
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
+
 from megassm.files import write_atomically
 from megassm.report.history import History
 from megassm.report.html import Cell, definitions, document, note, number, plots, table, words
@@ -147,7 +149,7 @@ def _typical(history: History, field: str) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _events(runs: Sequence[LoadedRun]) -> str:
+def _events(runs: Sequence[LoadedRun]) -> Markup:
     rows = [
         {
             "run": words(run.name),
@@ -163,10 +165,10 @@ def _events(runs: Sequence[LoadedRun]) -> str:
         return note("None.")
     older = [f"{run.event_count - len(run.events):,} older of {run.name} are left out."
              for run in runs if run.event_count > len(run.events)]  # fmt: skip
-    return table(rows) + "".join(note(text) for text in older)
+    return table(rows) + Markup("").join(note(text) for text in older)
 
 
-def _configuration(runs: Sequence[LoadedRun]) -> str:
+def _configuration(runs: Sequence[LoadedRun]) -> Markup:
     """What differs between the runs; of a single one, all of it."""
     if len(runs) == 1:
         return _facts({runs[0].name: runs[0].knobs}, "knob")
@@ -177,7 +179,7 @@ def _configuration(runs: Sequence[LoadedRun]) -> str:
     return _facts({run.name: {knob: run.knobs.get(knob, "\u2013") for knob in differing} for run in runs}, "knob")
 
 
-def _facts(of_runs: Mapping[str, Mapping[str, Any]], what: str) -> str:
+def _facts(of_runs: Mapping[str, Mapping[str, Any]], what: str) -> Markup:
     """A row a fact, a column a run."""
     names = _union(of_runs.values())
     if not names:

@@ -18,6 +18,7 @@ from pydantic import Field
 from megassm.cli.arguments import STOPPED, Parser, positive
 from megassm.errors import UserError
 from megassm.guarded import Described
+from megassm.run.directory import CONFIG, JOB_CODE, JOB_LOG
 
 MAX_NODES = 20_000
 JOB_BYTES = 2**20
@@ -238,7 +239,7 @@ def batch_script(request: JobRequest, folder: Path, python: Path, cwd: Path, pat
         "time": request.time,
         "signal": f"USR1@{request.save_before_s}",
         "chdir": cwd,
-        "output": str(folder / "log.txt").replace("%", "%%"),
+        "output": str(folder / JOB_LOG).replace("%", "%%"),
         "open-mode": "append",
     }
     given = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
@@ -246,6 +247,8 @@ def batch_script(request: JobRequest, folder: Path, python: Path, cwd: Path, pat
     return SCRIPT.format(
         head=head,
         folder=shlex.quote(str(folder)),
+        code=JOB_CODE,
+        config=CONFIG,
         python=shlex.quote(str(python)),
         tasks=request.tasks_per_node,
         wait_s=patience_s + LAST_RESORT_S,
@@ -261,12 +264,12 @@ SCRIPT = """\
 {head}
 
 JOB={folder}
-export PYTHONPATH="$JOB/code"
+export PYTHONPATH="$JOB/{code}"
 echo "--- job $SLURM_JOB_ID, restart ${{SLURM_RESTART_COUNT:-0}}, on $SLURM_JOB_NODELIST, $(date -u +%FT%TZ)"
 
 # in the background, because bash runs a trap only between commands
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node={tasks} --ntasks=$((SLURM_JOB_NUM_NODES * {tasks})) \\
-  --kill-on-bad-exit=0 --wait={wait_s} {python} -P -m megassm train --config "$JOB/config.yaml" &
+  --kill-on-bad-exit=0 --wait={wait_s} {python} -P -m megassm train --config "$JOB/{config}" &
 ranks=$!
 trap 'kill -USR1 $ranks' USR1   # scancel --batch --signal=USR1: srun hands it to the ranks
 trap : TERM                     # preemption, scancel: SLURM tells the ranks itself; wait for them

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megassm.checkpoint.exported import SUMS, WEIGHTS, open_model_folder, write_model_folder
-from megassm.checkpoint.format import find_checkpoint
+from megassm.checkpoint.format import find_checkpoint, load_model
 from megassm.cli.arguments import TableRow
 from megassm.cost import parameters
 from megassm.data.tokenizer.base import load_tokenizer
@@ -44,7 +44,7 @@ def family(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 
 def bits_per_byte(folder: Path, session: Session) -> float:
-    model = open_model_folder(folder).load_model()
+    model = load_model(open_model_folder(folder))
 
     def losses(ids_BT: Tensor, k: int) -> Tensor:
         nll: Tensor = losses_at(model, ids_BT, k, session.document_end)
@@ -81,7 +81,7 @@ def test_every_file_scores_what_the_sweep_says_and_is_smaller_in_proportion(
 def test_logits_equal_the_masked_model(family: tuple[Path, list[TableRow]], session: Session) -> None:
     batch = session.validation(2)[0]
     ids = torch.from_numpy(batch.ids_BT[:, :-1])
-    whole = session.checkpoint.load_model().double()
+    whole = load_model(session.checkpoint).double()
     for k in BUDGETS:
         opened = open_for_text(family[0] / f"k-{k}", None, "cpu")
         assert opened.tokenizer.sha256 == session.tokenizer.sha256

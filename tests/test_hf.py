@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megassm.checkpoint.exported import open_model_folder, write_model_folder
+from megassm.checkpoint.format import load_model
 from megassm.data.tokenizer.base import EOD_PIECE, PROBE, load_tokenizer, train_sentencepiece
 from megassm.errors import UserError
 from megassm.eval.generate import generate
@@ -160,7 +161,7 @@ def test_saved_again_by_transformers(pair: tuple[LanguageModel, Any, Any], tmp_p
     again, tokenizer_again = opened(tmp_path)
     batch = prompts(tokenizer_again)
     assert torch.equal(again(**batch).logits, model(**prompts(tokenizer)).logits)
-    assert torch.equal(open_model_folder(tmp_path).load_model().embedding_VD, model.model.embed_tokens.weight)
+    assert torch.equal(load_model(open_model_folder(tmp_path)).embedding_VD, model.model.embed_tokens.weight)
     assert (tmp_path / "modeling_megassm.py").read_text() == (
         Path(hf_model.__file__).parent / "modeling_megassm.py"
     ).read_text()

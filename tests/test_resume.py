@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megassm.checkpoint.format import find_checkpoint
+from megassm.checkpoint.format import find_checkpoint, load_model
 from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
 from megassm.parallel.mesh import Mesh
@@ -90,7 +90,7 @@ def test_a_run_continues_on_any_mesh_and_stage(small_config: Make, tmp_path: Pat
         assert [row["k_micro"] for row in rows] == [row["k_micro"] for row in expected]
         assert [row["grad_norm"] for row in rows] == pytest.approx([row["grad_norm"] for row in expected], rel=1e-4)
         assert rows[-1]["valid"]["8"] == pytest.approx(expected[-1]["valid"]["8"], abs=1e-5)
-        mine, true = (find_checkpoint(folder).load_model().state_dict() for folder in (run_dir, truth))
+        mine, true = (load_model(find_checkpoint(folder)).state_dict() for folder in (run_dir, truth))
         for name, weight in true.items():
             assert torch.allclose(mine[name], weight, atol=1e-5), name
 

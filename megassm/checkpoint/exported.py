@@ -38,7 +38,7 @@ from megassm.data.tokenizer.hugging_face import CONFIG_NAME, FILE_NAME
 from megassm.errors import UserError
 from megassm.files import sync, write_atomically
 from megassm.guarded import LINE_BYTES, read_bytes, read_json
-from megassm.model import LanguageModel, assembled, parameter_shapes
+from megassm.model import LanguageModel, parameter_shapes
 
 CONFIG, WEIGHTS, CODE = "config.json", "model.safetensors", "modeling_megassm.py"
 SECTION = "megassm"
@@ -68,12 +68,12 @@ class ModelFolder:
     folder: Path
     config: ModelConfig
 
-    def weights(self, k: int | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(name, float32 values) of every parameter, as `initial_weights` yields them; cut to `k`, where one is given.
+    def model_config(self) -> ModelConfig:
+        self._check_size()
+        return self.config
 
-        Raises:
-            UserError: the file is damaged, or not of this configuration, or a budget out of range.
-        """
+    def weights(self, k: int | None = None) -> Iterator[tuple[str, Tensor]]:
+        """See `megassm.checkpoint.format.StoredModel`."""
         self._check_size()
         path = self.folder / WEIGHTS
         if path.is_file():
@@ -94,11 +94,6 @@ class ModelFolder:
             raise
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path}: not the weights of its {CONFIG} ({error}); export it again") from None
-
-    def load_model(self, k: int | None = None) -> LanguageModel:
-        """The model, float32, on the CPU, in evaluation mode: whole, or cut to `k`, of which only that is read."""
-        self._check_size()
-        return assembled(self.config if k is None else self.config.cut(k), self.weights(k)).eval()
 
     def _check_size(self) -> None:
         """UserError if the file is too small for the model of its configuration, before one of that size is made."""

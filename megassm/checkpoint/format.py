@@ -18,18 +18,19 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from megassm.config.model import ModelConfig
 from megassm.config.schema import Config
 from megassm.errors import UserError
 from megassm.guarded import as_tensors, check_inside, open_tensors, read_json
 from megassm.model import LanguageModel, assembled, parameter_shapes
 from megassm.parallel.state import Kind
-from megassm.run.directory import CHECKPOINTS, TOKENIZER
+from megassm.run.directory import CHECKPOINTS, TOKENIZER, checkpoint_folders, step_name
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -99,24 +100,18 @@ class Checkpoint:
 
         return read
 
-    def load_model(self, k: int | None = None) -> LanguageModel:
-        """The model, float32, on the CPU, in evaluation mode: whole, or cut to `k`, of which only that is read.
+    def model_config(self) -> ModelConfig:
+        return self.config.model
 
-        Raises:
-            UserError: a budget out of range, or files of another model.
-        """
+    def weights(self, k: int | None = None) -> Iterator[tuple[str, Tensor]]:
+        """See `StoredModel`."""
         config, stored = self.config.model, self._stored()
-        kept = config if k is None else config.cut(k)
         whole = parameter_shapes(config)
-
-        def weights() -> Iterator[tuple[str, Tensor]]:
-            for name, shape in parameter_shapes(kept).items():
-                with as_tensors(self.folder, AGAIN):
-                    part = leading(stored(name), name, whole[name], shape)
-                self._check(part, name)
-                yield name, part
-
-        return assembled(kept, weights()).eval()
+        for name, shape in parameter_shapes(config if k is None else config.cut(k)).items():
+            with as_tensors(self.folder, AGAIN):
+                part = leading(stored(name), name, whole[name], shape)
+            self._check(part, name)
+            yield name, part
 
     def _stored(self) -> Callable[[str], Any]:
         """The open file that a tensor is in, by the tensor's key."""
@@ -135,6 +130,35 @@ class Checkpoint:
             raise UserError(f"{self.folder}: {key} is {tensor.dtype}, or not finite; {AGAIN}")
 
 
+class StoredModel(Protocol):
+    """A trained model on disk: a checkpoint, or an exported folder."""
+
+    def model_config(self) -> ModelConfig:
+        """The whole model's.
+
+        Raises:
+            UserError: it is not one of this version.
+        """
+
+    def weights(self, k: int | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, float32 values) of every parameter, as `initial_weights` yields them; with `k` cut to that budget, of
+        which alone is read.
+
+        Raises:
+            UserError: damaged files, or of another model.
+        """
+
+
+def load_model(stored: StoredModel, k: int | None = None) -> LanguageModel:
+    """The model, float32, on the CPU, in evaluation mode: whole, or cut to `k`.
+
+    Raises:
+        UserError: a budget out of range, damaged files, or of another model.
+    """
+    config = stored.model_config()
+    return assembled(config if k is None else config.cut(k), stored.weights(k)).eval()
+
+
 def leading(file: Any, key: str, whole: torch.Size, kept: torch.Size) -> Tensor:
     """The leading part of shape `kept` of a tensor in an open safetensors file: nothing beyond it is read.
 
@@ -146,14 +170,6 @@ def leading(file: Any, key: str, whole: torch.Size, kept: torch.Size) -> Tensor:
         raise ValueError(f"{key} is {found}, expected {tuple(whole)}")
     part: Tensor = stored[tuple(slice(size) for size in kept)]  # a view of the mapped file
     return part.clone(memory_format=torch.contiguous_format)
-
-
-def folder_name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def checkpoints_folder(run_dir: Path) -> Path:
-    return run_dir / CHECKPOINTS
 
 
 def _key(name: str, kind: Kind) -> str:
@@ -178,10 +194,10 @@ def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
 def newest_checkpoint(run_dir: Path, check: str = "") -> tuple[Checkpoint | None, list[str]]:
     """The newest complete checkpoint of a run, and why newer ones were passed over; `check` as in `read_checkpoint`."""
     skipped: list[str] = []
-    for folder in sorted(checkpoints_folder(run_dir).glob("step-*"), reverse=True):
+    for folder in reversed(checkpoint_folders(run_dir / CHECKPOINTS)):
         try:
             found = read_checkpoint(folder, check)
-            if folder.name != folder_name(found.manifest.step):
+            if folder.name != step_name(found.manifest.step):
                 raise UserError(f"{folder}: holds step {found.manifest.step}: not this run's, or renamed by hand")
             return found, skipped
         except UserError as error:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from megassm.checkpoint.exported import is_model_folder, open_model_folder
-from megassm.checkpoint.format import find_checkpoint
+from megassm.checkpoint.format import StoredModel, find_checkpoint, load_model
 from megassm.data.dataset import run_tokenizer
 from megassm.data.tokenizer.base import Tokenizer
 from megassm.model import LanguageModel
@@ -25,8 +25,8 @@ def open_model(path: str | os.PathLike[str], k: int | None = None) -> LanguageMo
         UserError: nothing there to open, a damaged file, or a budget out of range.
     """
     folder = Path(path)
-    source = open_model_folder(folder) if is_model_folder(folder) else find_checkpoint(folder)
-    return source.load_model(k)
+    source: StoredModel = open_model_folder(folder) if is_model_folder(folder) else find_checkpoint(folder)
+    return load_model(source, k)
 
 
 def open_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

@@ -22,8 +22,6 @@ from megassm.checkpoint.format import (
     Manifest,
     _crc32,
     _key,
-    checkpoints_folder,
-    folder_name,
     read_checkpoint,
     run_identity,
 )
@@ -36,6 +34,7 @@ from megassm.model import parameter_shapes
 from megassm.parallel.engine import Engine
 from megassm.parallel.state import KINDS, MOMENTS
 from megassm.parallel.world import gather_texts
+from megassm.run.directory import CHECKPOINTS, checkpoint_folders, step_name
 from megassm.run.fence import Fence
 from megassm.run.opening import clear_partial
 
@@ -49,8 +48,8 @@ def save_checkpoint(engine: Engine, config: Config, step: int, data_fingerprint:
     Raises:
         SupersededError: on rank 0, where a newer start of the run has taken over.
     """
-    folder = checkpoints_folder(Path(config.run.dir))
-    partial = folder / f".partial-{folder_name(step)}-{fence.number:04d}"
+    folder = Path(config.run.dir) / CHECKPOINTS
+    partial = folder / f".partial-{step_name(step)}-{fence.number:04d}"
     world = engine.world
     world.progress.note("checkpoint, beginning")
     if world.is_main:
@@ -66,7 +65,7 @@ def save_checkpoint(engine: Engine, config: Config, step: int, data_fingerprint:
         files = {name: (facts[0], facts[1]) for share in shares for name, facts in share.items()}
         fence.check()
         try:
-            _publish(partial, folder / folder_name(step), _manifest(engine, config, step, data_fingerprint, files))
+            _publish(partial, folder / step_name(step), _manifest(engine, config, step, data_fingerprint, files))
             _rotate(folder, config.checkpoint.keep, newest=step)
         except OSError as error:
             failure = refusal_text(error)
@@ -152,7 +151,7 @@ def _publish(partial: Path, final: Path, manifest: Manifest) -> None:
 def _rotate(folder: Path, keep: int, newest: int) -> None:
     """Removes the oldest complete checkpoints up to step `newest`; what is damaged, pinned or beyond it stays."""
     complete, kept = [], pinned(folder)
-    for path in sorted(folder.glob("step-*")):
+    for path in checkpoint_folders(folder):
         with contextlib.suppress(UserError):
             if path not in kept and read_checkpoint(path).manifest.step <= newest:
                 complete.append(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from megassm.config.schema import Config
 from megassm.model import parameter_shapes
 from megassm.parallel.state import KINDS
+from megassm.run.directory import checkpoint_folders
 
 PIN = "pinned.txt"
 """In a checkpoint that rotation leaves alone; it says why."""
@@ -39,4 +40,4 @@ def pin(checkpoint: Path, why: str) -> None:
 
 def pinned(folder: Path) -> list[Path]:
     """The checkpoints in `folder` that rotation must neither remove nor count."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{PIN}"))[-PINS:]
+    return [path for path in checkpoint_folders(folder) if (path / PIN).exists()][-PINS:]

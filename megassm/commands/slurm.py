@@ -33,7 +33,18 @@ from megassm.config.schema import Config
 from megassm.errors import UserError, redacted
 from megassm.files import PRIVATE_MODE, write_atomically
 from megassm.guarded import read_json
-from megassm.run.directory import CHECKPOINTS, CONFIG, JOBS, METRICS
+from megassm.run.directory import (
+    CHECKPOINTS,
+    CONFIG,
+    JOB_CODE,
+    JOB_FACTS,
+    JOB_LOG,
+    JOB_SCRIPT,
+    JOB_VERSION,
+    JOBS,
+    METRICS,
+    checkpoint_folders,
+)
 from megassm.run.fence import newest_number
 from megassm.run.records import newest_record
 from megassm.slurm import (
@@ -109,7 +120,7 @@ def submit(arguments: argparse.Namespace, path: Path, before: JobRequest | None)
     folder.mkdir(parents=True)
     try:
         snapshot(folder, config, script)
-        job_id = ask_slurm("sbatch", "--parsable", str(folder / "job.sh")).partition(";")[0].strip()
+        job_id = ask_slurm("sbatch", "--parsable", str(folder / JOB_SCRIPT)).partition(";")[0].strip()
     except UserError:
         shutil.rmtree(folder)  # nothing was queued
         raise
@@ -119,7 +130,7 @@ def submit(arguments: argparse.Namespace, path: Path, before: JobRequest | None)
         "request": asdict(request),
         "folder": str(folder),
     }
-    write_atomically(folder / "job.json", (json.dumps(facts, indent=1) + "\n").encode(), PRIVATE_MODE)
+    write_atomically(folder / JOB_FACTS, (json.dumps(facts, indent=1) + "\n").encode(), PRIVATE_MODE)
     print_line(f"job {job_id} trains in {run_dir}\nnext: python launch/slurm.py logs {run_dir} --follow")
 
 
@@ -134,12 +145,12 @@ def snapshot(folder: Path, config: Config, script: str) -> None:
     A working tree may hold what nobody else may read, so what is copied of it is its owner's alone.
     """
     write_atomically(folder / CONFIG, dump_config(config).encode())
-    (folder / "code").mkdir(mode=0o700)
+    (folder / JOB_CODE).mkdir(mode=0o700)
     for file in code_files():
-        (folder / "code" / file.parent).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / file, folder / "code" / file)
-    write_atomically(folder / "version.txt", code_version().encode(errors="surrogateescape"), PRIVATE_MODE)
-    write_atomically(folder / "job.sh", script.encode(), PRIVATE_MODE)
+        (folder / JOB_CODE / file.parent).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / file, folder / JOB_CODE / file)
+    write_atomically(folder / JOB_VERSION, code_version().encode(errors="surrogateescape"), PRIVATE_MODE)
+    write_atomically(folder / JOB_SCRIPT, script.encode(), PRIVATE_MODE)
 
 
 def code_files() -> list[Path]:
@@ -193,10 +204,10 @@ def job_folders(run_dir: Path) -> list[Path]:
 
 def newest_job(run_dir: Path) -> dict[str, Any] | None:
     """job.json of the last submission; None before the first."""
-    folders = [folder for folder in job_folders(run_dir) if (folder / "job.json").exists()]
+    folders = [folder for folder in job_folders(run_dir) if (folder / JOB_FACTS).exists()]
     if not folders:
         return None
-    path = folders[-1] / "job.json"
+    path = folders[-1] / JOB_FACTS
     submitted = read_json(path, Submitted, "submit the run again", JOB_BYTES)
     return {"job_id": submitted.job_id, "request": asked_before(submitted.request, path), "folder": str(folders[-1])}
 
@@ -230,7 +241,7 @@ def status(run_dir: Path, json_path: Path | None) -> None:
     job = known_job(run_dir)
     facts = job_facts(job)
     last = newest_record(run_dir / METRICS) or {}
-    checkpoints = sorted(path.name for path in (run_dir / CHECKPOINTS).glob("step-*"))
+    checkpoints = [path.name for path in checkpoint_folders(run_dir / CHECKPOINTS)]
     row = {
         "job": job["job_id"],
         "state": facts["JobState"],
@@ -247,7 +258,7 @@ def status(run_dir: Path, json_path: Path | None) -> None:
 
 
 def logs(run_dir: Path, lines: int, follow: bool) -> None:
-    log = Path(known_job(run_dir)["folder"]) / "log.txt"
+    log = Path(known_job(run_dir)["folder"]) / JOB_LOG
     if not log.exists() and not follow:
         way_out = f"`python launch/slurm.py status {run_dir}` says its state"
         raise UserError(f"{log}: not there yet: the job has not started; {way_out}")

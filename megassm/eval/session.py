@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from megassm.checkpoint.exported import is_model_folder, open_model_folder
-from megassm.checkpoint.format import Checkpoint, find_checkpoint
+from megassm.checkpoint.format import Checkpoint, find_checkpoint, load_model
 from megassm.config.schema import Config
 from megassm.data.dataset import Dataset, open_dataset, padded_token_bytes, run_tokenizer
 from megassm.data.stream import MicroBatch, StreamPlan, validation_batches
@@ -40,7 +40,7 @@ class Session:
 
     @cached_property
     def model(self) -> LanguageModel:
-        return self.checkpoint.load_model().to(self.device)
+        return load_model(self.checkpoint).to(self.device)
 
     @property
     def run_dir(self) -> Path:
@@ -122,7 +122,7 @@ def open_for_text(path: Path, data_path: str | None, device: Device) -> OpenMode
     """
     if is_model_folder(path):
         folder = open_model_folder(path)
-        return OpenModel(folder.load_model().to(_device(device)), folder.tokenizer(), str(path))
+        return OpenModel(load_model(folder).to(_device(device)), folder.tokenizer(), str(path))
     session = open_session(path, data_path, device)
     return OpenModel(session.model, session.tokenizer, f"{path}, step {session.checkpoint.manifest.step}")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from megassm.checkpoint.format import (
     MANIFEST,
     Checkpoint,
-    checkpoints_folder,
     find_checkpoint,
+    load_model,
     newest_checkpoint,
     read_checkpoint,
 )
@@ -27,7 +27,7 @@ from megassm.eval.sweep import Sweep, SweepPlan, sweep
 from megassm.eval.text import EvalText, open_texts
 from megassm.model import LanguageModel
 from megassm.parallel.world import Peers, gather_texts, together
-from megassm.run.directory import CHECKPOINTS, SWEEPS
+from megassm.run.directory import CHECKPOINTS, SWEEPS, checkpoint_folders, step_name
 from megassm.run.launcher import launcher_is_gone, launcher_pids
 
 STEP_FOLDER = re.compile("step-[0-9]{8,18}")
@@ -84,7 +84,7 @@ def sweep_path(path: Path, request: SweepRequest, peers: Peers) -> tuple[Sweep, 
     # rank 0 chooses: a live run may publish another one between two ranks' looks
     folder = together(lambda: str(find_checkpoint(path).folder) if peers.is_main else "")
     checkpoint = read_checkpoint(Path(gather_texts(folder)[0]))
-    model = together(checkpoint.load_model)
+    model = together(lambda: load_model(checkpoint))
     texts = together(lambda: request.open(checkpoint))
     return _sweep(str(path), (checkpoint, model), texts, request, peers), run_directory(checkpoint)
 
@@ -122,7 +122,7 @@ def watch(run_dir: Path, request: SweepRequest, peers: Peers) -> Iterator[Sweep]
 
 
 def sweep_file(run_dir: Path, step: int) -> Path:
-    return run_dir / SWEEPS / f"step-{step:08d}.json"
+    return run_dir / SWEEPS / f"{step_name(step)}.json"
 
 
 def _sweep(
@@ -144,7 +144,7 @@ def _sweep(
 
 def _open(folder: Path) -> tuple[Checkpoint, LanguageModel]:
     checkpoint = read_checkpoint(folder, check="weights")
-    return checkpoint, checkpoint.load_model()
+    return checkpoint, load_model(checkpoint)
 
 
 def _check_run_directory(run_dir: Path) -> None:
@@ -154,11 +154,10 @@ def _check_run_directory(run_dir: Path) -> None:
 
 def _next_folder(run_dir: Path, seen: set[str]) -> str:
     """The oldest checkpoint to be measured, FINISHED, or nothing yet."""
-    named = checkpoints_folder(run_dir).glob(f"step-*/{MANIFEST}")
-    folders = sorted(path for path in named if STEP_FOLDER.fullmatch(path.parent.name))
-    for manifest in folders:
-        step = int(manifest.parent.name.removeprefix("step-"))
-        if str(manifest.parent) not in seen and not _is_measured(manifest, sweep_file(run_dir, step)):
+    found = [path for path in checkpoint_folders(run_dir / CHECKPOINTS) if STEP_FOLDER.fullmatch(path.name)]
+    for manifest in filter(Path.exists, [path / MANIFEST for path in found]):
+        measured = run_dir / SWEEPS / f"{manifest.parent.name}.json"
+        if str(manifest.parent) not in seen and not _is_measured(manifest, measured):
             return str(manifest.parent)
     newest, _ = newest_checkpoint(run_dir)
     return FINISHED if newest is not None and newest.manifest.step >= newest.config.train.steps else ""

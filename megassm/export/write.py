@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megassm.checkpoint.exported import WEIGHTS, is_model_folder, open_model_folder, write_model_folder
+from megassm.checkpoint.format import load_model
 from megassm.cli.progress import SILENT, Progress, tracked
 from megassm.config.model import ModelConfig
 from megassm.data.stream import MicroBatch
@@ -67,7 +68,7 @@ def export_models(
     for k, folder in tracked(folders.items(), progress, "export", len(folders), "models"):
         with _replaced(folder) as partial:
             write_model_folder(partial, rederived(session.model, k, seq_len), session.tokenizer, plan.dtype)
-            found = open_model_folder(partial).load_model()
+            found = load_model(open_model_folder(partial))
             difference = _check(session, whole, found, k)
             quality = _bits_per_byte(session, found, batches)
             kept = _with_trained_filters(session, found, k, batches) if plan.seq_len else None

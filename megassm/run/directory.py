@@ -1,4 +1,4 @@
-"""The names of the files in a run directory, each said here and nowhere else. Imports nothing.
+"""The names of the files in a run directory, each said here and nowhere else.
 
 RUN_DIR/config.yaml         the resolved configuration, itself valid as --config
 RUN_DIR/environment.json    versions, devices, the peak rate that utilisation is measured against
@@ -10,12 +10,14 @@ RUN_DIR/tokenizer/          that of the data, so that the model can be used wher
 RUN_DIR/left_out.json       batches that the run passes over (see `megassm.run.left_out`)
 RUN_DIR/checkpoints/        step-NNNNNNNN/, see `megassm.checkpoint.format`
 RUN_DIR/incarnations/       one file a start of the run, see `megassm.run.fence`
-RUN_DIR/jobs/               what was submitted to SLURM, see `launch/slurm.py`
+RUN_DIR/jobs/NNNN/          what was submitted to SLURM, see `megassm.commands.slurm`
 RUN_DIR/.lock               held by the job that trains here
 RUN_DIR/sweep.*             tools/sweep_budgets.py
 RUN_DIR/sweeps/             ... --watch: step-NNNNNNNN.json, steps.png
 RUN_DIR/wandb/              wandb's own files
 """
+
+from pathlib import Path
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
@@ -28,9 +30,21 @@ CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 INCARNATIONS = "incarnations"
 JOBS = "jobs"
+JOB_FACTS, JOB_SCRIPT, JOB_LOG, JOB_VERSION, JOB_CODE = "job.json", "job.sh", "log.txt", "version.txt", "code"
+"""In a folder of `JOBS`, beside `CONFIG`."""
 LOCK = ".lock"
 SWEEP = "sweep"
 """And a suffix."""
 SWEEPS = "sweeps"
 STEPS_PLOT = "steps.png"
 """In `SWEEPS`."""
+
+
+def step_name(step: int) -> str:
+    """A checkpoint's folder in `CHECKPOINTS`, and with a suffix its file in `SWEEPS`."""
+    return f"step-{step:08d}"
+
+
+def checkpoint_folders(checkpoints: Path) -> list[Path]:
+    """Those in a folder of them, complete or not, oldest first."""
+    return sorted(checkpoints.glob("step-*"))

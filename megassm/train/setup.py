@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megassm import __version__
 from megassm.checkpoint.exported import open_model_folder
-from megassm.checkpoint.format import Checkpoint, check_identity, checkpoints_folder, newest_checkpoint, run_identity
+from megassm.checkpoint.format import Checkpoint, check_identity, newest_checkpoint, run_identity
 from megassm.cli.arguments import print_line
 from megassm.config.schema import Config
 from megassm.cost import parameters
@@ -27,7 +27,7 @@ from megassm.errors import UserError
 from megassm.parallel.engine import Engine
 from megassm.parallel.state import Kind
 from megassm.parallel.world import World, gather_rows, together
-from megassm.run.directory import ENVIRONMENT, TOKENIZER
+from megassm.run.directory import CHECKPOINTS, ENVIRONMENT, TOKENIZER, checkpoint_folders
 from megassm.run.events import Events
 from megassm.run.fence import Fence, take
 from megassm.run.journal import Journal, peak_flops
@@ -130,7 +130,7 @@ def start_weights(config: Config, data: Dataset, world: World) -> Iterator[tuple
         UserError: another model, or another tokenizer than the data's.
     """
     path = config.run.init_from
-    if path is None or any(checkpoints_folder(Path(config.run.dir)).glob("step-*")):
+    if path is None or checkpoint_folders(Path(config.run.dir) / CHECKPOINTS):
         return None
     folder = open_model_folder(Path(path))
     weights = folder.weights_for(config.model, data.tokenizer)

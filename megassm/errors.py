@@ -15,7 +15,7 @@ HIDDEN = "..."
 
 
 class UserError(ValueError):
-    """A refusal that a user can act on.
+    """An error that a user can act on.
 
     The message names the place, the value, the rule and the way out; what may be secret in a URL is taken
     out of it here, and control characters are shown, whoever wrote it. Entry points print it without a traceback and

@@ -2,7 +2,7 @@
 or to end in a traceback.
 
 What is refused is a `UserError` that names the file and the limit. The limits are far above what megassm itself writes;
-docs/security.md lists them. JSON lines are read in `megassm.run.records`, which passes over what is no record.
+docs/security.md lists them. JSON lines are read in `megassm.run.records`, which passes over lines that are not records.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def validated(kind: type[T], value: Any, place: object, way_out: str = "give ano
     """`value`, read from JSON, as a `kind`.
 
     Raises:
-        UserError: it is none; names every entry that is missing or wrong.
+        UserError: it is not valid; names every entry that is missing or wrong.
     """
     try:
         return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
@@ -170,7 +170,7 @@ def parse_yaml(text: str) -> Any:
         return YAML(typ="safe", pure=True).load(text)
     except YAMLError:
         raise
-    except Exception as error:  # a tag whose value is no such thing
+    except Exception as error:  # a tag whose value is not of its type
         raise ValueError(f"not YAML ({type(error).__name__})") from None
 
 
@@ -233,7 +233,7 @@ def load_npy(raw: bytes) -> npt.NDArray[Any]:
 
 
 def open_tensors(path: Path, way_out: str) -> Any:
-    """A safetensors file, open, its header checked by that package; UserError if it is none."""
+    """A safetensors file, open, its header checked by that package; UserError if it is not one."""
     from safetensors import safe_open
 
     with as_tensors(path, way_out):

@@ -103,7 +103,7 @@ class LanguageModel(nn.Module):
         return values_BL if self.config.classes is None else values_BL * separators(ids_BL, self.config.classes)
 
     def features(self, ids_BL: Tensor, k: int | None = None) -> Tensor:
-        """The normed output of the last block (B, L, D): for who wants logits at some positions only."""
+        """The normed output of the last block (B, L, D): for callers that want logits at some positions only."""
         return self._hidden(ids_BL, self.context(0, ids_BL.shape[1], k))
 
     def _hidden(self, ids_BL: Tensor, context: Context) -> Tensor:

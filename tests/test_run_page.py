@@ -93,7 +93,7 @@ def test_a_long_journal_gives_few_points_in_bounded_memory(tmp_path: Path, monke
 def test_the_tool_refuses_what_is_no_run(tmp_path: Path, run_dir: Path) -> None:
     refused = run_python("tools/report.py", str(tmp_path), "--output", str(tmp_path / "page.html"), check=False)
     assert refused.returncode == 1
-    assert "is no run directory" in refused.stderr
+    assert "is not a run directory" in refused.stderr
     assert not (tmp_path / "page.html").exists()
     said = run_python("tools/report.py", str(run_dir), "--output", str(tmp_path / "page.html"), "--json",
                       str(tmp_path / "page.json")).stdout  # fmt: skip

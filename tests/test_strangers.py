@@ -93,7 +93,7 @@ def write_manifest(folder: Path, files: object) -> None:
 )
 def test_a_manifest_names_files_of_its_checkpoint_only(name: str, tmp_path: Path) -> None:
     write_manifest(tmp_path / "step", {name: [4, 0]})
-    with pytest.raises(UserError, match="is none of a checkpoint's; it is not opened"):
+    with pytest.raises(UserError, match="is not a checkpoint's; it is not opened"):
         read_checkpoint(tmp_path / "step")
 
 

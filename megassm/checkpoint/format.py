@@ -209,7 +209,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint by its own folder, or a run's newest, for its weights.
 
     Raises:
-        UserError: there is no complete checkpoint.
+        UserError: there is not a complete checkpoint.
     """
     if (path / MANIFEST).exists():
         return read_checkpoint(path, check="weights")
@@ -233,14 +233,14 @@ def read_checkpoint(folder: Path, check: str | None = None) -> Checkpoint:
     try:
         manifest = read_json(path, Manifest, "use another checkpoint", MANIFEST_BYTES)
     except FileNotFoundError:
-        raise UserError(f"{path}: not there: {folder} is no complete checkpoint") from None
+        raise UserError(f"{path}: not there: {folder} is not a complete checkpoint") from None
     if manifest.format != FORMAT:
         raise UserError(f"{path}: checkpoint format {manifest.format}, this version reads {FORMAT}")
     if manifest.checksum != manifest.own_checksum():
         raise UserError(f"{path}: damaged: its checksum is not that of what it says")
     for name, (size, crc) in manifest.files.items():
         if not TENSORS.fullmatch(name):
-            raise UserError(f"{path}: names the file {name[:200]!r}, which is none of a checkpoint's; it is not opened")
+            raise UserError(f"{path}: names the file {name[:200]!r}, which is not a checkpoint's; it is not opened")
         file = folder / name
         check_inside(file, folder)
         found = file.stat().st_size if file.is_file() else None

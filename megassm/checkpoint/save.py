@@ -26,7 +26,7 @@ from megassm.checkpoint.format import (
     run_identity,
 )
 from megassm.checkpoint.space import pinned, shortage
-from megassm.cli.arguments import refusal_text
+from megassm.cli.arguments import error_text
 from megassm.config.schema import Config
 from megassm.errors import UserError
 from megassm.files import sync, write_atomically
@@ -68,7 +68,7 @@ def save_checkpoint(engine: Engine, config: Config, step: int, data_fingerprint:
             _publish(partial, folder / step_name(step), _manifest(engine, config, step, data_fingerprint, files))
             _rotate(folder, config.checkpoint.keep, newest=step)
         except OSError as error:
-            failure = refusal_text(error)
+            failure = error_text(error)
     if world.is_main and failure:
         shutil.rmtree(partial, ignore_errors=True)
     return gather_texts(failure)[0] or None
@@ -81,7 +81,7 @@ def _make(partial: Path, config: Config) -> str:
     except OSError as error:
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             return f"{partial.parent} is read-only ({error.strerror})"
-        return refusal_text(error)
+        return error_text(error)
     return shortage(partial.parent, config)
 
 

@@ -1,6 +1,6 @@
 """What the command lines share: the guard around `main`, the parser's shape, tables that are also JSON.
 
-Imports nothing heavy: a refusal must reach the user in under a second.
+Imports nothing heavy: a mistake must be reported in under a second.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def as_started(text: str) -> str:
 
 
 def is_rank_zero() -> bool:
-    """Whether this process speaks for the job; launchers set RANK."""
+    """Whether this process prints for the job; launchers set RANK."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -89,12 +89,12 @@ def refuse(message: str, code: int) -> NoReturn:
     if is_rank_zero():
         print(visible(as_started(message)), file=sys.stderr, flush=True)
     else:
-        time.sleep(OTHER_RANKS_WAIT_S)  # a launcher ends all ranks with the first that leaves: let rank 0 speak
+        time.sleep(OTHER_RANKS_WAIT_S)  # a launcher ends all ranks with the first that leaves: let rank 0 print
     raise SystemExit(code)
 
 
 def run_tool(main: Callable[[], None]) -> None:
-    """Runs a tool's `main`: a `UserError` or a file-system refusal becomes one message and exit code 1."""
+    """Runs a tool's `main`: a `UserError` or an `OSError` becomes one message and exit code 1."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows '?', and nothing breaks
@@ -107,12 +107,12 @@ def run_tool(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         raise SystemExit(0) from None
     except (UserError, OSError) as error:
-        refuse(f"error: {refusal_text(error)}", 1)
+        refuse(f"error: {error_text(error)}", 1)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
 
-def refusal_text(error: UserError | OSError) -> str:
+def error_text(error: UserError | OSError) -> str:
     """What to tell the user; of an `OSError` the file and the system's reason."""
     if isinstance(error, OSError):
         return f"{error.filename or 'file system'}: {error.strerror or error}"
@@ -120,7 +120,7 @@ def refusal_text(error: UserError | OSError) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose `--help` ends with a runnable example and whose refusals are printed by rank 0 only."""
+    """A parser whose `--help` ends with a runnable example and whose errors are printed by rank 0 only."""
 
     def __init__(self, description: str, example: str) -> None:
         super().__init__(
@@ -152,7 +152,7 @@ def path_argument(text: str) -> Path:
 
 
 def output_file(text: str) -> Path:
-    """A file that can be written later, refused now where it cannot; for argparse's `type`."""
+    """A file that can be written later, an error now where it cannot; for argparse's `type`."""
     path = path_argument(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a directory; give a file's name")

@@ -41,7 +41,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Says nothing: for callers that show no progress, and for ranks that do not speak."""
+    """Prints nothing: for callers that show no progress, and for ranks other than 0."""
 
     def start(self, phase: str, total: float, unit: str = BYTES) -> None: ...
 

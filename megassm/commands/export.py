@@ -1,7 +1,7 @@
 """Cuts a trained model to a budget K, or to a family of them, as folders that megassm and transformers open.
 
 Each is written with its tokenizer and a card, read back, and checked against the whole model on validation text.
-`--seq-len` sets model.seq_len of the export and derives its filters for that length. Filters are no weights: no weight
+`--seq-len` sets model.seq_len of the export and derives its filters for that length. Filters are not weights: no weight
 changes, nor the file's size. But they are not the filters that the weights were trained with: the leading ones hardly
 depend on the length, the high ones do. Table and card have the quality with both, on sequences of that length.
 """

@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _licence(given: str | None) -> str | None:
-    """A file's text, or what was given; a name that looks like a file's and is none is refused."""
+    """A file's text, or what was given; a name that looks like a file's and is not one is an error."""
     if not given:
         return None
     path = Path(given)

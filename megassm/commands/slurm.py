@@ -6,7 +6,7 @@
     cancel RUN_DIR           the ranks save, if they can within SLURM's KillWait
     resume RUN_DIR           submits the run again: what it asked for last, but for what is given
 
-`submit` refuses what the run would refuse, before anything is queued. It writes RUN_DIR/jobs/NNNN: config.yaml
+`submit` checks what the run would check, before anything is queued. It writes RUN_DIR/jobs/NNNN: config.yaml
 (resolved), code/ (what the job runs, however long it waits in the queue), version.txt (commit and uncommitted changes),
 job.sh, job.json; the job writes log.txt there. On a preemption, at its time limit, and where a node dies, the job is
 requeued and continues from its newest complete checkpoint. `COMMAND --help` has an example.
@@ -71,7 +71,7 @@ def job_parser(name: str, description: str, example: str) -> Parser:
 
 
 def check_request(request: JobRequest, config: Config, path: Path, overrides: Sequence[str]) -> None:
-    """Refuses what the job would be refused for once it runs.
+    """Checks now what would end the job once it runs.
 
     Raises:
         UserError: naming the option.
@@ -187,7 +187,7 @@ def ask_slurm(*command: str) -> str:
     """What one of SLURM's commands prints.
 
     Raises:
-        UserError: it is not installed, or refuses.
+        UserError: it is not installed, or fails.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

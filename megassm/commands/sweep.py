@@ -108,7 +108,7 @@ def follow(run_dir: Path, request: SweepRequest, peers: Peers) -> list[Sweep]:
 
 
 def check_writable(path: Path) -> None:
-    """Refuses before the work what could not be written after it."""
+    """Checks before the work that its results can be written after it."""
     if path.is_dir() and not os.access(path, os.W_OK):
         raise UserError(f"{path}: cannot be written to, and the sweep's files go there; copy the checkpoint elsewhere")
 

@@ -1,9 +1,9 @@
 """Pretrains a model: `deepspeed launch/pretrain.py --config configs/tiny.yaml [section.key=value ...]`.
 
 Starts in the same way under `deepspeed`, `torchrun`, `srun` (see launch/slurm.py), and as plain `python` (one process).
-The configuration and the data's index are checked before torch is imported: a refusal takes less than a second. Exit
-codes: 0 done; 75 told to stop (SIGTERM, SIGUSR1), and saved; 1 refused or failed; 2 the configuration or the command
-line is wrong.
+The configuration and the data's index are checked before torch is imported: a mistake is reported in less than a
+second. Exit codes: 0 done; 75 told to stop (SIGTERM, SIGUSR1), and saved; 1 an error; 2 the configuration or the
+command line is wrong.
 
 `python launch/pretrain.py --config X.yaml --dry-run --world-size 512` checks a job of that size, and starts nothing;
 `--print-config` prints the configuration with every knob in it.
@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from megassm.cli.arguments import Parser, positive, refusal_text, run_tool
+from megassm.cli.arguments import Parser, error_text, positive, run_tool
 from megassm.config.load import dump_config, load_config_or_exit, world_size_from_environment
 from megassm.errors import UserError
 from megassm.run.directory import FAILURE
@@ -66,7 +66,7 @@ def main() -> None:
         print(dump_config(config), end="")
         return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one message of ours, not pages of frames
-    # imported one after another, so that what is wrong early is refused early
+    # imported one after another, so that what is wrong early is reported early
     from megassm.data.dataset import open_dataset
     from megassm.run.events import append_event
     from megassm.run.opening import open_run_directory
@@ -82,7 +82,7 @@ def main() -> None:
         pretrain(config, data)
     except (UserError, OSError) as error:  # before there is a watchdog to say it
         with contextlib.suppress(OSError), open(run_dir / FAILURE, "x", encoding="utf-8") as file:
-            file.write(f"{refusal_text(error)}\n")
+            file.write(f"{error_text(error)}\n")
         raise
     if lock is not None:
         lock.close()
@@ -93,7 +93,7 @@ def leave(code: int) -> NoReturn:
     (2 of 40 starts of two ranks under torchrun)."""
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # a full disk behind a log is no failure of the run
+        with contextlib.suppress(OSError):  # a full disk behind a log does not fail the run
             stream.flush()
     os._exit(code)
 

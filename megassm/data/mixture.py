@@ -109,7 +109,7 @@ def one_source(shards: ShardSet, reading: ReadOptions | None = None) -> Mixture:
 
 
 def check_repeats(mixture: Mixture, config: Config) -> None:
-    """Refuses a mixture that would read a source more often than `data.max_epochs` over the planned steps.
+    """Checks that the mixture reads no source more often than `data.max_epochs` over the planned steps.
 
     Raises:
         UserError: naming each such source, with the numbers.

@@ -145,7 +145,7 @@ def sweep(
         plan: budgets and lengths.
         token_bytes: (V,) UTF-8 bytes of each token.
         peers: the ranks, and where to compute.
-        progress: told of this rank's batches, of every budget.
+        progress: advanced by this rank's batches, at every budget.
 
     Raises:
         UserError: a budget beyond K_max, a length the filters cannot be continued to, or no text.

@@ -53,7 +53,7 @@ def export_models(
         session: the trained model and its data.
         folders: by K; what an earlier export left there is replaced.
         plan: how.
-        progress: told of each model.
+        progress: advanced by each model.
 
     Raises:
         UserError: a budget beyond K_max, a folder with something else in it, no validation text, or a file that does

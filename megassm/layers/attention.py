@@ -45,7 +45,7 @@ def attention_mask(
     seen = (age >= 0) & (age < (window or length))
     if documents_BL is not None:
         seen = seen & (documents_BL[:, None, :, None] == documents_BL[:, None, None, :])
-    if real_BL is not None:  # padding sees itself: a softmax of nothing is no number
+    if real_BL is not None:  # padding sees itself: the softmax of an empty row is NaN
         seen = seen & (real_BL[:, None, None, :] | (age == 0))
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)
 

@@ -147,7 +147,7 @@ def _as_autocast(x: Tensor) -> Tensor:
 
 
 def _checked(d_model: int, seq_len: int, num_channels: int, choices: SpectralChoices) -> ModelConfig:
-    """The choices as a model's section, by whose types and bounds they are checked; what is no layer's is 1 there."""
+    """The choices as a model's section, by whose types and bounds they are checked; the model's own knobs are 1."""
     values: dict[str, Any] = {"d_model": d_model, "seq_len": seq_len, "num_channels": num_channels, **choices}
     try:
         config = ModelConfig.model_validate({"vocab_size": 1, "n_layers": 1, "d_ffn": 1, **values})

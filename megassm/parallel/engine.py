@@ -49,7 +49,7 @@ def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # its CPU Adam would be compiled at start
         "bf16": {"enabled": bf16},
-        "steps_per_print": 2**62,  # the journal speaks
+        "steps_per_print": 2**62,  # the journal reports progress
         "wall_clock_breakdown": False,
     }
     if bf16:

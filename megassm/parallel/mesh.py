@@ -2,7 +2,8 @@
 
     rank = (data * sequence_size + sequence) * tensor_size + tensor
 
-Tensor ranks, which speak most, are neighbours, so that they stay inside a node; then sequence ranks; then data ranks.
+Tensor ranks, which communicate most, are neighbours, so that they stay inside a node; then sequence ranks; then data
+ranks.
 
 * A tensor group holds one copy of the weights, in parts, and computes the same positions.
 * A sequence group holds copies of the same part, and computes parts of the same sequences.

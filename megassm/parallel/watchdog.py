@@ -8,7 +8,7 @@ The main thread of every rank notes where it is (`RankProgress`, an attribute). 
 
 A rank that must end the job, because its main thread is stuck or because a collective failed, reads what all ranks
 told the store, twice: a rank whose beat stopped is dead or stopped; otherwise the rank behind the others hangs. The
-first to find out speaks, all write their stacks, and all leave with code 1.
+first to find out writes the message, all write their stacks, and all leave with code 1.
 
 Every wait here is bounded: the store may be held by the very rank that has stopped. So the failure file decides who
 is the first to speak: whoever creates it.
@@ -173,7 +173,7 @@ class Watchdog:
             time.sleep(3 * BEAT_S)  # the store goes with this rank: the others must have read it by then
 
     def fail(self, why: str, error: BaseException | None = None) -> NoReturn:
-        """Ends the job because a rank does not go on: finds out which, speaks if nobody has, leaves stacks."""
+        """Ends the job because a rank does not go on: finds out which, writes why if no rank has, leaves stacks."""
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # another thread of this process is at it, and will end it
         found = self._diagnose()

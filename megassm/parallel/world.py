@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from megassm.cli.arguments import refusal_text
+from megassm.cli.arguments import error_text
 from megassm.config.schema import Config
 from megassm.errors import UserError
 from megassm.parallel.job_store import meet
@@ -33,7 +33,7 @@ PEERS_TIMEOUT = timedelta(hours=1)
 
 @dataclass(frozen=True)
 class World:
-    """Coordinates of this process, and the groups it speaks in (see `megassm.parallel.mesh`)."""
+    """Coordinates of this process, and the groups it communicates in (see `megassm.parallel.mesh`)."""
 
     rank: int
     device: torch.device
@@ -159,7 +159,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def _share_cores(world_size: int) -> None:
-    """Divides this machine's cores among its ranks, where nobody has said otherwise; torch takes all for each."""
+    """Divides this machine's cores among its ranks, where nothing else is set; torch takes all for each."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_ranks(world_size)))
 
@@ -207,12 +207,12 @@ def together(attempt: Callable[[], T]) -> T:
     Raises:
         UserError: what any rank raised as one or as an `OSError`.
     """
-    refusals, results = "", []
+    errors, results = "", []
     try:
         results.append(attempt())
     except (UserError, OSError) as error:
-        refusals = refusal_text(error) or type(error).__name__
-    for text in gather_texts(refusals):
+        errors = error_text(error) or type(error).__name__
+    for text in gather_texts(errors):
         if text:
             raise UserError(text)
     return results[0]

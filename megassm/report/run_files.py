@@ -25,7 +25,7 @@ def check_run_directory(path: Path) -> Path:
         raise UserError(f"{path}: no such run directory; give run.dir of a run, such as runs/demo")
     if not any((path / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS)):
         raise UserError(
-            f"{path}: is no run directory (it has neither config.yaml nor {METRICS}); give run.dir of a run"
+            f"{path}: is not a run directory (it has neither config.yaml nor {METRICS}); give run.dir of a run"
         )
     return path
 

@@ -101,7 +101,7 @@ def render(runs: Sequence[LoadedRun]) -> str:
 
 
 def summary(run: LoadedRun) -> dict[str, Any]:
-    """A run's newest and typical figures; None for what it has not."""
+    """A run's newest and typical figures; None where the run has none."""
     history = run.history
     newest = history.newest or {}
     step, _, valid = history.validations[-1] if history.validations else (None, None, {})

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from megassm.cli.arguments import is_rank_zero, refusal_text
+from megassm.cli.arguments import error_text, is_rank_zero
 from megassm.config.load import dump_config
 from megassm.config.schema import Config
 from megassm.errors import UserError
@@ -49,7 +49,7 @@ def open_run_directory(config: Config) -> IO[str] | None:
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        why = refusal_text(error) if isinstance(error, OSError) else str(error)
+        why = error_text(error) if isinstance(error, OSError) else str(error)
         raise UserError(
             f"run.dir = {config.run.dir!r}: cannot be written ({why}); choose another directory with run.dir=DIR"
         ) from None

@@ -137,7 +137,7 @@ def ends_amid_a_line(file: IO[bytes]) -> bool:
 def cut_after(path: Path, step: int) -> None:
     """Drops the records of updates after `step`, and a last line that a kill cut in half.
 
-    The file becomes a new one: what an older start of the run may still append to its own is seen by nobody. Only where
+    The file becomes a new one: what an older start of the run may still append to its own is not seen. Only where
     a full disk has no space for both, it is cut in place.
     """
     if not path.exists():

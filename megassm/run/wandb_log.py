@@ -1,4 +1,4 @@
-"""wandb, told of every record from a thread of its own: whatever it does, or does not do, training never waits for it.
+"""wandb gets every record from a thread of its own: training never waits for it.
 
 Offline needs no account. Online without a key, or without a server, falls back to offline with one warning; whatever
 else goes wrong ends its part with one warning. metrics.jsonl is the truth.

@@ -1,7 +1,7 @@
 """Looks at a run's updates while it trains: stragglers, loss spikes, what goes on inside the channels.
 
-The main rank knows the past and tells of what it finds (`megassm.run.events`); the journal's records get the figures.
-What changes training, the dropping of a spike's batch, is decided from one message, so alike on all ranks.
+The main rank keeps the history and reports what it finds as events (`megassm.run.events`); the journal's records get
+the figures. What changes training, the dropping of a spike's batch, is decided from one message, so alike on all ranks.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Health:
         return loss > rows[0][3]
 
     def look(self, record: Record, totals: Totals) -> Record:
-        """What an update's record gets more; tells of what is wrong. For the main rank, and for it alone."""
+        """What is added to an update's record; reports what is wrong. Called on the main rank alone."""
         more: Record = {"phases_s": self._run.world.progress.phases()}
         slowest = self._stragglers.add(totals.seconds_RP)
         if slowest:
@@ -80,9 +80,7 @@ class Health:
         more: Record = {}
         if "channels" in record:
             more["channels"] = record["channels"] | {"updates": self._updates_K.tolist()}
-        self._records[-1] = self._records[-1] | {
-            "valid": record.get("valid", {})
-        }  # a task's accuracies are no curve of bits
+        self._records[-1] = self._records[-1] | {"valid": record.get("valid", {})}  # a task's accuracies are not bits
         found = warnings_of(list(self._records))
         for warning in found:
             if warning.name not in self._warned:

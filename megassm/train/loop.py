@@ -18,7 +18,7 @@ import torch
 
 from megassm.budget import budget_at
 from megassm.checkpoint.save import save_checkpoint
-from megassm.cli.arguments import STOPPED, refusal_text
+from megassm.cli.arguments import STOPPED, error_text
 from megassm.config.schema import Config
 from megassm.cost import forward_flops_per_token, training_flops_per_token
 from megassm.data.dataset import Dataset
@@ -72,7 +72,7 @@ def pretrain(config: Config, data: Dataset) -> None:
         try:
             done = set_up_and_train(config, data, world, watchdog)
         except (UserError, OSError) as error:
-            watchdog.refuse(f"rank {world.rank}: {refusal_text(error)}")
+            watchdog.refuse(f"rank {world.rank}: {error_text(error)}")
             raise SystemExit(1) from None
         except Exception as error:
             if isinstance(error, RuntimeError) and is_lost_peer(error):
@@ -262,7 +262,7 @@ def save(run: Run, done_steps: int, must: bool) -> bool:
     what = f"no checkpoint after step {done_steps}: {failure}; older ones are untouched"
     if must:
         raise UserError(f"{what}. Make room, and start again: the same command continues from the last one")
-    if failure != run.save_failure:  # a disk that stays full, or read-only, is told of once
+    if failure != run.save_failure:  # a disk that stays full, or read-only, is reported once
         run.save_failure = failure
         run.events.add("disk", done_steps, what)
     return False

@@ -23,7 +23,7 @@ MIN_RECORDS = 16
 FLOOR = 0.005
 """A standard deviation below this share of the loss is taken for it: a flat curve makes no spike of a ripple."""
 LEVEL = 5
-"""So many spikes in a row are no spikes but a new level: what was learnt is forgotten."""
+"""So many spikes in a row are a new level: the estimate starts again."""
 
 Floats = npt.NDArray[np.float64]
 

@@ -1,6 +1,6 @@
 """Documents, one at a time, out of the files that `inputs` found and through the filters that were asked for.
 
-Text is kept exactly as it is (no newline translation; a byte order mark at a file's start is no text). What is left
+Text is kept exactly as it is (no newline translation; a byte order mark at a file's start is not text). What is left
 out or changed is counted. `formats` reads the files. A long document comes in pieces. Memory: one record, or one
 piece of a text file, or as much of a document as it takes to know that a filter leaves it in.
 """

@@ -93,7 +93,7 @@ def source_of(arguments: argparse.Namespace) -> TextSource:
 
 
 def check_separator(separator: str) -> None:
-    """UserError where a separator is no regular expression, or would divide before every character."""
+    """UserError where a separator is not a regular expression, or would divide before every character."""
     try:
         pattern = separator_pattern(separator)
     except (re.error, RecursionError, OverflowError) as error:

@@ -19,7 +19,7 @@ from megassm.guarded import check_tar
 TAR_RECORD_BYTES = 512
 KEPT_BYTES = 1 << 13  # behind the position in a stream: tarfile goes back by a few records at most
 CHUNK_BYTES = 1 << 20
-META = re.compile(r"__[^/]*__(/|$)")  # webdataset's mark for what is no sample
+META = re.compile(r"__[^/]*__(/|$)")  # webdataset's mark of members that are not samples
 
 
 class TarMember(NamedTuple):

@@ -1,6 +1,6 @@
 """Compressed files as streams of what they hold: recognised by their first bytes, read strictly.
 
-What is cut short, or followed by bytes that are no compressed data, is refused: the standard library's readers of
+What is cut short, or followed by bytes that are not compressed data, is refused: the standard library's readers of
 bzip2 and xz end silently there. Memory: a megabyte, and the window that the file asks for. zstd needs pyarrow.
 """
 

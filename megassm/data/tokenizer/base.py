@@ -113,7 +113,7 @@ class SentencePieceTokenizer:
         try:
             self._pieces = [_piece_bytes(self._processor, i) for i in range(self.vocab_size)]
         except (ValueError, IndexError) as error:
-            raise UserError(f"tokenizer {path}: a piece of it is no text ({error}); {TRAIN_ONE}") from None
+            raise UserError(f"tokenizer {path}: a piece of it is not text ({error}); {TRAIN_ONE}") from None
         space_mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self._space_mark_ids: list[int] = space_mark_ids
         self._out_type = _out_type(self._processor)

@@ -12,7 +12,7 @@ COMMANDS = {
     "verify": "check a data set",
     "make_task": "make the data set of a labelled task",
     "plan": "what a run will need on a cluster",
-    "train": "train a model; under deepspeed and torchrun too: -m megassm train",
+    "train": "train a model; also torchrun -m megassm train, deepspeed --module megassm train",
     "slurm": "queue runs under SLURM: submit, status, logs, cancel, resume",
     "watch": "watch a run in the terminal",
     "inspect": "the text of any batch of a run",
@@ -28,6 +28,8 @@ COMMANDS = {
 
 def main() -> None:
     """Runs the command that the first word names, on the others."""
+    if len(sys.argv) > 1 and sys.argv[1].startswith("--local_rank="):
+        del sys.argv[1]  # `deepspeed --module megassm train` puts it first; LOCAL_RANK counts
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h"):
         print("usage: megassm COMMAND ...\n\ncommands; each has --help:")

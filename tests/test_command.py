@@ -60,6 +60,10 @@ def test_slurm_is_a_command_like_the_others(tmp_path: Path) -> None:
     assert "example:\n  megassm slurm submit --config" in usage
 
 
+def test_the_deepspeed_launcher_puts_an_option_before_the_command() -> None:
+    assert run_python("-m", "megassm", "--local_rank=1", "train", "--help").stdout.startswith("usage: megassm train")
+
+
 def test_an_unknown_command_is_named() -> None:
     done = run_python("-m", "megassm", "trian", check=False)
     assert done.returncode == 2

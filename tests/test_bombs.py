@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from megassm.checkpoint.exported import SUMS, open_model_folder, write_model_folder
+from megassm.checkpoint.format import load_model
 from megassm.data.prepare.documents import ReadCounts, read_documents
 from megassm.data.prepare.kinds import look_at
 from megassm.data.prepare.source import TextSource
@@ -85,7 +86,7 @@ def test_a_model_that_no_machine_holds(change: dict[str, int], exported: Path, t
     described["megassm"]["model"] |= change
     (tmp_path / "config.json").write_text(json.dumps(described))
     with refused(r"config\.json"):
-        open_model_folder(tmp_path).load_model()
+        load_model(open_model_folder(tmp_path))
 
 
 def test_a_tokenizer_of_four_billion_ids(tmp_path: Path) -> None:

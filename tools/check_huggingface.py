@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from megassm.checkpoint.exported import open_model_folder, write_model_folder
+from megassm.checkpoint.format import load_model
 from megassm.config.model import ModelConfig
 from megassm.data.tokenizer.base import load_tokenizer
 from megassm.model import build_model, truncate
@@ -123,7 +124,7 @@ def adapter(m: Model, config: Any) -> str:
     apart = max(largest(merged(m.ids, k=k).logits, logits) for k, logits in before.items())
     folder = Path(tempfile.mkdtemp())
     merged.save_pretrained(folder)
-    cut = truncate(open_model_folder(folder).load_model(), 2)
+    cut = truncate(load_model(open_model_folder(folder)), 2)
     seen = at_most(apart, 2e-6), at_most(largest(cut(m.ids, 2), before[2]), 2e-6)
     return f"{sum(p.numel() for p in trained):,} trained; merged {seen[0]}, cut to K=2 {seen[1]}"
 

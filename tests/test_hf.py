@@ -174,7 +174,7 @@ def test_saved_in_several_files(pair: tuple[LanguageModel, Any, Any], tmp_path: 
     ours, model, _ = pair
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    found = open_model_folder(tmp_path).load_model()
+    found = load_model(open_model_folder(tmp_path))
     for name, value in ours.named_parameters():
         assert torch.equal(found.get_parameter(name), value), name
     index = tmp_path / "model.safetensors.index.json"
@@ -182,11 +182,11 @@ def test_saved_in_several_files(pair: tuple[LanguageModel, Any, Any], tmp_path: 
     for damage in (whole.replace('": "model-00001', '": "../model-00001'), "[]", "{}", "x"):
         index.write_text(damage)
         with pytest.raises(UserError, match=r"index\.json: not an index of weights .*save the model again"):
-            open_model_folder(tmp_path).load_model()
+            load_model(open_model_folder(tmp_path))
     index.write_text(whole)
     next(tmp_path.glob("*-00002-*")).unlink()
     with pytest.raises(UserError, match=r"00002.*No such file.*names it"):
-        open_model_folder(tmp_path).load_model()
+        load_model(open_model_folder(tmp_path))
 
 
 def test_a_new_model_starts_as_in_training(pair: tuple[LanguageModel, Any, Any]) -> None:

@@ -20,14 +20,33 @@ REDUCE_BUCKET = 500_000_000
 LayerKind = Literal["spectral mixer", "attention", "feed-forward", "norm", "embedding", "head and loss"]
 
 PEAK_TFLOPS = {
-    # dense bf16 matrix products, the vendors' data sheets
+    "GB200": 2500.0,
+    "B200": 2250.0,
+    "H200 NVL": 835.0,
     "H200": 989.0,
+    "GH200": 989.0,
     "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H100": 989.0,
+    "H20": 148.0,
     "A100": 312.0,
+    "A30": 165.0,
+    "A40": 150.0,
+    "A10": 125.0,
+    "A10G": 70.0,
     "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "RTX 6000 Ada": 364.0,
+    "RTX A6000": 155.0,
     "RTX 4090": 165.0,
+    "RTX 3090": 71.0,
+    "MI300X": 1307.0,
+    "MI325X": 1307.0,
+    "MI250X": 383.0,
 }
+"""Dense bf16 matrix products with float32 sums, TFLOP/s, by words of a device's name: the vendors' data sheets. A name
+that has the words of several has the first's."""
 
 
 def mixer_parameters(config: ModelConfig, mixer: str, k: int) -> int:

@@ -267,8 +267,12 @@ JOB={folder}
 export PYTHONPATH="$JOB/{code}"
 echo "--- job $SLURM_JOB_ID, restart ${{SLURM_RESTART_COUNT:-0}}, on $SLURM_JOB_NODELIST, $(date -u +%FT%TZ)"
 
+# srun would give each rank one core, and takes --cpus-per-task from no batch job since 22.05: all that the job has here
+cores=${{SLURM_CPUS_PER_TASK:-$((${{SLURM_CPUS_ON_NODE:-0}} / {tasks}))}}
+
 # in the background, because bash runs a trap only between commands
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node={tasks} --ntasks=$((SLURM_JOB_NUM_NODES * {tasks})) \\
+  --cpus-per-task=$((cores > 0 ? cores : 1)) \\
   --kill-on-bad-exit=0 --wait={wait_s} {python} -P -m megassm train --config "$JOB/{config}" &
 ranks=$!
 trap 'kill -USR1 $ranks' USR1   # scancel --batch --signal=USR1: srun hands it to the ranks

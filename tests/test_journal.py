@@ -235,3 +235,31 @@ def test_wandb_that_dies_on_the_way_is_given_up_once(
     journal.close()
     assert capsys.readouterr().err.count("Connection lost") == 1
     assert len(read_records(Path(config.run.dir))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10", 125), ("NVIDIA L4", 121), ("NVIDIA L40S", 362),
+        ("NVIDIA GB200", 2500), ("NVIDIA B200", 2250), ("AMD Instinct MI300X", 1307),
+        ("NVIDIA RTX 6000 Ada Generation", 364),
+    ],
+)  # fmt: skip
+def test_peak_rate_by_name(monkeypatch: pytest.MonkeyPatch, name: str, tflops: float) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    rate, source = peak_flops(None, torch.device("cuda", 0))
+    assert rate == tflops * 1e12
+    assert source.startswith("data sheet of ")
+
+
+def test_an_unknown_card_is_measured_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A1000")
+    monkeypatch.setattr(
+        "megassm.run.journal._measured_flops", lambda device, size, dtype: asked.append((size, dtype)) or 1e14
+    )
+    rate, source = peak_flops(None, torch.device("cuda", 0))
+    assert (rate, asked) == (1e14, [(8192, torch.bfloat16)])
+    assert "bf16" in source
+    assert "A1000" in source

@@ -80,10 +80,27 @@ def test_the_script_is_bash_and_says_what_was_asked_for(tmp_path: Path) -> None:
         f"#SBATCH --output='{tmp_path}/a run%%/jobs/0001/log.txt'", f"JOB='{folder}'",
     ):  # fmt: skip
         assert f"{line}\n" in script, line
-    assert script.count("srun --nodes=") == 1
+    assert script.count("\nsrun ") == 1
     assert "--wait=1200 /env/bin/python" in script
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     assert "gpus-per-node" not in batch_script(JobRequest("1", 0, 2), folder, Path("p"), tmp_path, 60)
+
+
+@pytest.mark.parametrize(
+    ("given", "cores"),
+    [({"SLURM_CPUS_ON_NODE": "96"}, 12), ({"SLURM_CPUS_ON_NODE": "96", "SLURM_CPUS_PER_TASK": "6"}, 6),
+     ({"SLURM_CPUS_ON_NODE": "4"}, 1), ({}, 1)],
+)  # fmt: skip
+def test_ranks_share_the_cores_of_their_node(tmp_path: Path, given: dict[str, str], cores: int) -> None:
+    script = batch_script(JobRequest("2", 8, 8), tmp_path / "run/jobs/0001", Path("python"), tmp_path, 60)
+    fake = tmp_path / "srun"
+    fake.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/asked\n')
+    fake.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NUM_NODES": "2", **given}
+    subprocess.run(["bash"], input=script, text=True, check=True, env=environment, cwd=tmp_path)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert f"--cpus-per-task={cores}" in asked
+    assert {"--ntasks=16", "--ntasks-per-node=8", "--nodes=2"} <= set(asked)
 
 
 def slurm(*arguments: str, check: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -85,11 +85,16 @@ def print_line(message: str, stream: TextIO | None = None) -> None:
 
 
 def refuse(message: str, code: int) -> NoReturn:
-    """Prints `message` on rank 0 only and leaves with `code` on every rank."""
-    if is_rank_zero():
-        print(visible(as_started(message)), file=sys.stderr, flush=True)
-    else:
-        time.sleep(OTHER_RANKS_WAIT_S)  # a launcher ends all ranks with the first that leaves: let rank 0 print
+    """Prints `message` and leaves with `code`: rank 0 at once, the others after a while, with their host and rank.
+
+    A launcher ends all ranks with the first that leaves. So where all refuse for one reason, rank 0 alone speaks, or
+    one rank a machine; and where only one does, its reason is not lost.
+    """
+    if not is_rank_zero():
+        first_here = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+        time.sleep(OTHER_RANKS_WAIT_S * (1 if first_here else 2))
+        message = f"[rank {os.environ['RANK']} on {os.uname().nodename}] {message}"
+    print(visible(as_started(message)), file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 

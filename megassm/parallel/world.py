@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megassm.cli.arguments import error_text
 from megassm.config.schema import Config
 from megassm.errors import UserError
+from megassm.parallel.device import pick_device, raise_file_limit, shared_device
 from megassm.parallel.job_store import meet
 from megassm.parallel.mesh import Coordinates, Mesh, mesh_of
 from megassm.parallel.phases import count_waits
@@ -27,6 +28,7 @@ from megassm.parallel.watchdog import RankProgress
 
 T = TypeVar("T")
 Group = dist.ProcessGroup
+NCCL_GRACE = timedelta(minutes=2)
 PEERS_TIMEOUT = timedelta(hours=1)
 """A tool's other ranks wait this long, at most, for the one that measures."""
 
@@ -75,7 +77,7 @@ def join_peers(device: Literal["auto", "cpu", "cuda"]) -> Peers:
     """Joins the other processes of a tool; alone without a launcher.
 
     Raises:
-        UserError: CUDA is asked for and absent, or there are more local ranks than devices.
+        UserError: CUDA is asked for and absent, or two ranks have the same device.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
@@ -87,12 +89,12 @@ def join_world(config: Config) -> World:
     """Joins the process group that the launcher's environment describes; alone without a launcher.
 
     Raises:
-        UserError: CUDA is asked for and absent, there are more local ranks than devices, or a tensor group would
-            span machines.
+        UserError: CUDA is asked for and absent, two ranks have the same device, or a tensor group would span machines.
     """
     count_waits()
     timeout = timedelta(seconds=config.parallel.timeout_s)
     rank, device = _join(config.train.device, timeout)
+    timeout = _group_timeout(device.type == "cuda", timeout)
     mesh = mesh_of(config, dist.get_world_size())
     _check_machines(mesh)
     tensor, sequence, replicas, readers = (
@@ -115,41 +117,36 @@ def _check_machines(mesh: Mesh) -> None:
 def _join(device: Literal["auto", "cpu", "cuda"], timeout: timedelta) -> tuple[int, torch.device]:
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    place = _pick_device(device, int(os.environ["LOCAL_RANK"]), _local_ranks(size))
+    place = pick_device(device, int(os.environ["LOCAL_RANK"]), rank)
     if place.type == "cpu":
         _share_cores(size)
     if dist.is_initialized():  # a process may hold several models, one after another
         return dist.get_rank(), place
-    backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
+    raise_file_limit(size)
+    cuda = place.type == "cuda"
+    backend, bound = ("cpu:gloo,cuda:nccl", place) if cuda else ("gloo", None)
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         store = meet(rank, size, _local_ranks(size) == size, timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
+        rank, size, store = 0, 1, torch._C._distributed_c10d.HashStore()
+    try:
         dist.init_process_group(
-            backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=timeout
+            backend, store=store, rank=rank, world_size=size, timeout=_group_timeout(cuda, timeout), device_id=bound
         )
+    except dist.DistBackendError as error:
+        raise shared_device(error, place) or error from None
     return dist.get_rank(), place
+
+
+def _group_timeout(cuda: bool, timeout: timedelta) -> timedelta:
+    """NCCL's watchdog would end a process without a word of where it was: `megassm.parallel.watchdog` must be first."""
+    return timeout + NCCL_GRACE if cuda else timeout
 
 
 def leave_world() -> None:
     """Ends the process group; leaving without it aborts now and then."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _pick_device(device: Literal["auto", "cpu", "cuda"], local_rank: int, local_ranks: int) -> torch.device:
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if count == 0:
-        raise UserError("train.device = cuda: torch finds no CUDA device here (0 CUDA devices); set train.device=cpu")
-    if local_ranks > count:
-        raise UserError(
-            f"{local_ranks} ranks were started on a machine with {count} CUDA devices. Start at most {count} on it, or "
-            "set train.device=cpu"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
 
 
 def is_lost_peer(error: BaseException) -> bool:

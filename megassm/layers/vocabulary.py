@@ -10,6 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from megassm.ops.losses import token_losses
+
 
 class Vocabulary:
     """All of the vocabulary in one place."""
@@ -24,8 +26,7 @@ class Vocabulary:
 
     def losses(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
         """Negative log-likelihood in nats, (B, L) float32."""
-        logits_NV = logits_BLV.flatten(0, 1).float()
-        return F.cross_entropy(logits_NV, targets_BL.flatten(), reduction="none").view_as(targets_BL)
+        return token_losses(logits_BLV.flatten(0, 1), targets_BL.flatten()).view_as(targets_BL)
 
     def hits(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
         """1 where the target is the most likely of all, 0 where it is not, float32; n equals share the one."""

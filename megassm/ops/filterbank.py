@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megassm.errors import UserError
+from megassm.ops import states
 from megassm.ops.documents import Segments
 
 FLASHFFT_TOLERANCE = 0.02
@@ -132,6 +133,8 @@ def chunk_inputs(
     u_BLD: Tensor, tables: ChunkTables, segments: Segments | None = None, states_BNSD: Tensor | None = None
 ) -> Tensor:
     """[U_c ; x_c] (N, I, D) of every chunk: its own inputs, zero beyond the end, and the state it starts from."""
+    if segments is None and states_BNSD is None and states.kernel_serves(u_BLD, tables.input_SC):
+        return states.chunk_inputs(u_BLD, tables.transition_SS, tables.input_SC)
     u_BNCD = chunked(u_BLD, tables.input_SC.shape[1])
     if states_BNSD is None:
         states_BNSD = chunk_states(u_BNCD, tables, segments)

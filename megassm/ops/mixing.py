@@ -112,12 +112,13 @@ class _GatedProduct(torch.autograd.Function):
         n, c, heads, _ = weights_NCHK.shape
         z_MIP, weights_MCK = _heads_first(z_NID, heads).flatten(0, 1), weights_NCHK.movedim(2, 0).flatten(0, 1)
         form, _ = _kernels(z_MIP)
-        y_HQE = z_NID.new_zeros(heads, n * c, channels_KDE.shape[2], dtype=_accumulator(z_NID))
-        for ks in _groups(z_MIP, rows_CKI):
+        y_HQE, groups = None, _groups(z_MIP, rows_CKI)
+        for ks in groups:
             gated_MXP = form(z_MIP, _rows(rows_CKI, ks, z_NID), weights_MCK[:, :, ks].flatten(1))
             matrices_HXE = _head_matrices(channels_KDE[ks], heads).to(z_NID.dtype)
-            _add_product(y_HQE, gated_MXP.view(heads, n * c, -1), matrices_HXE)
+            y_HQE = _plus_product(y_HQE, gated_MXP.view(heads, n * c, -1), matrices_HXE, len(groups) > 1)
             del gated_MXP  # before the next group is formed
+        assert y_HQE is not None
         return _heads_last(y_HQE.to(channels_KDE.dtype).view(heads, n, c, -1))
 
     @staticmethod
@@ -128,10 +129,10 @@ class _GatedProduct(torch.autograd.Function):
         z_MIP, weights_MCK = _heads_first(z_NID, heads).flatten(0, 1), weights_NCHK.movedim(2, 0).flatten(0, 1)
         _, form_again = _kernels(z_MIP)
         dy_HQE = _heads_first(dy.to(z_NID.dtype), heads).flatten(1, 2)
-        dz_MIP = torch.zeros_like(z_MIP, dtype=_accumulator(z_NID))
+        dz_MIP, groups = None, _groups(z_MIP, rows_CKI)
         dweights_MCK = torch.empty_like(weights_MCK)
         dchannels_KDE = torch.empty_like(channels_KDE)
-        for ks in _groups(z_MIP, rows_CKI):
+        for ks in groups:
             rows_XI, weights_MCG = _rows(rows_CKI, ks, z_NID), weights_MCK[:, :, ks]
             matrices_HXE = _head_matrices(channels_KDE[ks], heads).to(z_NID.dtype)
             dgated_MXP = torch.bmm(dy_HQE, matrices_HXE.transpose(1, 2)).view(heads * n, -1, z_MIP.shape[2])
@@ -140,15 +141,18 @@ class _GatedProduct(torch.autograd.Function):
             dmatrices_HXE = torch.bmm(gated_MXP.view(heads, n * c, -1).transpose(1, 2), dy_HQE)
             dmatrices_HGPE = torch.unflatten(dmatrices_HXE, 1, (-1, z_MIP.shape[2]))
             dchannels_KDE[ks] = dmatrices_HGPE.transpose(0, 1).flatten(1, 2)
-            _add_product(dz_MIP, rows_XI.t().expand(heads * n, -1, -1), dgated_MXP)
+            dz_MIP = _plus_product(dz_MIP, rows_XI.t().expand(heads * n, -1, -1), dgated_MXP, len(groups) > 1)
             del gated_MXP, dgated_MXP
+        assert dz_MIP is not None
         dz_NID = _heads_last(dz_MIP.to(z_NID.dtype).view(heads, n, *z_MIP.shape[1:]))
         return dz_NID, None, dweights_MCK.view(heads, n, c, -1).movedim(0, 2), dchannels_KDE
 
 
 def _kernels(z_NID: Tensor) -> tuple[Any, Any]:
     """How gated features are formed: by Triton on CUDA, where it is and is right; by torch anywhere else."""
-    if z_NID.device.type == "cuda" and z_NID.shape[1] <= TRITON_INPUTS and _triton_is_right(z_NID.device, z_NID.dtype):
+    device, dtype = z_NID.device, z_NID.dtype
+    narrow = dtype.itemsize == 2  # float32's products have no tensor cores there that are as exact as torch's
+    if device.type == "cuda" and narrow and z_NID.shape[1] <= TRITON_INPUTS and _triton_is_right(device, dtype):
         from megassm.ops import mixing_triton
 
         return mixing_triton.gated_features, mixing_triton.gated_features_backward
@@ -217,14 +221,14 @@ def _groups(z_NID: Tensor, rows_CKI: Tensor) -> list[slice]:
     return [slice(first, min(k, first + size)) for first in range(0, k, size)]
 
 
-def _accumulator(z_NID: Tensor) -> torch.dtype:
-    """The dtype in which sums over groups are kept."""
-    return torch.promote_types(z_NID.dtype, torch.float32)
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, more: bool) -> Tensor:
+    """`total` and the batched product. Sums of several are kept in at least float32; the only one needs no sum.
 
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds the batched product; torch's FLOP counter does not see baddbmm_."""
-    if total.dtype == left.dtype:
-        torch.baddbmm(total, left, right, out=total)
-    else:
-        total += torch.bmm(left, right)
+    torch's FLOP counter does not see baddbmm_.
+    """
+    dtype = torch.promote_types(left.dtype, torch.float32) if more else left.dtype
+    if total is None:
+        return torch.bmm(left, right).to(dtype)
+    if dtype == left.dtype:
+        return torch.baddbmm(total, left, right, out=total)
+    return total.add_(torch.bmm(left, right))

@@ -1,0 +1,98 @@
+"""`filterbank.chunk_inputs` by one Triton kernel each way, on devices where it is and is right.
+
+Shapes: B sequences, L length, D channels, N chunks of all sequences, C chunk, S states, I = C + S.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_STATES = 128
+"""Whose recurrence fits the registers and the shared memory of a CUDA core."""
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 5e-3}
+"""Of the norm, for `_is_right`: float32's recurrence has an error of 3e-6 at 2,048 positions (H100)."""
+
+
+def kernel_serves(u_BLD: Tensor, input_SC: Tensor) -> bool:
+    """Whether `chunk_inputs` of this module computes these."""
+    return (
+        u_BLD.device.type == "cuda" and len(input_SC) <= MOST_STATES and _is_right(u_BLD.device, u_BLD.dtype)
+    )  # fmt: skip
+
+
+def chunk_inputs(u_BLD: Tensor, transition_SS: Tensor, input_SC: Tensor) -> Tensor:
+    """[U_c ; x_c] (N, I, D); `transition` is A in float64."""
+    one_SS = torch.eye(len(transition_SS), dtype=transition_SS.dtype, device=transition_SS.device)
+    inputs: Tensor = _ChunkInputs.apply(u_BLD, (transition_SS - one_SS).float(), input_SC)  # type: ignore[no-untyped-call]
+    return inputs
+
+
+class _ChunkInputs(torch.autograd.Function):
+    """Linear in u: nothing of it is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, u_BLD: Tensor, change_SS: Tensor, input_SC: Tensor) -> Tensor:
+        from megassm.ops import states_triton
+
+        ctx.save_for_backward(change_SS, input_SC)
+        ctx.shape = u_BLD.shape
+        return states_triton.chunk_inputs(u_BLD, change_SS, input_SC)
+
+    @staticmethod
+    def backward(ctx: Any, dz_NID: Tensor) -> tuple[Tensor, None, None]:
+        from megassm.ops import states_triton
+
+        change_SS, input_SC = ctx.saved_tensors
+        return states_triton.chunk_inputs_backward(dz_NID, change_SS, input_SC, ctx.shape), None, None
+
+
+@lru_cache
+def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels agree with torch on this device, forward and backward: asked once."""
+    if importlib.util.find_spec("triton") is None or dtype not in TOLERANCE:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    states, chunk = 44, 64
+    near_one = 1 - torch.logspace(-7, -0.3, states, dtype=torch.float64)
+    inputs_SC = torch.randn(states, chunk, generator=generator) / 8
+    u_BLD = torch.randn(2, 300, 40, generator=generator).to(device, dtype)
+    dz_NID = torch.randn(10, chunk + states, 40, generator=generator).to(device, dtype)
+    tables = (near_one.diag().to(device), inputs_SC.to(device, dtype))
+    try:
+        found = _both(chunk_inputs, u_BLD, tables, dz_NID)
+    except Exception as error:  # a compiler's refusal has many types
+        warnings.warn(f"Triton's recurrence does not run here ({error}); torch's products are used", stacklevel=2)
+        return False
+    for mine, other in zip(found, _both(_truth, u_BLD.double(), tables, dz_NID.double()), strict=True):
+        off = float((mine.double() - other).norm() / other.norm())
+        if not off < TOLERANCE[dtype]:
+            warnings.warn(f"Triton's recurrence is off by {off:.1e} here; torch's products are used", stacklevel=2)
+            return False
+    return True
+
+
+@torch.enable_grad()
+def _both(way: Any, u_BLD: Tensor, tables: tuple[Tensor, Tensor], dz_NID: Tensor) -> tuple[Tensor, Tensor]:
+    """(the inputs, the gradient of u)."""
+    u_BLD = u_BLD.detach().requires_grad_()
+    z_NID = way(u_BLD, *tables)
+    (du_BLD,) = torch.autograd.grad(z_NID, u_BLD, dz_NID)
+    return z_NID.detach(), du_BLD
+
+
+def _truth(u_BLD: Tensor, transition_SS: Tensor, input_SC: Tensor) -> Tensor:
+    """By the recurrence as it is written."""
+    states, chunk = input_SC.shape
+    batch, length, width = u_BLD.shape
+    x_BSD = u_BLD.new_zeros(batch, states, width)
+    rows = []
+    for u_BCD in torch.split(torch.nn.functional.pad(u_BLD, (0, 0, 0, -length % chunk)), chunk, dim=1):
+        rows.append(torch.cat((u_BCD, x_BSD), dim=1))
+        x_BSD = transition_SS.to(u_BLD.dtype) @ x_BSD + input_SC.to(u_BLD.dtype) @ u_BCD
+    return torch.stack(rows, dim=1).flatten(0, 1)

@@ -68,14 +68,24 @@ def parameter_groups(shapes: Mapping[str, torch.Size], factor: float, weight_dec
 
 
 def build_optimizer(model: nn.Module, factor: float, config: OptimConfig) -> torch.optim.Optimizer:
-    """torch's AdamW: DeepSpeed takes it at every ZeRO stage, and nothing has to be compiled."""
+    """torch's AdamW: DeepSpeed takes it at every ZeRO stage, and nothing has to be compiled.
+
+    On CUDA fused: one pass over weights, gradients and moments, without the two temporaries of their size that it needs
+    else. On a CPU the fused one made N ranks less equal to one: a bias was 5e-5 apart after 20 updates, not 1e-5.
+    """
     parameters = dict(model.named_parameters())
     groups = [
         {"params": [parameters[name] for name in group.names], "weight_decay": group.weight_decay,
          LR_FACTOR: group.lr_factor, "lr": config.lr * group.lr_factor}
         for group in parameter_groups({name: p.shape for name, p in parameters.items()}, factor, config.weight_decay)
     ]  # fmt: skip
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=next(iter(parameters.values())).is_cuda or None,
+    )
 
 
 def learning_rate(optim: OptimConfig, train: TrainConfig, step: int) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ from megassm.eval.score import Score
 from megassm.optim import learning_rate
 from megassm.parallel.engine import Engine, deepspeed_config
 from megassm.parallel.mesh import Mesh
+from megassm.parallel.state import _torch_optimizer
 from megassm.parallel.world import gather_rows, join_world, leave_world
 from megassm.train.loop import share_batch, step_budgets, train
 from megassm.train.setup import Run, set_up, stream_plan
@@ -185,6 +188,34 @@ def test_deepspeed_dict_is_derived(small_config: Make) -> None:
     derived = deepspeed_config(config, Mesh(2, 1, 1))
     assert derived["train_batch_size"] == 16
     assert derived["gradient_accumulation_steps"] == 4
-    assert derived["bf16"] == {"enabled": True}
+    assert derived["bf16"] == {"enabled": True, "immediate_grad_update": True}
+    assert derived["communication_data_type"] == "fp32"
     assert derived["gradient_clipping"] == 0.0
     assert derived["zero_optimization"]["stage"] == 1
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "bf16"), (0, "fp32")])
+def test_a_closed_engine_leaves_no_memory(small_config: Make, stage: int, precision: str) -> None:
+    """A run that is rewound builds a second one in the same process."""
+    config = small_config(f"parallel.zero_stage={stage}", f"train.precision={precision}")
+    world = join_world(config)
+    try:
+        engine = Engine(config, world)
+        ids_BT = torch.zeros(2, config.model.seq_len + 1, dtype=torch.long)
+        for _ in range(engine.micro_steps):
+            nll_BL = engine.losses(ids_BT, 8)
+            engine.backward(nll_BL, torch.ones_like(nll_BL, dtype=torch.bool))
+        engine.update(1e-3)
+        moments = [weakref.ref(moment) for moment in _moments(engine)]
+        assert all(moment() is not None for moment in moments)
+        del nll_BL
+        engine.close()
+        del engine
+        gc.collect()
+        assert all(moment() is None for moment in moments)
+    finally:
+        leave_world()
+
+
+def _moments(engine: Engine) -> list[torch.Tensor]:
+    return [state["exp_avg"] for state in _torch_optimizer(engine._engine).state.values()]

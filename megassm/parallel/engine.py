@@ -51,9 +51,14 @@ def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
         "bf16": {"enabled": bf16},
         "steps_per_print": 2**62,  # the journal reports progress
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a micro-step
     }
     if bf16:
+        # each layer's gradient is added to the float32 sum as it is made, and freed; between ranks it is summed in
+        # float32 too, or a sum over many ranks would lose what each adds
+        derived["bf16"]["immediate_grad_update"] = True
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
+        derived["communication_data_type"] = "fp32"
     return derived
 
 
@@ -196,6 +201,11 @@ class Engine:
         if self.world.mesh.tensor > 1:
             dist.all_reduce(squares[1], group=self.world.tensor)
         return float(squares.sum().sqrt())
+
+    def close(self) -> None:
+        """Lets the memory go with the last reference: DeepSpeed's hooks on gradients hold weights and moments else."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._engine.destroy()
 
     def read_state(self, kinds: Sequence[Kind], mine: Callable[[str], bool]) -> dict[str, dict[Kind, Tensor]]:
         """Kinds of state of the parameters that are `mine`, whole, float32, on the CPU. All ranks must call it.

@@ -24,7 +24,7 @@ def create_moments(engine: Any) -> None:
     optimizer = _torch_optimizer(engine)
     for master in _masters(engine):
         optimizer.state[master] = {
-            "step": torch.zeros((), dtype=torch.float32),
+            "step": torch.zeros((), dtype=torch.float32, device=master.device),
             "exp_avg": torch.zeros_like(master),
             "exp_avg_sq": torch.zeros_like(master),
         }

@@ -6,7 +6,7 @@ weights of W bytes (4 in fp32, 2 in bf16); master weights and moments are float3
     stage             weights      gradients              master, moments    bucket
     0                 4P           4P                     8P                 -
     1, fp32           4P           4P                     12P/R              4b     b: `reduce_bucket_numbers`
-    1, bf16           2P           4P + 2P                12P/R              -      accumulated in float32, and whole
+    1, bf16           2P           4P + one layer's       12P/R              -      accumulated in float32, and whole
     2                 WP           4P/R + one layer's     12P/R              Wb
     3                 WP/R         4P/R + one layer's     12P/R              Wb + gathered weights
 
@@ -40,8 +40,8 @@ def workload(config: Config, mesh: Mesh, filters: Filters) -> Workload:
     return Workload(config.train.micro_batch_sequences, length, number_bytes, chunk, filters.state_size, mesh.tensor)
 
 
-def rank_memory(config: Config, mesh: Mesh, filters: Filters, group_bytes: int) -> dict[str, float]:
-    """Bytes of one rank by kind, at full budget."""
+def rank_memory(config: Config, mesh: Mesh, filters: Filters, group_bytes: int, fused: bool = True) -> dict[str, float]:
+    """Bytes of one rank by kind, at full budget; `fused` is the optimizer, as it is on CUDA."""
     model, stage, w = config.model, config.parallel.zero_stage, _number_bytes(config)
     replicas, numbers = mesh.replicas, rank_parameters(config.model, mesh.tensor)
     share = numbers / replicas
@@ -49,14 +49,14 @@ def rank_memory(config: Config, mesh: Mesh, filters: Filters, group_bytes: int) 
     work = workload(config, mesh, filters)
     memory: dict[str, float] = {
         "weights": w * (share if stage == 3 else numbers),
-        "gradients": _gradient_bytes(config, numbers, share) + (w * largest if stage >= 2 else 0),
+        "gradients": _gradient_bytes(config, numbers, share) + _layer_gradient_bytes(config, largest),
         "master weights": 0 if stage == 0 else FLOAT32 * share,
         "moments": 2 * FLOAT32 * (numbers if stage == 0 else share),
         "buckets": w * _bucket_numbers(config, replicas, numbers, largest),
         "filters": filters.table_bytes,
         "activations": peak_activation_bytes(model, model.num_channels, work, group_bytes, config.train.recompute),
     }
-    after = _after_backward_bytes(config, replicas, numbers)
+    after = _after_backward_bytes(config, replicas, numbers, fused)
     backward = memory["gradients"] + memory["buckets"] + memory["activations"]
     return memory | {"update beyond that": max(0.0, after - backward)}
 
@@ -69,7 +69,13 @@ def _gradient_bytes(config: Config, numbers: float, share: float) -> float:
     """Gradients that outlive a layer's backward pass."""
     if config.parallel.zero_stage >= 2:
         return FLOAT32 * share
-    return (FLOAT32 + 2 if config.train.precision == "bf16" else FLOAT32) * numbers
+    return FLOAT32 * numbers
+
+
+def _layer_gradient_bytes(config: Config, largest: int) -> float:
+    """The gradient that is being made, where another kind of it is kept."""
+    apart = config.parallel.zero_stage >= 2 or (config.parallel.zero_stage == 1 and config.train.precision == "bf16")
+    return _number_bytes(config) * largest if apart else 0
 
 
 def _bucket_numbers(config: Config, replicas: int, numbers: int, largest: int) -> float:
@@ -81,16 +87,17 @@ def _bucket_numbers(config: Config, replicas: int, numbers: int, largest: int) -
     return reduce_bucket_numbers(config) + gathered
 
 
-def _after_backward_bytes(config: Config, replicas: int, numbers: int) -> float:
-    """The most that reduction and update hold besides weights, master weights and moments: two temporaries of AdamW."""
+def _after_backward_bytes(config: Config, replicas: int, numbers: int, fused: bool) -> float:
+    """The most that reduction and update hold besides weights, master weights and moments: two temporaries of an AdamW
+    that is not fused."""
     share, bucket = numbers / replicas, reduce_bucket_numbers(config)
-    temporaries = 2 * FLOAT32 * share
+    temporaries = 0 if fused else 2 * FLOAT32 * (numbers if config.parallel.zero_stage == 0 else share)
     match config.parallel.zero_stage, config.train.precision:
         case 0, _:
-            return FLOAT32 * (numbers + (min(numbers, bucket) if replicas > 1 else 0)) + 2 * FLOAT32 * numbers
+            return FLOAT32 * (numbers + (min(numbers, bucket) if replicas > 1 else 0)) + temporaries
         case 1, "bf16":
-            copies = 2 if numbers > REDUCE_BUCKET else FLOAT32 + 2  # a larger group than the bucket is sent alone
-            return 6 * numbers + max(copies * numbers if replicas > 1 else 0, temporaries)
+            copies = 0 if numbers > REDUCE_BUCKET else FLOAT32  # a larger group than the bucket is sent alone
+            return FLOAT32 * numbers + max(copies * numbers if replicas > 1 else 0, temporaries)
         case 1, _:
             return max(FLOAT32 * (numbers + bucket + share), 2 * FLOAT32 * share + temporaries)
         case 2, precision:

@@ -60,18 +60,18 @@ def _sequence_bytes(config: Config, mesh: Mesh, filters: Filters) -> float:
 
 
 def _data_bytes(config: Config, mesh: Mesh, steps: int) -> float:
-    """Gradients and weights between replicas: at stages 2 and 3 gradients travel in every micro-step."""
-    weights = rank_parameters(config.model, mesh.tensor) * _number_bytes(config)
-    gather = (mesh.replicas - 1) / mesh.replicas * weights
+    """Gradients, in float32, and weights between replicas: at stages 2 and 3 gradients travel in every micro-step."""
+    others = (mesh.replicas - 1) / mesh.replicas * rank_parameters(config.model, mesh.tensor)
+    gather, reduce = others * _number_bytes(config), others * FLOAT32
     match config.parallel.zero_stage:
         case 0:
-            return 2 * gather
+            return 2 * reduce
         case 1:
-            return 2 * gather + gather
+            return 2 * reduce + gather
         case 2:  # DeepSpeed reduces its buckets by all-reduce (use_multi_rank_bucket_allreduce)
-            return 2 * gather * steps + gather
+            return 2 * reduce * steps + gather
         case _:  # forward, backward, and a reduce-scatter
-            return 3 * gather * steps
+            return (2 * gather + reduce) * steps
 
 
 def messages_sent(config: Config, mesh: Mesh) -> dict[str, int]:

@@ -27,6 +27,7 @@ from megassm.data.task import Task
 from megassm.errors import UserError
 from megassm.eval.score import Score, score, text_bytes
 from megassm.optim import learning_rate
+from megassm.parallel.device import to_device
 from megassm.parallel.phases import StepPhase
 from megassm.parallel.watchdog import Watchdog
 from megassm.parallel.world import (
@@ -108,6 +109,8 @@ def continue_run(config: Config, data: Dataset, world: World, watchdog: Watchdog
         end = train(run)
         if world.is_main:
             job_ends(Path(config.run.dir))
+        if end == "rewound":
+            run.engine.close()
         world.progress.note("end of the run")
     finally:
         run.events.close()
@@ -176,7 +179,7 @@ def accumulate(run: Run, health: Health, budgets: list[int], stride: int) -> Tal
         if micro_step and micro_step % stride == 0 and told_to_stop(run):
             return None
         batch = next_batch(run, tally)
-        ids_BT, mask_BL = (torch.from_numpy(x).to(run.world.device) for x in (batch.ids_BT, batch.mask_BL))
+        ids_BT, mask_BL = (to_device(array, run.world.device) for array in (batch.ids_BT, batch.mask_BL))
         note("forward pass", phase=StepPhase.FORWARD)
         nll_BL, objective_BL = engine.training_losses(ids_BT, k)
         tally.nll += (nll_BL.detach() * mask_BL).sum()

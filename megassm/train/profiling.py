@@ -31,6 +31,7 @@ from megassm.layers.block import Block
 from megassm.layers.spectral import SpectralMixer
 from megassm.model import LanguageModel
 from megassm.optim import learning_rate
+from megassm.parallel.device import to_device
 from megassm.parallel.engine import Engine
 from megassm.train.setup import stream_plan
 
@@ -73,14 +74,14 @@ def random_batches(config: Config, device: torch.device) -> Batches:
     """Micro-batches of uniformly drawn tokens, made on the CPU as those of a data set are."""
     generator = torch.Generator().manual_seed(config.run.seed)
     shape = (config.train.micro_batch_sequences, config.model.seq_len + 1)
-    return lambda: torch.randint(0, config.model.vocab_size, shape, generator=generator).to(device)
+    return lambda: to_device(torch.randint(0, config.model.vocab_size, shape, generator=generator).numpy(), device)
 
 
 def data_batches(data: Dataset, engine: Engine, updates: int) -> Batches:
     """The micro-batches that training would read for its first updates, from its own data set."""
     stream = TokenStream(data.train, stream_plan(engine.config, engine.world))
     batches = stream.batches(0, updates)
-    return lambda: torch.from_numpy(next(batches).ids_BT).to(engine.world.device)
+    return lambda: to_device(next(batches).ids_BT, engine.world.device)
 
 
 def profile_training(engine: Engine, batches: Batches, k: int | None, steps: int, trace: Path) -> Profile:

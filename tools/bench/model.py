@@ -86,7 +86,13 @@ def transformer_of_equal_size(spectral: ModelConfig) -> ModelConfig:
     size, head = parameters(spectral, spectral.num_channels), spectral.d_model // spectral.n_heads
     candidates = [
         spectral.model_copy(
-            update={"pattern": "A", "d_model": head * heads, "n_heads": heads, "d_ffn": 8 * head * heads // 3}
+            update={
+                "pattern": "A",
+                "d_model": head * heads,
+                "n_heads": heads,
+                "n_kv_heads": None,
+                "d_ffn": 8 * head * heads // 3,
+            }
         )
         for heads in range(1, 16 * spectral.n_heads)
     ]

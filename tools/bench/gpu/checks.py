@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from megassm.config.model import ModelConfig
 from megassm.layers.filterbank import FilterBank
 from megassm.model import LanguageModel, build_model, losses_at
-from megassm.ops import mixing
+from megassm.ops import losses, mixing, states
+from megassm.ops.filterbank import ChunkTables, chunk_inputs
 from tools.bench.gpu.plan import Found, Plan
 
 SHAPES = ((3, 108, 96, 200), (1, 1, 1, 1), (5, 65, 130, 64), (2, 128, 64 * 32, 1280), (7, 100, 33, 257))
@@ -61,6 +64,59 @@ def kernels(plan: Plan, _folder: Path) -> Iterator[Found]:
             errors[f"{name} dfeatures {shape}"] = off(gradient_on, gradient.double() * gates)
             bounds |= {key: BOUND[name] for key in errors if key not in bounds}
     yield _hold(errors, bounds)
+
+
+def fused(plan: Plan, _folder: Path) -> Iterator[Found]:
+    """The recurrence and the loss by one kernel each way: whether they are taken, and their errors against float64."""
+    device = torch.device(plan.device)
+    errors: dict[str, float] = {}
+    bounds: dict[str, float] = {}
+    bank = FilterBank(2048, 32, "chunked")
+    bank.reset()
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        noise = torch.Generator().manual_seed(2)
+        u = torch.randn(2, 2000, 100, generator=noise).to(dtype)
+        dz = torch.randn(64, 64 + bank.state_size, 100, generator=noise).to(dtype)
+        logits = (3 * torch.randn(100, 32_000, generator=noise)).to(dtype)
+        targets, dnll = torch.randint(0, 32_000, (100,), generator=noise), torch.randn(100, generator=noise)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            states_taken = states.kernel_serves(u.to(device), bank.input_SC)
+            losses.token_losses(logits.to(device), targets.to(device))
+        yield {f"states_{name}": states_taken, f"warnings_{name}": [str(warning.message) for warning in said]}
+        exact, tables = bank.tables(torch.float64, 32), bank.tables(dtype, 32)
+        own = ChunkTables(tables.transition_SS.to(device), tables.input_SC.to(device), tables.rows_CKI.to(device))
+        rounded = exact._replace(input_SC=tables.input_SC.double())
+        found = (
+            *_grads(partial(_inputs, own), u.to(device), dz.to(device)),
+            *_grads(partial(_losses, targets.to(device)), logits.to(device), dnll.to(device)),
+        )
+        truth = (
+            *_grads(partial(_inputs, rounded), u.double(), dz.double()),
+            *_grads(partial(_exact_losses, targets), logits.double(), dnll.double()),
+        )
+        for what, mine, true in zip(("z", "du", "nll", "dlogits"), found, truth, strict=True):
+            errors[f"{name} {what}"], bounds[f"{name} {what}"] = off(mine, true), BOUND[name]
+    yield _hold(errors, bounds)
+
+
+def _inputs(tables: ChunkTables, u: Tensor) -> Tensor:
+    return chunk_inputs(u, tables)
+
+
+def _losses(targets: Tensor, logits: Tensor) -> Tensor:
+    return losses.token_losses(logits, targets)
+
+
+def _exact_losses(targets: Tensor, logits: Tensor) -> Tensor:
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def _grads(way: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().clone().requires_grad_()
+    y = way(x)
+    return y.detach(), torch.autograd.grad(y, x, dy)[0]
 
 
 def filterbank(plan: Plan, _folder: Path) -> Iterator[Found]:

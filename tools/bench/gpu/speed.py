@@ -16,6 +16,7 @@ from megassm.config.load import load_config
 from megassm.config.schema import Config
 from megassm.cost import parameters, training_flops_per_token
 from megassm.eval.measure import timed_seconds
+from megassm.model import parameter_shapes
 from megassm.ops.mixing import GROUP_BYTES
 from megassm.optim import learning_rate
 from megassm.parallel.engine import Engine
@@ -76,11 +77,20 @@ def _config(plan: Plan, name: str, micro_steps: int, *overrides: str) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"batch_sequences": batch})})
 
 
+def repeated_noise(config: Config) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights for timing: of the right size, from a million numbers. To draw a billion would take most of the time."""
+    noise = 0.02 * torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+    for name, shape in parameter_shapes(config.model).items():
+        count = shape.numel()
+        yield name, noise.repeat(-(-count // len(noise)))[:count].view(shape)
+
+
 def measure(config: Config, budgets: Sequence[int], repeats: int) -> Found:
     """Seconds of a micro-step by K and of an update; the allocator's peak beside the plan's."""
     world = join_world(config)
     cuda = world.device.type == "cuda"
-    planned = rank_memory(config, mesh_of(config, 1), filters_of(config), GROUP_BYTES[world.device.type])
+    group_bytes = GROUP_BYTES[world.device.type]
+    planned = rank_memory(config, mesh_of(config, 1), filters_of(config), group_bytes, fused=cuda)
     found: Found = {
         "parameters": parameters(config.model, config.model.num_channels),
         "micro_batch": config.train.micro_batch_sequences,
@@ -98,7 +108,7 @@ def measure(config: Config, budgets: Sequence[int], repeats: int) -> Found:
 
 def _measured(config: Config, world: World, budgets: Sequence[int], repeats: int) -> Found:
     started = time.perf_counter()
-    engine = Engine(config, world)
+    engine = Engine(config, world, weights=repeated_noise(config))
     found: Found = {"built_s": round(time.perf_counter() - started, 2), "by_k": {}}
     batches = random_batches(config, world.device)
     if world.device.type == "cuda":
@@ -118,6 +128,7 @@ def _measured(config: Config, world: World, budgets: Sequence[int], repeats: int
     if world.device.type == "cuda":
         found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
         found["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 3)
+    engine.close()
     return found
 
 
@@ -197,7 +208,7 @@ def profile(plan: Plan, folder: Path) -> Iterator[Found]:
     """Where a micro-step of 125m goes: by phase, by kind of layer, by kernel."""
     config = _config(plan, "125m", 1)
     world = join_world(config)
-    engine = Engine(config, world)
+    engine = Engine(config, world, weights=repeated_noise(config))
     batches = random_batches(config, world.device)
     for k in (2, config.model.num_channels):
         found = profile_training(engine, batches, k, 1 if plan.quick else 3, folder / "trace.json.gz")

@@ -222,13 +222,16 @@ def _groups(z_NID: Tensor, rows_CKI: Tensor) -> list[slice]:
 
 
 def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, more: bool) -> Tensor:
-    """`total` and the batched product. Sums of several are kept in at least float32; the only one needs no sum.
+    """`total` and the batched product. Sums of several are kept in at least float32; the only one of 16 bits needs none.
 
     torch's FLOP counter does not see baddbmm_.
     """
-    dtype = torch.promote_types(left.dtype, torch.float32) if more else left.dtype
+    dtype = torch.promote_types(left.dtype, torch.float32)
     if total is None:
-        return torch.bmm(left, right).to(dtype)
+        if dtype != left.dtype and not more:
+            return torch.bmm(left, right)
+        # into zeros also where there is one product: bmm alone rounds by the number of its batches, and so of the ranks
+        total = left.new_zeros(left.shape[0], left.shape[1], right.shape[2], dtype=dtype)
     if dtype == left.dtype:
         return torch.baddbmm(total, left, right, out=total)
     return total.add_(torch.bmm(left, right))

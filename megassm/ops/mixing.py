@@ -222,7 +222,7 @@ def _groups(z_NID: Tensor, rows_CKI: Tensor) -> list[slice]:
 
 
 def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, more: bool) -> Tensor:
-    """`total` and the batched product. Sums of several are kept in at least float32; the only one of 16 bits needs none.
+    """`total` and the batched product. Sums of several are in at least float32; the only one of 16 bits needs none.
 
     torch's FLOP counter does not see baddbmm_.
     """
@@ -230,7 +230,6 @@ def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, more: bool)
     if total is None:
         if dtype != left.dtype and not more:
             return torch.bmm(left, right)
-        # into zeros also where there is one product: bmm alone rounds by the number of its batches, and so of the ranks
         total = left.new_zeros(left.shape[0], left.shape[1], right.shape[2], dtype=dtype)
     if dtype == left.dtype:
         return torch.baddbmm(total, left, right, out=total)

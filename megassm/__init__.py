@@ -13,7 +13,7 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from megassm.on_import import when_imported
+from megassm.hf.on_import import when_imported
 
 if TYPE_CHECKING:
     from megassm.checkpoint.open import open_model, open_tokenizer

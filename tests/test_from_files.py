@@ -130,7 +130,7 @@ def test_what_is_not_there_or_not_right_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no labelled image"):
         read("image", tmp_path)
     (tmp_path / "x.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b"}\n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"x\.jsonl:2: a line is"):
+    with pytest.raises(UserError, match=r"x\.jsonl:2: label: Field required; a line is"):
         read("text", tmp_path / "x.jsonl")
     (tmp_path / "y.jsonl").write_text('{"text": "a", "label": 0}\n' * 9, encoding="utf-8")
     with pytest.raises(UserError, match="a task needs two"):

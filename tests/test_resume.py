@@ -49,6 +49,9 @@ class StopAfter:
         mark = self.progress.mark
         return mark.step == self.step and mark.place == "agreement of all ranks"
 
+    def told(self, step: int) -> str:
+        return f"stopped after step {step}"
+
 
 def train_legs(legs: list[tuple[Config, int]]) -> None:
     """Trains each run up to the step given, on this number of ranks."""

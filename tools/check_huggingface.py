@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 
 from megassm.checkpoint.exported import open_model_folder, write_model_folder
 from megassm.checkpoint.format import load_model
+from megassm.cli.arguments import Parser, run_tool
 from megassm.config.model import ModelConfig
 from megassm.data.tokenizer.base import load_tokenizer
+from megassm.errors import UserError
 from megassm.model import build_model, truncate
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -297,10 +300,16 @@ CHECKS: dict[str, Callable[[Model], str]] = {
 }
 
 
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "torchao", "datasets")
+
+
 def main() -> None:
+    Parser(__doc__ or "", "python tools/check_huggingface.py > checks.md").parse_args()
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UserError(f"not installed: {', '.join(missing)}; pip install {' '.join(missing)}")
     warnings.simplefilter("ignore")
-    packages = ("torch", "transformers", "accelerate", "peft", "trl", "torchao")
-    print(", ".join(f"{name} {version(name)}" for name in packages) + "\n")
+    print(", ".join(f"{name} {version(name)}" for name in PACKAGES) + "\n")
     print("| check | model | seen |\n|---|---|---|")
     failed = 0
     torch.manual_seed(0)
@@ -319,4 +328,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -107,7 +107,8 @@ def test_every_mesh_and_stage_equals_one_process(small_config: Make, truths: dic
         for curve in all_ranks:
             assert curve["losses"] == pytest.approx(truth["losses"], abs=1e-5), case
             assert curve["norms"] == pytest.approx(truth["norms"], rel=1e-4), case
-            assert curve["weights"] == pytest.approx(truth["weights"], rel=1e-5), case
+            # a sum of biases near 0 is moved by gradients near 0, whose rounding AdamW divides by their own size
+            assert curve["weights"] == pytest.approx(truth["weights"], rel=1e-5, abs=2e-5), case
 
 
 @pytest.mark.ranks

@@ -37,6 +37,7 @@ SMALL_TASK = (
     "eval.sequences=4", "optim.warmup_steps=1", "train.batch_sequences=4", "train.micro_batch_sequences=4",
     "log.wandb=disabled", "log.peak_tflops=0.1",
 )  # fmt: skip
+SMALL_FAMILY = ("model.mixer_heads=4", "model.ffn_elastic={knee_k: 4, below: 8, above: 0}")
 
 
 def results(**points: list[list[float]]) -> Results:
@@ -249,6 +250,7 @@ def test_experiments_run(tmp_path: Path, data_path: Path, monkeypatch: pytest.Mo
             monkeypatch.setitem(EXPERIMENTS, name, replace(experiment, arms=ends_of(experiment)))
             text = experiment.config in (TEXT, FAMILY)
             own = SMALL if text else SMALL_TASK
+            own += SMALL_FAMILY if experiment.config == FAMILY else ()
             data = data_path if text else small_task(Path(experiment.config).stem, tmp_path)
             options = Options([0], tmp_path / "runs", None, (*own, f"data.path={data}", "train.steps=3"), rates=())
             found = run_experiment(name, options, "command", pool)

@@ -81,7 +81,7 @@ def test_a_run_continues_on_any_mesh_and_stage(small_config: Make, tmp_path: Pat
     truth = tmp_path / "truth"
     run_on_ranks(1, train_legs, [(configured(small_config, (Mesh(1, 1, 1), 0, 0), f"run.dir={truth}"), STEPS)])
     expected = read_records(truth)
-    assert expected[-1]["loss"] < expected[0]["loss"] - 0.3
+    assert expected[-1]["loss"] < expected[0]["loss"] - 0.2
     for number, journey in enumerate(JOURNEYS):
         run_dir = tmp_path / str(number)
         for leg in journey:

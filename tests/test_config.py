@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -234,14 +235,16 @@ def test_sections_are_frozen() -> None:
         RunConfig(dir="x").seed = 3  # type: ignore[misc]
 
 
-def test_refusal_needs_no_torch_and_speaks_once(tmp_path: Path) -> None:
+def test_a_mistake_is_told_without_torch_and_by_another_rank_with_its_name(tmp_path: Path) -> None:
+    """Where all ranks have it, the launcher has ended the others by the time that they would tell it."""
     path = tmp_path / "c.yaml"
     path.write_text(MINIMAL.replace("steps: 200", "steps: -1"), encoding="utf-8")
-    for rank, speaks in (("0", True), ("1", False)):
+    for rank, named in (("0", False), ("1", True)):
         done = run_python("-X", "importtime", "launch/pretrain.py", "--config", str(path), check=False, RANK=rank)
         imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
         assert done.returncode == 2
-        assert ("train.steps = -1" in done.stderr) is speaks
+        assert "train.steps = -1" in done.stderr
+        assert (f"[rank 1 on {os.uname().nodename}] " in done.stderr) is named
         assert "pydantic" in imported
         assert not {"torch", "deepspeed", "numpy"} & imported
 

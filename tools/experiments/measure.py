@@ -20,10 +20,9 @@ from megassm.eval.sweep import measured_cost
 from megassm.model import build_model, losses_at, truncate
 from megassm.run.directory import CONFIG
 from megassm.run.journal import Record, read_records
-from megassm.train.loop import step_budgets
 from tools.experiments.arms import Arm
 from tools.experiments.peers import build_peer, peer_parameters
-from tools.experiments.plain import drawn_passes, nested_passes, train_plain
+from tools.experiments.plain import Passes, drawn_passes, nested_passes, train_plain
 
 BITS = "validation bits per byte"
 ACCURACY = "validation accuracy"
@@ -53,12 +52,8 @@ def family_points(run_dir: Path) -> list[Point]:
     """`journal_points`, the same over parameters, and what the training cost."""
     config = load_config(run_dir / CONFIG)
     curve = journal_points(run_dir)
-    over_size = [Point(BITS + BY_SIZE, "", parameters(config.model, int(point.x)), point.y) for point in curve]
-    steps = range(config.train.steps)
-    budgets = [k for step in steps for k in step_budgets(config, step, config.micro_steps(1))]
-    flops = {k: training_flops_per_token(config.model, k, config.model.seq_len) for k in set(budgets)}
-    total = sum(flops[k] for k in budgets) * config.tokens_per_step() / config.micro_steps(1)
-    return [*curve, *over_size, Point(TRAINING, "", max(point.x for point in over_size), total / 1e15)]
+    largest = parameters(config.model, int(max(point.x for point in curve)))
+    return _with_sizes(curve, config, drawn_passes(config), at=largest)
 
 
 def plain_points(config: Config, arm: Arm, device: torch.device) -> list[Point]:
@@ -68,14 +63,19 @@ def plain_points(config: Config, arm: Arm, device: torch.device) -> list[Point]:
     by_accuracy = any(score.hits for score in found.values()) and not any(score.text_bytes for score in found.values())
     metric = ACCURACY if by_accuracy else BITS
     curve = [Point(metric, "", k, score.accuracy if by_accuracy else score.bits_per_byte) for k, score in found.items()]
-    model = config.model
     if arm.peer is not None:
-        peer = build_peer(arm.peer, model, 0)
+        peer = build_peer(arm.peer, config.model, 0)
         return [*curve, *(Point(metric + BY_SIZE, "", peer_parameters(peer, int(x)), y) for _, _, x, y in curve)]
+    return _with_sizes(curve, config, passes, at=max(found))
+
+
+def _with_sizes(curve: Sequence[Point], config: Config, passes: Passes, at: float) -> list[Point]:
+    """A curve over K, the same over parameters, and at x = `at` the FLOPs of the training that gave it."""
+    model = config.model
     flops = {k: training_flops_per_token(model, k, model.seq_len) for k in range(1, model.num_channels + 1)}
     rows = sum((part.last - part.first) * flops[part.k] for step in range(config.train.steps) for part in passes(step))
-    by_size = [Point(metric + BY_SIZE, "", parameters(model, int(point.x)), point.y) for point in curve]
-    return [*curve, *by_size, Point(TRAINING, "", max(found), rows * model.seq_len / 1e15)]
+    by_size = [Point(point.metric + BY_SIZE, "", parameters(model, int(point.x)), point.y) for point in curve]
+    return [*curve, *by_size, Point(TRAINING, "", at, rows * model.seq_len / 1e15)]
 
 
 def length_points(run_dir: Path, factors: Sequence[int]) -> list[Point]:

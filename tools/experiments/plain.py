@@ -81,7 +81,7 @@ def train_plain(
             passes = drawn_passes(config) if peer is None else peer_passes(config, sizes)
         predict = partial(predicted, net, document_end=data.document_end(config))
         Training(net, config, _batches(data, config, device), passes, predict).run()
-        found = {k: _validated(net, config, data, k, predict) for k in sizes}
+        found = _validated(net, config, data, sizes, predict)
         write_atomically(path, json.dumps(found).encode())
     return {int(k): Score(*values) for k, values in json.loads(path.read_bytes()).items()}
 
@@ -207,10 +207,8 @@ class Training:
             logits_BLV, nll_BL = self.predict(ids_BT, part.k)
             if part.distill:
                 assert teacher_BLV is not None
-                divergence_BL = F.kl_div(
-                    logits_BLV.float().log_softmax(-1), teacher_BLV[rows].float().log_softmax(-1), log_target=True,
-                    reduction="none",
-                ).sum(-1)  # fmt: skip
+                net = cast(LanguageModel, self.net)
+                divergence_BL = net.divergences(ids_BT[:, :-1], logits_BLV, teacher_BLV[rows], temperature=1.0)
                 nll_BL = nll_BL.lerp(divergence_BL, part.distill)
             loss = part.weight * (nll_BL * mask_BL).sum() / mask_BL.sum()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -260,8 +258,12 @@ def _read(data: Dataset, plan: StreamPlan, steps: int, vocab_size: int) -> tuple
     return ids_NBT, mask_NBL
 
 
-def _validated(net: nn.Module, config: Config, data: Dataset, k: int, predict: Callable[..., Predicted]) -> Score:
+def _validated(
+    net: nn.Module, config: Config, data: Dataset, sizes: Sequence[int], predict: Callable[..., Predicted]
+) -> dict[int, Score]:
     batches = list(validation_batches(data.valid, _plan(config), config.eval.sequences))
+    token_bytes = data.token_bytes(config.model.vocab_size)
+    device = next(net.parameters()).device
 
     def losses(ids_BT: Tensor, k: int) -> Tensor:
         logits_BLV, nll_BL = predict(ids_BT, k)
@@ -269,8 +271,7 @@ def _validated(net: nn.Module, config: Config, data: Dataset, k: int, predict: C
             return nll_BL
         return torch.stack((nll_BL, net.hits(ids_BT[:, :-1], logits_BLV, ids_BT[:, 1:])))
 
-    device = next(net.parameters()).device
-    return score(losses, batches, k, data.token_bytes(config.model.vocab_size), device)
+    return {k: score(losses, batches, k, token_bytes, device) for k in sizes}
 
 
 def _plan(config: Config) -> StreamPlan:

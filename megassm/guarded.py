@@ -222,7 +222,7 @@ def load_npy(raw: bytes) -> npt.NDArray[Any]:
     """An array as .npy holds it, no larger than its bytes.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not an array.
     """
     from numpy.lib import format as npy
 

@@ -87,7 +87,7 @@ class LanguageModel(nn.Module):
         return self._where_asked(ids_BL, self.token_losses(logits_BLV, self._asked(ids_BL, targets_BL)))
 
     def hits(self, ids_BL: Tensor, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
-        """1 where the target is the most likely of all, (B, L) float32; n equals share the one."""
+        """1 where the target is the most likely of all, (B, L) float32; 1/n where n are equally likely."""
         return self._where_asked(ids_BL, self.vocabulary.hits(logits_BLV, self._asked(ids_BL, targets_BL)))
 
     def divergences(self, ids_BL: Tensor, logits_BLV: Tensor, teacher_BLV: Tensor, temperature: float) -> Tensor:
@@ -120,6 +120,7 @@ class LanguageModel(nn.Module):
         return x_BLD if content_BL is None else pooled(x_BLD, content_BL)
 
     def embed(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding, (..., D)."""
         return self.vocabulary.embed(ids, self.embedding_VD)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -25,16 +25,16 @@ T = TypeVar("T")
 
 
 class Progress(Protocol):
-    """Where long work says how far it is."""
+    """Takes reports of how far long work has come."""
 
     def start(self, phase: str, total: float, unit: str = BYTES) -> None:
         """A phase of `total` units begins; the unit is a plural noun."""
 
     def update(self, done: float) -> None:
-        """So many units of the phase are done."""
+        """`done` units of the phase are complete."""
 
     def busy(self, phase: str) -> AbstractContextManager[None]:
-        """A phase that cannot say how far it is."""
+        """A phase of unknown length."""
 
     def note(self, message: str) -> None:
         """Something the user should know."""

@@ -35,7 +35,7 @@ class ElasticFfnConfig(Section):
     """Hidden units that each channel beyond knee_k brings; a multiple of 8."""
 
     def units(self, k: int) -> int:
-        """What k channels bring."""
+        """Hidden units that k channels bring."""
         return self.below * min(k, self.knee_k) + self.above * max(0, k - self.knee_k)
 
 
@@ -98,7 +98,7 @@ class ModelConfig(Section):
 
     @property
     def known_channels(self) -> int:
-        """Channels whose filters float64 knows (`megassm.ops.hankel`); those beyond are noise, another on each machine.
+        """Leading channels whose filters float64 can compute (`megassm.ops.hankel`); those beyond are rounding noise.
 
         Filter k has an error of about 1e-18 / sqrt(sigma_k). It reaches 1e-3 to 2e-2 at k = 5 log2(seq_len), from 16 to
         2^20, and all of the filter five to fifteen channels later.
@@ -121,7 +121,7 @@ class ModelConfig(Section):
 
     @property
     def outputs(self) -> int:
-        """Rows of the head: what is predicted is one of so many."""
+        """Rows of the head: the number of things of which one is predicted."""
         return self.classes or self.vocab_size
 
     @property

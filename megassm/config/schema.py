@@ -84,7 +84,7 @@ class OptimConfig(Section):
     """Largest global gradient norm; null does not clip."""
 
     def warmup(self, steps: int) -> int:
-        """Updates of warm-up in a run of so many; half of a trial that is no longer than the warm-up."""
+        """Updates of warm-up in a run of `steps` updates; half of a trial that is no longer than the warm-up."""
         return self.warmup_steps if self.warmup_steps < steps else steps // 2
 
 
@@ -196,7 +196,7 @@ class EvalConfig(Section):
 
 
 class LogConfig(Section):
-    """Who is told, and how often. metrics.jsonl always has every update."""
+    """Where progress is reported, and how often. metrics.jsonl always has every update."""
 
     every_steps: PositiveInt = 10
     """Updates between printed lines."""

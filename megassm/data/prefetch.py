@@ -1,8 +1,9 @@
 """A bounded memory of blocks, filled ahead of need by a few threads.
 
-As much is planned as fits, in the order of its use; the threads load it, and drop only what is not planned. What
-is asked for unplanned is loaded by who asks. So memory is bounded, the order of batches is that of the asking,
-and an error appears where the block is used, after all batches before it.
+Blocks are planned in the order of their use, as many as fit. The threads load them, and drop only blocks that
+are not planned. A block that was not planned is loaded by the caller that asks for it. So memory is bounded,
+batches come in the order in which they are asked for, and an error appears where the block is used, after all
+batches before it.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ class BlockMemory:
         return self._finish(key)
 
     def plan(self, keys: Sequence[BlockKey]) -> bool:
-        """These, all different, will be asked for once more: they are kept, once loaded, until `done`.
+        """Plans blocks, all different, each of which will be asked for once: once loaded they stay until `done`.
 
-        False, and nothing is planned, where all that is planned would not fit: be done with something first.
+        Returns False, and plans nothing, if all planned blocks together would not fit: call `done` first.
         """
         with self._changed:
             new_bytes = sum(self._bytes_of(key) for key in keys if key not in self._planned)
@@ -71,7 +72,7 @@ class BlockMemory:
             return True
 
     def done(self, keys: Sequence[BlockKey]) -> None:
-        """These were asked for, as planned, or will not be."""
+        """These planned blocks have been asked for, or will not be."""
         with self._changed:
             for key in keys:
                 self._planned[key] -= 1
@@ -80,7 +81,7 @@ class BlockMemory:
                     self._planned_bytes -= self._bytes_of(key)
 
     def load_ahead(self, key: BlockKey) -> None:
-        """Loads a planned block where there is room. What goes wrong is left to who asks for it."""
+        """Loads a planned block if there is room. An error is left to the caller that asks for the block."""
         with self._changed:
             known = key in self._blocks or key in self._loading or key in self._damaged
             if known or key not in self._planned or not self._make_room(key, planned_too=False):

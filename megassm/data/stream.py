@@ -144,7 +144,7 @@ class TokenStream:
         return [_Row(sample, pieces(locate(sample))) for sample in self.samples(step, micro_step)]
 
     def epochs(self, steps: int) -> dict[str, float]:
-        """How often each source has been read after so many steps."""
+        """How often each source has been read after `steps` steps."""
         batches = batch_of(self.plan.left_out, steps - 1) + 1
         read = self.order.epochs(batches * self.plan.batch_sequences)
         return {source.name: count for source, count in zip(self.mixture.sources, read, strict=True)}

@@ -83,7 +83,7 @@ class Task:
 
 
 class TaskTokenizer:
-    """The ids of a task by name. It has no way back from text."""
+    """The ids of a task by name. It cannot encode text."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -110,7 +110,7 @@ class TaskTokenizer:
 
 
 def fitting(seen: int) -> int:
-    """A length for examples of so many ids, with a label: whole chunks, so that any sequence split divides it."""
+    """A length for examples of `seen` ids and a label: whole chunks, so that any sequence split divides it."""
     return -(-(seen + 3) // CHUNK) * CHUNK
 
 

@@ -29,7 +29,7 @@ class Patience:
     longest_wait_s: float = 10.0
 
     def wait_s(self, failures: int) -> float:
-        """Before the next attempt, after so many in a row that brought nothing."""
+        """Seconds before the next attempt, after this many in a row that brought nothing."""
         return random.uniform(0, min(self.longest_wait_s, self.first_wait_s * 2.0**failures))
 
 

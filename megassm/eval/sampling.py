@@ -67,7 +67,7 @@ class Text:
 
 
 def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
-    """UserError where there is none, or one is empty."""
+    """UserError if there are no prompts, or one is empty."""
     if not prompts or not all(prompts):
         raise UserError("the prompt is empty; give at least one character")
 

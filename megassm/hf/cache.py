@@ -136,7 +136,7 @@ def padding_mask(mask: Tensor | None, batch: int, length: int, before: int) -> T
     """The last `length` columns of an attention mask as truth values, (B, L); None for none.
 
     Raises:
-        UserError: not of the text's shape; outside a compiled call also for what is no text with padding around it.
+        UserError: not of the text's shape; outside a compiled call also if padding stands inside a text.
     """
     if mask is None:
         return None

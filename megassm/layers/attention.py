@@ -95,6 +95,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, u_BLD: Tensor, context: Context) -> Tensor:
+        """y (B, L, D), each position from those that the context's mask lets it see."""
         assert context.rope is not None
         query_BHLP = rotate(self._heads(self.query(u_BLD)), context.rope)
         key_BGLP = rotate(self._heads(self.key(u_BLD)), context.rope)

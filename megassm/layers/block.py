@@ -37,6 +37,7 @@ class Block(nn.Module):
         self.ffn = FeedForward(d_model, config.d_ffn, config.ffn_width)
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
+        """The block's output (B, L, D)."""
         u_BLD = context.without_padding(self.mixer_norm(x_BLD))
         if self.taps is not None:
             u_BLD = self.taps(u_BLD, context)

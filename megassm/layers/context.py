@@ -26,7 +26,7 @@ class Context(NamedTuple):
     documents_BL: Tensor | None = None
     """The number of each position's document; None: all of a sequence is one document."""
     real_BL1: Tensor | None = None
-    """False at padding, which no other position may see anything of; None: there is none."""
+    """False at padding, which no other position may see; None: there is no padding."""
     attentions: MutableSequence[Tensor] | None = None
     """Where attention layers that form the weights (B, H, L, T) of their heads leave them (`megassm.hf.layers`)."""
 

@@ -30,6 +30,7 @@ class FeedForward(nn.Module):
         self.down = LeadingLinear(d_ffn, d_model)
 
     def forward(self, x_BLD: Tensor, k: int) -> Tensor:
+        """y (B, L, D) by the leading `width(k)` hidden units."""
         width = self.width(k)
         hidden_BLF = F.silu(leading(self.gate, x_BLD, width)) * leading(self.up, x_BLD, width)
         return leading(self.down, hidden_BLF, x_BLD.shape[-1])

@@ -68,6 +68,7 @@ class SpectralGate(nn.Module):
             nn.init.zeros_(bias)
 
     def forward(self, u_BLD: Tensor, k: int) -> Tensor:
+        """alpha (B, L, H, k) of the k leading channels, in at least float32."""
         hidden_BLF = F.gelu(self.hidden(u_BLD))
         scores_BLX = self._scores(hidden_BLF, k * self.heads)
         scores_BLHK = torch.unflatten(scores_BLX, -1, (k, self.heads)).transpose(-1, -2)
@@ -158,6 +159,7 @@ class SpectralMixer(nn.Module):
             self.gate.reset_parameters()
 
     def forward(self, u_BLD: Tensor, context: Context) -> Tensor:
+        """y (B, L, D) at the context's budget."""
         weights_BLHK = self._weights(u_BLD, context)
         if self.split is None:
             return self.mix(u_BLD, weights_BLHK, context)

@@ -21,7 +21,7 @@ class Vocabulary:
         return F.embedding(ids, embedding_VD)
 
     def logits(self, x: Tensor, head_VD: Tensor) -> Tensor:
-        """(..., V), of which the three functions below make sense."""
+        """Logits (..., V), in the form that `losses`, `hits` and `divergences` take."""
         return F.linear(x, head_VD)
 
     def losses(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ class Vocabulary:
         return token_losses(logits_BLV.flatten(0, 1), targets_BL.flatten()).view_as(targets_BL)
 
     def hits(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
-        """1 where the target is the most likely of all, 0 where it is not, float32; n equals share the one."""
+        """1 where the target is the most likely of all, else 0; 1/n where n are equally likely. (B, L) float32."""
         best_BLV = logits_BLV == logits_BLV.amax(-1, keepdim=True)
         hit_BL1 = best_BLV.gather(-1, targets_BL[..., None])
         return hit_BL1[..., 0].float() / best_BLV.sum(-1)

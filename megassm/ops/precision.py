@@ -1,4 +1,4 @@
-"""Autocast, kept out of what decides itself which products may be rounded."""
+"""Keeps autocast out of methods that choose their own precision."""
 
 from __future__ import annotations
 

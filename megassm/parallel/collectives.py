@@ -27,6 +27,7 @@ def summed(x: Tensor, group: Group) -> Tensor:
 
 
 def all_reduce(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """The sum, or another `op`, of the ranks' x, in x itself where that is contiguous; without a gradient."""
     x = x.contiguous()
     dist.all_reduce(x, op=op, group=group)
     return x

@@ -23,7 +23,7 @@ DIGEST_CHARS = 2 * hashlib.sha256().digest_size
 
 
 class SignedStore:
-    """Texts by key, of the ranks that know a job's secret; what others put there is not there."""
+    """Texts by key, signed with the job's secret; entries without a valid signature are ignored."""
 
     def __init__(self, store: Store, secret: bytes) -> None:
         self._secret = secret
@@ -33,7 +33,7 @@ class SignedStore:
         self._store.set(key, self._mac(f"{key}\0{text}") + text)
 
     def get(self, key: str) -> str | None:
-        """The text; None where there is none that a rank of the job has put there."""
+        """The text; None unless a rank of the job has put one there."""
         if not self._store.check([key]):
             return None
         found = self._store.get(key).decode(errors="replace")
@@ -55,7 +55,7 @@ def meet(rank: int, size: int, one_machine: bool, timeout: timedelta) -> Store |
     """The store at MASTER_ADDR and MASTER_PORT, which rank 0 starts; None where the launcher holds one.
 
     Raises:
-        UserError: the address is none, or the port is taken.
+        UserError: the address is not valid, or the port is taken.
     """
     if launcher_holds_store():
         return None

@@ -8,7 +8,7 @@ that its part would end with from zero, tells it to the others, and starts from
 which is exact. One message of S x D forward and one backward; the layer's direct product runs while it is under way,
 in both directions: autograd takes `receive` back before that product, and `send` after it.
 
-Taps before a mixer (`megassm.layers.taps`) need the last inputs of the part before: one more message of so many.
+Taps before a mixer (`megassm.layers.taps`) need the last inputs of the part before: one more message, of T inputs.
 
 Attention layers exchange positions for heads (all-to-all; DeepSpeed-Ulysses, arXiv 2309.14509): between two exchanges
 every rank sees all positions of its share of the heads.
@@ -149,7 +149,7 @@ class _InputsBefore(torch.autograd.Function):
 
 
 def _neighbours(mine: Tensor, group: Group, distance: int) -> Tensor:
-    """What the rank so far away has; zeros where there is none."""
+    """What the rank at this distance has; zeros beyond the group's ends."""
     every = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(every, mine.contiguous(), group=group)
     rank = group.rank() + distance

@@ -76,7 +76,7 @@ def write(engine: Any, parameter: nn.Parameter, kind: Kind, value: Tensor) -> No
 
 @torch.no_grad()
 def squares(engine: Any, parameter: nn.Parameter, replica: int) -> Tensor:
-    """Sums of squares over all axes but the first, of the numbers that this replica counts; no rank is asked.
+    """Sums of squares over all axes but the first, of the numbers that this replica counts; without communication.
 
     Their sum over the replicas is that of the whole parameter: at stage 3 each counts the partition it holds, else the
     first replica counts all.

@@ -165,7 +165,7 @@ class Watchdog:
         self._stopped.set()
 
     def refuse(self, message: str) -> None:
-        """Prints why the job ends, unless another rank has spoken already: it would repeat or mask that."""
+        """Prints why the job ends, unless another rank has printed a reason: this one would repeat or mask it."""
         if not self._spoken.is_set() and self._is_first(message):
             _print(f"error: {message}")
         self._ask(lambda: self._store.set("spoken", "1"), BEAT_S)
@@ -208,7 +208,7 @@ class Watchdog:
             self._store_failed.set()
 
     def _follow(self) -> None:
-        """Another rank has spoken: this one ends too, however its main thread may hang."""
+        """Another rank has printed why the job ends: this one ends too, even if its main thread hangs."""
         if not self._hang:
             time.sleep(OTHERS_LEAVE_S)
         if not self._stopped.is_set() and self._ending.acquire(blocking=False):
@@ -247,7 +247,7 @@ class Watchdog:
         return verdict(before, after)
 
     def _is_first(self, message: str) -> bool:
-        """Whether no rank has spoken before; also where the file cannot tell: better twice than never."""
+        """Whether no rank has printed a reason yet; also true if the file cannot tell: better twice than never."""
         return self._write_failure(message) is not False
 
     def _write_failure(self, message: str) -> bool | None:

@@ -190,7 +190,7 @@ def broadcast_array(array: npt.NDArray[np.int64], group: Group) -> npt.NDArray[n
 
 def gather_texts(text: str) -> list[str]:
     """Every rank's text, in the order of ranks, on every rank; almost always empty, and then one small message."""
-    raw = text.encode(errors="surrogateescape")  # a path may be no UTF-8
+    raw = text.encode(errors="surrogateescape")  # a path may not be UTF-8
     longest = int(max(row[0] for row in gather_rows([len(raw)])))
     if longest == 0:
         return [""] * dist.get_world_size()

@@ -59,7 +59,7 @@ class LiveRun:
 
     @property
     def age_s(self) -> float | None:
-        """Seconds since the last record, or since the run began where there is none; None where neither is known."""
+        """Seconds since the last record, before the first one since the run's start; None if neither is known."""
         return age_s(self.run_dir / (METRICS if self.history.records else CONFIG), self._looked)
 
     @property

@@ -1,4 +1,4 @@
-"""A record of the journal as a line for people; sizes and times as people write them."""
+"""Formats a record of the journal as a line for people, and sizes, rates and durations."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ MAX_REWINDS = 3
 
 
 class Health:
-    """What is known of a run's health; on ranks other than the main one, next to nothing."""
+    """The main rank's view of a run's health; other ranks keep only what `drops` needs."""
 
     def __init__(self, run: Run) -> None:
         config = run.config

@@ -1,4 +1,4 @@
-"""Loss spikes: an update whose loss is far above what the updates before it, and its own K, let expect. Pure.
+"""Loss spikes: an update whose loss is far above what the updates before it and its own K predict. Pure.
 
 The loss depends on the K that was drawn, so that a small K must not pass for a spike. The last `WINDOW` losses are
 explained by least squares,
@@ -23,7 +23,7 @@ MIN_RECORDS = 16
 FLOOR = 0.005
 """A standard deviation below this share of the loss is taken for it: a flat curve makes no spike of a ripple."""
 LEVEL = 5
-"""So many spikes in a row are a new level: the estimate starts again."""
+"""This many spikes in a row are a new level: the estimate starts again."""
 
 Floats = npt.NDArray[np.float64]
 

@@ -74,7 +74,7 @@ def _read_parquet(file: InputFile, field: str) -> Iterator[RawDocument]:
 
     try:
         # Not pre-buffered: that would keep every column chunk it has read.
-        with open(path, "rb") as raw, parquet.ParquetFile(raw, pre_buffer=False) as opened:  # a name may be no UTF-8
+        with open(path, "rb") as raw, parquet.ParquetFile(raw, pre_buffer=False) as opened:  # a name may not be UTF-8
             _check_text_column(file, opened.schema_arrow, field)
             rows, total = 0, opened.metadata.num_rows
             for batch in opened.iter_batches(PARQUET_BATCH_ROWS, columns=[field]):
@@ -97,7 +97,7 @@ def _read_arrow(file: InputFile, field: str) -> Iterator[RawDocument]:
     from pyarrow import ipc
 
     try:
-        with open(path, "rb") as raw, pyarrow.PythonFile(raw, mode="r") as mapped:  # a name may be no UTF-8
+        with open(path, "rb") as raw, pyarrow.PythonFile(raw, mode="r") as mapped:  # a name may not be UTF-8
             is_stream = mapped.read(4) == b"\xff\xff\xff\xff"
             mapped.seek(0)
             opened = ipc.open_stream(mapped) if is_stream else ipc.open_file(mapped)
@@ -122,7 +122,7 @@ def _read_arrow(file: InputFile, field: str) -> Iterator[RawDocument]:
 def _checked_bytes(column: Any, pyarrow: Any) -> list[bytes | None]:
     """A column's texts. Arrow believes the offsets that a file holds, and would read whatever lies there."""
     plain = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
-    column.validate(full=not plain)  # of strings that would refuse what is no UTF-8, which is judged later
+    column.validate(full=not plain)  # of strings that would refuse bytes that are not UTF-8, which are checked later
     stored = column.cast(pyarrow.large_binary())
     stored.validate(full=True)
     texts: list[bytes | None] = stored.to_pylist()

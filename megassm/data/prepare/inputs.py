@@ -19,7 +19,7 @@ from megassm.errors import UserError
 ABOUT_THE_DATA = ("readme", "license", "licence", "copying", "changelog", "contributing", "citation", "dataset_card")
 SCHEMES = ("http:/", "https:/", "s3:/", "gs:/", "hf:/", "ftp:/")
 KINDS_SHOWN = 12
-PREPARED = ({"prepare.json", "dataset.md"}, {"index.json", "index.npz"})  # files of a folder that is no text
+PREPARED = ({"prepare.json", "dataset.md"}, {"index.json", "index.npz"})  # files of a folder that does not hold text
 
 
 @dataclass

@@ -74,7 +74,7 @@ class Prepared:
     """The splits in OUTPUT, and what the filters did."""
 
     splits: dict[str, ShardSet]  # "train", and "valid" unless its fraction is 0
-    filtered: dict[str, int]  # documents by what befell them: FILTERS
+    filtered: dict[str, int]  # documents by what the filters did to them: FILTERS
     was_there: bool  # an earlier run had finished the same job
     repeated: int = 0  # documents with the text of another before them, left out or not
 

@@ -134,7 +134,7 @@ def json_values(path: Path, stream: io.BufferedReader) -> Iterator[bytes]:
 
 
 class _Scanned:
-    """A file as characters of Latin-1, one a byte: JSON's marks are ASCII, and what is no UTF-8 is judged later."""
+    """A file as characters of Latin-1, one a byte: JSON's marks are ASCII, and UTF-8 is checked later."""
 
     def __init__(self, path: Path, stream: io.BufferedReader) -> None:
         self._path, self._stream = path, stream

@@ -1,6 +1,6 @@
 """Text files: a document is the whole file, or what stands between its separators; a long one comes in pieces.
 
-Memory: a few times PIECE_BYTES, whatever the file. What is no UTF-8 passes through as it is, and is judged later.
+Memory: a few times PIECE_BYTES, whatever the file. Bytes that are not UTF-8 pass through, and are checked later.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _spans(stream: io.BufferedReader, pattern: re.Pattern[str] | None) -> Iterat
 def cut_pieces(content: bytes) -> list[bytes]:
     """A text in pieces of at most PIECE_BYTES, cut after a line's end where there is one near, else between characters.
 
-    It may hold bytes that are no UTF-8.
+    It may hold bytes that are not UTF-8.
     """
     pieces, start = [], 0
     while len(content) - start > PIECE_BYTES:

@@ -53,7 +53,7 @@ class WorkOptions:
 
 
 def filtered(counts: ReadCounts, duplicates: int) -> dict[str, int]:
-    """Documents by what befell them, in words for tables; all but `repaired` are left out."""
+    """Documents by what the filters did to them, in words for tables; all but `repaired` are left out."""
     return {
         "empty": counts.empty,
         "not UTF-8": counts.bad_utf8,

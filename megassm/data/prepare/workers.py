@@ -108,7 +108,7 @@ def _submit(pool: Executor, work: Callable[[Item], Result], item: Item) -> Futur
 
 
 def worthwhile(workers: int, data_bytes: int) -> int:
-    """So many of the processes allowed as this much data keeps busy."""
+    """The number of processes, at most `workers`, that this much data keeps busy."""
     return min(workers, 1 + data_bytes // WORTH_A_PROCESS_BYTES)
 
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "make_task": "make the data set of a labelled task",
     "plan": "what a run will need on a cluster",
     "train": "train a model; also torchrun -m megassm train, deepspeed --module megassm train",
+    "branch": "begin a new run where another one was",
     "slurm": "queue runs under SLURM: submit, status, logs, cancel, resume",
     "watch": "watch a run in the terminal",
     "inspect": "the text of any batch of a run",

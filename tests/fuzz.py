@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 
 from megassm.checkpoint.exported import CONFIG, WEIGHTS, open_model_folder, write_model_folder
-from megassm.checkpoint.format import FORMAT, MANIFEST, Manifest, _crc32, read_checkpoint
+from megassm.checkpoint.format import FORMAT, MANIFEST, Manifest, _crc32, checksum_of, read_checkpoint
 from megassm.cli.arguments import print_table, run_tool, tool_parser
 from megassm.config.load import load_config
 from megassm.config.model import ModelConfig
@@ -238,7 +238,7 @@ def _models(folder: Path) -> list[Kind]:
 
     def signed(value: Any) -> Any:
         try:
-            return value | {"checksum": Manifest(**value | {"checksum": ""}).own_checksum()}
+            return value | {"checksum": checksum_of(value)}
         except Exception:
             return value
 

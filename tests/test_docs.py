@@ -16,7 +16,17 @@ import pytest
 
 from tests.conftest import ROOT, SMALL, run_python
 
-PAGES = ("quickstart", "training", "elasticity", "checkpoints", "data", "troubleshooting", "cluster", "scaling")
+PAGES = (
+    "quickstart",
+    "training",
+    "resuming",
+    "elasticity",
+    "checkpoints",
+    "data",
+    "troubleshooting",
+    "cluster",
+    "scaling",
+)
 SMALLER = {
     "configs/tiny.yaml": [text for text in SMALL if not re.match(r"model\.(vocab_size|num_channels)|.*budgets", text)],
     "configs/tasks/high_frequency.yaml": [
@@ -35,6 +45,8 @@ ELSEWHERE = {
     "python launch/slurm.py logs": ("test_slurm.py", "logs"),
     "python launch/slurm.py cancel": ("test_slurm.py", "cancel"),
     "python launch/slurm.py resume": ("test_slurm.py", "resume"),
+    "python tools/branch.py": ("test_continuing.py", "tools/branch.py"),
+    "python launch/pretrain.py --config runs/longer": ("test_continuing.py", "config.yaml"),
     "torchrun --nnodes 2": ("test_multinode.py", "--nnodes"),
     "deepspeed --hostfile": ("test_multinode.py", "--hostfile"),
     "python tools/plan.py": ("test_plan.py", "plan"),

@@ -24,10 +24,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from megassm import __version__
+from megassm.config.changes import fixed_knobs
 from megassm.config.model import ModelConfig
 from megassm.config.schema import Config
 from megassm.errors import UserError
-from megassm.guarded import as_tensors, check_inside, open_tensors, read_json
+from megassm.guarded import as_tensors, check_inside, open_tensors, parse_json, read_bytes, validated
 from megassm.model import LanguageModel, assembled, parameter_shapes
 from megassm.parallel.state import Kind
 from megassm.run.directory import CHECKPOINTS, TOKENIZER, checkpoint_folders, step_name
@@ -36,6 +38,7 @@ FORMAT = 3
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 2**24
 AGAIN = "use another checkpoint of this run"
+FINGERPRINT = "the data's fingerprint"
 TENSORS = re.compile(r"(weights|moments)-\d{5,9}-of-\d{5,9}\.safetensors")
 
 
@@ -56,11 +59,13 @@ class Manifest:
     config: dict[str, Any]
     files: dict[str, tuple[int, int]]
     """Size in bytes and CRC-32 of every file, by its path below the checkpoint."""
+    version: str = ""
+    """Of megassm, that wrote it; older ones do not say."""
     checksum: int = 0
     """CRC-32 of all the above."""
 
     def own_checksum(self) -> int:
-        return zlib.crc32(json.dumps(asdict(self) | {"checksum": None}, sort_keys=True).encode())
+        return checksum_of(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -82,9 +87,10 @@ class Checkpoint:
             return Config.model_validate_json(json.dumps(self.manifest.config))
         except ValidationError as error:
             knobs = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
+            wrote = f"megassm {self.manifest.version}" if self.manifest.version else "the version that wrote it"
             raise UserError(
-                f"{self.folder / MANIFEST}: its configuration is not one of this version of megassm ({knobs}); use the "
-                "version that wrote it"
+                f"{self.folder / MANIFEST}: its configuration is not one of this version of megassm, {__version__} "
+                f"({knobs}); use {wrote}"
             ) from None
 
     def tensors(self) -> Callable[[str, Kind], Tensor]:
@@ -179,16 +185,9 @@ def _key(name: str, kind: Kind) -> str:
 def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
     """What must not change between a checkpoint and the run that continues it, by knob.
 
-    The mesh and the ZeRO stage may change, and so may everything that a schedule is made of.
+    The mesh and the ZeRO stage may change, and so may everything that a schedule is made of (`config.changes`).
     """
-    model = {f"model.{name}": value for name, value in config.model.model_dump(mode="json").items()}
-    return model | {
-        "run.seed": config.run.seed,
-        "train.batch_sequences": config.train.batch_sequences,
-        "data.isolate_documents": config.data.isolate_documents,
-        "train.precision": config.train.precision,
-        "the data's fingerprint": data_fingerprint,
-    }
+    return fixed_knobs(config) | {FINGERPRINT: data_fingerprint}
 
 
 def newest_checkpoint(run_dir: Path, check: str = "") -> tuple[Checkpoint | None, list[str]]:
@@ -231,12 +230,13 @@ def read_checkpoint(folder: Path, check: str | None = None) -> Checkpoint:
     """
     path = folder / MANIFEST
     try:
-        manifest = read_json(path, Manifest, "use another checkpoint", MANIFEST_BYTES)
+        facts = parse_json(read_bytes(path, MANIFEST_BYTES, AGAIN), path, AGAIN)
     except FileNotFoundError:
         raise UserError(f"{path}: not there: {folder} is not a complete checkpoint") from None
+    manifest = validated(Manifest, facts, path, AGAIN)
     if manifest.format != FORMAT:
         raise UserError(f"{path}: checkpoint format {manifest.format}, this version reads {FORMAT}")
-    if manifest.checksum != manifest.own_checksum():
+    if manifest.checksum != checksum_of(facts):  # of what is written there, facts of other versions included
         raise UserError(f"{path}: damaged: its checksum is not that of what it says")
     for name, (size, crc) in manifest.files.items():
         if not TENSORS.fullmatch(name):
@@ -258,9 +258,8 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
     Raises:
         UserError: with every difference.
     """
-    # a knob that is newer than the checkpoint, or is spelt otherwise since, has the value that its reading gives it
-    model = {f"model.{name}": value for name, value in checkpoint.config.model.model_dump(mode="json").items()}
-    theirs = checkpoint.manifest.identity | model
+    # as this version reads it: a knob newer than the checkpoint has its default; one that may change since is not there
+    theirs = run_identity(checkpoint.config, checkpoint.manifest.identity.get(FINGERPRINT, ""))
     differences = [
         f"{name} is {_short(identity.get(name))}, the checkpoint has {_short(theirs.get(name))}"
         for name in sorted(theirs.keys() | identity.keys())
@@ -271,6 +270,11 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
             f"{checkpoint.folder}: cannot be continued by this run: {'; '.join(differences)}. "
             "Restore these, move that folder away if it is another run's, or start a new run with another run.dir"
         )
+
+
+def checksum_of(facts: dict[str, Any]) -> int:
+    """CRC-32 of what a manifest says, its own checksum apart."""
+    return zlib.crc32(json.dumps(facts | {"checksum": None}, sort_keys=True).encode())
 
 
 def _crc32(path: Path) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from megassm import __version__
 from megassm.checkpoint.format import (
     FORMAT,
     MANIFEST,
@@ -136,6 +137,7 @@ def _manifest(
         identity=run_identity(config, data_fingerprint),
         config=config.model_dump(mode="json"),
         files=files,
+        version=__version__,
     )
     return replace(manifest, checksum=manifest.own_checksum())
 

@@ -44,6 +44,7 @@ SCRIPTS = {
     "tools/plan.py": "plan",
     "launch/pretrain.py": "train",
     "launch/slurm.py": "slurm",
+    "tools/branch.py": "branch",
     "tools/watch.py": "watch",
     "tools/inspect_data.py": "inspect",
     "tools/diagnose.py": "diagnose",

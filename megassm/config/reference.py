@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megassm.config import rules
+from megassm.config.changes import MEANINGS, effect_of
 from megassm.config.schema import Config
 
 Schema = Mapping[str, Any]
@@ -31,9 +32,13 @@ A run is one YAML file with these sections, such as those in [configs/](../confi
 An unknown key, a value of another type or out of range, and a broken rule are errors, all reported at once with file
 and line. `python launch/pretrain.py --config configs/tiny.yaml --print-config` prints a configuration as resolved.
 
+*Continuing* says what another value does to a run that continues ([resuming.md](resuming.md) shows what it then says):
+
+{continuing}
+
 *Checked with* names the knobs that a rule compares a knob with ([rules.py](../megassm/config/rules.py)); what breaks
 a rule is explained when it does. *required* has no default.
-"""
+""".format(continuing="\n".join(f"* {effect}: {meaning}" for effect, meaning in MEANINGS.items()))
 KNOB = re.compile(r"[a-z]+\.[a-z_0-9]+")
 KINDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false", "object": "mapping"}
 
@@ -46,7 +51,7 @@ def reference() -> str:
     for name, field in Config.model_fields.items():
         section = _section_of(field)
         parts += [f"## {name}\n", f"{_line(inspect.getdoc(section) or '')}\n"]
-        parts += ["| knob | type | default | meaning | checked with |", "|---|---|---|---|---|"]
+        parts += ["| knob | type | default | meaning | continuing | checked with |", "|---|---|---|---|---|---|"]
         parts += [*_rows(name, section, schema, related), ""]
     return "\n".join(parts)
 
@@ -77,7 +82,7 @@ def _rows(prefix: str, section: type[BaseModel], schema: Schema, related: Mappin
         with_knobs = ", ".join(f"`{other}`" for other in related.get(knob, []))
         default = "*required*" if field.is_required() else f"`{_yaml(field.default)}`"
         kind = _kind(properties[name], schema)
-        yield f"| `{knob}` | {kind} | {default} | {_line(field.description or '')} | {with_knobs} |"
+        yield f"| `{knob}` | {kind} | {default} | {_line(field.description or '')} | {effect_of(knob)} | {with_knobs} |"
         for inner in _inner_sections(field.annotation):
             yield from _rows(knob, inner, schema, related)
 

@@ -1,6 +1,7 @@
 """The names of the files in a run directory, each said here and nowhere else.
 
 RUN_DIR/config.yaml         the resolved configuration, itself valid as --config
+RUN_DIR/config-history/     what config.yaml was, each time that a start has replaced it by another
 RUN_DIR/environment.json    versions, devices, the peak rate that utilisation is measured against
 RUN_DIR/metrics.jsonl       one object an update
 RUN_DIR/events.jsonl        what happened to the run (see `megassm.run.events`)
@@ -20,6 +21,7 @@ RUN_DIR/wandb/              wandb's own files
 from pathlib import Path
 
 CONFIG = "config.yaml"
+CONFIG_HISTORY = "config-history"
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"

@@ -25,12 +25,18 @@ from megassm.run.records import Record, RecordFile, ends_amid_a_line, lines_of
 Kind = Literal[
     "start", "resume", "checkpoint", "passed over", "left over", "disk", "stop", "end", "failure", "straggler",
     "loss spike", "non-finite", "cliff collapse", "oscillating loss", "repeated failure", "rewind",
+    "branch", "change", "rising rate",
 ]  # fmt: skip
 ENDS: tuple[Kind, ...] = ("stop", "end", "failure")
 """How a start ended."""
-LIFE: tuple[Kind, ...] = ("start", "resume", "passed over", "left over", "disk", "rewind", "repeated failure", *ENDS)
+LIFE: tuple[Kind, ...] = (
+    "branch", "start", "resume", "change", "rising rate", "passed over", "left over", "disk", "rewind",
+    "repeated failure", *ENDS,
+)  # fmt: skip
 """What a person reads first of a run that did not go as it should."""
-WARNINGS: tuple[Kind, ...] = ("disk", "straggler", "loss spike", "non-finite", "cliff collapse", "oscillating loss")
+WARNINGS: tuple[Kind, ...] = (
+    "disk", "straggler", "loss spike", "non-finite", "cliff collapse", "oscillating loss", "rising rate",
+)  # fmt: skip
 
 
 def append_event(run_dir: Path, kind: Kind, step: int, text: str, figures: Mapping[str, Any]) -> None:

@@ -15,7 +15,8 @@ from megassm.config.load import dump_config
 from megassm.config.schema import Config
 from megassm.errors import UserError
 from megassm.files import open_own, write_atomically
-from megassm.run.directory import CHECKPOINTS, CONFIG, FAILURE, LOCK, METRICS
+from megassm.guarded import YAML_BYTES, read_bytes
+from megassm.run.directory import CHECKPOINTS, CONFIG, CONFIG_HISTORY, FAILURE, LOCK, METRICS, step_name
 from megassm.run.failures import check_failures
 from megassm.run.fence import restarts_the_newest
 from megassm.run.lives import note_last_end, note_start
@@ -79,6 +80,19 @@ def _lock(path: Path) -> IO[str]:
 def write_config(config: Config) -> None:
     """Writes the resolved configuration of the run that is about to train, atomically."""
     write_atomically(Path(config.run.dir) / CONFIG, dump_config(config).encode())
+
+
+def replace_config(config: Config, start: int, step: int) -> None:
+    """`write_config`; where another was there it is kept in `CONFIG_HISTORY`, under the start that replaced it and the
+    updates that were done then."""
+    folder = Path(config.run.dir)
+    with contextlib.suppress(FileNotFoundError):
+        before = read_bytes(folder / CONFIG, YAML_BYTES)
+        if before == dump_config(config).encode():
+            return
+        (folder / CONFIG_HISTORY).mkdir(exist_ok=True)
+        write_atomically(folder / CONFIG_HISTORY / f"before-start-{start:04d}-{step_name(step)}.yaml", before)
+    write_config(config)
 
 
 def clear_partial(run_dir: Path) -> list[str]:

@@ -32,8 +32,9 @@ from megassm.run.events import Events
 from megassm.run.fence import Fence, take
 from megassm.run.journal import Journal, peak_flops
 from megassm.run.left_out import read_left_out
-from megassm.run.opening import clear_partial, write_config
+from megassm.run.opening import clear_partial, replace_config
 from megassm.run.stop import StopRequest
+from megassm.train.continuing import tell_changes
 
 
 @dataclass
@@ -86,7 +87,9 @@ def set_up(config: Config, data: Dataset, world: World, stop: StopRequest | None
     if done_steps < config.train.steps:
         if world.is_main:
             fence.check()
-            write_config(config)
+            replace_config(config, fence.number, done_steps)
+            if checkpoint is not None:
+                tell_changes(checkpoint.config, config, done_steps, events)
             write_environment(Path(config.run.dir), world, peak, peak_source)
             (Path(config.run.dir) / TOKENIZER).mkdir(exist_ok=True)
             keep_tokenizer(data.tokenizer, Path(config.run.dir) / TOKENIZER)

@@ -56,6 +56,12 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
         commit(file, path)
 
 
+def open_as_its_folder(path: Path) -> None:
+    """Lets those read a file who may read its folder, which the umask has decided: safetensors makes files that only
+    their owner may read."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def sync(path: Path) -> None:
     """Waits until a file, or a directory's list of names, is on disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -142,3 +142,30 @@ def test_signals_may_come_twice(tmp_path: Path) -> None:
     )
     done = run_python("-c", code, check=False)
     assert (done.returncode, done.stdout) == (-2, "")
+
+
+@pytest.mark.parametrize(
+    ("rank", "code", "says"), [({}, -2, "Ctrl-C again ends it at once"), ({"RANK": "0"}, 0, "Ctrl-\\ ends it at once")]
+)
+def test_ctrl_c_twice_saves_under_a_launcher(rank: dict[str, str], code: int, says: str) -> None:
+    text = (
+        "import os, signal; from megassm.run.stop import StopRequest; s = StopRequest()\n"
+        "for n in range(3): os.kill(os.getpid(), signal.SIGINT)\n"
+        "assert s.received; print('saves')"
+    )
+    done = run_python("-c", text, check=False, **rank)
+    assert (done.returncode, done.stdout) == (code, "saves\n" * (code == 0))
+    assert done.stderr.count("stopping: whole updates are being saved") == 1
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["a terminal that closes", "nohup"])
+def test_a_hangup_saves_but_where_it_is_ignored(ignored: bool) -> None:
+    text = (
+        f"import os, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN if {ignored} else signal.SIG_DFL)\n"
+        "from megassm.run.stop import StopRequest, leave_when_told\n"
+        "if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN: leave_when_told(); os.kill(os.getpid(), signal.SIGHUP)\n"
+        "s = StopRequest(); os.kill(os.getpid(), signal.SIGHUP); print(s.received, s.told(7))"
+    )
+    done = run_python("-c", text)
+    assert done.stdout.startswith("False" if ignored else "True stopped by a signal after step 7 (SIGHUP)")

@@ -71,10 +71,11 @@ def test_killed_run_continues_bit_for_bit(tmp_path: Path, data_path: Path, ranks
     assert [row["step"] for row in read_records(broken)] == list(range(1, 41))
 
 
-def test_sigterm_saves_and_leaves_cleanly(tmp_path: Path, data_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_and_leaves_cleanly(tmp_path: Path, data_path: Path, number: signal.Signals) -> None:
     run_dir = tmp_path / "run"
     overrides = (*LONG, "checkpoint.every_steps=1000", "train.steps=200")
-    code = kill_at(3, signal.SIGTERM, command(run_dir, data_path, 1, *overrides), run_dir)
+    code = kill_at(3, number, command(run_dir, data_path, 1, *overrides), run_dir)
     assert code == STOPPED
     checkpoint, skipped = newest_checkpoint(run_dir)
     assert checkpoint is not None

@@ -156,6 +156,11 @@ def test_the_store_listens_where_the_ranks_are_and_nowhere_else(monkeypatch: pyt
         monkeypatch.setenv("MASTER_PORT", str(taken))
         with pytest.raises(UserError, match=rf"MASTER_PORT = {taken}: cannot be listened at on 127.0.0.1 \(Address al"):
             meet(0, 1, one_machine=True, timeout=timedelta(seconds=5))
+        other.listen()
+        with pytest.raises(UserError, match=rf"MASTER_PORT = {taken}: cannot be listened at.*--master-port"):
+            meet(0, 2, one_machine=False, timeout=timedelta(seconds=5))
+    with pytest.raises(UserError, match=r"rank 1 does not meet the others there \(.*Every rank must be started with"):
+        meet(1, 2, one_machine=True, timeout=timedelta(seconds=1))
     store = meet(0, 1, one_machine=True, timeout=timedelta(seconds=5))
     assert store is not None
     socket.create_connection(("127.0.0.1", taken)).close()

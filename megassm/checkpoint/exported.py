@@ -36,7 +36,7 @@ from megassm.data.dataset import own_tokenizer
 from megassm.data.tokenizer.base import EOD_PIECE, Tokenizer, load_tokenizer
 from megassm.data.tokenizer.hugging_face import CONFIG_NAME, FILE_NAME
 from megassm.errors import UserError
-from megassm.files import sync, write_atomically
+from megassm.files import open_as_its_folder, sync, write_atomically
 from megassm.guarded import LINE_BYTES, read_bytes, read_json
 from megassm.model import LanguageModel, parameter_shapes
 
@@ -231,7 +231,7 @@ def write_model_folder(folder: Path, model: LanguageModel, tokenizer: Tokenizer,
     """Writes everything but README.md into an empty folder."""
     tensors = {PREFIX + name: value.detach().to("cpu", dtype).contiguous() for name, value in model.named_parameters()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / WEIGHTS).chmod(0o644)
+    open_as_its_folder(folder / WEIGHTS)
     sync(folder / WEIGHTS)
     for name, content in tokenizer.files().items():
         write_atomically(folder / name, content)

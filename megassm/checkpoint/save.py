@@ -30,7 +30,7 @@ from megassm.checkpoint.space import pinned, shortage
 from megassm.cli.arguments import error_text
 from megassm.config.schema import Config
 from megassm.errors import UserError
-from megassm.files import sync, write_atomically
+from megassm.files import open_as_its_folder, sync, write_atomically
 from megassm.model import parameter_shapes
 from megassm.parallel.engine import Engine
 from megassm.parallel.state import KINDS, MOMENTS
@@ -104,7 +104,7 @@ def _write_share(engine: Engine, partial: Path) -> dict[str, list[int]] | str:
             tensors = {_key(name, kind): state[name][kind].contiguous() for name in mine for kind in kinds}
             path = partial / f"{title}-{number}.safetensors"
             save_file(tensors, path)
-            path.chmod(0o644)
+            open_as_its_folder(path)
             sync(path)
             files[path.name] = [path.stat().st_size, _crc32(path)]
     except Exception as error:  # a full disk has several types: safetensors', RuntimeError, OSError

@@ -46,6 +46,7 @@ from megassm.run.directory import (
     checkpoint_folders,
 )
 from megassm.run.fence import newest_number
+from megassm.run.opening import load_run_config
 from megassm.run.records import newest_record
 from megassm.slurm import (
     JOB_BYTES,
@@ -100,7 +101,7 @@ def check_request(request: JobRequest, config: Config, path: Path, overrides: Se
 def submit(arguments: argparse.Namespace, path: Path, before: JobRequest | None) -> None:
     """Writes and queues a job of the configuration at `path`, on top of what was asked for `before`."""
     request = given_request(arguments, before)
-    config = load_config_or_exit(path, arguments.overrides, request.world_sizes()[0])
+    config = load_run_config(path, arguments.overrides, request.world_sizes()[0])
     check_request(request, config, path, arguments.overrides)
     run_dir = Path(config.run.dir).absolute()
     if (busy := newest_job(run_dir)) and (state := job_facts(busy)["JobState"]) not in ENDED:

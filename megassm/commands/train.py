@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from megassm.cli.arguments import Parser, error_text, positive, run_tool
-from megassm.config.load import dump_config, load_config_or_exit, world_size_from_environment
+from megassm.config.load import dump_config, world_size_from_environment
 from megassm.errors import UserError
 from megassm.run.directory import FAILURE
+from megassm.run.opening import load_run_config, open_run_directory
 from megassm.run.stop import leave_when_told
 from megassm.slurm import rank_environment
 
@@ -46,7 +47,7 @@ def parse() -> argparse.Namespace:
 
 def dry_run(arguments: argparse.Namespace) -> None:
     world_size = arguments.world_size or world_size_from_environment()
-    config = load_config_or_exit(arguments.config, arguments.overrides, world_size)
+    config = load_run_config(arguments.config, arguments.overrides, world_size)
     from megassm.plan.dryrun import dry_run
 
     for name, value in dry_run(config, world_size).items():
@@ -61,7 +62,7 @@ def main() -> None:
         dry_run(arguments)
         return
     leave_when_told()
-    config = load_config_or_exit(arguments.config, arguments.overrides)
+    config = load_run_config(arguments.config, arguments.overrides)
     if arguments.print_config:
         print(dump_config(config), end="")
         return
@@ -69,7 +70,6 @@ def main() -> None:
     # imported one after another, so that what is wrong early is reported early
     from megassm.data.dataset import open_dataset
     from megassm.run.events import append_event
-    from megassm.run.opening import open_run_directory
 
     data = open_dataset(config)
     lock = open_run_directory(config)

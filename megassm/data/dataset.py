@@ -94,8 +94,9 @@ def open_dataset(config: Config) -> Dataset:
 def _open(knob: str, path: str) -> Store:
     store = open_store(path)
     if isinstance(store, LocalStore) and not store.directory.is_dir():
+        here = "" if store.directory.is_absolute() else f" in {Path.cwd()}"
         raise UserError(
-            f"{knob} = {str(store.directory)!r}: no such directory; make a data set with tools/prepare_data.py "
+            f"{knob} = {str(store.directory)!r}: no such directory{here}; make a data set with tools/prepare_data.py "
             f"--input TEXT --output {store.directory}"
         )
     return store

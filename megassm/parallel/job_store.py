@@ -63,9 +63,30 @@ def meet(rank: int, size: int, one_machine: bool, timeout: timedelta) -> Store |
     if not (port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(f"environment: MASTER_PORT = {port!r}: must be a port, 1 to 65535")
     listener = _listener(host, int(port), one_machine) if rank == 0 else None
-    if listener is None:
-        return TCPStore(host, int(port), size, rank == 0, timeout, multi_tenant=True)
-    return TCPStore(host, int(port), size, True, timeout, master_listen_fd=listener)
+    try:
+        if listener is None:
+            return TCPStore(host, int(port), size, rank == 0, timeout, multi_tenant=True)
+        return TCPStore(host, int(port), size, True, timeout, master_listen_fd=listener)
+    except RuntimeError as error:
+        raise _not_met(rank, host, int(port), error) from None
+
+
+def _not_met(rank: int, host: str, port: int, error: RuntimeError) -> UserError:
+    """Why the ranks did not meet, in a line; torch's own text is a page."""
+    why = str(error).strip().partition("\n")[0][:200]
+    if rank == 0 and "EADDRINUSE" in str(error):
+        return _port_taken(host, port, os.strerror(errno.EADDRINUSE))
+    return UserError(
+        f"environment: MASTER_ADDR = {host!r}, MASTER_PORT = {port}: rank {rank} does not meet the others there "
+        f"({why}). Every rank must be started with the same two, those of rank 0's machine, and reach it"
+    )
+
+
+def _port_taken(host: str, port: int, why: str) -> UserError:
+    return UserError(
+        f"environment: MASTER_PORT = {port}: cannot be listened at on {host} ({why}); another job may "
+        "use it: give this one another (deepspeed --master_port, torchrun --master-port)"
+    )
 
 
 def _listener(host: str, port: int, one_machine: bool) -> int | None:
@@ -85,8 +106,5 @@ def _listener(host: str, port: int, one_machine: bool) -> int | None:
         listener.close()
         if error.errno == errno.EADDRNOTAVAIL:
             return None
-        raise UserError(
-            f"environment: MASTER_PORT = {port}: cannot be listened at on {host} ({error.strerror}); another job may "
-            "use it: give this one another (deepspeed --master_port, torchrun --master-port)"
-        ) from None
+        raise _port_taken(host, port, error.strerror or "") from None
     return listener.detach()

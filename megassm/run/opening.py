@@ -6,20 +6,41 @@ import contextlib
 import fcntl
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from megassm.cli.arguments import error_text, is_rank_zero
-from megassm.config.load import dump_config
+from megassm.cli.arguments import error_text, is_rank_zero, print_line
+from megassm.config.load import dump_config, load_config_or_exit
 from megassm.config.schema import Config
 from megassm.errors import UserError
 from megassm.files import open_own, write_atomically
 from megassm.guarded import YAML_BYTES, read_bytes
-from megassm.run.directory import CHECKPOINTS, CONFIG, CONFIG_HISTORY, FAILURE, LOCK, METRICS, step_name
+from megassm.run.directory import CHECKPOINTS, CONFIG, CONFIG_HISTORY, FAILURE, INCARNATIONS, LOCK, METRICS, step_name
 from megassm.run.failures import check_failures
 from megassm.run.fence import restarts_the_newest
 from megassm.run.lives import note_last_end, note_start
+
+
+def load_run_config(path: Path, overrides: Sequence[str], world_size: int | None = None) -> Config:
+    """`load_config_or_exit`; the config.yaml of a run directory means the run that lies there, wherever it was when
+    the file was written."""
+    run_dir = path.parent
+    is_runs = path.name == CONFIG and any((run_dir / name).exists() for name in (CHECKPOINTS, INCARNATIONS, METRICS))
+    if not is_runs or any(override.startswith("run.dir=") for override in overrides):
+        return load_config_or_exit(path, overrides, world_size)
+    written = load_config_or_exit(path, overrides, world_size)
+    if Path(written.run.dir).absolute() == run_dir.absolute():
+        return written
+    if is_rank_zero():
+        print_line(
+            f"{path}: this run was in {written.run.dir}, and has been copied or moved; it goes on where it lies, in "
+            f"{run_dir}. To train in another place give run.dir=DIR",
+            sys.stderr,
+        )
+    return written.model_copy(update={"run": written.run.model_copy(update={"dir": str(run_dir)})})
 
 
 def open_run_directory(config: Config) -> IO[str] | None:

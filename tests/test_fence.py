@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from megassm.checkpoint import format, save
-from megassm.checkpoint.save import save_checkpoint
 from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
 from megassm.errors import UserError
@@ -19,8 +18,8 @@ from megassm.parallel.world import join_world, leave_world
 from megassm.run.directory import FAILURE, INCARNATIONS
 from megassm.run.fence import SupersededError, newest_number, restarts_the_newest, take
 from megassm.run.journal import Journal
-from megassm.run.opening import open_run_directory
-from megassm.train.setup import enter, set_up
+from megassm.run.opening import clear_partial, open_run_directory
+from megassm.train.setup import set_up
 from tests.conftest import run_python
 from tests.ranks import run_on_ranks
 
@@ -82,15 +81,18 @@ def superseded_while_saving(config: Config) -> None:
         publish = save._publish
 
         def late(partial: Path, final: Path, manifest: format.Manifest) -> None:
-            _, left_over = enter(run.fence.run_dir, world)
-            assert left_over == [partial.name]
+            take(run.fence.run_dir)
+            assert clear_partial(run.fence.run_dir) == [partial.name]
             publish(partial, final, manifest)
 
         save._publish = late
-        assert save_checkpoint(run.engine, config, 1, "", run.fence) is not None
+        assert run.saver.begin(1) is None
+        ended = run.saver.finish()
+        assert ended is not None
+        assert "No such file" in ended.failure
         before = files(run.fence.run_dir)
         with pytest.raises(SupersededError):
-            save_checkpoint(run.engine, config, 2, "", run.fence)
+            run.saver.begin(2)
         assert files(run.fence.run_dir) == before
         assert format.newest_checkpoint(run.fence.run_dir) == (None, [])
     finally:

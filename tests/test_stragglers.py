@@ -86,8 +86,8 @@ def test_waiting_for_others_is_communication(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_a_rank_tells_the_others_comes_out_as_it_went_in() -> None:
     counters = DataCounters(*map(float, range(20, 20 + len(fields(DataCounters)))))
-    message = Message(1.5, 2.0, 3.0, float("inf"), 0.25, 2.0**40, 1.0, 2.0**40 - 1, 7.0, (0.1, 0.2, 0.3, 0.4), counters,
-                      (8.0, 2.0, 4.0))  # fmt: skip
+    message = Message(1.5, 2.0, 3.0, float("inf"), 0.25, 2.0**40, 1.0, 0.0, 2.0**40 - 1, 7.0, (0.1, 0.2, 0.3, 0.4),
+                      counters, (8.0, 2.0, 4.0))  # fmt: skip
     numbers = message.packed()
     assert all(isinstance(number, float) for number in numbers)
     assert Message.unpacked(numbers) == message

@@ -190,7 +190,7 @@ def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
     return fixed_knobs(config) | {FINGERPRINT: data_fingerprint}
 
 
-def newest_checkpoint(run_dir: Path, check: str = "") -> tuple[Checkpoint | None, list[str]]:
+def newest_checkpoint(run_dir: Path, check: str | None = "") -> tuple[Checkpoint | None, list[str]]:
     """The newest complete checkpoint of a run, and why newer ones were passed over; `check` as in `read_checkpoint`."""
     skipped: list[str] = []
     for folder in reversed(checkpoint_folders(run_dir / CHECKPOINTS)):

@@ -170,6 +170,9 @@ class CheckpointConfig(Section):
     """Updates between checkpoints; the last update always saves."""
     keep: PositiveInt = 3
     """Complete checkpoints kept; older ones are removed."""
+    asynchronous: bool = True
+    """Training goes on while a checkpoint is written, from a copy in host memory: 12 bytes a parameter, divided by the
+    ranks."""
 
 
 class HealthConfig(Section):

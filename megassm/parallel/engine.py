@@ -26,7 +26,7 @@ from megassm.optim import LR_FACTOR, build_optimizer
 from megassm.parallel import state
 from megassm.parallel.mesh import Mesh
 from megassm.parallel.sequence import split_sequence
-from megassm.parallel.state import Kind
+from megassm.parallel.state import Kind, State
 from megassm.parallel.tensor import build_split_model, gather_whole, weight_slices
 from megassm.parallel.world import Group, World
 
@@ -207,18 +207,22 @@ class Engine:
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine.destroy()
 
-    def read_state(self, kinds: Sequence[Kind], mine: Callable[[str], bool]) -> dict[str, dict[Kind, Tensor]]:
+    def read_state(self, kinds: Sequence[Kind], mine: Callable[[str], bool], into: State | None = None) -> State:
         """Kinds of state of the parameters that are `mine`, whole, float32, on the CPU. All ranks must call it.
 
-        One parameter at a time is put together, so that no device ever holds a second model.
+        One parameter at a time is put together, so that no device ever holds a second model. What an earlier call gave
+        for the same parameters can be written over: `into`.
         """
-        kept: dict[str, dict[Kind, Tensor]] = {}
+        kept: State = {} if into is None else into
         for name, parameter in self.model.named_parameters():
             for kind in kinds:
                 part = state.read(self._engine, parameter, kind)
                 whole = gather_whole(part, self._parts[name], self._shapes[name], self.world.tensor)
                 if mine(name):
-                    kept.setdefault(name, {})[kind] = whole.to("cpu", torch.float32, copy=True)
+                    copies = kept.setdefault(name, {})
+                    if kind not in copies:
+                        copies[kind] = torch.empty(self._shapes[name], dtype=torch.float32)
+                    copies[kind].copy_(whole)
         return kept
 
     def write_state(self, source: StateSource, updates: int) -> None:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MOMENTS: tuple[Kind, ...] = KINDS[1:]
+State = dict[str, dict[Kind, Tensor]]
+"""Whole values, by parameter and kind."""
 
 
 def create_moments(engine: Any) -> None:

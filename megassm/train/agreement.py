@@ -31,6 +31,7 @@ class Message:
     data_wait_s: float
     peak_memory_bytes: float
     stop: float
+    save_ready: float
     start_digest: float
     sample_digest: float
     seconds: tuple[float, ...]
@@ -73,6 +74,8 @@ class Totals:
     data: DataCounters
     peak_memory_bytes: int
     stop: bool
+    save_ready: bool
+    """All ranks have done their part of the save that is under way."""
     seconds_RP: list[list[float]]
     """By rank and phase, what each did itself (`megassm.parallel.phases.COMPUTE`)."""
     dropped: bool
@@ -98,6 +101,7 @@ def agree(run: Run, step: int, budgets: list[int], tally: Tally, grad_norm: floa
         data_wait_s=tally.data_wait_s,
         peak_memory_bytes=peak_memory_bytes(run.world.device),
         stop=run.stop.received,
+        save_ready=run.saver.ready,
         start_digest=run.start_digest,
         sample_digest=sample_digest(tally.sample_ids),
         seconds=tuple(phases[phase] for phase in COMPUTE),
@@ -115,6 +119,7 @@ def agree(run: Run, step: int, budgets: list[int], tally: Tally, grad_norm: floa
         data=replace(data, data_wait_s=max(rank.data_wait_s for rank in ranks)),
         peak_memory_bytes=int(max(rank.peak_memory_bytes for rank in ranks)),
         stop=any(rank.stop for rank in ranks),
+        save_ready=all(rank.save_ready for rank in ranks),
         seconds_RP=[list(rank.seconds) for rank in ranks],
         dropped=tally.dropped,
     )

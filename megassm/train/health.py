@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from megassm.checkpoint.format import newest_checkpoint
-from megassm.checkpoint.space import pin
 from megassm.data.skipped import LeftOut
 from megassm.eval.score import Score
 from megassm.parallel.phases import StepPhase
@@ -144,10 +143,7 @@ class Health:
             f"({z:.1f} robust standard deviations): samples {first}..{last}"
             f"{' changed no weight' if dropped else ''}"
         )
-        checkpoint, _ = newest_checkpoint(Path(run.config.run.dir))
-        kept = None if checkpoint is None else checkpoint.folder
-        if kept is not None:
-            pin(kept, text)
+        kept = run.saver.pin(text)
         text += f"; {kept} is kept" if kept else "; there is no checkpoint from before"
         run.events.add("loss spike", step, text, loss=record["loss"], expected=expected, z=z, samples=[first, last],
                        dropped=dropped, checkpoint=str(kept) if kept else None)  # fmt: skip

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from megassm.budget import budget_at
-from megassm.checkpoint.save import save_checkpoint
 from megassm.cli.arguments import STOPPED, error_text
 from megassm.config.schema import Config
 from megassm.cost import forward_flops_per_token, training_flops_per_token
@@ -47,6 +46,7 @@ from megassm.run.stop import StopRequest
 from megassm.train.agreement import Tally, Totals, agree, report_skip
 from megassm.train.channels import gate_masses
 from megassm.train.health import Health, channels, rewinds, without_effect
+from megassm.train.saving import advance_save, finish_save, save
 from megassm.train.setup import Run, set_up
 
 STOP_CHECK_S = 10.0
@@ -126,20 +126,21 @@ def train(run: Run) -> End:
         text = f"nothing to do: {config.run.dir} has done {run.done_steps} of {config.train.steps} steps"
         run.events.add("end", run.done_steps, text)
         return "done"
-    skipped, saved, health, stride = 0, run.done_steps, Health(run), 1
+    skipped, health, stride = 0, Health(run), 1
     for step in range(run.done_steps, config.train.steps):
         started = time.perf_counter()
         note("beginning", step + 1)
         budgets = step_budgets(config, step, engine.micro_steps)
         tally = accumulate(run, health, budgets, stride)
         if tally is None:
-            return stop(run, step, saved)
+            return stop(run, step)
         rate = learning_rate(config.optim, config.train, step)
         note("update", phase=StepPhase.UPDATE)
         norm = engine.update(rate)
         note("agreement of all ranks", phase=StepPhase.UPDATE)
         totals = agree(run, step, budgets, tally, norm)
         stride = stop_stride(totals, engine.micro_steps)
+        advance_save(run, totals.save_ready)
         note("looking at the update")
         skipped = 0 if totals.finite else skipped + 1
         record = journal_record(run, step, budgets, totals, time.perf_counter() - started) | {"lr": rate}
@@ -156,13 +157,13 @@ def train(run: Run) -> End:
         if run.journal is not None:
             run.journal.write(record)
         run.events.retry()
-        if tally.dropped and config.health.spike_action == "rewind" and rewinds(run, step):
+        if tally.dropped and config.health.spike_action == "rewind" and goes_back(run, step):
             return "rewound"
         due = (step + 1) % config.checkpoint.every_steps == 0 and not skipped  # a sick run replaces no good checkpoint
-        if (last or due) and save(run, step + 1, must=last):
-            saved = step + 1
+        if last or due:
+            save(run, step + 1, must=last)
         if totals.stop and not last:
-            return stop(run, step + 1, saved)
+            return stop(run, step + 1)
     run.events.add("end", config.train.steps, f"done: {config.train.steps} steps in {config.run.dir}\n"
                    f"next: python tools/sweep_budgets.py {config.run.dir}")  # fmt: skip
     return "done"
@@ -190,6 +191,12 @@ def accumulate(run: Run, health: Health, budgets: list[int], stride: int) -> Tal
     return tally
 
 
+def goes_back(run: Run, step: int) -> bool:
+    """Whether the run goes back to its newest checkpoint, which may be on its way to the disk."""
+    finish_save(run)
+    return rewinds(run, step)
+
+
 def stop_stride(totals: Totals, micro_steps: int) -> int:
     """Micro-steps between two checks for a stop signal, from the time that the last update took; alike on all ranks.
 
@@ -204,10 +211,11 @@ def told_to_stop(run: Run) -> bool:
     return any_rank(run.stop.received)
 
 
-def stop(run: Run, done_steps: int, saved: int) -> End:
+def stop(run: Run, done_steps: int) -> End:
     """Leaves the loop with what `done_steps` whole updates have made: a part of the next one is dropped, and its
     samples are read again."""
-    if done_steps > saved:
+    finish_save(run)
+    if done_steps > run.saved_steps:
         save(run, done_steps, must=True)
     text = f"{run.stop.told(done_steps)}; the same command continues from there"
     run.events.add("stop", done_steps, text)
@@ -251,26 +259,6 @@ def share_batch(batch: MicroBatch | None, config: Config, world: World) -> Micro
     return MicroBatch(rows[:, : length + 1], rows[:, length + 1 : -1].astype(np.bool_), rows[:, -1])
 
 
-def save(run: Run, done_steps: int, must: bool) -> bool:
-    """Saves a checkpoint; returns whether there is a new one. A full disk does not end a run, but for the last save.
-
-    Raises:
-        UserError: it failed, and must not.
-    """
-    failure = save_checkpoint(run.engine, run.config, done_steps, run.data.train.fingerprint, run.fence)
-    if failure is None:
-        run.save_failure = ""
-        run.events.add("checkpoint", done_steps, f"checkpoint after step {done_steps}")
-        return True
-    what = f"no checkpoint after step {done_steps}: {failure}; older ones are untouched"
-    if must:
-        raise UserError(f"{what}. Make room, and start again: the same command continues from the last one")
-    if failure != run.save_failure:  # a disk that stays full, or read-only, is reported once
-        run.save_failure = failure
-        run.events.add("disk", done_steps, what)
-    return False
-
-
 def journal_record(run: Run, step: int, budgets: list[int], totals: Totals, seconds: float) -> Record:
     """One update for the journal; units in the names."""
     config = run.config
@@ -288,6 +276,7 @@ def journal_record(run: Run, step: int, budgets: list[int], totals: Totals, seco
         "k": max(budgets),
         "k_micro": budgets,
         "step_s": seconds,
+        "save_s": run.saver.take_waited_s(),
         "tokens_per_s": step_tokens / seconds,
         "mfu": flops / seconds / (run.peak_flops * run.world.size),
         "relative_cost": flops / static,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from megassm import __version__
 from megassm.checkpoint.exported import open_model_folder
 from megassm.checkpoint.format import Checkpoint, check_identity, newest_checkpoint, run_identity
+from megassm.checkpoint.save import Saver
 from megassm.cli.arguments import print_line
 from megassm.config.schema import Config
 from megassm.cost import parameters
@@ -56,8 +57,14 @@ class Run:
     stop: StopRequest
     events: Events
     fence: Fence
+    saver: Saver
     save_failure: str = ""
     """Why the last save failed, where it did."""
+    saved_steps: int = field(init=False)
+    """Updates that the newest checkpoint holds."""
+
+    def __post_init__(self) -> None:
+        self.saved_steps = self.done_steps
 
     def sample_range(self, step: int) -> tuple[int, int]:
         """First and last global sample of the batch of update `step` (from 0)."""
@@ -77,7 +84,7 @@ def set_up(config: Config, data: Dataset, world: World, stop: StopRequest | None
     if left_over:
         events.add("left over", 0, f"removed what saves that did not end have left: {', '.join(left_over)}")
     weights = start_weights(config, data, world)
-    checkpoint = checkpoint_to_continue(config, data, events)
+    checkpoint = checkpoint_to_continue(config, data.train.fingerprint, events)
     config = with_draws(config, checkpoint, world)
     engine = Engine(config, world, data.document_end(config), weights, data.task.asked if data.task else None)
     done_steps = 0 if checkpoint is None else restore(engine, checkpoint, events)
@@ -91,8 +98,7 @@ def set_up(config: Config, data: Dataset, world: World, stop: StopRequest | None
             if checkpoint is not None:
                 tell_changes(checkpoint.config, config, done_steps, events)
             write_environment(Path(config.run.dir), world, peak, peak_source)
-            (Path(config.run.dir) / TOKENIZER).mkdir(exist_ok=True)
-            keep_tokenizer(data.tokenizer, Path(config.run.dir) / TOKENIZER)
+            write_tokenizer(Path(config.run.dir), data)
         introduce(config, data, world, done_steps)
         say(world, f"MFU is of {peak / 1e12:,.4g} TFLOP/s a rank ({peak_source}), with the FLOPs of the K in use")
     place, mesh = world.coordinates, world.mesh
@@ -113,6 +119,7 @@ def set_up(config: Config, data: Dataset, world: World, stop: StopRequest | None
         stop=stop,
         events=events,
         fence=fence,
+        saver=Saver(engine, config, data.train.fingerprint, fence),
     )
 
 
@@ -142,7 +149,7 @@ def start_weights(config: Config, data: Dataset, world: World) -> Iterator[tuple
     return weights
 
 
-def checkpoint_to_continue(config: Config, data: Dataset, events: Events) -> Checkpoint | None:
+def checkpoint_to_continue(config: Config, data_fingerprint: str, events: Events) -> Checkpoint | None:
     """The newest complete checkpoint of the run, whatever mesh wrote it; None for a new run.
 
     Raises:
@@ -157,7 +164,7 @@ def checkpoint_to_continue(config: Config, data: Dataset, events: Events) -> Che
             "beginning, or choose another run.dir"
         )
     if checkpoint is not None:
-        check_identity(checkpoint, run_identity(config, data.train.fingerprint))
+        check_identity(checkpoint, run_identity(config, data_fingerprint))
     return checkpoint
 
 
@@ -248,6 +255,12 @@ def write_environment(run_dir: Path, world: World, peak: float, peak_source: str
         "peak_flops_source": peak_source,
     }
     (run_dir / ENVIRONMENT).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(run_dir: Path, data: Dataset) -> None:
+    """That of the data, so that the model can be used where the data is gone."""
+    (run_dir / TOKENIZER).mkdir(exist_ok=True)
+    keep_tokenizer(data.tokenizer, run_dir / TOKENIZER)
 
 
 def start_digest(config: Config, data: Dataset) -> int:

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+import pty
+import select
+import struct
+import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
+from megassm.commands import watch as watch_command
+from megassm.commands.watch import next_page
 from megassm.report import follow, history
 from megassm.report.braille import bar, curve, sparkline
 from megassm.report.follow import FollowedFile
 from megassm.report.history import History
 from megassm.report.live import LiveRun
 from megassm.report.run_page import load_run, summary
-from megassm.report.terminal import frame
+from megassm.report.terminal import OVERVIEW, PAGES, frame
 from megassm.run.records import cut_after
-from tests.conftest import run_python
+from tests.conftest import ROOT, run_python
 
 KNOBS = {"train": {"steps": 100}, "optim": {"lr": 0.001}, "run": {"dir": "x"}}
 PHASES = {"data": 0.01, "forward": 0.05, "backward": 0.1, "update": 0.03, "communication": 0.01}
@@ -56,11 +66,12 @@ def run_dir(tmp_path: Path) -> Path:
     return folder
 
 
-def drawn(run: LiveRun, width: int = 120) -> str:
+def drawn(run: LiveRun, width: int = 120, height: int = 40, page: str = OVERVIEW, keys: bool = False) -> str:
     console = Console(width=width, file=io.StringIO(), highlight=False)
-    console.print(frame(run, width))
+    console.print(frame(run, width, height, page, keys))
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert max(len(line) for line in text.splitlines()) <= width
+    assert max(cell_len(line) for line in text.splitlines()) <= width
+    assert len(text.splitlines()) <= height
     return str(text)
 
 
@@ -107,7 +118,7 @@ def test_a_tasks_validation_is_shown_in_its_own_unit(run_dir: Path) -> None:
              for step in (1, 2)]  # fmt: skip
     write(run_dir / "metrics.jsonl", tasks)
     text = drawn(LiveRun(run_dir).look())
-    assert "validation, nats an answer over K, step 2" in text
+    assert "nats/answer" in text
     assert "1.250" in text
     assert "bits/byte" not in text
     figures = summary(load_run(run_dir, "a"))
@@ -141,20 +152,99 @@ def test_strokes() -> None:
     assert (bar(0.5, 4), bar(2, 3), bar(-1, 2), bar(1 / 16, 2)) == ("██  ", "███", "  ", "▏ ")
 
 
-def test_a_frame_has_what_a_person_asks(run_dir: Path) -> None:
-    text = drawn(LiveRun(run_dir).look())
-    for part in (
-        "step 40/100", "40%", "10.2/25.6 k tokens", "running, last record 0m0", "eta 0m12s", "K=8 2.300", "+0.050",
-        "K=2 2.400", "-0.100", "1,000", "40.0%", "of 0.2 TFLOP/s a rank", "backward 50%", "communication 5%",
-        "1.00 GiB", "an update <b>[bold]</b> is skipped", "1        of 40 updates", "1.200", "9.000", "2023-11-14",
-        "step 30",
-    ):  # fmt: skip
+FIGURES = (
+    "step 40/100", "40%", "1.2", "2.000 bits/byte", "nats/token", "1,000", "40.0%", "1.00 GiB", "backward 50%", "2.300",
+    "+0.050", "2.400", "-0.100", "bits/byte", "1 of 40 updates", "grad norm 0.5", "is skipped", "step 30",
+)  # fmt: skip
+SIZES = [(80, 24), (120, 40), (200, 50)]
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_every_subject_is_always_visible_with_its_figures(run_dir: Path, width: int, height: int) -> None:
+    text = drawn(LiveRun(run_dir).look(), width, height)
+    assert len(text.splitlines()) == height, "all of the terminal is used"
+    assert max(cell_len(line) for line in text.splitlines()) == width
+    for title in (
+        "loss, median of newest 40",
+        "validation, step 40",
+        "speed, medians of newest 40",
+        "health",
+        "events",
+    ):
+        assert f"─ {title}" in text
+    spaced = " ".join(text.replace("backward         50%", "backward 50%").split())
+    for figure in FIGURES:
+        assert figure in spaced, figure
+    assert "an update <b>[bold]</b> is skipped" in text
+
+
+def test_a_wide_frame_says_more(run_dir: Path) -> None:
+    text = drawn(LiveRun(run_dir).look(), 200, 50)
+    for part in ("running, last record 0m0", "eta 0m12s", "10.2/25.6 k tokens", "of 0.2 TFLOP/s a rank", "2023-11-14",
+                 "largest of all ranks", "at K=8 since the first:", "update 1 ", "communication     5%"):  # fmt: skip
         assert part in text, part
 
 
-@pytest.mark.parametrize("width", [40, 80, 90, 200])
-def test_a_frame_fits_any_terminal(run_dir: Path, width: int) -> None:
-    assert "step 40/100" in drawn(LiveRun(run_dir).look(), width)
+def test_utilisation_that_is_not_known_is_not_shown(run_dir: Path) -> None:
+    write(run_dir / "metrics.jsonl", [row(step, mfu=None) for step in (1, 2)])
+    run = LiveRun(run_dir).look()
+    for width, height in SIZES:
+        assert "MFU" not in drawn(run, width, height)
+
+
+def test_the_longest_bar_is_the_best_budget(run_dir: Path) -> None:
+    for height in (24, 40):
+        text = drawn(LiveRun(run_dir).look(), 120, height)
+        (header,) = (line for line in text.splitlines() if "better →" in line)
+        bars = {k: next(line for line in text.splitlines() if f" {k}       {bits} " in line).count("█")
+                for k, bits in ((2, "2.400"), (8, "2.300"))}  # fmt: skip
+        assert "bits/byte" in header
+        assert bars[8] > 5 * bars[2] > 0
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(("width", "height"), [(40, 24), (71, 30), *SIZES])
+def test_a_page_fits_any_terminal(run_dir: Path, width: int, height: int, page: str) -> None:
+    text = drawn(LiveRun(run_dir).look(), width, height, page, keys=True)
+    assert "step 40/100" in text
+    assert "1 overview" in text.splitlines()[-1]
+    shown = [name for name in PAGES[1:] if f"─ {name}" in text]
+    assert shown == ([page] if page != OVERVIEW else list(PAGES[1:]))
+
+
+def test_keys_lead_to_pages() -> None:
+    assert watch_command.PAGES == PAGES, "the parser names them without rich"
+    assert [next_page(OVERVIEW, key) for key in ("3", "6", "\t", "\x1b[Z", "x", "", "7")] == [
+        "validation", "events", "loss", "events", OVERVIEW, OVERVIEW, OVERVIEW,
+    ]  # fmt: skip
+    assert next_page("events", "\x1b[C") == OVERVIEW
+
+
+def test_a_person_turns_pages_and_leaves(run_dir: Path) -> None:
+    terminal, other_end = pty.openpty()
+    fcntl.ioctl(other_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "tools/watch.py", str(run_dir), "--every", "30"]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=other_end, stdout=other_end, stderr=other_end,
+                               env=os.environ | {"TERM": "xterm"})  # fmt: skip
+    os.close(other_end)
+    seen = b""
+
+    def until(part: str) -> None:
+        nonlocal seen
+        while part.encode() not in seen:
+            assert select.select([terminal], [], [], 60)[0], seen.decode(errors="replace")
+            seen += os.read(terminal, 65536)
+        seen = seen[seen.rindex(part.encode()) :]
+
+    until("q quit")
+    os.write(terminal, b"4")
+    until("\x1b[7m4 speed")
+    os.write(terminal, b"\t")
+    until("\x1b[7m5 health")
+    os.write(terminal, b"q")
+    until("step 40/100")
+    assert process.wait(60) == 0
+    os.close(terminal)
 
 
 def test_states_are_told_by_the_files(run_dir: Path) -> None:

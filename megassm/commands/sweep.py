@@ -160,12 +160,12 @@ def finish(
     sweeps: Sequence[Sweep], plot: Path | None, report: Path | None, table: Path | None, as_json: Path | None
 ) -> None:
     """Writes what was asked for of all runs together."""
-    from megassm.report.figures import save_panels
+    from megassm.report.figures import save_charts
     from megassm.report.sweep_files import flat_rows, write_csv, write_page
-    from megassm.report.sweep_plots import panels
+    from megassm.report.sweep_plots import charts
 
     if plot:
-        save_panels(panels(sweeps), plot)
+        save_charts(charts(sweeps), plot)
         print(plot)
     if report:
         write_page(sweeps, report)

@@ -1,13 +1,18 @@
-"""Watches a run in the terminal: loss, quality over K, throughput, health and events, until ctrl-C.
+"""Watches a run in the terminal: loss, quality over K, throughput, health and events, until q or ctrl-C.
 
 Reads the run directory only, so it works beside the run, from another machine that sees it, and after the run's end.
+A frame fits the terminal, from 80 x 24 up. Keys: 1 to 6, tab and arrows change the page, q leaves.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import os
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +20,16 @@ from megassm.cli.arguments import Parser, path_argument, positive, print_line
 from megassm.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
     from megassm.report.live import LiveRun
+
+PAGES = ("overview", "loss", "validation", "speed", "health", "events")
+NUMBERS = "123456"
+QUIT = "q"
+KEYS = {"\t": 1, "\x1b[C": 1, "\x1b[B": 1, "\x1b[Z": -1, "\x1b[D": -1, "\x1b[A": -1}
+"""What tab, backtab and the arrows send, and how many pages further they lead."""
+PIPE_COLUMNS, PIPE_ROWS = 120, 40
 
 
 def parser() -> Parser:
@@ -31,6 +43,8 @@ def parser() -> Parser:
     result.add_argument(
         "--width", type=positive, metavar="COLUMNS", help="of a frame (default: the terminal's, or 120)"
     )
+    result.add_argument("--height", type=positive, metavar="ROWS", help="of a frame (default: the terminal's, or 40)")
+    result.add_argument("--page", choices=PAGES, default=PAGES[0], help="shown first; keys 1 to 6 change it")
     return result
 
 
@@ -45,13 +59,19 @@ def main() -> None:
     if arguments.history:
         show_history(arguments.run)
         return
-    width = arguments.width or (shutil.get_terminal_size().columns if sys.stdout.isatty() else 120)
-    console = Console(width=width, highlight=False)
+    console = Console(highlight=False)
+    resize(console, arguments)
     run = LiveRun(arguments.run).look()
     if arguments.once or not sys.stdout.isatty():
-        show_once(run, console)
+        show_once(run, console, arguments.page)
     else:
-        follow(run, console, arguments.every, arguments.width)
+        follow(run, console, arguments)
+
+
+def resize(console: Console, arguments: argparse.Namespace) -> None:
+    """Gives a frame the size that was asked for, or the terminal's."""
+    columns, rows = shutil.get_terminal_size() if sys.stdout.isatty() else (PIPE_COLUMNS, PIPE_ROWS)
+    console.width, console.height = arguments.width or columns, arguments.height or rows
 
 
 def show_history(run_dir: Path) -> None:
@@ -66,27 +86,74 @@ def show_history(run_dir: Path) -> None:
         )
 
 
-def show_once(run: LiveRun, console: Console) -> None:
+def show_once(run: LiveRun, console: Console, page: str) -> None:
     from megassm.report.terminal import frame
 
     while run.read_share < 1:
         run.look()
-    console.print(frame(run, console.width))
+    rows = console.height - sys.stdout.isatty()  # the prompt comes below
+    console.print(frame(run, console.width, rows, page))
 
 
-def follow(run: LiveRun, console: Console, every_s: int, width: int | None) -> None:
-    """Draws a frame every so often, on a screen of its own; ctrl-C ends it, and leaves the last frame behind."""
+def follow(run: LiveRun, console: Console, arguments: argparse.Namespace) -> None:
+    """Draws a frame every so often, on a screen of its own; q or ctrl-C ends it, and leaves the last frame behind."""
     from rich.live import Live
 
     from megassm.report.terminal import frame
 
+    page: str = arguments.page
+
+    def view() -> RenderableType:
+        return frame(run, console.width, console.height, page, keys=True)
+
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        pressed_keys() as wait_for_key,
+        Live(view(), console=console, screen=True, auto_refresh=False) as live,
+    ):
+        key = ""
+        while key != QUIT:
+            key = wait_for_key(arguments.every if run.read_share == 1 else 0)
+            page = next_page(page, key)
+            resize(console, arguments)
+            if not key:
+                run.look()
+            live.update(view(), refresh=True)
+    console.print(frame(run, console.width, console.height - 1, page))
+
+
+def next_page(page: str, key: str) -> str:
+    """The page that a key leads to: its number, tab or an arrow; any other key changes nothing."""
+    if key in NUMBERS:
+        return PAGES[NUMBERS.index(key)]
+    return PAGES[(PAGES.index(page) + KEYS.get(key, 0)) % len(PAGES)]
+
+
+@contextlib.contextmanager
+def pressed_keys() -> Iterator[Callable[[float], str]]:
+    """A function that waits so many seconds at most for a key, and gives what it sends, or nothing."""
+
+    def wait(seconds: float) -> str:
+        time.sleep(seconds)
+        return ""
+
+    if not sys.stdin.isatty():
+        yield wait
+        return
+    import select
+    import termios
+    import tty
+
+    keyboard = sys.stdin.fileno()
+
+    def key_within(seconds: float) -> str:
+        if not select.select([keyboard], [], [], seconds)[0]:
+            return ""
+        return os.read(keyboard, 16).decode(errors="replace") or QUIT  # nothing to read: the terminal is gone
+
+    before = termios.tcgetattr(keyboard)
+    tty.setcbreak(keyboard)
     try:
-        with Live(frame(run, console.width), console=console, screen=True, auto_refresh=False) as live:
-            while True:
-                if run.read_share == 1:
-                    time.sleep(every_s)
-                if width is None:
-                    console.width = shutil.get_terminal_size().columns
-                live.update(frame(run.look(), console.width), refresh=True)
-    except KeyboardInterrupt:
-        console.print(frame(run, console.width))
+        yield key_within
+    finally:
+        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)

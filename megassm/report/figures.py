@@ -1,4 +1,4 @@
-"""Plots as pictures for people and as SVG inside a page, whatever they show."""
+"""Plots as picture files, by matplotlib."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
 from megassm.files import write_atomically
+from megassm.report.charts import LIGHT, LIGHT_RAMP, Chart, budget_ticks, places, ramp
 
 PANEL_INCHES = (5.6, 4.4)
 COLUMNS = 3
 TITLE_CHARS = 60
-INK = "#010203"
-"""Stands for the page's own text colour in an SVG, so that it can be read on dark and on light."""
 
 
 class Panel(NamedTuple):
@@ -30,6 +29,11 @@ class Panel(NamedTuple):
     title: str
     draw: Callable[[Any], None]
     """Draws on matplotlib axes."""
+
+
+def save_charts(charts: Sequence[Chart], path: Path) -> None:
+    """All charts over budgets or lengths in one picture."""
+    save_panels([Panel(chart.title, _drawing(chart)) for chart in charts], path)
 
 
 def save_panels(chosen: Sequence[Panel], path: Path) -> None:
@@ -46,28 +50,11 @@ def save_panels(chosen: Sequence[Panel], path: Path) -> None:
     _save(figure, path)
 
 
-def inline_svg(panel: Panel, number: int) -> str:
-    """A panel as an element of a page; `number` keeps the ids of several apart."""
-    colours = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    settings: Any = dict.fromkeys(colours, INK) | {"svg.fonttype": "none", "svg.hashsalt": f"panel {number}"}
-    with matplotlib.rc_context(settings):
-        figure, axes = pyplot.subplots(figsize=PANEL_INCHES, layout="constrained")
-        panel.draw(axes)
-        file = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-        pyplot.close(figure)
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace('id="', f'id="p{number}-')
-    return svg.replace("url(#", f"url(#p{number}-").replace('href="#', f'href="#p{number}-')
-
-
 def plot_over_steps(lines: Mapping[int, Sequence[tuple[int, float]]], label: str, path: Path) -> None:
     """Draws (step, bits per byte) for each K."""
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    colours = matplotlib.colormaps["viridis"]
-    for place, (k, points) in enumerate(sorted(lines.items())):
-        colour = colours(0.9 * place / max(1, len(lines) - 1))
+    for place, (k, points) in zip(places(len(lines)), sorted(lines.items()), strict=True):
+        colour = ramp(LIGHT_RAMP, place)
         axes.plot([x for x, _ in points], [y for _, y in points], marker=".", color=colour, label=f"K={k}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="step (updates)", ylabel=label)
@@ -76,24 +63,37 @@ def plot_over_steps(lines: Mapping[int, Sequence[tuple[int, float]]], label: str
     _save(figure, path)
 
 
-def legend_below(axes: Any) -> None:
-    """Below the axes, where it hides no line."""
-    count = len(axes.get_lines())
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.14), frameon=False, fontsize="small", ncols=1 + count // 7)
-
-
 def budget_axis(axes: Any, values: Sequence[int]) -> None:
     """Ticks at the values, but for those too near to the next."""
-    ticks = [values[-1]]
-    for value in reversed(values):
-        if value <= ticks[-1] / 1.3:
-            ticks.append(value)
+    ticks = budget_ticks(values)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(value) for value in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     if axes.get_yscale() == "linear":
         axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
     axes.grid(alpha=0.3)
+
+
+def _drawing(chart: Chart) -> Callable[[Any], None]:
+    def draw(axes: Any) -> None:
+        (axis,) = chart.axes
+        for number, line in enumerate(chart.lines):
+            colour = LIGHT[number % len(LIGHT)] if line.place is None else ramp(LIGHT_RAMP, line.place)
+            style = "-" if number < len(LIGHT) or line.place is not None else "--"
+            axes.plot(line.x[axis], line.y, marker="o", label=line.label, color=colour, linestyle=style)
+            if line.low:
+                axes.fill_between(line.x[axis], line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+        if chart.mark:
+            axes.axvline(chart.mark[0], linestyle=":", color="#808080", label=chart.mark[1])
+        axes.set(xlabel=axis, ylabel=chart.y_label + (f" (band: {chart.band})" if chart.band else ""))
+        if chart.from_zero:
+            axes.set_ylim(bottom=0)
+        budget_axis(axes, chart.ticks)
+        count = len(axes.get_lines())
+        place = {"loc": "upper left", "bbox_to_anchor": (0, -0.14), "ncols": 1 + count // 7}
+        axes.legend(frameon=False, fontsize="small", **place)  # below, where it hides no line
+
+    return draw
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -6,6 +6,7 @@ twice as many records.
 
 from __future__ import annotations
 
+import bisect
 import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,8 @@ RECENT = 50
 OTHER_SHARE = 0.01
 VALIDATIONS = 400
 """Kept at most; every second of the older ones goes first."""
+DRAWN = 40
+"""Budgets at most whose training loss is kept apart."""
 FIGURES = (
     "loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "mfu", "step_s", "data_wait_s", "peak_memory_bytes",
     "k",
@@ -34,6 +37,8 @@ class Span:
     """Of the last record, as are the tokens."""
     tokens: int
     records: int = 0
+    seconds: float = 0.0
+    """Inside updates, from the run's first to this last record."""
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     low: float = float("inf")
@@ -47,6 +52,7 @@ class Span:
     def take(self, later: Span) -> None:
         """Merges the span that follows into this one."""
         self.step, self.tokens, self.records = later.step, later.tokens, self.records + later.records
+        self.seconds = later.seconds
         self.low, self.high = min(self.low, later.low), max(self.high, later.high)
         for name, value in later.sums.items():
             self.add(name, value, later.counts[name])
@@ -72,6 +78,8 @@ class History:
         self.seconds = 0.0
         self.phases: list[str] = []
         """Names, in the journal's order, where updates were timed by phase."""
+        self.drawn: list[int] = []
+        """Every K, increasing, at which all micro-steps of some update were."""
         self._records_per_span = 1
 
     def extend(self, records: Iterable[Record]) -> History:
@@ -94,6 +102,11 @@ class History:
             if len(self.validations) > VALIDATIONS:
                 self.validations = self.validations[:-1:2] + self.validations[-1:]
 
+    def seconds_at(self, step: int) -> float:
+        """Inside updates, until the end of the span that an update belongs to."""
+        place = bisect.bisect_left(self.spans, step, key=lambda span: span.step)
+        return self.spans[min(place, len(self.spans) - 1)].seconds
+
     @property
     def newest(self) -> Record | None:
         return self.recent[-1] if self.recent else None
@@ -102,6 +115,12 @@ class History:
         """The median of the newest records."""
         values = [value for record in self.recent if (value := record.get(name)) is not None]
         return statistics.median(values) if values else None
+
+    def spread(self, name: str) -> tuple[float, float]:
+        """The middle 90% of the newest records; call it where `now` has a value."""
+        values = sorted(value for record in self.recent if (value := record.get(name)) is not None)
+        edge = len(values) // 20
+        return values[edge], values[-1 - edge]
 
     def phase_shares(self, records: Iterable[Record]) -> dict[str, float]:
         """Of the records' time, by phase, and "other" where that is worth a word. Empty where phases were not timed."""
@@ -122,8 +141,14 @@ class History:
             self.spans.append(Span(0, 0))
         span = self.spans[-1]
         span.step, span.tokens, span.records = record["step"], record.get("tokens", 0), span.records + 1
+        span.seconds = self.seconds
         for name, value in _figures(record, self.phases):
             span.add(name, value)
+        bits, k = record.get("bits_per_byte"), _only_budget(record)
+        if bits is not None and k is not None and (k in self.drawn or len(self.drawn) < DRAWN):
+            span.add(f"bits_per_byte/{k}", bits)
+            if k not in self.drawn:
+                bisect.insort(self.drawn, k)
         loss = record.get("loss")
         if loss is not None:
             span.low, span.high = min(span.low, loss), max(span.high, loss)
@@ -132,6 +157,14 @@ class History:
                 first.take(second)
             self.spans = self.spans[::2]
             self._records_per_span *= 2
+
+
+def _only_budget(record: Mapping[str, Any]) -> int | None:
+    """The K of all micro-steps, where it is one."""
+    drawn = record.get("k_micro")
+    if not isinstance(drawn, list) or not drawn or drawn.count(drawn[0]) < len(drawn) or type(drawn[0]) is not int:
+        return None
+    return drawn[0]
 
 
 def _figures(record: Mapping[str, Any], phases: list[str]) -> Iterable[tuple[str, float]]:

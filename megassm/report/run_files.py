@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -10,9 +12,12 @@ from typing import Any
 from ruamel.yaml.error import YAMLError
 
 from megassm.errors import UserError, visible
-from megassm.guarded import LINE_BYTES, YAML_BYTES, parse_object, parse_yaml, read_bytes
-from megassm.run.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, FAILURE, METRICS
+from megassm.guarded import LINE_BYTES, TOKENIZER_BYTES, YAML_BYTES, parse_object, parse_yaml, read_bytes
+from megassm.run.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, FAILURE, METRICS, TOKENIZER
 from megassm.run.records import Record
+
+TOKENIZER_FILES = 10
+"""Looked at, of a run's tokenizer."""
 
 
 def check_run_directory(path: Path) -> Path:
@@ -50,6 +55,18 @@ def read_environment(run_dir: Path) -> dict[str, Any]:
         return parse_object(read_bytes(run_dir / ENVIRONMENT, LINE_BYTES)) or {}
     except (OSError, UserError):
         return {}
+
+
+def tokenizer_mark(run_dir: Path, knobs: dict[str, Any]) -> str:
+    """Equal for runs of one tokenizer: a digest of its files in the run directory; of older runs the data's path."""
+    folder = run_dir / TOKENIZER
+    if not folder.is_dir():
+        return str(knobs.get("data.path") or knobs.get("data.sources"))
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir())[:TOKENIZER_FILES]:
+        with contextlib.suppress(OSError, UserError):
+            digest.update(path.name.encode(errors="surrogateescape") + read_bytes(path, TOKENIZER_BYTES))
+    return digest.hexdigest()
 
 
 def failure(run_dir: Path) -> str:

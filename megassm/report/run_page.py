@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import statistics
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from markupsafe import Markup
 
 from megassm.files import write_atomically
+from megassm.report.charts import places
 from megassm.report.history import History
-from megassm.report.html import Cell, definitions, document, note, number, plots, table, words
-from megassm.report.run_files import (
-    check_run_directory,
-    event_text,
-    event_time,
-    failure,
-    planned_steps,
-    read_environment,
-    read_knobs,
-)
-from megassm.report.run_plots import optimiser_panels, quality_panels, speed_panels
-from megassm.run.console import duration
-from megassm.run.directory import METRICS
-from megassm.run.events import read_events
-from megassm.run.records import Record, iterate_records
+from megassm.report.html import Cell, definitions, document, findings, folded, note, number, plots, table, words
+from megassm.report.loaded import LoadedRun, load_run
+from megassm.report.run_files import event_text, event_time, planned_steps
+from megassm.report.run_findings import findings_of
+from megassm.report.run_plots import optimiser_charts, quality_charts, speed_charts
 
-EVENTS_SHOWN = 200
-"""Of each run, the newest."""
+EVENTS_OPEN = 12
+"""Shown before a reader asks for all: the newest, without those of every day."""
+ROUTINE = ("checkpoint",)
+BUDGETS_SHOWN = 8
+"""Columns of validation before a reader asks for all, spread evenly."""
+MORE_OF_A_RUN = ("planned", "tokens", "validated at step", "MFU, median of all", "GiB")
 PLACES = ("run.dir",)
 """Knobs that differ between any two runs."""
 
 MEANINGS = {
-    "loss": "Nats a token, mean over the global batch, at the K drawn for the update; so it moves with K.",
+    "loss": "Nats a token, mean over the global batch, at the K drawn for the update; so it moves with K. Runs of "
+    "different tokenizers are not drawn together: their tokens are not alike. Bits per byte are comparable.",
     "points of a curve": "Means over neighbouring updates where a run has more than 1,000; the loss then has a band "
     "from the smallest to the largest. Noisy curves are drawn faintly behind their running mean.",
+    "median of newest": "Of the newest updates, at most 50; 90%: their middle part.",
     "validation": "Bits per byte of the validation text (negative log-likelihood in bits over UTF-8 bytes); of a task, "
     "nats an answer.",
     "MFU": "Model FLOPs of the K in use over the peak rate of the environment table, all ranks.",
@@ -44,31 +40,6 @@ MEANINGS = {
     "hours": "Time inside updates: without start-up, validation and saving.",
     "skipped": "Updates whose loss or gradient was not finite, and that changed no weight.",
 }
-
-
-class LoadedRun(NamedTuple):
-    """A run directory, read."""
-
-    name: str
-    history: History
-    knobs: dict[str, Any]
-    environment: dict[str, Any]
-    events: list[Record]
-    event_count: int
-    failure: str
-
-
-def load_run(run_dir: Path, name: str) -> LoadedRun:
-    """Reads a run in bounded memory.
-
-    Raises:
-        UserError: it is not a run directory.
-    """
-    check_run_directory(run_dir)
-    journal = run_dir / METRICS
-    history = History().extend(iterate_records(journal) if journal.exists() else ())
-    events, count = _newest_events(run_dir)
-    return LoadedRun(name, history, read_knobs(run_dir), read_environment(run_dir), events, count, failure(run_dir))
 
 
 def write_run_page(run_dirs: Sequence[Path], path: Path) -> list[dict[str, Any]]:
@@ -86,18 +57,25 @@ def write_run_page(run_dirs: Sequence[Path], path: Path) -> list[dict[str, Any]]
 def render(runs: Sequence[LoadedRun]) -> str:
     """The whole file."""
     histories = {run.name: run.history for run in runs if run.history.records}
-    sections = {"Summary": table([_summary_cells(run) for run in runs], alarms=("failed",))}
-    first = 0
-    for heading, make in (("Quality", quality_panels), ("Speed", speed_panels), ("Optimiser", optimiser_panels)):
-        panels = make(histories) if histories else []
-        sections[heading] = plots(panels, first) if panels else note("No update yet.")
-        first += len(panels)
+    tokenizers = {run.name: run.tokenizer for run in runs}
+    sections = {
+        "Findings": findings(findings_of(runs)),
+        "Summary": table([_summary_cells(run, runs) for run in runs], alarms=("failed",), more=MORE_OF_A_RUN),
+    }
+    charts = {
+        "Quality": quality_charts(histories, tokenizers) if histories else [],
+        "Speed": speed_charts(histories) if histories else [],
+        "Optimiser": optimiser_charts(histories) if histories else [],
+    }
+    for heading, drawn in charts.items():
+        sections[heading] = plots(drawn) if drawn else note("No update yet.")
+    sections["Quality"] = _by_budget(runs) + sections["Quality"]
     sections["Events"] = _events(runs)
     sections["Configuration"] = _configuration(runs)
-    sections["Environment"] = _facts({run.name: run.environment for run in runs}, "fact")
-    sections["What the figures mean"] = definitions(MEANINGS)
+    sections["Environment"] = folded("Every start's", _facts({run.name: run.environment for run in runs}, "fact"))
+    sections["What the figures mean"] = folded("Units and words", definitions(MEANINGS))
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    return document(title, "; ".join(run.name for run in runs) if len(runs) > 1 else _state(runs[0]), sections)
+    return document(title, "; ".join(run.name for run in runs) if len(runs) > 1 else runs[0].state, sections)
 
 
 def summary(run: LoadedRun) -> dict[str, Any]:
@@ -107,7 +85,7 @@ def summary(run: LoadedRun) -> dict[str, Any]:
     step, _, valid = history.validations[-1] if history.validations else (None, None, {})
     return {
         "run": run.name,
-        "state": _state(run),
+        "state": run.state,
         "steps": newest.get("step"),
         "planned": planned_steps(run.knobs),
         "tokens": newest.get("tokens"),
@@ -124,24 +102,34 @@ def summary(run: LoadedRun) -> dict[str, Any]:
     }
 
 
-def _summary_cells(run: LoadedRun) -> dict[str, Cell]:
+def _summary_cells(run: LoadedRun, runs: Sequence[LoadedRun]) -> dict[str, Cell]:
     styles = {"loss": ".4f", "valid at full K": ".4f", "valid at smallest K": ".4f", "tokens/s": ",.0f",
               "MFU": ".1%", "hours": ",.2f", "GiB": ",.2f"}  # fmt: skip
     figures = summary(run)
     texts = {name: words(figures.pop(name)) for name in ("run", "state", "in")}
-    return texts | {name: number(value, styles.get(name, ",d")) for name, value in figures.items()}
+    newest = max(len(one.history.recent) for one in runs)
+    shown = {
+        "loss": f"loss, median of newest {newest}",
+        "tokens/s": "tokens/s, median of all",
+        "MFU": "MFU, median of all",
+    }
+    return texts | {shown.get(name, name): number(value, styles.get(name, ",d")) for name, value in figures.items()}
 
 
-def _state(run: LoadedRun) -> str:
-    newest, steps = run.history.newest, planned_steps(run.knobs)
-    if run.failure:
-        return f"failed: {run.failure}"
-    if newest is None:
-        return "no update yet"
-    if steps is None or newest["step"] >= steps:
-        return f"{newest['step']:,} updates done"
-    left = (steps - newest["step"]) * (run.history.now("step_s") or 0.0)
-    return f"{newest['step'] / steps:.0%} done, {duration(left)} of updates left"
+def _by_budget(runs: Sequence[LoadedRun]) -> Markup:
+    """The newest validation of each run, a column a K; a table for each unit."""
+    parts = []
+    for unit in dict.fromkeys(run.history.validated for run in runs if run.history.validations):
+        own = [run for run in runs if run.history.validations and run.history.validated == unit]
+        budgets = sorted({k for run in own for k in run.history.validations[-1][2]})
+        rows = []
+        for run in own:
+            step, _, scores = run.history.validations[-1]
+            cells = {f"K={k}": number(scores.get(k), ".4f") for k in budgets}
+            rows.append({f"{unit}, newest validation": words(run.name), "step": number(step, ",d")} | cells)
+        spread = {budgets[round(place * (len(budgets) - 1))] for place in places(BUDGETS_SHOWN)}
+        parts.append(table(rows, more=[f"K={k}" for k in budgets if k not in spread]))
+    return Markup("").join(parts)
 
 
 def _typical(history: History, field: str) -> float | None:
@@ -165,13 +153,15 @@ def _events(runs: Sequence[LoadedRun]) -> Markup:
         return note("None.")
     older = [f"{run.event_count - len(run.events):,} older of {run.name} are left out."
              for run in runs if run.event_count > len(run.events)]  # fmt: skip
-    return table(rows) + Markup("").join(note(text) for text in older)
+    newest = [row for row in rows if row["kind"][0] not in ROUTINE][:EVENTS_OPEN]
+    every = folded(f"All {len(rows):,} events", table(rows) + Markup("").join(note(text) for text in older))
+    return (table(newest) if newest else note("Nothing but checkpoints.")) + every
 
 
 def _configuration(runs: Sequence[LoadedRun]) -> Markup:
     """What differs between the runs; of a single one, all of it."""
     if len(runs) == 1:
-        return _facts({runs[0].name: runs[0].knobs}, "knob")
+        return folded("Every knob", _facts({runs[0].name: runs[0].knobs}, "knob"))
     knobs = [knob for knob in _union(run.knobs for run in runs) if knob not in PLACES]
     differing = [knob for knob in knobs if len({repr(run.knobs.get(knob)) for run in runs}) > 1]
     if not differing:
@@ -206,14 +196,6 @@ def _shown(value: Any) -> str:
 
 def _union(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for mapping in mappings for name in mapping))
-
-
-def _newest_events(run_dir: Path) -> tuple[list[Record], int]:
-    newest: deque[Record] = deque(maxlen=EVENTS_SHOWN)
-    count = 0
-    for count, event in enumerate(read_events(run_dir), start=1):  # noqa: B007
-        newest.append(event)
-    return list(newest), count
 
 
 def _names(run_dirs: Sequence[Path]) -> list[str]:

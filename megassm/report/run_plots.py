@@ -1,198 +1,185 @@
-"""The plots of a run report: a line a run where runs compare, a line a K or a phase where one run is told apart."""
+"""The charts of a run report: a line a run where runs compare, a line a K or a phase where one run is told apart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-import matplotlib
-from matplotlib.ticker import EngFormatter
+from megassm.report.charts import Chart, Line, Values, budget_ticks, places, smoothed
+from megassm.report.history import History, Span
 
-from megassm.report.figures import Panel, budget_axis, legend_below
-from megassm.report.history import History
-
-SMOOTHED_FROM = 100
-"""Points of a line from which on it is drawn with its running mean ..."""
-SMOOTHED_SHARE = 80
-"""... over this part of them to either side."""
-SMOOTH = ("lr", "peak_memory_bytes")
-"""Figures that are drawn as they are."""
+FEW_SHARE = 12
+"""As `SMOOTHED_SHARE`, of the updates at one K."""
 LOG_FROM = 30
 """Largest over smallest value from which on a logarithmic axis says more."""
+BUDGET = "budget K (spectral channels)"
+BITS_LABEL, NATS_LABEL = "bits per byte", "nats a token"
+BEHIND = "smallest to largest of the updates behind a point"
 
 Histories = Mapping[str, History]
 """By the name that a run has on the page."""
-Points = Sequence[tuple[float, float]]
+Xs = dict[str, list[float]]
 
 
-def quality_panels(runs: Histories) -> list[Panel]:
-    """Loss over steps and tokens; validation over K and over steps."""
-    chosen = [
-        Panel("training loss over steps (band: smallest to largest of the updates behind a point)", _loss(runs)),
-        Panel("training loss over tokens", _loss_over_tokens(runs)),
-    ]
-    validated = {name: history for name, history in runs.items() if history.validations}
-    if validated:
-        chosen.append(Panel("newest validation over K (lower is better)", _over_budgets(validated)))
-    for name, history in validated.items():
-        if len(history.validations) > 1:
-            chosen.append(Panel(f"validation over steps{_of(name, runs)}", _over_steps(history)))
-    return chosen
+def quality_charts(runs: Histories, tokenizers: Mapping[str, str]) -> list[Chart]:
+    """Validation over K and over the run; the training loss, in bits per byte where it is of text.
+
+    Args:
+        tokenizers: what tells each run's tokenizer from others: nats a token of several are not comparable.
+    """
+    chosen = []
+    for unit in dict.fromkeys(history.validated for history in runs.values() if history.validations):
+        validated = {name: h for name, h in runs.items() if h.validations and h.validated == unit}
+        chosen += _validations(validated, unit, named=len(runs) > 1)
+    chosen.append(_figure(runs, _Figure("bits_per_byte", "training, bits per byte (at the K drawn)", BITS_LABEL)))
+    for name, history in runs.items():
+        chosen.append(_training_by_budget(history, _of(name, runs)))
+    for mark in dict.fromkeys(tokenizers[name] for name in runs):
+        alike = {name: history for name, history in runs.items() if tokenizers[name] == mark}
+        which = "" if len(alike) == len(runs) else f" ({', '.join(alike)})"
+        chosen.append(_losses(alike, f"training loss, nats a token{which}"))
+    return _drawn(chosen)
 
 
-def speed_panels(runs: Histories) -> list[Panel]:
+def speed_charts(runs: Histories) -> list[Chart]:
     """Throughput, utilisation, memory, and where an update's time went."""
     chosen = [
-        Panel("tokens/s", _figure(runs, "tokens_per_s", "tokens/s", bottom=0)),
-        Panel("model FLOPs utilisation", _figure(runs, "mfu", "percent of the peak rate", 100, bottom=0)),
+        _figure(runs, _Figure("tokens_per_s", "tokens/s", "tokens/s", from_zero=True)),
+        _figure(runs, _Figure("mfu", "model FLOPs utilisation", "percent of the peak rate", 100, from_zero=True)),
     ]
     for name, history in runs.items():
         if history.phases:
-            chosen.append(Panel(f"where an update's time goes{_of(name, runs)}", _phases(history)))
+            chosen.append(_phases(history, f"where an update's time goes{_of(name, runs)}"))
     if not all(history.phases for history in runs.values()):
-        chosen.append(Panel("wait for data", _figure(runs, "data_wait_s", "seconds an update", bottom=0)))
+        chosen.append(_figure(runs, _Figure("data_wait_s", "wait for data", "seconds an update", from_zero=True)))
+    label = "GiB, largest of all ranks"
     chosen.append(
-        Panel("peak memory", _figure(runs, "peak_memory_bytes", "GiB, largest of all ranks", 2**-30, bottom=0))
+        _figure(runs, _Figure("peak_memory_bytes", "peak memory", label, 2**-30, smooth=True, from_zero=True))
     )
-    return chosen
+    return _drawn(chosen)
 
 
-def optimiser_panels(runs: Histories) -> list[Panel]:
-    return [
-        Panel("learning rate", _figure(runs, "lr", "learning rate")),
-        Panel("gradient norm before clipping", _figure(runs, "grad_norm", "norm", log=True)),
-        Panel("budget K (largest of the update)", _figure(runs, "k", "K", bottom=0)),
+def optimiser_charts(runs: Histories) -> list[Chart]:
+    return _drawn(
+        [
+            _figure(runs, _Figure("lr", "learning rate", "learning rate", smooth=True)),
+            _figure(runs, _Figure("grad_norm", "gradient norm before clipping", "norm", may_be_log=True)),
+            _figure(runs, _Figure("k", "budget K (largest of the update)", "K", from_zero=True)),
+        ]
+    )
+
+
+def _drawn(chosen: Sequence[Chart]) -> list[Chart]:
+    """Those that have a value."""
+    kept = [
+        chart._replace(lines=[line for line in chart.lines if any(value is not None for value in line.y)])
+        for chart in chosen
     ]
+    return [chart for chart in kept if chart.lines]
 
 
 def _of(name: str, runs: Histories) -> str:
     return f" ({name})" if len(runs) > 1 else ""
 
 
-def _figure(
-    runs: Histories, field: str, label: str, scale: float = 1.0, bottom: float | None = None, log: bool = False
-) -> Callable[[Any], None]:
-    """A figure of the journal over steps."""
-
-    def points(history: History) -> Points:
-        return [(span.step, scale * mean) for span, mean in history.series(field)]
-
-    plain = _lines(runs, points, "step (updates)", label, noisy=field not in SMOOTH)
-
-    def draw(axes: Any) -> None:
-        plain(axes)
-        values = [value for history in runs.values() for _, value in points(history) if value > 0]
-        if log and values and max(values) > LOG_FROM * min(values):
-            axes.set_yscale("log")
-        if bottom is not None:
-            axes.set_ylim(bottom=bottom)
-
-    return draw
+def _xs(spans: Sequence[Span]) -> Xs:
+    """Where the spans of a run end, by what a reader may choose."""
+    return {
+        "updates": [span.step for span in spans],
+        "tokens": [span.tokens for span in spans],
+        "hours": [span.seconds / 3600 for span in spans],
+    }
 
 
-def _lines(
-    runs: Histories, points: Callable[[History], Points], x_label: str, label: str, noisy: bool = True
-) -> Callable[[Any], None]:
-    def draw(axes: Any) -> None:
-        for name, history in runs.items():
-            _line(axes, points(history), name, noisy)
-        _finish(axes, x_label, label)
+class _Figure(NamedTuple):
+    """A figure of the journal."""
 
-    return draw
-
-
-def _loss(runs: Histories) -> Callable[[Any], None]:
-    def draw(axes: Any) -> None:
-        for name, history in runs.items():
-            shown = history.series("loss")
-            steps = [span.step for span, _ in shown]
-            colour = _line(axes, [(span.step, mean) for span, mean in shown], name)
-            low, high = ([getattr(span, end) for span, _ in shown] for end in ("low", "high"))
-            axes.fill_between(steps, low, high, color=colour, alpha=0.1, linewidth=0)
-        _finish(axes, "step (updates)", "loss (nats a token)")
-
-    return draw
+    field: str
+    title: str
+    label: str
+    scale: float = 1.0
+    smooth: bool = False
+    """Drawn as it is."""
+    from_zero: bool = False
+    may_be_log: bool = False
 
 
-def _loss_over_tokens(runs: Histories) -> Callable[[Any], None]:
-    def points(history: History) -> Points:
-        return [(span.tokens, mean) for span, mean in history.series("loss")]
-
-    plain = _lines(runs, points, "tokens", "loss (nats a token)")
-
-    def draw(axes: Any) -> None:
-        plain(axes)
-        axes.xaxis.set_major_formatter(EngFormatter())
-
-    return draw
-
-
-def _over_budgets(runs: Histories) -> Callable[[Any], None]:
-    def draw(axes: Any) -> None:
-        budgets: set[int] = set()
-        for name, history in runs.items():
-            step, _, bits = history.validations[-1]
-            shown = sorted(bits.items())
-            budgets |= bits.keys()
-            axes.plot([k for k, _ in shown], [y for _, y in shown], marker="o", label=f"{name}, step {step:,}")
-        units = sorted({history.validated for history in runs.values()})
-        axes.set(xlabel="budget K (spectral channels)", ylabel=", ".join(units))
-        budget_axis(axes, sorted(budgets))
-        legend_below(axes)
-
-    return draw
+def _figure(runs: Histories, figure: _Figure) -> Chart:
+    """A line a run."""
+    lines = []
+    for name, history in runs.items():
+        means = [span.mean(figure.field) for span in history.spans]
+        values = [None if mean is None else figure.scale * mean for mean in means]
+        mean, raw = (values, ()) if figure.smooth else smoothed(values)
+        lines.append(Line(name, _xs(history.spans), mean, raw=raw))
+    positive = [value for line in lines for value in line.y if value is not None and value > 0]
+    log_y = figure.may_be_log and bool(positive) and max(positive) > LOG_FROM * min(positive)
+    return Chart(figure.title, figure.label, lines, from_zero=figure.from_zero, log_y=log_y)
 
 
-def _over_steps(history: History) -> Callable[[Any], None]:
-    def draw(axes: Any) -> None:
-        budgets = sorted({k for _, _, bits in history.validations for k in bits})
-        colours = matplotlib.colormaps["viridis"]
-        for place, k in enumerate(budgets):
-            shown = [(step, bits[k]) for step, _, bits in history.validations if k in bits]
-            colour = colours(0.9 * place / max(1, len(budgets) - 1))
-            axes.plot([x for x, _ in shown], [y for _, y in shown], marker=".", color=colour, label=f"K={k}")
-        _finish(axes, "step (updates)", history.validated)
+def _losses(runs: Histories, title: str) -> Chart:
+    lines = []
+    for name, history in runs.items():
+        mean, _ = smoothed([span.mean("loss") for span in history.spans])
+        low, high = (
+            [None if value is None else end for value, end in zip(mean, ends, strict=True)]
+            for ends in ([span.low for span in history.spans], [span.high for span in history.spans])
+        )
+        lines.append(Line(name, _xs(history.spans), mean, low, high))
+    return Chart(title, NATS_LABEL, lines, BEHIND)
 
-    return draw
+
+def _training_by_budget(history: History, of: str) -> Chart:
+    """A line for each K; of updates whose micro-steps were all at it."""
+    lines, place = [], dict(zip(history.drawn, places(len(history.drawn)), strict=True))
+    for k in history.drawn:
+        spans = history.series(f"bits_per_byte/{k}")
+        xs = _xs([span for span, _ in spans])
+        lines.append(Line(f"K={k}", xs, smoothed([mean for _, mean in spans], FEW_SHARE)[0], place=place[k]))
+    if len(lines) < 2:
+        lines = []  # the chart of all updates shows it
+    return Chart(f"training, bits per byte by the K drawn{of}", BITS_LABEL, lines)
 
 
-def _phases(history: History) -> Callable[[Any], None]:
+def _validations(runs: Histories, unit: str, named: bool) -> list[Chart]:
+    newest = [
+        Line(f"{name}, step {step:,}", {BUDGET: sorted(scores)}, [scores[k] for k in sorted(scores)])
+        for name, history in runs.items()
+        for step, _, scores in history.validations[-1:]
+    ]
+    budgets = sorted({k for history in runs.values() for k in history.validations[-1][2]})
+    chosen = [Chart(f"newest validation over K, {unit} (lower is better)", unit, newest, ticks=budget_ticks(budgets))]
+    if len(runs) > 1:
+        shared = sorted(set.intersection(*(set(history.validations[-1][2]) for history in runs.values())))
+        for k in dict.fromkeys((*shared[-1:], *shared[:1])):
+            lines = [_validated(history, k, name) for name, history in runs.items()]
+            chosen.append(Chart(f"validation at K={k}, {unit}", unit, lines))
+    for name, history in runs.items():
+        if len(history.validations) > 1:
+            budgets = sorted({k for _, _, scores in history.validations for k in scores})
+            lines = [
+                _validated(history, k, f"K={k}", place)
+                for k, place in zip(budgets, places(len(budgets)), strict=True)
+            ]  # fmt: skip
+            chosen.append(Chart(f"validation by K, {unit}{f' ({name})' if named else ''}", unit, lines))
+    return chosen
+
+
+def _validated(history: History, k: int, label: str, place: float | None = None) -> Line:
+    known = [(step, tokens, scores[k]) for step, tokens, scores in history.validations if k in scores]
+    xs: Xs = {
+        "updates": [step for step, _, _ in known],
+        "tokens": [tokens for _, tokens, _ in known],
+        "hours": [history.seconds_at(step) / 3600 for step, _, _ in known],
+    }
+    return Line(label, xs, [score for _, _, score in known], place=place)
+
+
+def _phases(history: History, title: str) -> Chart:
     """Shares of the time of an update, one above the other; a span without phases is left out."""
-
-    def draw(axes: Any) -> None:
-        spans = [span for span, _ in history.series(f"phases_s/{history.phases[0]}")]
-        totals = [span.mean("step_s") or 1.0 for span in spans]
-        shares = [
-            [100 * (span.mean(f"phases_s/{name}") or 0.0) / total for span, total in zip(spans, totals, strict=True)]
-            for name in history.phases
-        ]
-        bands = axes.stackplot([span.step for span in spans], shares, labels=history.phases, alpha=0.85)
-        axes.set(xlabel="step (updates)", ylabel="percent of the update", ylim=(0, 100))
-        axes.grid(alpha=0.3)
-        axes.margins(x=0)
-        place = {"loc": "upper left", "bbox_to_anchor": (0, -0.14), "frameon": False, "fontsize": "small", "ncols": 3}
-        axes.legend(bands, history.phases, **place)
-
-    return draw
-
-
-def _line(axes: Any, points: Points, label: str, noisy: bool = True) -> Any:
-    """Draws the points; where they are many and noisy their running mean, before faint points; returns the colour."""
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    if len(points) < SMOOTHED_FROM or not noisy:
-        (line,) = axes.plot(xs, ys, label=label, linewidth=1.2, marker="o" if len(points) < 3 else None)
-        return line.get_color()
-    (faint,) = axes.plot(xs, ys, linewidth=0.6, alpha=0.25)
-    reach = len(points) // SMOOTHED_SHARE
-    sums = [0.0, *accumulate(ys)]
-    ends = [(max(0, i - reach), min(len(ys), i + reach + 1)) for i in range(len(ys))]
-    means = [(sums[last] - sums[first]) / (last - first) for first, last in ends]
-    axes.plot(xs, means, label=label, linewidth=1.4, color=faint.get_color())
-    return faint.get_color()
-
-
-def _finish(axes: Any, x_label: str, label: str) -> None:
-    axes.set(xlabel=x_label, ylabel=label)
-    axes.grid(alpha=0.3)
-    legend_below(axes)
+    spans = [span for span, _ in history.series(f"phases_s/{history.phases[0]}")]
+    lines, xs = [], _xs(spans)
+    for name in history.phases:
+        shares: Values = [100 * (span.mean(f"phases_s/{name}") or 0.0) / (span.mean("step_s") or 1.0) for span in spans]
+        lines.append(Line(name, xs, smoothed(shares)[0]))
+    return Chart(title, "percent of the update", lines, kind="stack", from_zero=True)

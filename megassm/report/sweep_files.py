@@ -17,9 +17,9 @@ from megassm.errors import visible
 from megassm.eval.sweep import Sweep
 from megassm.files import write_atomically
 from megassm.guarded import Described, read_json
-from megassm.report.figures import plot_over_steps, save_panels
+from megassm.report.figures import plot_over_steps, save_charts
 from megassm.report.sweep_page import render_page
-from megassm.report.sweep_plots import panels
+from megassm.report.sweep_plots import charts
 from megassm.run.directory import STEPS_PLOT, SWEEP
 
 
@@ -38,7 +38,7 @@ def write_sweep(sweep: Sweep, folder: Path) -> list[Path]:
     paths = [folder / f"{SWEEP}.{suffix}" for suffix in ("json", "csv", "png", "html")]
     write_json_sweep(sweep, paths[0])
     write_csv([sweep], paths[1])
-    save_panels(panels([sweep]), paths[2])
+    save_charts(charts([sweep]), paths[2])
     write_page([sweep], paths[3])
     return paths
 

@@ -1,116 +1,95 @@
-"""The curves of one or several sweeps, as panels."""
+"""The curves of one or several sweeps, as charts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from megassm.eval.sweep import BudgetCurve, Sweep
-from megassm.report.figures import Panel, budget_axis, legend_below
+from megassm.report.charts import Chart, Line, Values, budget_ticks, places
 
 MAX_LINES = 6
 """Budgets drawn over sequence lengths, spread evenly."""
+BUDGET, LENGTH = "budget K (spectral channels)", "sequence length (tokens)"
+
+Curves = Mapping[str, BudgetCurve]
+"""By what tells them apart in one chart."""
 
 
-def panels(sweeps: Sequence[Sweep]) -> list[Panel]:
+def charts(sweeps: Sequence[Sweep]) -> list[Chart]:
     """Quality over K for every text, over lengths where there are several, and speeds over K."""
     curves = [(sweep, curve) for sweep in sweeps for curve in sweep.curves]
     texts = list(dict.fromkeys(curve.data for _, curve in curves))
     result = []
     for text in texts:
-        chosen = _labelled([(sweep, curve) for sweep, curve in curves if curve.data == text])
+        chosen = labelled([(sweep, curve) for sweep, curve in curves if curve.data == text])
         bits = next(iter(chosen.values())).bits
-        result.append(Panel(f"{bits} of {text} (lower is better)", _quality(chosen, bits)))
+        lines = [_line(label, curve, "bits_per_byte", _gap_band(curve)) for label, curve in chosen.items()]
+        title = f"{bits} of {text} (lower is better)"
+        result.append(Chart(title, bits, lines, "95% of the gap to full K", ticks=_budgets(chosen)))
         if tasks := {label: curve for label, curve in chosen.items() if curve.is_task}:
-            result.append(Panel(f"accuracy on {text}", _accuracy(tasks)))
+            lines = [_line(label, curve, "accuracy", _accuracy_band(curve)) for label, curve in tasks.items()]
+            title, share = f"accuracy on {text}", "share of right answers"
+            result.append(Chart(title, share, lines, "95%", ticks=_budgets(tasks)))
     for sweep in sweeps:
         for text in texts:
             chosen_curves = [curve for curve in sweep.curves if curve.data == text]
             if len(chosen_curves) > 1:
                 where = f" ({sweep.name})" if len(sweeps) > 1 else ""
-                title = f"bits per byte of {text} over sequence length{where}"
-                result.append(Panel(title, _over_lengths(chosen_curves, sweep.trained_seq_len)))
+                title = f"{chosen_curves[0].bits} of {text} over sequence length{where}"
+                result.append(_over_lengths(title, chosen_curves, sweep.trained_seq_len))
     # costs do not depend on the text: the first stands for all
-    chosen = _labelled([(sweep, curve) for sweep, curve in curves if curve.data == sweep.curves[0].data])
-    result.append(Panel("prefill tokens/s", _speed(chosen, "prefill_tokens_per_s")))
-    if any(row.decode_tokens_per_s for _, curve in curves for row in curve.rows):
-        result.append(Panel("decode tokens/s", _speed(chosen, "decode_tokens_per_s")))
+    chosen = labelled([(sweep, curve) for sweep, curve in curves if curve.data == sweep.curves[0].data])
+    for field in ("prefill_tokens_per_s", "decode_tokens_per_s"):
+        if any(getattr(row, field) for _, curve in curves for row in curve.rows):
+            title = field.removesuffix("_tokens_per_s") + " tokens/s"
+            lines = [_line(label, curve, field) for label, curve in chosen.items()]
+            result.append(Chart(title, "tokens/s", lines, from_zero=True, ticks=_budgets(chosen)))
     return result
 
 
-def _labelled(curves: Sequence[tuple[Sweep, BudgetCurve]]) -> dict[str, BudgetCurve]:
-    """What tells the curves of one panel apart."""
+def labelled(curves: Sequence[tuple[Sweep, BudgetCurve]]) -> dict[str, BudgetCurve]:
+    """What tells the curves of one chart apart."""
     several_runs = len({sweep.name for sweep, _ in curves}) > 1
     several_lengths = len({curve.seq_len for _, curve in curves}) > 1
-    labelled = {}
+    named = {}
     for sweep, curve in curves:
         parts = [sweep.name] * several_runs + [f"{curve.seq_len} tokens"] * several_lengths
-        labelled[", ".join(parts) or sweep.name] = curve
-    return labelled
+        named[", ".join(parts) or sweep.name] = curve
+    return named
 
 
-def _quality(curves: Mapping[str, BudgetCurve], bits: str) -> Callable[[Any], None]:
-    def draw(axes: Any) -> None:
-        for label, curve in curves.items():
-            budgets = [row.k for row in curve.rows]
-            (line,) = axes.plot(budgets, [row.bits_per_byte for row in curve.rows], marker="o", label=label)
-            if curve.rows[0].gap_percent_low is not None:
-                full = curve.rows[-1].bits_per_byte
-                low, high = (
-                    [full * (1 + getattr(row, f"gap_percent_{end}") / 100) for row in curve.rows]
-                    for end in ("low", "high")
-                )
-                axes.fill_between(budgets, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.set_ylabel(f"{bits} (band: 95% of the gap)")
-        _finish(axes, curves)
-
-    return draw
+def _line(label: str, curve: BudgetCurve, field: str, band: tuple[Values, Values] = ((), ())) -> Line:
+    return Line(label, {BUDGET: [row.k for row in curve.rows]}, [getattr(row, field) for row in curve.rows], *band)
 
 
-def _accuracy(curves: Mapping[str, BudgetCurve]) -> Callable[[Any], None]:
-    def draw(axes: Any) -> None:
-        for label, curve in curves.items():
-            budgets = [row.k for row in curve.rows]
-            (line,) = axes.plot(budgets, [row.accuracy for row in curve.rows], marker="o", label=label)
-            if curve.rows[0].accuracy_low is not None:
-                ends = ([row.accuracy_low for row in curve.rows], [row.accuracy_high for row in curve.rows])
-                axes.fill_between(budgets, *ends, color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.set_ylabel("share of right answers (band: 95%)")
-        _finish(axes, curves)
-
-    return draw
+def _gap_band(curve: BudgetCurve) -> tuple[Values, Values]:
+    """The interval of the gap, around the bits at full K: what all budgets find hard does not widen it."""
+    full = curve.rows[-1].bits_per_byte
+    gaps = [(row.gap_percent_low, row.gap_percent_high) for row in curve.rows]
+    if gaps[0][0] is None:
+        return (), ()
+    low, high = ([None if end is None else full * (1 + end / 100) for end in ends] for ends in zip(*gaps, strict=True))
+    return low, high
 
 
-def _speed(curves: Mapping[str, BudgetCurve], field: str) -> Callable[[Any], None]:
-    def draw(axes: Any) -> None:
-        for label, curve in curves.items():
-            axes.plot(
-                [row.k for row in curve.rows], [getattr(row, field) for row in curve.rows], marker="o", label=label
-            )
-        axes.set_ylabel(field.removesuffix("_tokens_per_s") + " tokens/s")
-        axes.set_ylim(bottom=0)
-        _finish(axes, curves)
-
-    return draw
+def _accuracy_band(curve: BudgetCurve) -> tuple[Values, Values]:
+    if curve.rows[0].accuracy_low is None:
+        return (), ()
+    return [row.accuracy_low for row in curve.rows], [row.accuracy_high for row in curve.rows]
 
 
-def _over_lengths(curves: Sequence[BudgetCurve], trained: int) -> Callable[[Any], None]:
-    def draw(axes: Any) -> None:
-        budgets = [row.k for row in curves[0].rows]
-        shown = sorted({round(i * (len(budgets) - 1) / (MAX_LINES - 1)) for i in range(MAX_LINES)})
-        lengths = [curve.seq_len for curve in curves]
-        for place in shown:
-            bits = [curve.rows[place].bits_per_byte for curve in curves]
-            axes.plot(lengths, bits, marker="o", label=f"K={budgets[place]}")
-        axes.axvline(trained, linestyle=":", color="#808080", label="trained at")
-        axes.set(xlabel="sequence length (tokens)", ylabel="bits per byte")
-        budget_axis(axes, sorted({*lengths, trained}))
-        legend_below(axes)
-
-    return draw
+def _over_lengths(title: str, curves: Sequence[BudgetCurve], trained: int) -> Chart:
+    curves = sorted(curves, key=lambda curve: curve.seq_len)
+    budgets = [row.k for row in curves[0].rows]
+    shown = sorted({round(i * (len(budgets) - 1) / (MAX_LINES - 1)) for i in range(MAX_LINES)})
+    lengths = [curve.seq_len for curve in curves]
+    lines = [
+        Line(f"K={budgets[row]}", {LENGTH: lengths}, [curve.rows[row].bits_per_byte for curve in curves], place=place)
+        for row, place in zip(shown, places(len(shown)), strict=True)
+    ]
+    ticks = budget_ticks(sorted({*lengths, trained}))
+    return Chart(title, curves[0].bits, lines, ticks=ticks, mark=(trained, "trained at"))
 
 
-def _finish(axes: Any, curves: Mapping[str, BudgetCurve]) -> None:
-    axes.set_xlabel("budget K (spectral channels)")
-    budget_axis(axes, sorted({row.k for curve in curves.values() for row in curve.rows}))
-    legend_below(axes)
+def _budgets(curves: Curves) -> list[int]:
+    return budget_ticks(sorted({row.k for curve in curves.values() for row in curve.rows}))

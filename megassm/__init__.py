@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from megassm.config.model import ModelConfig
     from megassm.errors import UserError
     from megassm.eval.generate import generate
+    from megassm.eval.policies import FixedBudget, KeepDeadlines, measured_costs
     from megassm.eval.sampling import Sampling
+    from megassm.eval.scheduler import Limits, Request, Scheduler
     from megassm.eval.speculate import Drafting
     from megassm.layers.spectral_layer import SpectralLayer
     from megassm.model import LanguageModel, build_model, truncate
@@ -30,14 +32,20 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Drafting",
+    "FixedBudget",
+    "KeepDeadlines",
     "LanguageModel",
+    "Limits",
     "ModelConfig",
+    "Request",
     "Sampling",
+    "Scheduler",
     "SpectralLayer",
     "UserError",
     "__version__",
     "build_model",
     "generate",
+    "measured_costs",
     "open_model",
     "open_tokenizer",
     "spectral_filters",
@@ -48,11 +56,17 @@ _PLACES = {
     "LanguageModel": "megassm.model",
     "ModelConfig": "megassm.config.model",
     "Drafting": "megassm.eval.speculate",
+    "FixedBudget": "megassm.eval.policies",
+    "KeepDeadlines": "megassm.eval.policies",
+    "Limits": "megassm.eval.scheduler",
+    "Request": "megassm.eval.scheduler",
     "Sampling": "megassm.eval.sampling",
+    "Scheduler": "megassm.eval.scheduler",
     "SpectralLayer": "megassm.layers.spectral_layer",
     "UserError": "megassm.errors",
     "build_model": "megassm.model",
     "generate": "megassm.eval.generate",
+    "measured_costs": "megassm.eval.policies",
     "open_model": "megassm.checkpoint.open",
     "open_tokenizer": "megassm.checkpoint.open",
     "spectral_filters": "megassm.ops.hankel",

@@ -8,8 +8,6 @@ Shapes: B batch, L length, D width, V vocabulary.
 from __future__ import annotations
 
 import functools
-import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import cast
@@ -24,6 +22,7 @@ from megassm.layers.attention import attention_mask, rope_tables
 from megassm.layers.block import Block
 from megassm.layers.context import Context
 from megassm.layers.filterbank import FilterBank
+from megassm.layers.initial import initial_values
 from megassm.layers.state import Continued, DecodingState, Extension
 from megassm.layers.vocabulary import Vocabulary
 from megassm.ops.documents import check_documents, document_numbers
@@ -132,13 +131,18 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def prefill(
-        self, ids_BL: Tensor, k: int | None = None, counts: Sequence[int] | None = None
+        self,
+        ids_BL: Tensor,
+        k: int | None = None,
+        counts: Sequence[int] | None = None,
+        state: DecodingState | None = None,
     ) -> tuple[Tensor, DecodingState]:
         """(logits (B, V) of the token after the last, the state that `step` and `extend` continue from).
 
-        With `counts`, text b is its first counts[b] tokens, and padding on the right.
+        With `counts`, text b is its first counts[b] tokens, and padding on the right; with `state` they follow those
+        of the state.
         """
-        x_BLD, extension = self._extended(ids_BL, None, k)
+        x_BLD, extension = self._extended(ids_BL, state, k)
         last_BD = x_BLD[:, -1] if counts is None else x_BLD[range(len(counts)), [count - 1 for count in counts]]
         return self.logits(self.head_norm(last_BD)), extension.keep(counts)
 
@@ -263,43 +267,9 @@ def parameter_shapes(config: ModelConfig) -> Mapping[str, torch.Size]:
 
 
 def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """(name, float32 values) of every parameter, each drawn from its own stream, keyed by (seed, name).
-
-    Matrices start at standard deviation 1/sqrt(inputs); those that write into the residual stream are divided by
-    sqrt(2 n_layers), so that its variance does not grow with depth. Channel matrices whose K_max products are added
-    unnormalised are divided by sqrt(K_max). Biases start at 0, the gates' last ones at `config.gate_bias_init`, taps as
-    the identity, norm gains at 1; the last norm's at `config.width_factor`, which is muP's multiplier of the logits.
-    """
+    """(name, float32 values) of every parameter, each drawn from its own stream: see `initial_values`."""
     for name, shape in parameter_shapes(config).items():
-        std = _initial_std(name, shape, config)
-        if name.endswith("norm.weight"):
-            yield name, torch.full(shape, config.width_factor if name == "head_norm.weight" else 1.0)
-        elif name.endswith("mixer.gate.score_bias_K"):
-            yield name, torch.full(shape, config.gate_bias_init)
-        elif name.endswith("taps.weight_ND"):
-            yield name, torch.eye(config.input_taps)[0].repeat_interleave(config.d_model)
-        elif std == 0.0:
-            yield name, torch.zeros(shape)
-        else:
-            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            yield name, torch.randn(shape, generator=generator) * std
-
-
-def _initial_std(name: str, shape: torch.Size, config: ModelConfig) -> float:
-    depth = 1.0 / math.sqrt(2 * config.n_layers)
-    inputs = 1.0 / math.sqrt(shape[-1])
-    match name.rpartition("blocks.")[2].partition(".")[2] or name:
-        case "embedding_VD" | "head_VD":
-            return config.embed_init_std
-        case "mixer.channels_KDD":
-            summands = config.num_channels if config.gate in ("sigmoid", "none") else 1
-            std = config.channel_init_std or inputs / math.sqrt(summands)
-            return std * depth if config.mixer_heads == 1 else std
-        case "mixer.direct_DD" | "mixer.out_DD" | "mixer.out.weight" | "ffn.down.weight":
-            return inputs * depth
-        case _:
-            return inputs if len(shape) > 1 else 0.0
+        yield name, initial_values(name, shape, config, seed)
 
 
 def build_model(config: ModelConfig, seed: int = 0, recompute: bool = False) -> LanguageModel:

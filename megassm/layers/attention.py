@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megassm.layers.context import Context
-from megassm.layers.state import KeyValueCache, LayerState
+from megassm.layers.state import KeyValueCache, LayerState, SeparateCaches
 
 
 def rope_tables(positions_L: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -72,6 +72,15 @@ class ContinuedAttention(NamedTuple):
         return cache if self.window is None else cache.fitted(self.window)
 
 
+class ContinuedSeparately(NamedTuple):
+    """`ContinuedAttention` of each text by itself."""
+
+    texts: list[ContinuedAttention]
+
+    def keep(self, counts: Sequence[int]) -> SeparateCaches:
+        return SeparateCaches(tuple(text.keep([count]) for text, count in zip(self.texts, counts, strict=True)))
+
+
 class Attention(nn.Module):
     """u (B, L, D) -> (B, L, D).
 
@@ -104,24 +113,43 @@ class Attention(nn.Module):
         mixed: Tensor = self.out(mixed_BHLP.transpose(1, 2).flatten(2))
         return mixed
 
-    def extend(self, u_BLD: Tensor, state: LayerState | None, context: Context) -> tuple[Tensor, ContinuedAttention]:
+    def extend(
+        self, u_BLD: Tensor, state: LayerState | None, context: Context
+    ) -> tuple[Tensor, ContinuedAttention | ContinuedSeparately]:
         """(y (B, L, D) of L positions that follow those of `state`, what a state is kept from)."""
         assert context.rope is not None
         rope = tuple(table[:, None] if table.dim() == 3 else table for table in context.rope)
         query_BHLP = rotate(self._heads(self.query(u_BLD)), rope)
         key_BGLP, value_BGLP = rotate(self._heads(self.key(u_BLD)), rope), self._heads(self.value(u_BLD))
-        cache = state if isinstance(state, KeyValueCache) else KeyValueCache.empty(key_BGLP, value_BGLP)
+        continued: ContinuedAttention | ContinuedSeparately
+        if isinstance(state, SeparateCaches):
+            assert context.mask is None
+            queries, keys, values = (torch.split(x, 1) for x in (query_BHLP, key_BGLP, value_BGLP))
+            rows = zip(queries, keys, values, state.caches, strict=True)
+            texts = [self._extended(*row, context) for row in rows]
+            mixed_BHLP = torch.cat([mixed_1HLP for mixed_1HLP, _ in texts])
+            continued = ContinuedSeparately([text for _, text in texts])
+        else:
+            cache = state if isinstance(state, KeyValueCache) else None
+            mixed_BHLP, continued = self._extended(query_BHLP, key_BGLP, value_BGLP, cache, context)
+        out_BLD: Tensor = self.out(mixed_BHLP.transpose(1, 2).flatten(2))
+        return out_BLD, continued
+
+    def _extended(
+        self, query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, before: KeyValueCache | None, context: Context
+    ) -> tuple[Tensor, ContinuedAttention]:
+        """(what the heads see (B, H, L, P), the cache with the new positions)."""
+        cache = KeyValueCache.empty(key_BGLP, value_BGLP) if before is None else before
         cache = cache.append(key_BGLP, value_BGLP, self.window)
-        if state is None:
+        if before is None:
             mixed_BHLP = self._attended(query_BHLP, key_BGLP, value_BGLP, context)
         else:
-            key_BGTP, value_BGTP, mask = cache.seen(u_BLD.shape[1], self.window)
+            key_BGTP, value_BGTP, mask = cache.seen(query_BHLP.shape[2], self.window)
             if context.mask is not None:  # padding among what was read before
                 hidden = context.mask[..., -key_BGTP.shape[2] :]
                 mask = hidden if mask is None else hidden.masked_fill(~mask, -torch.inf)
             mixed_BHLP = self._attended_cache(query_BHLP, key_BGTP, value_BGTP, mask, context)
-        out_BLD: Tensor = self.out(mixed_BHLP.transpose(1, 2).flatten(2))
-        return out_BLD, ContinuedAttention(cache, u_BLD.shape[1], self.window)
+        return mixed_BHLP, ContinuedAttention(cache, query_BHLP.shape[2], self.window)
 
     def _attended(self, query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, context: Context) -> Tensor:
         return self.attend(query_BHLP, key_BGLP, value_BGLP, context.mask)

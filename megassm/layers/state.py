@@ -131,7 +131,34 @@ class KeyValueCache(NamedTuple):
         return self.buffers.key_BGTP.nbytes + self.buffers.value_BGTP.nbytes
 
 
-MixerState = Tensor | KeyValueCache
+class SeparateCaches(NamedTuple):
+    """A cache each of several texts of any lengths: they are put together and taken apart without a copy."""
+
+    caches: tuple[KeyValueCache, ...]
+
+    def rewind(self) -> None:
+        for cache in self.caches:
+            cache.rewind()
+
+    def take(self, rows: Tensor) -> SeparateCaches:
+        """One that is taken several times is copied."""
+        taken, chosen = [], set()
+        for row in rows.tolist():
+            taken.append(self.caches[row].take(torch.zeros_like(rows[:1])) if row in chosen else self.caches[row])
+            chosen.add(row)
+        return SeparateCaches(tuple(taken))
+
+    def where(self, own_B: Tensor, other: SeparateCaches) -> SeparateCaches:
+        """This one's texts where `own_B`, the other's elsewhere."""
+        pairs = zip(own_B.tolist(), self.caches, other.caches, strict=True)
+        return SeparateCaches(tuple(mine if own else theirs for own, mine, theirs in pairs))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cache.nbytes for cache in self.caches)
+
+
+MixerState = Tensor | KeyValueCache | SeparateCaches
 """(B, S, D) of a spectral layer; keys and values of attention."""
 
 
@@ -193,7 +220,7 @@ class DecodingState(NamedTuple):
         """Says that no state that came after this one will be used again: continuing from here costs no copy then."""
         for layer in self.layers:
             mixer = layer.mixer if isinstance(layer, TapsState) else layer
-            if isinstance(mixer, KeyValueCache):
+            if not isinstance(mixer, Tensor):
                 mixer.rewind()
 
     def where(self, own_B: Tensor, other: DecodingState) -> DecodingState:
@@ -207,6 +234,17 @@ class DecodingState(NamedTuple):
         layers = [_taken(layer, rows) for layer in self.layers]
         return DecodingState(tuple(self.lengths[row] for row in rows.tolist()), layers)
 
+    @classmethod
+    def joined(cls, states: Sequence[DecodingState]) -> DecodingState:
+        """The state of the texts of several, one after the other; keys and values stay where they are."""
+        layers = [_joined(layers) for layers in zip(*(state.layers for state in states), strict=True)]
+        return cls(tuple(length for state in states for length in state.lengths), layers)
+
+    def parts(self) -> list[DecodingState]:
+        """The state of each of the texts that `joined` has put together, a view of this one's memory."""
+        layers = zip(*(_parts(layer, len(self.lengths)) for layer in self.layers), strict=True)
+        return [DecodingState((length,), list(own)) for length, own in zip(self.lengths, layers, strict=True)]
+
 
 def _chosen(own_B: Tensor, mine: LayerState, theirs: LayerState) -> LayerState:
     if isinstance(mine, TapsState):
@@ -217,6 +255,9 @@ def _chosen(own_B: Tensor, mine: LayerState, theirs: LayerState) -> LayerState:
         return TapsState(past_BTD, mixer)
     if isinstance(mine, KeyValueCache):
         assert isinstance(theirs, KeyValueCache)
+        return mine.where(own_B, theirs)
+    if isinstance(mine, SeparateCaches):
+        assert isinstance(theirs, SeparateCaches)
         return mine.where(own_B, theirs)
     assert isinstance(theirs, Tensor)
     return torch.where(own_B[:, None, None], mine, theirs)
@@ -230,6 +271,37 @@ def _taken(layer: LayerState, rows: Tensor) -> LayerState:
 
 def _taken_mixer(state: MixerState, rows: Tensor) -> MixerState:
     return state[rows] if isinstance(state, Tensor) else state.take(rows)
+
+
+def _joined(layers: Sequence[LayerState]) -> LayerState:
+    if any(isinstance(layer, TapsState) for layer in layers):
+        taps = [layer for layer in layers if isinstance(layer, TapsState)]
+        mixer = _joined([layer.mixer for layer in taps])
+        assert not isinstance(mixer, TapsState)
+        return TapsState(torch.cat([layer.past_BTD for layer in taps]), mixer)
+    tensors = [layer for layer in layers if isinstance(layer, Tensor)]
+    if tensors:
+        return torch.cat(tensors)
+    caches: list[KeyValueCache] = []
+    for layer in layers:
+        if isinstance(layer, SeparateCaches):
+            caches += layer.caches
+        elif isinstance(layer, KeyValueCache):
+            assert len(layer.used) == 1, "only texts read by themselves are put together"
+            caches.append(layer)
+    return SeparateCaches(tuple(caches))
+
+
+def _parts(layer: LayerState, count: int) -> Sequence[LayerState]:
+    if isinstance(layer, Tensor):
+        return torch.split(layer, 1)
+    if isinstance(layer, TapsState):
+        mixers = _parts(layer.mixer, count)
+        return [TapsState(past, mixer) for past, mixer in zip(torch.split(layer.past_BTD, 1), mixers, strict=True)
+                if not isinstance(mixer, TapsState)]  # fmt: skip
+    if isinstance(layer, SeparateCaches):
+        return layer.caches
+    return [layer.take(torch.tensor([row])) for row in range(count)]
 
 
 class Extension(NamedTuple):

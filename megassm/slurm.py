@@ -275,9 +275,10 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node={tasks} --ntasks=$((SLURM_
   --cpus-per-task=$((cores > 0 ? cores : 1)) \\
   --kill-on-bad-exit=0 --wait={wait_s} {python} -P -m megassm train --config "$JOB/{config}" &
 ranks=$!
-trap 'kill -USR1 $ranks' USR1   # scancel --batch --signal=USR1: srun hands it to the ranks
-trap : TERM                     # preemption, scancel: SLURM tells the ranks itself; wait for them
-while kill -0 $ranks 2>/dev/null; do wait $ranks; code=$?; done
+trap 'again=1; kill -USR1 $ranks' USR1   # scancel --batch --signal=USR1: srun hands it to the ranks
+trap again=1 TERM                        # preemption, scancel: SLURM tells the ranks itself; wait for them
+again=1
+while [ $again = 1 ]; do again=0; wait $ranks; code=$?; done   # a signal ends `wait` early
 echo "--- job $SLURM_JOB_ID: the ranks ended with code $code, $(date -u +%FT%TZ)"
 
 # not where SLURM is ending the job anyway (scancel, preemption), nor where it has started it elsewhere since

@@ -53,7 +53,7 @@ from megassm.run.failures import check_failures
 from megassm.run.left_out import read_left_out
 from megassm.run.lives import life_of
 from megassm.run.records import newest_record, read_records
-from megassm.slurm import Submitted, asked_before
+from megassm.slurm.request import Submitted, asked_before
 from tests.conftest import ROOT
 from tests.shard_sets import random_documents, write_documents
 

@@ -38,12 +38,15 @@ def virtual() -> Iterator[Cluster]:
 class Submitted:
     """A run's newest job."""
 
+    config_home = "/nowhere"
+
     def __init__(self, virtual: Cluster, run_dir: Path) -> None:
         self.virtual, self.run_dir = virtual, run_dir
 
     def tool(self, *arguments: str) -> str:
         environment = [f"{name}={os.environ[name]}" for name in ("MEGASSM_CACHE", "PATH")]
         environment += ["TORCHDYNAMO_DISABLE=1", "OMP_NUM_THREADS=1", f"PYTHONPATH={ROOT}"]
+        environment.append(f"XDG_CONFIG_HOME={self.config_home}")
         tool = ("env", "-C", str(ROOT), *environment, sys.executable, "launch/slurm.py")
         return self.virtual.run("ctl", *tool, *arguments)
 
@@ -199,4 +202,41 @@ def test_an_orphan_behind_a_cut_link_writes_nothing_more(
     job.wait_for("CANCELLED", restarts=2)
     virtual.wait_until(lambda: "stopped by a signal" in job.log)
     assert job.saved_step() == job.rows
+    check_curve(job, left_alone)
+
+
+@pytest.mark.timeout(900)
+def test_a_chain_of_jobs_as_a_site_wants_them(
+    virtual: Cluster, left_alone: LeftAlone, data_path: Path, tmp_path: Path
+) -> None:
+    """4 ranks with their CPUs, a setup file and labelled logs from the site's defaults, and no job that is requeued."""
+    site = tmp_path / "config/megassm"
+    site.mkdir(parents=True)
+    (site / "slurm.yaml").write_text("logs: label\nsetup: site.sh\nsbatch: [partition=train]\n", encoding="utf-8")
+    (site / "site.sh").write_text('echo "setup on $(hostname)"\nunset OMP_NUM_THREADS\n',
+                                  encoding="utf-8")  # fmt: skip
+    job = Submitted(virtual, tmp_path / "chained")
+    job.config_home = str(tmp_path / "config")
+    own = (f"run.dir={job.run_dir}", f"data.path={data_path}", "train.steps=100000")
+    job.tool("submit", "--config", "configs/tiny.yaml", "--gpus-per-node", "0", "--tasks-per-node", "2", "--nodes", "2",
+             "--chain", "2", *BASE, *own)  # fmt: skip
+    facts = json.loads((job.folder / "job.json").read_text(encoding="utf-8"))
+    first, (second,) = facts["job_id"], facts["chain_ids"]
+    virtual.wait_until(lambda: job.rows > 2, lambda: job.log)
+    assert virtual.job(second)["JobState"] == "PENDING"
+    assert virtual.job(second)["Dependency"].startswith(f"afterany:{first}")
+    assert (virtual.job(first)["CPUs/Task"], virtual.job(first)["Requeue"]) == ("2", "0")
+    environment = json.loads((job.run_dir / "environment.json").read_text(encoding="utf-8"))
+    assert (environment["world_size"], environment["threads_per_rank"]) == (4, 2)
+    assert "setup on n1" in job.log
+    assert re.search(r"(?m)^0: .*step +\d+/100000", job.log) or re.search(r"(?m)^0: .*for validation; steps ", job.log)
+    virtual.run("ctl", "scancel", "--batch", "--signal=USR1", first)
+    virtual.wait_until(lambda: virtual.job(second)["JobState"] == "RUNNING", lambda: job.log)
+    assert (virtual.job(first)["JobState"], virtual.job(first)["ExitCode"]) == ("FAILED", "75:0")
+    assert f"{second} of 2" in job.tool("status", str(job.run_dir))
+    job.wait_for_rows(2)
+    assert job.log.count("continuing after step") == 1
+    job.tool("cancel", str(job.run_dir))
+    virtual.wait_until(lambda: virtual.job(second)["JobState"] == "CANCELLED", lambda: job.log)
+    virtual.wait_until(lambda: job.log.count("stopped by a signal after step") == 2, lambda: job.log)
     check_curve(job, left_alone)

@@ -8,13 +8,19 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megassm.cli.arguments import Parser
 from megassm.commands import slurm as slurm_command
 from megassm.config.load import load_config
 from megassm.errors import UserError
-from megassm.slurm import JobRequest, batch_script, first_host, per_node, rank_environment, seconds
+from megassm.slurm import queue
+from megassm.slurm.ranks import first_host, per_node, rank_environment
+from megassm.slurm.request import JobRequest, add_request, given_request, seconds
+from megassm.slurm.script import batch_script
+from megassm.slurm.site import site_defaults
 from tests.conftest import SMALL, run_python
 
 STEP = {
@@ -86,6 +92,194 @@ def test_the_script_is_bash_and_says_what_was_asked_for(tmp_path: Path) -> None:
     assert "gpus-per-node" not in batch_script(JobRequest("1", 0, 2), folder, Path("p"), tmp_path, 60)
 
 
+def script_of(tmp_path: Path, data: tuple[Path, ...] = (), **more: Any) -> str:
+    request = JobRequest("2", 8, 8, **more)
+    script = batch_script(request, tmp_path / "run/jobs/0001", Path("python"), tmp_path, 60, data)
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    return script
+
+
+def test_options_of_a_site_reach_sbatch_and_srun(tmp_path: Path) -> None:
+    script = script_of(tmp_path, cpus_per_task=6, srun=("mpi=none", "cpu-bind=map_cpu:0,1 x"), logs="label")
+    assert "#SBATCH --cpus-per-task=6\n#SBATCH --gpus-per-node=8\n" in script
+    assert "  --mpi=none \\\n  '--cpu-bind=map_cpu:0,1 x' \\\n  --label \\\n  --kill-on-bad-exit=0" in script
+    assert "#SBATCH --requeue\n" in script
+    assert '--output="${JOB//%/%%}/log.%t.txt" --open-mode=append' in script_of(tmp_path, logs="rank").replace(
+        " \\\n  ", " "
+    )
+    generic = script_of(tmp_path, sbatch=("gres=gpu:a100:8",))
+    assert "#SBATCH --gres=gpu:a100:8\n" in generic
+    assert "gpus-per-node" not in generic
+    chained = script_of(tmp_path, chain=3)
+    assert "#SBATCH --no-requeue\n" in chained
+    assert "scontrol requeue" not in chained
+
+
+@pytest.mark.parametrize(
+    ("gres", "gpus"),
+    [
+        ("gres=gpu:4", 4),
+        ("gres=gpu", 1),
+        ("gres=gpu:a100", 1),
+        ("gres=lscratch:100,gpu:h100:2", 2),
+        ("gres=nic:2", None),
+    ],
+)
+def test_gpus_that_are_asked_for_as_generic_resources(gres: str, gpus: int | None) -> None:
+    assert JobRequest("1", 4, 4, sbatch=("exclusive", gres)).own_gpus == gpus
+
+
+def test_ranks_run_in_a_container(tmp_path: Path) -> None:
+    mine = f"{tmp_path}:{tmp_path},{tmp_path}/run:{tmp_path}/run,/data/set:/data/set"
+    pyxis = script_of(tmp_path, (Path("/data/set"),), container="pyxis:nvcr.io#nvidia/pytorch:24.03-py3",
+                      srun=("container-mounts=/scratch:/scratch", "no-container-mount-home"))  # fmt: skip
+    assert f"--container-image='nvcr.io#nvidia/pytorch:24.03-py3' --container-mounts={mine},/scratch:/scratch" in pyxis
+    assert pyxis.count("--container-mounts") == 1
+    assert "  --no-container-mount-home \\\n" in pyxis
+    assert " python3 -P -m megassm train" in pyxis
+    apptainer = script_of(tmp_path, container="apptainer:/images/a b.sif")
+    own = mine.removesuffix(",/data/set:/data/set")
+    command = f"apptainer exec --nv --bind {own} --pwd \"$PWD\" '/images/a b.sif' python3 -P -m megassm train"
+    assert command in apptainer
+    with pytest.raises(UserError, match="cannot show a folder with ':' or ','"):
+        script_of(tmp_path, (Path("/data:x"),), container="pyxis:x")
+
+
+def run_script(script: str, tmp_path: Path, srun: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script whose srun is a few lines of bash."""
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    (tmp_path / "bin/srun").write_text(f"#!/bin/bash\n{srun}\n", encoding="utf-8")
+    (tmp_path / "bin/srun").chmod(0o755)
+    own = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_NUM_NODES": "2", **environment}
+    return subprocess.run(["bash"], input=script, text=True, check=False, capture_output=True, env=own, cwd=tmp_path)
+
+
+def test_the_setup_is_read_first_and_what_it_sets_stays(tmp_path: Path) -> None:
+    job = tmp_path / "run/jobs/0001"
+    job.mkdir(parents=True)
+    (job / "setup.sh").write_text("set -eu\nexport NCCL_DEBUG=WARN PYTHONPATH=/site/lib\n", encoding="utf-8")
+    said = f'echo "$NCCL_DEBUG $PYTHONPATH" > {tmp_path}/seen; exit 3'
+    done = run_script(script_of(tmp_path, setup="mine.sh"), tmp_path, said)
+    assert (tmp_path / "seen").read_text(encoding="utf-8") == f"WARN {job}/code:/site/lib\n"
+    assert done.returncode == 3, "a file that ends at every error does not end the script before its last words"
+    assert "the ranks ended with code 3" in done.stdout
+    run_script(script_of(tmp_path), tmp_path, f'echo "$PYTHONPATH" > {tmp_path}/seen')
+    assert (tmp_path / "seen").read_text(encoding="utf-8") == f"{job}/code\n"
+
+
+def test_a_chain_goes_on_after_a_stop_or_a_loss_alone(tmp_path: Path) -> None:
+    job = tmp_path / "run/jobs/0001"
+    job.mkdir(parents=True)
+    script, starts = script_of(tmp_path, chain=4), tmp_path / "starts"
+    for ended, code in ((75, 75), (None, 75), (75, 0), (0, 0), (0, 0), (1, 1)):
+        if ended is None:
+            (job / "ended.txt").unlink()  # the node has died
+        elif ended == 1:
+            (job / "ended.txt").write_text("1\n", encoding="utf-8")
+        assert run_script(script, tmp_path, f"echo >> {starts}; exit {code}").returncode == code
+    assert starts.read_text(encoding="utf-8") == "\n" * 3, "neither after the run's end, nor after an error"
+
+
+@pytest.mark.parametrize(
+    ("said", "request_", "cpus"),
+    [
+        ("96 gpu:a100:8(S:0-1)\n96 gpu:a100:8(S:0-1)", JobRequest("2", 8, 8), 12),
+        ("96 gpu:a100:8(S:0-1)", JobRequest("2", 4, 4), 12),
+        ("96 gpu:8", JobRequest("2", 4, 2), 24),
+        ("64 gpu:2,mps:200\n128 gpu:h100:2", JobRequest("1", 2, 2), 32),
+        ("64 (null)\n32 gpu:4", JobRequest("1", 4, 4), 8),
+        ("64 (null)", JobRequest("1", 4, 4), None),
+        ("4 (null)\n4 (null)", JobRequest("2", 0, 2), 2),
+        ("1 (null)", JobRequest("2", 0, 2), None),
+        ("96 gpu:8", JobRequest("1", 8, 8, sbatch=("exclusive",)), None),
+        ("96 gpu:8", JobRequest("1", 8, 8, sbatch=("cpus-per-gpu=3",)), None),
+    ],
+)
+def test_the_cpus_of_a_rank_are_the_nodes_by_its_gpus(
+    monkeypatch: pytest.MonkeyPatch, said: str, request_: JobRequest, cpus: int | None
+) -> None:
+    monkeypatch.setattr(queue, "ask_slurm", lambda *command: said)
+    assert queue.rank_cpus(request_) == cpus
+
+
+def test_a_site_sets_what_its_jobs_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert site_defaults() == {}
+    path = tmp_path / "megassm/slurm.yaml"
+    path.parent.mkdir()
+    path.write_text("sbatch: [partition=gpu, qos=long]\nsrun: mpi=none\nsetup: mine.sh\ncpus-per-task: 12\ntime: 90\n",
+                    encoding="utf-8")  # fmt: skip
+    assert site_defaults() == {"sbatch": ["partition=gpu", "qos=long"], "srun": ["mpi=none"], "cpus_per_task": 12,
+                               "setup": str(tmp_path / "megassm/mine.sh"), "time": "90"}  # fmt: skip
+    for text, message in (
+        ("nodes: 3", "nodes: is no option that a site sets; known are time, save-before-s, cpus-per-task"),
+        ("logs: all", "argument --logs: invalid choice: 'all'"),
+        ("sbatch: [array=1-3]", "is not for sbatch to be told"),
+        ("chain: true", "chain = True: must be text or a whole number; quote it"),
+        ("- a", "must be options by name"),
+        ("a: [", "is not YAML"),
+    ):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=re.escape(message)) as told:
+            site_defaults()
+        assert str(path) in str(told.value)
+
+
+def test_an_option_of_the_command_line_takes_the_place_of_the_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--nodes", "1", "--gpus-per-node", "0", "--sbatch", "partition=a", "--sbatch", "qos=x", "--time", "10"]
+    parser = Parser("", "")
+    add_request(parser, required=True)
+    site = {"sbatch": ["partition=gpu", "account=lab"], "time": "90", "logs": "label"}
+    request = given_request(parser.parse_args(words), None, site)
+    assert request == JobRequest("1", 0, 1, "10", sbatch=("account=lab", "partition=a", "qos=x"), logs="label")
+    assert given_request(parser.parse_args(words[:4]), request, site) == request
+
+
+def test_defaults_of_a_site_stand_below_the_command_line_and_the_last_request(
+    tmp_path: Path, data_path: Path, fake_slurm: dict[str, str]
+) -> None:
+    site = tmp_path / "config/megassm"
+    site.mkdir(parents=True)
+    (site / "slurm.yaml").write_text(
+        "sbatch: [partition=gpu]\nlogs: label\nsetup: site.sh\nchain: 2\n", encoding="utf-8"
+    )
+    (site / "site.sh").write_text("export A=1\n", encoding="utf-8")
+    environment = fake_slurm | {"XDG_CONFIG_HOME": str(tmp_path / "config")}
+    given = ("--sbatch", "mail-user=me@x.org", "--sbatch", "account=lab", "--cpus-per-task", "1")
+    done = submit(tmp_path / "run", data_path, *given, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "jobs 41, 42, one after another, train in" in done.stdout
+    assert (
+        (tmp_path / "asked")
+        .read_text(encoding="utf-8")
+        .splitlines()[1]
+        .startswith("--parsable --dependency=afterany:41")
+    )
+    job = tmp_path / "run/jobs/0001"
+    assert (job / "setup.sh").read_text(encoding="utf-8") == "export A=1\n"
+    script = (job / "job.sh").read_text(encoding="utf-8")
+    for line in ("--partition=gpu", "--mail-user=me@x.org", "--account=lab", "--cpus-per-task=1", "--no-requeue"):
+        assert f"#SBATCH {line}\n" in script, line
+    assert "--label" in script
+    facts = json.loads((job / "job.json").read_text(encoding="utf-8"))
+    assert (facts["job_id"], facts["chain_ids"], facts["again"]) == (
+        "41", ["42"], ["--sbatch mail-user=me@x.org", f"--setup {site}/site.sh"],
+    )  # fmt: skip
+    (tmp_path / "state").write_text("COMPLETED", encoding="utf-8")
+    done = slurm("resume", str(tmp_path / "run"), "--chain", "1", **environment)
+    assert done.returncode == 0, done.stderr
+    assert "note: --sbatch mail-user=me@x.org was given before and is not taken over" in done.stdout
+    again = (tmp_path / "run/jobs/0002/job.sh").read_text(encoding="utf-8")
+    assert "#SBATCH --account=lab\n" in again
+    assert "mail-user" not in again
+    assert "#SBATCH --requeue\n" in again
+    (site / "slurm.yaml").unlink()
+    done = slurm("resume", str(tmp_path / "run"), **environment)
+    assert done.returncode == 1
+    assert "which is not taken from its folder; give --setup again, or --setup '' to do without" in done.stderr
+    slurm("cancel", str(tmp_path / "run"), check=True, **environment)
+
+
 @pytest.mark.parametrize(
     ("given", "cores"),
     [({"SLURM_CPUS_ON_NODE": "96"}, 12), ({"SLURM_CPUS_ON_NODE": "96", "SLURM_CPUS_PER_TASK": "6"}, 6),
@@ -119,7 +313,9 @@ def fake_slurm(tmp_path: Path) -> dict[str, str]:
     folder = tmp_path / "bin"
     folder.mkdir()
     scripts = {
-        "sbatch": f'test -e {tmp_path}/full && {{ echo "invalid partition" >&2; exit 1; }}; echo "41;cluster"',
+        "sbatch": f'test -e {tmp_path}/full && {{ echo "invalid partition" >&2; exit 1; }}; '
+        f'echo "$@" >> {tmp_path}/asked; case "$2" in --dependency*) echo "42;cluster";; *) echo "41;cluster";; esac',
+        "sinfo": "exit 1",
         "scontrol": f'state=$(cat {tmp_path}/state); test "$state" = gone && {{ echo "slurm_load_jobs error: Invalid '
         'job id specified" >&2; exit 1; }; echo "JobId=$4 JobState=$state ExitCode=0:0 Restarts=2 NodeList=n[1-2]"',
         "sacct": 'echo "CANCELLED by 0|0:15"',
@@ -150,6 +346,13 @@ def test_print_writes_and_submits_nothing(tmp_path: Path, data_path: Path) -> No
         (("parallel.tensor=4",), 1, "parallel.tensor = 4: must divide the 2 ranks of a node"),
         (("--gpus-per-node", "1"), 1, "--tasks-per-node 2: more ranks than --gpus-per-node 1"),
         (("--sbatch", "--partition=x"), 2, "expected one argument"),
+        (("--sbatch", "array=1-4"), 2, "'array=1-4': is not for sbatch to be told: a run is one job"),
+        (("--sbatch", "output=x"), 2, "is not for sbatch to be told: use --logs"),
+        (("--srun", "kill-on-bad-exit"), 2, "is not for srun to be told: the other ranks say why one has left"),
+        (("--sbatch", "gres=gpu:a100:8"), 1, "--sbatch gres: asks for 8 GPUs a node, --gpus-per-node 0"),
+        (("--setup", "none.sh"), 1, "--setup none.sh: no such file"),
+        (("--container", "image.sif"), 2, "must be pyxis:IMAGE or apptainer:IMAGE"),
+        (("--chain", "2", "--sbatch", "dependency=afterok:7"), 1, "the jobs of a --chain depend on each other"),
         (("data.path=https://user:secret@host/set",), 1, "which is not written down: use MEGASSM_DATA_QUERY"),
     ],
 )
@@ -243,8 +446,9 @@ ASKED = {"nodes": "1", "gpus_per_node": 0, "tasks_per_node": 2, "time": "24:00:0
         ({"job_id": 41}, "job_id: Input should be a valid string"),
         ({"sbatch": ["comment=x\n\ncommand"]}, "must be an option of sbatch"),
         ({"sbatch": ["comment=x\r"]}, "must be an option of sbatch"),
-        ({"sbatch": ["wrap=rm -r ."]}, "is not taken from a file; give it with --sbatch"),
-        ({"sbatch": ["output=.bashrc"]}, "is not taken from a file; give it with --sbatch"),
+        ({"sbatch": ["wrap=rm -r ."]}, "is not for sbatch to be told"),
+        ({"sbatch": ["output=.bashrc"]}, "is not for sbatch to be told"),
+        ({"sbatch": ["bb=x"]}, "is not taken from a file; give it with --sbatch"),
         ({"sbatch": "x"}, "sbatch: Input should be a valid"),
         ({"nodes": "1\n#SBATCH --uid=0"}, "must be a number of nodes"),
         ({"nodes": "1-999999999"}, "must be at most 20,000 nodes"),
@@ -253,6 +457,12 @@ ASKED = {"nodes": "1", "gpus_per_node": 0, "tasks_per_node": 2, "time": "24:00:0
         ({"gpus_per_node": "8"}, "gpus_per_node: Input should be a valid integer"),
         ({"gpus_per_node": -1}, "must be a whole number of at least 1"),
         ({"save_before_s": 0}, "must be a whole number of at least 1"),
+        ({"srun": ["task-prolog=./x"]}, "is not taken from a file; give it with --srun"),
+        ({"srun": ["multi-prog"]}, "is not for srun to be told"),
+        ({"sbatch": ["array=1-9"]}, "is not for sbatch to be told: a run is one job"),
+        ({"cpus_per_task": "4"}, "cpus_per_task: Input should be a valid integer"),
+        ({"logs": "none"}, "--logs: invalid choice"),
+        ({"chain": 1000}, "must be at most 100 jobs"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -267,7 +477,8 @@ def test_a_job_of_a_stranger_is_read_as_if_it_were_typed(
         facts = json.dumps({"job_id": facts.get("job_id", "41"), "request": request}).encode()
     (job / "job.json").write_bytes(facts)
     asked: list[tuple[str, ...]] = []
-    monkeypatch.setattr(slurm_command, "ask_slurm", lambda *command: asked.append(command))
+    for module in (slurm_command, queue):
+        monkeypatch.setattr(module, "ask_slurm", lambda *command: asked.append(command))
     monkeypatch.setattr(sys, "argv", ["slurm.py", name, str(tmp_path)])
     with pytest.raises(UserError, match=re.escape(message)) as told:
         slurm_command.main()

@@ -76,6 +76,12 @@ def is_rank_zero() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def cores() -> int:
+    """CPUs that this process may use: a batch system or a container may leave it few of the machine's."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux's
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def print_line(message: str, stream: TextIO | None = None) -> None:
     """Prints at once what may hold text from outside, its control characters shown (`visible`).
 

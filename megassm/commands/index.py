@@ -6,10 +6,9 @@ The logic is in `megassm.data.prepare.foreign`.
 from __future__ import annotations
 
 import argparse
-import os
 from typing import get_args
 
-from megassm.cli.arguments import TableRow, path_argument, print_table, tool_parser
+from megassm.cli.arguments import TableRow, cores, path_argument, print_table, tool_parser
 from megassm.cli.progress import shown_progress
 
 EXAMPLE = "python tools/index_shards.py data/theirs --tokenizer data/theirs/tokenizer.json"
@@ -64,5 +63,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--members", choices=get_args(MemberKind), default="documents", help=members_help)
     add("--suffix", metavar="NAME", help="of the members with ids: u16, u32, npy, tokens.npy (default: as found)")
     add("--block-tokens", type=int, default=1 << 20, metavar="N", help=f"tokens read at once {default}")
-    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help=f"processes {default}")
+    add("--workers", type=int, default=cores(), metavar="N", help=f"processes {default}")
     return parser

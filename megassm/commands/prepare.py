@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megassm.cli.arguments import TableRow, path_argument, print_table, tool_parser
+from megassm.cli.arguments import TableRow, cores, path_argument, print_table, tool_parser
 from megassm.cli.progress import shown_progress
 from megassm.errors import UserError
 
@@ -78,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     licence_help = "of the text, for dataset.md: a file that holds it, or the words themselves"
     add("--licence", metavar="FILE|TEXT", help=licence_help)
     workers_help = f"processes; the result is the same for any number {default}"
-    add("--workers", type=int, default=min(os.cpu_count() or 1, MOST_WORKERS), metavar="N", help=workers_help)
+    add("--workers", type=int, default=min(cores(), MOST_WORKERS), metavar="N", help=workers_help)
     return parser
 
 

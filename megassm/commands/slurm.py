@@ -9,7 +9,9 @@
 `submit` checks what the run would check, before anything is queued. It writes RUN_DIR/jobs/NNNN: config.yaml
 (resolved), code/ (what the job runs, however long it waits in the queue), version.txt (commit and uncommitted changes),
 job.sh, job.json; the job writes log.txt there. On a preemption, at its time limit, and where a node dies, the job is
-requeued and continues from its newest complete checkpoint. `COMMAND --help` has an example.
+requeued and continues from its newest complete checkpoint; where that is forbidden, --chain N queues N jobs, each
+after the one before. ~/.config/megassm/slurm.yaml holds a site's defaults: options of `submit` by their names.
+`COMMAND --help` has an example.
 """
 
 from __future__ import annotations
@@ -22,9 +24,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from megassm import __version__
 from megassm.cli.arguments import Parser, path_argument, positive, print_line, print_table
@@ -32,14 +33,15 @@ from megassm.config.load import dump_config, load_config_or_exit
 from megassm.config.schema import Config
 from megassm.errors import UserError, redacted
 from megassm.files import PRIVATE_MODE, write_atomically
-from megassm.guarded import read_json
 from megassm.run.directory import (
     CHECKPOINTS,
     CONFIG,
     JOB_CODE,
     JOB_FACTS,
     JOB_LOG,
+    JOB_RANK_LOG,
     JOB_SCRIPT,
+    JOB_SETUP,
     JOB_VERSION,
     JOBS,
     METRICS,
@@ -48,21 +50,22 @@ from megassm.run.directory import (
 from megassm.run.fence import newest_number
 from megassm.run.opening import load_run_config
 from megassm.run.records import newest_record
-from megassm.slurm import (
-    JOB_BYTES,
-    JobRequest,
-    Submitted,
-    add_request,
-    asked_before,
-    batch_script,
-    given_request,
-    seconds,
+from megassm.slurm.queue import (
+    ENDED,
+    KnownJob,
+    ask_slurm,
+    job_facts,
+    job_folders,
+    known_job,
+    newest_job,
+    rank_cpus,
 )
+from megassm.slurm.request import NOT_KEPT, JobRequest, add_request, count, for_file, given_request, seconds
+from megassm.slurm.script import batch_script
+from megassm.slurm.site import site_defaults
 
 ROOT = Path(__file__).parents[2]
 """Of the checkout, or where the package is installed."""
-ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "GONE")
-GONE = {"JobState": "GONE", "ExitCode": "?"}
 
 
 def job_parser(name: str, description: str, example: str) -> Parser:
@@ -91,6 +94,15 @@ def check_request(request: JobRequest, config: Config, path: Path, overrides: Se
             f"parallel.tensor = {config.parallel.tensor}: must divide the {request.tasks_per_node} ranks of a node; "
             "use a divisor, and parallel.sequence or ZeRO for the rest"
         )
+    if request.own_gpus is not None and request.own_gpus != request.gpus_per_node:
+        raise UserError(
+            f"--sbatch gres: asks for {request.own_gpus} GPUs a node, --gpus-per-node {request.gpus_per_node}; "
+            "ask for as many in both"
+        )
+    if request.chain > 1 and request.option("dependency") is not None:
+        raise UserError("--sbatch dependency: the jobs of a --chain depend on each other; leave one of the two out")
+    if request.setup and not Path(request.setup).is_file():
+        raise UserError(f"--setup {request.setup}: no such file; give a file of bash, or '' for none")
     if (limit := seconds(request.time)) and limit < 2 * request.save_before_s:
         raise UserError(
             f"--time {request.time}: too short to train before --save-before-s {request.save_before_s}: the ranks "
@@ -98,19 +110,22 @@ def check_request(request: JobRequest, config: Config, path: Path, overrides: Se
         )
 
 
-def submit(arguments: argparse.Namespace, path: Path, before: JobRequest | None) -> None:
+def submit(arguments: argparse.Namespace, path: Path, before: KnownJob | None) -> None:
     """Writes and queues a job of the configuration at `path`, on top of what was asked for `before`."""
-    request = given_request(arguments, before)
+    asked = request = given_request(arguments, before.request if before else None, site_defaults())
     config = load_run_config(path, arguments.overrides, request.world_sizes()[0])
     check_request(request, config, path, arguments.overrides)
+    check_given_again(before, request, arguments)
     run_dir = Path(config.run.dir).absolute()
-    if (busy := newest_job(run_dir)) and (state := job_facts(busy)["JobState"]) not in ENDED:
+    if (busy := newest_job(run_dir)) and (facts := job_facts(busy))["JobState"] not in ENDED:
         raise UserError(
-            f"{run_dir}: job {busy['job_id']} is {state}; wait for it, "
+            f"{run_dir}: job {facts['JobId']} is {facts['JobState']}; wait for it, "
             f"end it with `python launch/slurm.py cancel {run_dir}`, or choose another directory with run.dir=DIR"
         )
+    request = replace(asked, cpus_per_task=asked.cpus_per_task or rank_cpus(asked))
     folder = run_dir / JOBS / f"{len(job_folders(run_dir)) + 1:04d}"
-    script = batch_script(request, folder, Path(sys.executable), Path.cwd(), config.parallel.timeout_s)
+    patience_s, data = config.parallel.timeout_s, data_folders(config)
+    script = batch_script(request, folder, Path(sys.executable), Path.cwd(), patience_s, data)
     if arguments.print:
         print(script, end="")
         return
@@ -120,19 +135,55 @@ def submit(arguments: argparse.Namespace, path: Path, before: JobRequest | None)
         )
     folder.mkdir(parents=True)
     try:
-        snapshot(folder, config, script)
-        job_id = ask_slurm("sbatch", "--parsable", str(folder / JOB_SCRIPT)).partition(";")[0].strip()
+        snapshot(folder, config, script, request.setup)
+        ids = queue(folder / JOB_SCRIPT, request.chain)
     except UserError:
         shutil.rmtree(folder)  # nothing was queued
         raise
-    facts = {
-        "job_id": job_id,
-        "command": [redacted(word) for word in sys.argv[1:]],
-        "request": asdict(request),
-        "folder": str(folder),
-    }
-    write_atomically(folder / JOB_FACTS, (json.dumps(facts, indent=1) + "\n").encode(), PRIVATE_MODE)
-    print_line(f"job {job_id} trains in {run_dir}\nnext: python launch/slurm.py logs {run_dir} --follow")
+    values, again = for_file(asked)
+    command = [redacted(word) for word in sys.argv[1:]]
+    facts_of_job = {"job_id": ids[0], "chain_ids": ids[1:], "command": command, "request": values, "again": again,
+                    "folder": str(folder)}  # fmt: skip
+    write_atomically(folder / JOB_FACTS, (json.dumps(facts_of_job, indent=1) + "\n").encode(), PRIVATE_MODE)
+    what = f"job {ids[0]} trains" if len(ids) == 1 else f"jobs {', '.join(ids)}, one after another, train"
+    print_line(f"{what} in {run_dir}\nnext: python launch/slurm.py logs {run_dir} --follow")
+
+
+def check_given_again(before: KnownJob | None, request: JobRequest, arguments: argparse.Namespace) -> None:
+    """What decides what a job runs is not taken from a run directory, which may be another's."""
+    for option in before.again if before else ():
+        name, _, value = option.removeprefix("--").partition(" ")
+        if name in NOT_KEPT and not getattr(request, name) and getattr(arguments, name) is None:
+            raise UserError(
+                f"--{name}: the run was submitted with {value!r}, which is not taken from its folder; give --{name} "
+                f"again, or --{name} '' to do without"
+            )
+        if name not in NOT_KEPT and value not in getattr(request, name, ()):
+            print_line(f"note: {option} was given before and is not taken over; give it again where it is wanted")
+
+
+def queue(script: Path, jobs: int) -> list[str]:
+    """Numbers of the jobs of a script, each to begin when the one before has ended.
+
+    Raises:
+        UserError: one was refused; none is then queued.
+    """
+    ids: list[str] = []
+    try:
+        for _ in range(jobs):
+            after = [f"--dependency=afterany:{ids[-1]}"] if ids else []
+            ids.append(ask_slurm("sbatch", "--parsable", *after, str(script)).partition(";")[0].strip())
+    except UserError:
+        if ids:
+            ask_slurm("scancel", *ids)
+        raise
+    return ids
+
+
+def data_folders(config: Config) -> list[Path]:
+    """Folders on this file system that the run reads."""
+    named = [config.data.path, *config.data.sources.values()]
+    return [Path(path).absolute() for path in named if path and "://" not in path]
 
 
 def has_secrets(config: Config) -> bool:
@@ -140,7 +191,7 @@ def has_secrets(config: Config) -> bool:
     return (written.data.path, written.data.sources) != (config.data.path, config.data.sources)
 
 
-def snapshot(folder: Path, config: Config, script: str) -> None:
+def snapshot(folder: Path, config: Config, script: str, setup: str) -> None:
     """Configuration, code and script as they are now: what the job runs, also when it is requeued.
 
     A working tree may hold what nobody else may read, so what is copied of it is its owner's alone.
@@ -151,6 +202,8 @@ def snapshot(folder: Path, config: Config, script: str) -> None:
         (folder / JOB_CODE / file.parent).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / file, folder / JOB_CODE / file)
     write_atomically(folder / JOB_VERSION, code_version().encode(errors="surrogateescape"), PRIVATE_MODE)
+    if setup:
+        write_atomically(folder / JOB_SETUP, Path(setup).read_bytes(), PRIVATE_MODE)
     write_atomically(folder / JOB_SCRIPT, script.encode(), PRIVATE_MODE)
 
 
@@ -184,67 +237,13 @@ def git(*command: str) -> str:
     return ""
 
 
-def ask_slurm(*command: str) -> str:
-    """What one of SLURM's commands prints.
-
-    Raises:
-        UserError: it is not installed, or fails.
-    """
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise UserError(f"{command[0]}: not found; run this where SLURM's commands are, or use torchrun") from None
-    if done.returncode:
-        raise UserError(f"{command[0]}: {done.stderr.strip() or f'code {done.returncode}'}; nothing was changed")
-    return done.stdout
-
-
-def job_folders(run_dir: Path) -> list[Path]:
-    return sorted(path for path in (run_dir / JOBS).glob("*") if path.name.isdecimal())
-
-
-def newest_job(run_dir: Path) -> dict[str, Any] | None:
-    """job.json of the last submission; None before the first."""
-    folders = [folder for folder in job_folders(run_dir) if (folder / JOB_FACTS).exists()]
-    if not folders:
-        return None
-    path = folders[-1] / JOB_FACTS
-    submitted = read_json(path, Submitted, "submit the run again", JOB_BYTES)
-    return {"job_id": submitted.job_id, "request": asked_before(submitted.request, path), "folder": str(folders[-1])}
-
-
-def known_job(run_dir: Path) -> dict[str, Any]:
-    job = newest_job(run_dir)
-    if job is None:
-        raise UserError(f"{run_dir}: no job of it was submitted with launch/slurm.py; give a run directory (run.dir)")
-    return job
-
-
-def job_facts(job: dict[str, Any]) -> dict[str, str]:
-    """SLURM's facts about a job; from its accounting, where there is one, once the controller has forgotten it."""
-    try:
-        text = ask_slurm("scontrol", "show", "job", "-o", job["job_id"])
-        return dict(part.split("=", 1) for part in text.split() if "=" in part)
-    except UserError as error:
-        if "Invalid job id" not in str(error):
-            raise
-    try:
-        rows = ask_slurm("sacct", "-j", job["job_id"], "-X", "-n", "-P", "-o", "State,ExitCode").splitlines()
-    except UserError:
-        rows = []
-    if not rows:
-        return GONE
-    state, code = rows[-1].split("|")
-    return GONE | {"JobState": state.split()[0], "ExitCode": code}  # "CANCELLED by 1000"
-
-
 def status(run_dir: Path, json_path: Path | None) -> None:
     job = known_job(run_dir)
     facts = job_facts(job)
     last = newest_record(run_dir / METRICS) or {}
     checkpoints = [path.name for path in checkpoint_folders(run_dir / CHECKPOINTS)]
     row = {
-        "job": job["job_id"],
+        "job": facts["JobId"] + (f" of {len(job.ids)}" if len(job.ids) > 1 else ""),
         "state": facts["JobState"],
         "exit": facts["ExitCode"],
         "nodes": facts.get("NodeList", "?"),
@@ -258,8 +257,11 @@ def status(run_dir: Path, json_path: Path | None) -> None:
     print_table(str(run_dir), [row], json_path)
 
 
-def logs(run_dir: Path, lines: int, follow: bool) -> None:
-    log = Path(known_job(run_dir)["folder"]) / JOB_LOG
+def logs(run_dir: Path, lines: int, follow: bool, rank: int | None) -> None:
+    folder = known_job(run_dir).folder
+    log = folder / (JOB_LOG if rank is None else JOB_RANK_LOG.format(rank))
+    if rank is not None and not log.exists() and (folder / JOB_LOG).exists():
+        raise UserError(f"{log}: not there; ranks have logs of their own where the job was submitted with --logs rank")
     if not log.exists() and not follow:
         way_out = f"`python launch/slurm.py status {run_dir}` says its state"
         raise UserError(f"{log}: not there yet: the job has not started; {way_out}")
@@ -269,8 +271,8 @@ def logs(run_dir: Path, lines: int, follow: bool) -> None:
 
 def cancel(run_dir: Path) -> None:
     job = known_job(run_dir)
-    ask_slurm("scancel", job["job_id"])
-    print_line(f"job {job['job_id']} is told to end; `python launch/slurm.py resume {run_dir}` continues the run")
+    ask_slurm("scancel", *job.ids)
+    print_line(f"job {', '.join(job.ids)} is told to end; `python launch/slurm.py resume {run_dir}` continues the run")
 
 
 def parse(name: str, words: list[str]) -> argparse.Namespace:
@@ -292,6 +294,7 @@ def parse(name: str, words: list[str]) -> argparse.Namespace:
     elif name == "logs":
         parser.add_argument("--follow", action="store_true", help="stay, and print what comes")
         parser.add_argument("--lines", type=positive, default=50, help="of the end")
+        parser.add_argument("--rank", type=count, metavar="R", help="of a job with --logs rank: that rank's own")
     elif name == "resume":
         add_request(parser, required=False)
     return parser.parse_intermixed_args(words)
@@ -309,10 +312,10 @@ def main() -> None:
         case "status":
             status(arguments.run_dir, arguments.json)
         case "logs":
-            logs(arguments.run_dir, arguments.lines, arguments.follow)
+            logs(arguments.run_dir, arguments.lines, arguments.follow, arguments.rank)
         case "cancel":
             cancel(arguments.run_dir)
         case "resume":
             job = known_job(arguments.run_dir)
             arguments.overrides.insert(0, f"run.dir={json.dumps(str(arguments.run_dir))}")  # whatever the file says
-            submit(arguments, Path(job["folder"]) / CONFIG, job["request"])
+            submit(arguments, job.folder / CONFIG, job)

@@ -25,7 +25,7 @@ from megassm.errors import UserError
 from megassm.run.directory import FAILURE
 from megassm.run.opening import load_run_config, open_run_directory
 from megassm.run.stop import leave_when_told
-from megassm.slurm import rank_environment
+from megassm.slurm.ranks import rank_environment
 
 
 def parse() -> argparse.Namespace:

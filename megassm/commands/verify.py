@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megassm.cli.arguments import TableRow, path_argument, positive, print_line, print_table, tool_parser
+from megassm.cli.arguments import TableRow, cores, path_argument, positive, print_line, print_table, tool_parser
 from megassm.cli.progress import shown_progress
 from megassm.errors import UserError
 
@@ -101,5 +100,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokenizer", metavar="bytes|FILE", help="that made the ids (default: the data set's own)")
     add("--eod-token", metavar="TOKEN", help="that ends a document; of a tokenizer.json (default: as it says)")
     add("--samples", type=int, default=3, metavar="N", help=f"documents to show the beginning of {default}")
-    add("--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help=f"processes {default}")
+    add("--workers", type=positive, default=cores(), metavar="N", help=f"processes {default}")
     return parser

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from megassm.cli.arguments import error_text
+from megassm.cli.arguments import cores, error_text
 from megassm.config.schema import Config
 from megassm.errors import UserError
 from megassm.parallel.device import pick_device, raise_file_limit, shared_device
@@ -156,9 +157,28 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def _share_cores(world_size: int) -> None:
-    """Divides this machine's cores among its ranks, where nothing else is set; torch takes all for each."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_ranks(world_size)))
+    """Divides the cores that this process may use among the ranks here; torch would take all of the machine for each.
+
+    srun says how many are each rank's. OMP_NUM_THREADS is respected where a person has set it: torchrun sets it to 1
+    for every job that has not.
+    """
+    if "OMP_NUM_THREADS" in os.environ and not _set_by_torchrun("OMP_NUM_THREADS"):
+        return
+    started_by_srun = os.environ.get("SLURM_STEP_NUM_TASKS") == str(world_size)  # not one torchrun a node
+    of_srun = os.environ.get("SLURM_CPUS_PER_TASK", "") if started_by_srun else ""
+    own = int(of_srun) if of_srun.isdecimal() else cores() // _local_ranks(world_size)
+    torch.set_num_threads(max(1, min(own, cores())))
+
+
+def _set_by_torchrun(name: str) -> bool:
+    """Whether torchrun has set a variable for its ranks that it was not started with itself."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    try:
+        started_with = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return not any(variable.startswith(f"{name}=".encode()) for variable in started_with)
 
 
 def _local_ranks(world_size: int) -> int:

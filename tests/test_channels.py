@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from megassm.commands.diagnose import layer_row
 from megassm.model import build_model
 from megassm.train.channels import (
     OSCILLATION_MIN_RECORDS,
@@ -149,14 +150,30 @@ def test_the_tool(tmp_path: Path, data_path: Path) -> None:
     rows = [json.loads(line) for line in journal_file.read_text(encoding="utf-8").splitlines()]
     rows[-1]["valid"] = {"1": 9.0, "2": 2.1, "8": 2.0}
     journal_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    done = run_python("tools/diagnose.py", str(run), "--json", str(table))
-    assert "warning: cliff collapse: K=1: 6.900 bits per byte above K=2" in done.stdout
+    done = run_python("tools/diagnose.py", str(run), "--json", str(table), "--plot", str(tmp_path / "mass.png"))
+    first, second = done.stdout.splitlines()[:2]
+    assert first == f"{run}, step 4"
+    assert second.startswith("warning: cliff collapse: K=1: 6.900 bits per byte above K=2"), "what matters comes first"
+    assert "--all prints the 8 channels one by one" in done.stdout
+    assert "every channel" not in done.stdout
+    assert (tmp_path / "mass.png").read_bytes().startswith(b"\x89PNG")
     channels = json.loads(table.read_text(encoding="utf-8"))
     assert [(row["layer"], row["channel"]) for row in channels] == [(1, k) for k in range(1, 9)]
     assert sum(row["gate mass"] for row in channels) == pytest.approx(1)
     assert channels[0]["updates"] == 4
     assert [row["updates"] for row in channels] == update_counts([row["k_micro"] for row in rows], 8).tolist()
+    said = run_python("tools/diagnose.py", str(run), "--all").stdout
+    assert said.index("by spectral layer, at K=8") < said.index("every channel")
     journal_file.unlink()
     done = run_python("tools/diagnose.py", str(run), check=False)
     assert done.returncode == 1
     assert "has no metrics.jsonl" in done.stderr
+
+
+def test_a_layer_in_one_line() -> None:
+    rows = [{"layer": 3, "channel": k + 1, "gate mass": mass, "updates": 9 - k, "norm of M": 1.0 + k}
+            for k, mass in enumerate((0.1, 0.5, 0.35, 0.05))]  # fmt: skip
+    assert layer_row(3, rows, 1.0) == {
+        "layer": 3, "gate mass by channel": "▁▄▃ ", "90% of it in": "3 channels", "heaviest": 2,
+        "norm of M": "1 to 4", "updates": "6 to 9",
+    }  # fmt: skip

@@ -72,6 +72,7 @@ def test_a_line_says_what_share_was_waiting_and_fits_a_terminal() -> None:
     large = row(100_000, loss=10.5, grad_norm=12.5, k=32, tokens_per_s=45e6, phases_s=phases)
     line = format_record(large, 100_000, 9e5)
     assert "wait 15%" in line
+    assert "MFU" not in format_record(large | {"mfu": None}, 100_000, 9e5)
     assert len(line) <= 120
     assert "wait" not in format_record(row(1, data_wait_s=0.001), 10, 1.0)
 
@@ -209,12 +210,12 @@ def test_a_full_disk_behind_the_log_ends_nothing(config: Config, monkeypatch: py
     assert len(read_records(Path(config.run.dir))) == 1
 
 
-def test_peak_rate_is_stated_or_measured() -> None:
+def test_the_peak_rate_of_a_cpu_is_stated_or_not_known() -> None:
     cpu = torch.device("cpu")
     assert peak_flops(2.0, cpu) == (2e12, "log.peak_tflops")
-    measured, source = peak_flops(None, cpu)
-    assert 1e9 < measured < 1e14
-    assert source.startswith("measured")
+    rate, source = peak_flops(None, cpu)
+    assert rate is None, "a figure that changes from start to start is none"
+    assert "log.peak_tflops" in source
 
 
 def test_wandb_that_dies_on_the_way_is_given_up_once(

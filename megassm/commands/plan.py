@@ -100,6 +100,7 @@ def main() -> None:
             f"GPUs of {arguments.gpu_memory:g} GB; use more or larger ones, or another train.batch_sequences"
         )
     print_table(f"fastest of {len(plans)} that fit", report["fitting"])
+    print_table(*explain_stage(plans, cluster))
 
 
 def cluster_of(arguments: argparse.Namespace, config: Config) -> Cluster:
@@ -138,6 +139,26 @@ def row(plan: Plan, cluster: Cluster) -> TableRow:
         "run_GPU_hours": round(plan.mean_seconds * train.steps / 3600 * plan.mesh.size),
         "mfu_at_full_K": round(model_flops_share(plan, cluster), 3),
     }
+
+
+def explain_stage(plans: list[Plan], cluster: Cluster) -> tuple[str, list[TableRow]]:
+    """(why the first plan has its ZeRO stage, the first of each stage that fits)."""
+    from megassm.plan.search import TIE
+
+    fastest = min(plan.mean_seconds for plan in plans)
+    firsts = {plan.config.parallel.zero_stage: plan for plan in reversed(plans)}
+    chosen = plans[0].config.parallel.zero_stage
+    rows: list[TableRow] = [
+        {**row(plan, cluster), "as_fast": plan.mean_seconds <= (1 + TIE) * fastest}
+        for _, plan in sorted(firsts.items())
+    ]
+    lower = sorted(stage for stage in range(chosen) if stage not in firsts)
+    missing = f"; of stage {' and '.join(map(str, lower))} none fits, or bf16 has none" if lower else ""
+    title = (
+        f"why ZeRO {chosen}: the lowest stage that is as fast, to {TIE:.0%}, as the fastest{missing}. Only stage 3 is "
+        "taken to send its messages behind its products"
+    )
+    return title, rows
 
 
 def describe(plan: Plan, cluster: Cluster, filters: Filters) -> dict[str, list[TableRow]]:

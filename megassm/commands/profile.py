@@ -58,7 +58,8 @@ def main() -> None:
     print_table("by phase", phase_rows(result))
     print_table("by kind of layer: own time under the profiler; model FLOPs", kind_rows(result))
     peak, source = peak_flops(config.log.peak_tflops, world.device)
-    print(f"peak rate {peak / 1e9:,.1f} GFLOP/s ({source}); without the filters' own products\ntrace: {trace}")
+    known = f"peak rate {source}" if peak is None else f"peak rate {peak / 1e9:,.1f} GFLOP/s ({source})"
+    print(f"{known}; without the filters' own products\ntrace: {trace}")
     write_json(
         [asdict(result) | {"kinds": [row._asdict() for row in result.kinds], "peak_flops": peak}], arguments.json
     )

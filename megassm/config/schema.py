@@ -208,7 +208,7 @@ class LogConfig(Section):
     wandb_project: str = "megassm"
     """Project under which the run appears."""
     peak_tflops: Positive | None = None
-    """Peak rate of one device, TFLOP/s, for model FLOPs utilisation; null is looked up, or measured on a CPU."""
+    """Peak rate of one device, TFLOP/s, for model FLOPs utilisation; null is looked up, and on a CPU there is none."""
 
 
 class Config(Section):

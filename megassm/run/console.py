@@ -18,7 +18,7 @@ def format_record(record: Record, steps: int, eta_s: float) -> str:
         f"lr {record['lr']:.1e}".replace("e-0", "e-"),
         f"norm {_number(record['grad_norm']):.2f}",
         f"{rate(record['tokens_per_s'])} tok/s",
-        f"MFU {record['mfu']:.0%}",
+        *([] if record["mfu"] is None else [f"MFU {record['mfu']:.0%}"]),
         *([f"wait {waiting:.0%}"] if (waiting := _waiting(record)) >= WORTH_SAYING else []),
         f"eta {duration(eta_s)}",
     ]

@@ -72,10 +72,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def peak_flops(peak_tflops: float | None, device: torch.device) -> tuple[float, str]:
+def peak_flops(peak_tflops: float | None, device: torch.device) -> tuple[float | None, str]:
     """(FLOP/s of one rank's device, where the figure is from), the denominator of model FLOPs utilisation.
 
-    `peak_tflops` is the knob log.peak_tflops.
+    `peak_tflops` is the knob log.peak_tflops. Without it a CPU has no such rate: what a product takes depends on the
+    machine's other work, and was seen to differ by a factor of nine between two starts.
     """
     if peak_tflops is not None:
         return peak_tflops * 1e12, "log.peak_tflops"
@@ -87,7 +88,7 @@ def peak_flops(peak_tflops: float | None, device: torch.device) -> tuple[float, 
                 return tflops * 1e12, f"data sheet of {part}, dense bf16"
         measured = _measured_flops(device, 8192, torch.bfloat16)
         return measured, f"measured: bf16 product of 8192 x 8192 matrices, for no data sheet of {name} is known here"
-    return _measured_flops(device, 1024, torch.float32), "measured: float32 product of 1024 x 1024 matrices on one rank"
+    return None, "a CPU's is not known; log.peak_tflops states it"
 
 
 def _measured_flops(device: torch.device, size: int, dtype: torch.dtype, repeats: int = 5) -> float:

@@ -278,7 +278,7 @@ def journal_record(run: Run, step: int, budgets: list[int], totals: Totals, seco
         "step_s": seconds,
         "save_s": run.saver.take_waited_s(),
         "tokens_per_s": step_tokens / seconds,
-        "mfu": flops / seconds / (run.peak_flops * run.world.size),
+        "mfu": None if run.peak_flops is None else flops / seconds / (run.peak_flops * run.world.size),
         "relative_cost": flops / static,
         "epochs": run.stream.epochs(step + 1),
         **asdict(totals.data),

@@ -52,7 +52,8 @@ class Run:
     token_bytes: npt.NDArray[np.int64]
     journal: Journal | None
     done_steps: int
-    peak_flops: float
+    peak_flops: float | None
+    """Of a rank's device; None on a CPU."""
     start_digest: int
     stop: StopRequest
     events: Events
@@ -100,7 +101,7 @@ def set_up(config: Config, data: Dataset, world: World, stop: StopRequest | None
             write_environment(Path(config.run.dir), world, peak, peak_source)
             write_tokenizer(Path(config.run.dir), data)
         introduce(config, data, world, done_steps)
-        say(world, f"MFU is of {peak / 1e12:,.4g} TFLOP/s a rank ({peak_source}), with the FLOPs of the K in use")
+        tell_peak_rate(world, peak, peak_source)
     place, mesh = world.coordinates, world.mesh
     valid = validation_batches(data.valid, plan, config.eval.sequences)
     return Run(
@@ -242,7 +243,13 @@ def introduce(config: Config, data: Dataset, world: World, done_steps: int) -> N
         )
 
 
-def write_environment(run_dir: Path, world: World, peak: float, peak_source: str) -> None:
+def tell_peak_rate(world: World, peak: float | None, source: str) -> None:
+    """What model FLOPs utilisation is of, where there is such a rate."""
+    if peak is not None:
+        say(world, f"MFU is of {peak / 1e12:,.4g} TFLOP/s a rank ({source}), with the FLOPs of the K in use")
+
+
+def write_environment(run_dir: Path, world: World, peak: float | None, peak_source: str) -> None:
     """What the figures of this run were measured on."""
     facts = {
         "megassm": __version__,

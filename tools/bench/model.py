@@ -45,8 +45,9 @@ class ModelRow:
     length: int
     parameters: int
     tokens_per_s: float
-    mfu: float
-    """Model FLOPs (`megassm.cost`; Mamba-2 counted as its parameters) over the device's peak rate."""
+    mfu: float | None
+    """Model FLOPs (`megassm.cost`; Mamba-2 counted as its parameters) over the device's peak rate; None where that is
+    not known."""
     peak_memory_gib: float
     """Weights, gradients and activations."""
 
@@ -64,13 +65,13 @@ class ModelBenchPlan:
     recompute: bool = False
     repeats: int = 5
     peak_tflops: float | None = None
-    """Null is looked up, or measured on a CPU."""
+    """Null is looked up; on a CPU there is none."""
 
 
 def bench_models(plan: ModelBenchPlan, say: Callable[[str], None] = lambda _: None) -> Iterator[ModelRow]:
     """Rows in the order of lengths and `MODELS`. `say` is told of what is left out, and the peak rate."""
     peak, source = peak_flops(plan.peak_tflops, plan.device)
-    say(f"peak rate {peak / 1e12:.3g} TFLOP/s ({source})")
+    say(f"peak rate {source}" if peak is None else f"peak rate {peak / 1e12:.3g} TFLOP/s ({source})")
     reason = why_no_peer("mamba2", plan.device)
     if reason:
         say(f"no row for mamba2: {reason}")
@@ -126,7 +127,7 @@ def _build(name: str, plan: ModelBenchPlan, spectral: ModelConfig) -> LanguageMo
     return model
 
 
-def _measure(name: str, plan: ModelBenchPlan, spectral: ModelConfig, peak: float) -> ModelRow:
+def _measure(name: str, plan: ModelBenchPlan, spectral: ModelConfig, peak: float | None) -> ModelRow:
     model = _build(name, plan, spectral)
     length, k = spectral.seq_len, spectral.num_channels
     ids_BT = torch.randint(0, spectral.vocab_size, (plan.batch, length + 1), device=plan.device)
@@ -142,4 +143,5 @@ def _measure(name: str, plan: ModelBenchPlan, spectral: ModelConfig, peak: float
     if name == "mamba2":
         own = sum(p.numel() for block in cast(list[Block], model.blocks) for p in block.mixer.parameters())
         flops += 6.0 * (own - spectral.n_layers * mixer_parameters(spectral, "S", k))
-    return ModelRow(name, length, sum(p.numel() for p in model.parameters()), rate, rate * flops / peak, memory / 2**30)
+    size, mfu = sum(p.numel() for p in model.parameters()), None if peak is None else rate * flops / peak
+    return ModelRow(name, length, size, rate, mfu, memory / 2**30)

@@ -123,7 +123,7 @@ def _measured(config: Config, world: World, budgets: Sequence[int], repeats: int
         updates += [row[-1] for row in timed]
         flops = training_flops_per_token(config.model, k, config.model.seq_len) * tokens
         found["by_k"][str(k)] = {"micro_step_ms": round(1e3 * seconds, 3), "tokens_per_s": round(tokens / seconds),
-                                 "mfu": round(flops / seconds / peak, 4)}  # fmt: skip
+                                 "mfu": round(flops / seconds / peak, 4) if peak else None}  # fmt: skip
     found["update_ms"] = round(1e3 * statistics.median(updates), 2)
     if world.device.type == "cuda":
         found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)

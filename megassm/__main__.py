@@ -16,6 +16,7 @@ COMMANDS = {
     "branch": "begin a new run where another one was",
     "slurm": "queue runs under SLURM: submit, status, logs, cancel, resume",
     "watch": "watch a run in the terminal",
+    "journal": "a run's figures as CSV",
     "inspect": "the text of any batch of a run",
     "diagnose": "look inside a run: gates, channels, warnings",
     "profile": "where the time of training goes",

@@ -46,6 +46,7 @@ SCRIPTS = {
     "launch/slurm.py": "slurm",
     "tools/branch.py": "branch",
     "tools/watch.py": "watch",
+    "tools/journal.py": "journal",
     "tools/inspect_data.py": "inspect",
     "tools/diagnose.py": "diagnose",
     "tools/profile_training.py": "profile",

@@ -207,6 +207,16 @@ class LogConfig(Section):
     """offline needs no account; online falls back to offline, with one warning, where it cannot log in."""
     wandb_project: str = "megassm"
     """Project under which the run appears."""
+    wandb_entity: str | None = None
+    """Account or team that it belongs to; null is the one that is logged in."""
+    wandb_group: str | None = None
+    """Group of runs that it belongs to."""
+    wandb_tags: tuple[str, ...] = ()
+    """Tags of the run."""
+    wandb_name: str | None = None
+    """Name of the run; null is that of the run directory."""
+    tensorboard: bool = False
+    """Write TensorBoard's files to tensorboard/ in the run directory; needs the extra tensorboard."""
     peak_tflops: Positive | None = None
     """Peak rate of one device, TFLOP/s, for model FLOPs utilisation; null is looked up, and on a CPU there is none."""
 

@@ -2,7 +2,8 @@
 
 RUN_DIR/config.yaml         the resolved configuration, itself valid as --config
 RUN_DIR/config-history/     what config.yaml was, each time that a start has replaced it by another
-RUN_DIR/environment.json    versions, devices, the peak rate that utilisation is measured against
+RUN_DIR/environment.json    versions, commit, devices, the peak rate that utilisation is measured against
+RUN_DIR/environments/       the same of every start, and its uncommitted changes (see `megassm.run.provenance`)
 RUN_DIR/metrics.jsonl       one object an update
 RUN_DIR/events.jsonl        what happened to the run (see `megassm.run.events`)
 RUN_DIR/failures.jsonl      the job that trains, and those before that failed at its step (see `megassm.run.failures`)
@@ -16,6 +17,8 @@ RUN_DIR/.lock               held by the job that trains here
 RUN_DIR/sweep.*             tools/sweep_budgets.py
 RUN_DIR/sweeps/             ... --watch: step-NNNNNNNN.json, steps.png
 RUN_DIR/wandb/              wandb's own files
+RUN_DIR/wandb.json          which run of wandb's this is (see `megassm.run.wandb_log`)
+RUN_DIR/tensorboard/        TensorBoard's files (see `megassm.run.tensorboard_log`)
 """
 
 from pathlib import Path
@@ -23,6 +26,7 @@ from pathlib import Path
 CONFIG = "config.yaml"
 CONFIG_HISTORY = "config-history"
 ENVIRONMENT = "environment.json"
+ENVIRONMENTS = "environments"
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 FAILURES = "failures.jsonl"
@@ -36,6 +40,8 @@ JOB_FACTS, JOB_SCRIPT, JOB_LOG, JOB_VERSION, JOB_CODE = "job.json", "job.sh", "l
 JOB_SETUP, JOB_ENDED, JOB_RANK_LOG = "setup.sh", "ended.txt", "log.{}.txt"
 """In a folder of `JOBS`, beside `CONFIG`."""
 LOCK = ".lock"
+WANDB_RUN = "wandb.json"
+TENSORBOARD = "tensorboard"
 SWEEP = "sweep"
 """And a suffix."""
 SWEEPS = "sweeps"

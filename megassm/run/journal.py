@@ -1,4 +1,5 @@
-"""The journal: metrics.jsonl is the truth, one object an update; a readable line now and then; wandb gets the same.
+"""The journal: metrics.jsonl is the truth, one object an update; a readable line now and then; wandb and
+TensorBoard get the same.
 
 Only the main rank keeps one. On resume, records of updates that the checkpoint does not hold are dropped, for they are
 about to be made again: the file is always one curve without a seam. Whatever fails here - a full disk, a closed
@@ -22,7 +23,9 @@ from megassm.run.console import format_record, is_validated
 from megassm.run.directory import METRICS
 from megassm.run.fence import Fence
 from megassm.run.records import Record, RecordFile, cut_after, read_records
-from megassm.run.wandb_log import Tracker
+from megassm.run.tensorboard_log import TensorBoardSink
+from megassm.run.tracker import Tracker
+from megassm.run.wandb_log import WandbSink
 
 __all__ = ["METRICS", "Journal", "Record", "peak_flops", "peak_memory_bytes", "read_records"]
 
@@ -37,7 +40,11 @@ class Journal:
         path = Path(config.run.dir) / METRICS
         cut_after(path, done_steps)
         self._file = RecordFile(path, _warn)
-        self._tracker = None if config.log.wandb == "disabled" else Tracker(config, done_steps, _warn)
+        self._trackers: list[Tracker] = []
+        if config.log.wandb != "disabled":
+            self._trackers.append(Tracker(WandbSink(config, done_steps, _warn), _warn))
+        if config.log.tensorboard:
+            self._trackers.append(Tracker(TensorBoardSink(config, done_steps), _warn))
         self._first_step = done_steps
         self._started = time.monotonic()
 
@@ -50,18 +57,23 @@ class Journal:
         if self._fence is not None:
             self._fence.check()
         self._file.write(record)
-        if self._tracker is not None:
-            self._tracker.tell(record)
+        for tracker in self._trackers:
+            tracker.tell(record)
         step, steps = record["step"], self._config.train.steps
         if step % self._config.log.every_steps == 0 or step in (self._first_step + 1, steps) or is_validated(record):
             elapsed = time.monotonic() - self._started
             eta = elapsed / (step - self._first_step) * (steps - step)
             print_line(format_record(record, steps, eta))
 
+    def saved(self, step: int) -> None:
+        """To be called when a checkpoint of `step` updates has been published."""
+        for tracker in self._trackers:
+            tracker.saved(step)
+
     def close(self) -> None:
         self._file.close()
-        if self._tracker is not None:
-            self._tracker.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -1,25 +1,30 @@
-"""wandb gets every record from a thread of its own: training never waits for it.
+"""wandb is told every record: one run of its own for each run directory, however often that is started.
 
-Offline needs no account. Online without a key, or without a server, falls back to offline with one warning; whatever
-else goes wrong ends its part with one warning. metrics.jsonl is the truth.
+Offline needs no account. Online without a key, or without a server, falls back to offline with one warning.
+
+The history has no update twice. Online it is cut at the checkpoint that a start continues from, where the server can do
+that; elsewhere updates that are made again are not sent again, which is the same but where the configuration changed.
+Offline nothing can be cut: records go to wandb's file once a checkpoint holds them. Each start has a file of its own;
+`wandb sync` joins them, in order, to one run.
 """
 
 from __future__ import annotations
 
-import contextlib
+import json
 import logging
 import os
-import queue
-import threading
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megassm.config.schema import Config
-from megassm.run.directory import METRICS
+from megassm.errors import UserError
+from megassm.files import write_atomically
+from megassm.guarded import LINE_BYTES, Described, read_json
+from megassm.run.directory import WANDB_RUN
 from megassm.run.records import Record
+from megassm.run.tracker import first_line, flat
 
 INIT_TIMEOUT_S = 30
 """A server that does not answer is given up after this, and 10 s that wandb adds."""
@@ -35,104 +40,104 @@ PRIVATE: dict[str, Any] = {
     "disable_job_creation": True,
 }
 """wandb is told what this module tells it, and records nothing of the process by itself."""
-WAITING_RECORDS = 10_000
-"""Records that wait for wandb at most."""
 
 
-class Tracker:
+class WandbRun(Described):
+    """The file `WANDB_RUN`: which run of wandb's a run directory is, and which directory that was."""
+
+    id: str
+    place: str
+    inode: int
+
+
+def run_id(run_dir: Path) -> str:
+    """The run's id, drawn at its first start. A copy of a run directory is another run, and draws its own; one that was
+    moved keeps it as far as can be seen: the same path, or the same folder of a file system."""
+    path, place, inode = run_dir / WANDB_RUN, str(run_dir.resolve()), run_dir.stat().st_ino
+    try:
+        known = read_json(path, WandbRun, limit=LINE_BYTES)
+        if place == known.place or inode == known.inode:
+            return known.id
+    except (OSError, UserError):
+        pass
+    own = WandbRun(id=secrets.token_hex(4), place=place, inode=inode)
+    write_atomically(path, (json.dumps(own.model_dump()) + "\n").encode())
+    return own.id
+
+
+class WandbSink:
     """A run in wandb."""
+
+    name = "wandb"
 
     def __init__(self, config: Config, done_steps: int, warn: Callable[[str], None]) -> None:
         self._config = config
         self._done_steps = done_steps
         self._warn = warn
-        self._records: queue.Queue[Record | None] = queue.Queue(WAITING_RECORDS)
-        self._given_up = False
-        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-        self._thread.start()
+        self._run: Any = None
 
-    def tell(self, record: Record) -> None:
-        """Hands over a record; never waits."""
-        if self._given_up:
-            return
-        try:
-            self._records.put_nowait(record)
-        except queue.Full:
-            self._give_up(f"it is {WAITING_RECORDS:,} records behind")
-
-    def close(self) -> None:
-        """Waits for what is still to be sent, not longer than wandb's own limits."""
-        with contextlib.suppress(queue.Full):
-            self._records.put(None, timeout=FINISH_TIMEOUT_S)
-        self._thread.join(INIT_TIMEOUT_S + 10 + FINISH_TIMEOUT_S)
-        if self._thread.is_alive():
-            self._give_up("it does not come to an end")
-
-    def _work(self) -> None:
-        try:
-            run = self._start()
-            while not self._given_up and (record := self._records.get()) is not None:
-                run.log(_flat(record) | _curve_over_budgets(record), step=record["step"])
-            run.finish()
-        except Exception as error:
-            self._give_up(_first_line(error))
-            with contextlib.suppress(Exception):
-                import wandb
-
-                wandb.teardown()  # it would try again, loudly, when Python exits
-
-    def _give_up(self, reason: str) -> None:
-        if not self._given_up:
-            self._given_up = True
-            self._warn(f"wandb is given up ({reason}); {METRICS} has everything")
-
-    def _start(self) -> Any:
-        """A wandb run. It never asks."""
-        config, mode = self._config, self._config.log.wandb
+    def open(self) -> bool:
+        """Starts, or continues, the run. It never asks."""
         os.environ.setdefault("WANDB_SILENT", "true")
         logging.raiseExceptions = False  # its log files print a page a line where the disk is full
         import wandb
 
+        mode = self._config.log.wandb
         if mode == "online" and not wandb.api.api_key:
             self._warn("wandb has no API key (run `wandb login`); this run is logged offline")
             mode = "offline"
-        arguments: dict[str, Any] = {
-            "project": config.log.wandb_project,
-            "name": Path(config.run.dir).name,
+        if mode == "online":
+            try:
+                self._run = self._continued(wandb)
+                return False
+            except Exception as error:
+                self._warn(f"wandb cannot be reached ({first_line(error)}); this run is logged offline")
+        self._run = wandb.init(mode="offline", resume="allow", **self._arguments(wandb))
+        return True
+
+    def log(self, record: Record) -> None:
+        self._run.log(flat(record) | _curve_over_budgets(record), step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+    def abandon(self) -> None:
+        import wandb
+
+        wandb.teardown()  # it would try again, loudly, when Python exits
+
+    def _continued(self, wandb: Any) -> Any:
+        """An online run: cut at the checkpoint where the server can, else continued after what it has."""
+        arguments = self._arguments(wandb)
+        if self._done_steps:
+            try:
+                cut = arguments | {"resume_from": f"{arguments['id']}?_step={self._done_steps}"}
+                return wandb.init(mode="online", **{name: value for name, value in cut.items() if name != "id"})
+            except Exception:  # a server that cannot, or a run that it does not have
+                wandb.teardown()
+        return wandb.init(mode="online", resume="allow", **arguments)
+
+    def _arguments(self, wandb: Any) -> dict[str, Any]:
+        config, log = self._config, self._config.log
+        run_dir = Path(config.run.dir)
+        return {
+            "id": run_id(run_dir),
+            "project": log.wandb_project,
+            "entity": log.wandb_entity,
+            "group": log.wandb_group,
+            "tags": list(log.wandb_tags) or None,
+            "name": log.wandb_name or run_dir.resolve().name,
             "dir": config.run.dir,
             "config": config.model_dump(mode="json") | {"resumed_from_step": self._done_steps},
+            "allow_val_change": True,  # what is changed where a run continues
             "settings": wandb.Settings(
                 silent=True, console="off", init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S, **PRIVATE
             ),
         }
-        try:
-            return wandb.init(mode=mode, **arguments)
-        except Exception as error:
-            if mode == "offline":
-                raise
-            self._warn(f"wandb cannot be reached ({_first_line(error)}); this run is logged offline")
-            return wandb.init(mode="offline", **arguments)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [repr(error)])[0]
-
-
-def _flat(record: Record) -> Record:
-    """A record as wandb draws it: numbers only, one curve a K, one a source, one a phase."""
-    flat = {name: value for name, value in record.items() if not isinstance(value, (dict, list))}
-    for group in ("epochs", "phases_s"):
-        flat |= {f"{group}/{name}": value for name, value in record.get(group, {}).items()}
-    for name, layers in record.get("channels", {}).items():  # means over layers: one curve a channel
-        means = np.atleast_2d(layers).mean(axis=0).tolist()
-        flat |= {f"channels/{name}_k{k:02d}": value for k, value in enumerate(means, start=1)}
-    for name in ("valid_loss", "valid_accuracy"):
-        flat |= {f"valid/{name.removeprefix('valid_')}_k{k}": value for k, value in record.get(name, {}).items()}
-    return flat | {f"valid/bits_per_byte_k{k}": value for k, value in record.get("valid", {}).items()}
 
 
 def _curve_over_budgets(record: Record) -> Record:
-    """A validation as a plot over K beside the lines over steps that `_flat` makes; wandb keeps one a step."""
+    """A validation as a plot over K beside the lines over steps that `flat` makes; wandb keeps one a step."""
     if not record.get("valid"):
         return {}
     import wandb

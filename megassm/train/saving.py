@@ -46,6 +46,8 @@ def report(run: Run, ended: Saved | None, must: bool = False) -> None:
         run.save_failure, run.saved_steps = "", ended.step
         times = {"waited_s": ended.waited_s, "took_s": ended.took_s}
         run.events.add("checkpoint", ended.step, f"checkpoint after step {ended.step}", **times)
+        if run.journal is not None:
+            run.journal.saved(ended.step)
         return
     what = f"no checkpoint after step {ended.step}: {ended.failure}; older ones are untouched"
     if must:

@@ -25,10 +25,12 @@ from megassm.data.dataset import Dataset, keep_tokenizer
 from megassm.data.skipped import batch_of
 from megassm.data.stream import MicroBatch, StreamPlan, TokenStream, validation_batches
 from megassm.errors import UserError
+from megassm.files import PRIVATE_MODE, write_atomically
 from megassm.parallel.engine import Engine
 from megassm.parallel.state import Kind
 from megassm.parallel.world import World, gather_rows, together
-from megassm.run.directory import CHECKPOINTS, ENVIRONMENT, TOKENIZER, checkpoint_folders
+from megassm.run import provenance
+from megassm.run.directory import CHECKPOINTS, ENVIRONMENT, ENVIRONMENTS, TOKENIZER, checkpoint_folders
 from megassm.run.events import Events
 from megassm.run.fence import Fence, take
 from megassm.run.journal import Journal, peak_flops
@@ -98,7 +100,7 @@ def set_up(config: Config, data: Dataset, world: World, stop: StopRequest | None
             replace_config(config, fence.number, done_steps)
             if checkpoint is not None:
                 tell_changes(checkpoint.config, config, done_steps, events)
-            write_environment(Path(config.run.dir), world, peak, peak_source)
+            write_environment(fence, world, peak, peak_source)
             write_tokenizer(Path(config.run.dir), data)
         introduce(config, data, world, done_steps)
         tell_peak_rate(world, peak, peak_source)
@@ -249,19 +251,26 @@ def tell_peak_rate(world: World, peak: float | None, source: str) -> None:
         say(world, f"MFU is of {peak / 1e12:,.4g} TFLOP/s a rank ({source}), with the FLOPs of the K in use")
 
 
-def write_environment(run_dir: Path, world: World, peak: float | None, peak_source: str) -> None:
-    """What the figures of this run were measured on."""
-    facts = {
-        "megassm": __version__,
+def write_environment(fence: Fence, world: World, peak: float | None, peak_source: str) -> None:
+    """What this start was made of, and what the figures of the run were measured on."""
+    code, run_dir = provenance.source(), fence.run_dir
+    own = {
+        **provenance.facts(code),
         "torch": torch.__version__,
-        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
         "world_size": world.size,
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine(),
         "threads_per_rank": torch.get_num_threads(),
         "peak_flops_per_rank": peak,
         "peak_flops_source": peak_source,
     }
-    (run_dir / ENVIRONMENT).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    text = (json.dumps(own, indent=2) + "\n").encode()
+    (run_dir / ENVIRONMENTS).mkdir(exist_ok=True)
+    write_atomically(run_dir / ENVIRONMENTS / f"{fence.number:04d}.json", text)
+    if code.patch:
+        patch = code.patch.encode(errors="replace")
+        write_atomically(run_dir / ENVIRONMENTS / f"{fence.number:04d}.patch", patch, PRIVATE_MODE)
+    write_atomically(run_dir / ENVIRONMENT, text)
 
 
 def write_tokenizer(run_dir: Path, data: Dataset) -> None:

@@ -267,6 +267,11 @@ def test_overrides_reach_into_optional_sections_and_mappings() -> None:
         ("data.sources.books=3", "data.sources.books = 3: must be text"),
         ("train.steps.x=1", "no key 'train.steps.x'"),
         ("train.steps.=1", "an override is section.key=value"),
+        ("lr=1e-3", "an override is section.key=value, such as train.steps=100; did you mean optim.lr=1e-3?"),
+        (
+            "budgets=[2]",
+            "an override is section.key=value, such as train.steps=100; did you mean budget.budgets=[2] or ",
+        ),
     ):
         with pytest.raises(ConfigError, match=re.escape(f"command line '{override}': {rule}")):
             load_config(TINY, (override,))

@@ -142,7 +142,7 @@ def test_the_tool_alone_under_torchrun_and_watching(run: Path, tmp_path: Path) -
     assert sorted(found) == [(step, k) for step in (2, 4) for k in (1, 2, 8)]
     (expected,) = [row["bits_per_byte"] for row in alone if (row["step"], row["seq_len"], row["k"]) == (4, 64, 8)]
     assert found[4, 8] == pytest.approx(expected, rel=1e-6)
-    assert sorted(path.name for path in (run / "sweeps").iterdir()) == [
+    assert sorted(path.name for path in (run / "sweeps").glob("step*")) == [
         "step-00000002.json", "step-00000004.json", "steps.png",
     ]  # fmt: skip
 

@@ -1,10 +1,11 @@
-"""Continues a prompt with a trained model, at one or several budgets K."""
+"""Continues a prompt with a trained model, at one or several budgets K; each text is printed while it is drawn."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from megassm.cli.arguments import Parser, budget_list, print_table, tool_parser
+from megassm.cli.arguments import Parser, budget_list, print_line, tool_parser, write_json
+from megassm.errors import visible
 
 
 def parser() -> Parser:
@@ -28,7 +29,7 @@ def parser() -> Parser:
 
 def main() -> None:
     arguments = parser().parse_args()
-    from megassm.eval.generate import sample_text
+    from megassm.eval.generate import TextStream, sample_text
     from megassm.eval.sampling import Sampling
     from megassm.eval.session import open_for_text
     from megassm.eval.speculate import Drafting
@@ -37,7 +38,18 @@ def main() -> None:
     sampling = Sampling(arguments.tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     drafting = None if arguments.draft_k is None else Drafting(arguments.draft_k, arguments.draft_tokens)
     rows = []
+    print_line(title)
     for k in arguments.budgets or [model.config.num_channels]:
-        text = sample_text(model, tokenizer, arguments.prompt, k, sampling, drafting)
+        print_line(f"\n--- K = {k}")
+        show(arguments.prompt)
+        stream = TextStream(tokenizer, show)
+        text = sample_text(model, tokenizer, arguments.prompt, k, sampling._replace(ended=stream), drafting)
+        stream.finish(text)
+        print_line("")
         rows.append({"k": k, "text": arguments.prompt + text})
-    print_table(title, rows, arguments.json)
+    write_json(rows, arguments.json)
+
+
+def show(text: str) -> None:
+    """Prints a part of a text at once."""
+    print(visible(text), end="", flush=True)

@@ -137,8 +137,11 @@ def submit(arguments: argparse.Namespace, path: Path, before: KnownJob | None) -
     try:
         snapshot(folder, config, script, request.setup)
         ids = queue(folder / JOB_SCRIPT, request.chain)
-    except UserError:
+    except (UserError, OSError):
         shutil.rmtree(folder)  # nothing was queued
+        with contextlib.suppress(OSError):  # what this submission has made of the run directory goes too
+            folder.parent.rmdir()
+            run_dir.rmdir()
         raise
     values, again = for_file(asked)
     command = [redacted(word) for word in sys.argv[1:]]

@@ -1,7 +1,9 @@
 """Measures checkpoints over budgets K: bits per byte, perplexity, parameters, FLOPs, speed, memory.
 
 Runs as one process, or under `torchrun --nproc-per-node N`, which divides the text. Figures and plots go to the run's
-directory: sweep.json, .csv, .png and .html; with --watch to its sweeps/ as checkpoints come.
+sweeps/, or to --output, as .json, .csv, .png and .html under a name of data set, length and checkpoint. Those of the
+run's own data at its own length are sweep.json, .csv, .png and .html in its directory too. With --watch a sweep of each
+checkpoint goes to sweeps/ as it comes.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from megassm.cli.arguments import (
     budget_list,
     image_file,
     output_file,
+    path_argument,
     positive,
     print_table,
     tool_parser,
@@ -52,6 +55,7 @@ def parser() -> Parser:
     add("--plot", type=image_file, metavar="FILE.png", help="draw the curves of all runs there")
     add("--report", type=output_file, metavar="FILE.html", help="write the report of all runs there")
     add("--csv", type=output_file, metavar="FILE", help="write the rows of all runs there")
+    add("--output", type=path_argument, metavar="DIR", help="write the files there, and nothing into the run")
     add("--watch", action="store_true", help="sweep each checkpoint of one live run as it is published")
     return result
 
@@ -59,8 +63,11 @@ def parser() -> Parser:
 def main() -> None:
     command_line = parser()
     arguments = command_line.parse_args()
-    if arguments.watch and (len(arguments.runs) > 1 or arguments.plot or arguments.report or arguments.csv):
-        command_line.error("--watch takes one RUN_DIR and writes to its sweeps/; leave out --plot, --report and --csv")
+    others = (arguments.plot, arguments.report, arguments.csv, arguments.output)
+    if arguments.watch and (len(arguments.runs) > 1 or any(others)):
+        command_line.error(
+            "--watch takes one RUN_DIR and writes to its sweeps/; leave out --plot, --report, --csv and --output"
+        )
     from megassm.eval.watch import SweepRequest
     from megassm.parallel.world import join_peers, leave_world
 
@@ -70,24 +77,30 @@ def main() -> None:
         if arguments.watch:
             sweeps = follow(arguments.runs[0], request, peers)
         else:
-            sweeps = [measure(path, request, peers) for path in arguments.runs]
+            sweeps = [measure(path, request, peers, arguments.output) for path in arguments.runs]
     finally:
         leave_world()
     if peers.is_main:
         finish(sweeps, arguments.plot, arguments.report, arguments.csv, arguments.json)
 
 
-def measure(path: Path, request: SweepRequest, peers: Peers) -> Sweep:
-    """Sweeps one run, prints its tables and leaves its files."""
+def measure(path: Path, request: SweepRequest, peers: Peers, output: Path | None = None) -> Sweep:
+    """Sweeps one run, prints its tables and leaves its files: in the run's directory, or in `output`."""
     from megassm.eval.watch import sweep_path
-    from megassm.report.sweep_files import write_sweep
+    from megassm.report.sweep_files import sweep_stem, write_sweep
+    from megassm.run.directory import SWEEPS
 
-    check_writable(path)
+    if output is None:
+        check_writable(path)
     sweep, run_dir = sweep_path(path, request, peers)
     if peers.is_main:
         show(sweep)
-        for written in write_sweep(sweep, run_dir):
-            print(os.path.relpath(written))
+        folder = output or run_dir / SWEEPS
+        written = write_sweep(sweep, folder, sweep_stem(sweep, folder))
+        if output is None and request.is_plain:
+            written += write_sweep(sweep, run_dir)
+        for file in written:
+            print(os.path.relpath(file))
     return sweep
 
 
@@ -103,14 +116,14 @@ def follow(run_dir: Path, request: SweepRequest, peers: Peers) -> list[Sweep]:
         if peers.is_main:
             show(sweep)
             write_json_sweep(sweep, sweep_file(run_dir, sweep.step))
-            print(f"{sweep_file(run_dir, sweep.step)}\n{plot_steps(run_dir / SWEEPS)}", flush=True)
+            print(sweep_file(run_dir, sweep.step), plot_steps(run_dir / SWEEPS) or "", sep="\n", flush=True)
     return sweeps
 
 
 def check_writable(path: Path) -> None:
     """Checks before the work that its results can be written after it."""
     if path.is_dir() and not os.access(path, os.W_OK):
-        raise UserError(f"{path}: cannot be written to, and the sweep's files go there; copy the checkpoint elsewhere")
+        raise UserError(f"{path}: cannot be written to, and the sweep's files go there; give --output DIR")
 
 
 def show(sweep: Sweep) -> None:
@@ -125,11 +138,29 @@ def show(sweep: Sweep) -> None:
             f"near full from K={shape.near_full_k}; best unigram {curve.best_unigram_bits_per_byte:.3f}; "
             f"{curve.predicted_tokens:,} tokens in {curve.sequences:,} sequences"
         )
+        if (spread := widest_spread(curve.rows)) is not None:
+            print(
+                f"speeds are medians, whose runs differ by up to {spread:.0%}; the files have the slowest and fastest"
+            )
         for step in shape.cliffs:
             share = f"{step.share_of_gap:.0%} of the gap"
             print(f"cliff: {describe(step)}, {step.per_doubling:.3f} a doubling, {share}")
         for step in shape.rises:
             print(f"rise: {describe(step)}")
+
+
+def widest_spread(rows: Sequence[BudgetRow]) -> float | None:
+    """Between the fastest and the slowest run of a speed, over its median; the largest of all speeds of `rows`."""
+    shares = [
+        (high - low) / median
+        for row in rows
+        for low, median, high in (
+            (row.prefill_tokens_per_s_low, row.prefill_tokens_per_s, row.prefill_tokens_per_s_high),
+            (row.decode_tokens_per_s_low, row.decode_tokens_per_s, row.decode_tokens_per_s_high),
+        )
+        if low is not None and high is not None and median
+    ]
+    return max(shares, default=None)
 
 
 def table_row(row: BudgetRow) -> TableRow:

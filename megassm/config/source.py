@@ -128,7 +128,10 @@ def apply_override(source: Source, override: str) -> None:
             _set(source, preset_knob, value, place)
         return
     if not equals or "." not in knob or not all(knob.split(".")):
-        source.mistakes.append((place, "an override is section.key=value, such as train.steps=100"))
+        meant = [f"{section}.{knob}" for section, field in Config.model_fields.items()
+                 if (inner := section_of(field.annotation)) is not None and knob in inner.model_fields]  # fmt: skip
+        hint = f"; did you mean {' or '.join(f'{name}={text}' for name in meant)}?" if equals and meant else ""
+        source.mistakes.append((place, f"an override is section.key=value, such as train.steps=100{redacted(hint)}"))
         return
     try:
         node = compose_yaml(text)

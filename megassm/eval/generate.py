@@ -23,6 +23,8 @@ Budget = int | Callable[[int], int]
 """K, or the K at which the token at a position (from 0) is processed."""
 
 
+UNFINISHED = "\ufffd"
+"""What a decoder writes for a character whose last bytes are still to be drawn."""
 DEFAULT_SAMPLING = Sampling()
 
 
@@ -91,7 +93,7 @@ def sample_text(
     sampling: Sampling,
     drafting: Drafting | None = None,
 ) -> str:
-    """The prompt's continuation as text, up to the end of its document."""
+    """The prompt's continuation as text, up to the end of its document; `sampling.ended` sees it grow."""
     try:
         prompt.encode()
     except UnicodeEncodeError:
@@ -100,6 +102,29 @@ def sample_text(
     sampling = sampling._replace(stop_ids={*sampling.stop_ids, tokenizer.eod})
     drawn = generate(model, [prompt_ids], budget, sampling, drafting)[0]
     return tokenizer.decode([token for token in drawn if token < tokenizer.vocab_size])
+
+
+class TextStream:
+    """Hands on a text while it is drawn, as `Sampling.ended`: each time what has come to it, in whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer, tell: Callable[[str], None]) -> None:
+        self._tokenizer, self._tell = tokenizer, tell
+        self._told = 0
+        """Characters."""
+
+    def __call__(self, ids: Sequence[int]) -> bool:
+        text = self._tokenizer.decode([token for token in ids if token < self._tokenizer.vocab_size])
+        self._tell_to(text, len(text.rstrip(UNFINISHED)))
+        return False
+
+    def finish(self, text: str) -> None:
+        """Hands on the rest of the whole text."""
+        self._tell_to(text, len(text))
+
+    def _tell_to(self, text: str, end: int) -> None:
+        if end > self._told:
+            self._tell(text[self._told : end])
+            self._told = end
 
 
 def _read_step_by_step(

@@ -91,7 +91,8 @@ def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     logits_BV = logits_BV.float().cpu()
     if sampling.temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(1, logits_BV.argmax(-1, keepdim=True), 1.0)
-    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature  # at most 0, however cold
+    temperature = max(sampling.temperature, torch.finfo(logits_BV.dtype).tiny)  # one that rounds to 0 gives 0 / 0
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature  # at most 0, however cold
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[1]:
         least_B1 = logits_BV.topk(sampling.top_k).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)

@@ -59,6 +59,11 @@ class BudgetRow:
     """Of a task: share of the answers that are the most likely of all tokens or classes; None for text."""
     accuracy_low: float | None = None
     accuracy_high: float | None = None
+    prefill_tokens_per_s_low: float | None = None
+    """The slowest of the runs that a speed is the median of, and the fastest; None where it was not measured."""
+    prefill_tokens_per_s_high: float | None = None
+    decode_tokens_per_s_low: float | None = None
+    decode_tokens_per_s_high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,10 @@ class MeasuredCost:
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: float | None = 0.0
     peak_memory_mib: float = 0.0
+    prefill_tokens_per_s_low: float | None = None
+    prefill_tokens_per_s_high: float | None = None
+    decode_tokens_per_s_low: float | None = None
+    decode_tokens_per_s_high: float | None = None
 
 
 def sweep(
@@ -266,14 +275,19 @@ def measured_cost(small: LanguageModel, k: int, batch: MicroBatch, device: torch
         for _ in range(DECODED_TOKENS):
             _, state = small.step(ids_BL[:, 0], state, k)
 
-    rate = ids_BL.numel() / statistics.median(timed_seconds(prefill, device, TIMED_REPEATS))
+    low, rate, high = _rates(ids_BL.numel(), timed_seconds(prefill, device, TIMED_REPEATS))
     memory = peak_tensor_bytes([*small.parameters(), *small.buffers()], prefill, device)
-    decode_rate = None
+    decode_low, decode_rate, decode_high = None, None, None
     if steps:
         _, after = small.prefill(ids_BL, k)
-        seconds = statistics.median(timed_seconds(decode, device, TIMED_REPEATS))
-        decode_rate = DECODED_TOKENS * len(ids_BL) / seconds
-    return MeasuredCost(rate, decode_rate, memory / 2**20)
+        seconds = timed_seconds(decode, device, TIMED_REPEATS)
+        decode_low, decode_rate, decode_high = _rates(DECODED_TOKENS * len(ids_BL), seconds)
+    return MeasuredCost(rate, decode_rate, memory / 2**20, low, high, decode_low, decode_high)
+
+
+def _rates(tokens: int, seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Tokens a second of the slowest run, the median, the fastest."""
+    return tokens / max(seconds), tokens / statistics.median(seconds), tokens / min(seconds)
 
 
 def _unigram(batches: Sequence[MicroBatch], token_bytes: npt.NDArray[np.int64]) -> float:

@@ -50,6 +50,11 @@ class SweepRequest:
     """Prepared sets and texts; none is the run's own validation set."""
     glob: str | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is of the run's own data at the length that it was trained at."""
+        return not self.data and self.seq_lens is None
+
     def plan(self, config: Config, tokenizer: Tokenizer) -> SweepPlan:
         is_task = isinstance(tokenizer, TaskTokenizer)
         if is_task and self.seq_lens not in (None, [config.model.seq_len]):

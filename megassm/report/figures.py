@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,7 +99,8 @@ def _drawing(chart: Chart) -> Callable[[Any], None]:
 
 def _save(figure: Figure, path: Path) -> None:
     file = io.BytesIO()
-    figure.savefig(file, format=path.suffix[1:], dpi=120)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # a letter of a name that its font has not
+        figure.savefig(file, format=path.suffix[1:], dpi=120)
     pyplot.close(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, file.getvalue())

@@ -155,7 +155,9 @@ def _cells(row: BudgetRow, bits: str) -> dict[str, Cell]:
         "95%  ": _interval(row.gap_percent_low, row.gap_percent_high, ".2f"),
         "MFLOP/token": number(row.forward_flops_per_token / 1e6, ",.2f"),
         "prefill tokens/s": number(row.prefill_tokens_per_s, ",.0f"),
+        "slowest \u2026 fastest": _interval(row.prefill_tokens_per_s_low, row.prefill_tokens_per_s_high, ",.0f"),
         "decode tokens/s": number(row.decode_tokens_per_s, ",.0f"),
+        "slowest \u2026 fastest ": _interval(row.decode_tokens_per_s_low, row.decode_tokens_per_s_high, ",.0f"),
         "memory MiB": number(row.peak_memory_mib, ",.1f"),
     }
 

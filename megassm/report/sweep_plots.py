@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from megassm.eval.sweep import BudgetCurve, Sweep
+from megassm.eval.sweep import TIMED_REPEATS, BudgetCurve, Sweep
 from megassm.report.charts import Chart, Line, Values, budget_ticks, places
 
 MAX_LINES = 6
@@ -40,10 +40,11 @@ def charts(sweeps: Sequence[Sweep]) -> list[Chart]:
     # costs do not depend on the text: the first stands for all
     chosen = labelled([(sweep, curve) for sweep, curve in curves if curve.data == sweep.curves[0].data])
     for field in ("prefill_tokens_per_s", "decode_tokens_per_s"):
-        if any(getattr(row, field) for _, curve in curves for row in curve.rows):
+        if any(is_faster_somewhere(curve, field) for curve in chosen.values()):
             title = field.removesuffix("_tokens_per_s") + " tokens/s"
-            lines = [_line(label, curve, field) for label, curve in chosen.items()]
-            result.append(Chart(title, "tokens/s", lines, from_zero=True, ticks=_budgets(chosen)))
+            lines = [_line(label, curve, field, _speed_band(curve, field)) for label, curve in chosen.items()]
+            band = f"slowest to fastest of {TIMED_REPEATS} runs"
+            result.append(Chart(title, "tokens/s", lines, band, from_zero=True, ticks=_budgets(chosen)))
     return result
 
 
@@ -70,6 +71,19 @@ def _gap_band(curve: BudgetCurve) -> tuple[Values, Values]:
         return (), ()
     low, high = ([None if end is None else full * (1 + end / 100) for end in ends] for ends in zip(*gaps, strict=True))
     return low, high
+
+
+def is_faster_somewhere(curve: BudgetCurve, field: str) -> bool:
+    """Whether a budget's speed differs from another's by more than the runs of each differ among themselves."""
+    spans = [(getattr(row, f"{field}_low"), getattr(row, f"{field}_high")) for row in curve.rows]
+    if any(low is None or high is None for low, high in spans):  # an older sweep, which kept its medians only
+        return any(getattr(row, field) for row in curve.rows)
+    return bool(max(low for low, _ in spans) > min(high for _, high in spans))
+
+
+def _speed_band(curve: BudgetCurve, field: str) -> tuple[Values, Values]:
+    low, high = ([getattr(row, f"{field}_{end}") for row in curve.rows] for end in ("low", "high"))
+    return ((), ()) if None in low or None in high else (low, high)
 
 
 def _accuracy_band(curve: BudgetCurve) -> tuple[Values, Values]:

@@ -14,8 +14,8 @@ RUN_DIR/checkpoints/        step-NNNNNNNN/, see `megassm.checkpoint.format`
 RUN_DIR/incarnations/       one file a start of the run, see `megassm.run.fence`
 RUN_DIR/jobs/NNNN/          what was submitted to SLURM, see `megassm.commands.slurm`
 RUN_DIR/.lock               held by the job that trains here
-RUN_DIR/sweep.*             tools/sweep_budgets.py
-RUN_DIR/sweeps/             ... --watch: step-NNNNNNNN.json, steps.png
+RUN_DIR/sweep.*             tools/sweep_budgets.py: the newest of the run's own data
+RUN_DIR/sweeps/             ... every sweep, DATA-LENGTH-step-NNNNNNNN.*; --watch: step-NNNNNNNN.json, steps.png
 RUN_DIR/wandb/              wandb's own files
 RUN_DIR/wandb.json          which run of wandb's this is (see `megassm.run.wandb_log`)
 RUN_DIR/tensorboard/        TensorBoard's files (see `megassm.run.tensorboard_log`)

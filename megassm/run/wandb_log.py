@@ -92,6 +92,7 @@ class WandbSink:
                 return False
             except Exception as error:
                 self._warn(f"wandb cannot be reached ({first_line(error)}); this run is logged offline")
+                wandb.teardown()  # what was tried still holds the run's id
         self._run = wandb.init(mode="offline", resume="allow", **self._arguments(wandb))
         return True
 

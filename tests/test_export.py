@@ -39,7 +39,9 @@ def family(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """The folder and the tool's table of `--all`."""
     folder = tmp_path_factory.mktemp("export")
     options = ("--budgets", "1,2,4,8", "--output", str(folder / "family"), "--json", str(folder / "table.json"))
-    run_python("tools/export.py", str(trained), "--all", *options)
+    (folder / "chat.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    chat = ("--chat-template", str(folder / "chat.jinja"))
+    run_python("tools/export.py", str(trained), "--all", *options, *chat)
     return folder / "family", json.loads((folder / "table.json").read_text())
 
 
@@ -239,6 +241,9 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
         list(open_model_folder(tmp_path).weights())
 
 
-def test_code_is_copied(family: tuple[Path, list[TableRow]]) -> None:
+def test_code_and_chat_template_are_copied(family: tuple[Path, list[TableRow]]) -> None:
     own = (ROOT / "megassm/hf/modeling_megassm.py").read_bytes()
     assert (family[0] / "k-1/modeling_megassm.py").read_bytes() == own
+    template = (family[0].parent / "chat.jinja").read_bytes()
+    assert (family[0] / "k-1/chat_template.jinja").read_bytes() == template
+    assert "  chat_template.jinja" in (family[0] / "k-1" / SUMS).read_text()

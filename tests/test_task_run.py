@@ -62,7 +62,7 @@ def exact(config: Config) -> list[dict[str, Any]]:
 
 
 @pytest.mark.ranks
-def test_a_tiny_run_learns_and_is_swept(small_config: Make, task_path: Path) -> None:
+def test_a_tiny_run_learns_is_swept_and_exported(small_config: Make, task_path: Path, tmp_path: Path) -> None:
     config = small_config(*SIZES, f"data.path={task_path}", "model.classes=2", "train.steps=40", "model.pattern=S")
     run_on_ranks(1, trained, [config])
     last = read_records(Path(config.run.dir))[-1]
@@ -86,8 +86,15 @@ def test_a_tiny_run_learns_and_is_swept(small_config: Make, task_path: Path) -> 
         assert row.accuracy_low <= row.accuracy <= row.accuracy_high
         assert row.bits_per_byte == pytest.approx(last["valid_loss"][str(row.k)] / 0.693147, rel=1e-4)
         assert row.decode_tokens_per_s is None
-    with pytest.raises(UserError, match="has no text to prompt it with, so it is not exported"):
-        export_models(open_session(Path(config.run.dir), None, "cpu"), {}, ExportPlan())
+    session = open_session(Path(config.run.dir), None, "cpu")
+    (exported,) = export_models(session, {2: tmp_path / "k-2"}, ExportPlan())
+    (row,) = (row for row in curve.rows if row.k == 2)
+    assert (exported.accuracy, exported.bits_per_byte) == pytest.approx((row.accuracy, row.bits_per_byte))
+    card = (tmp_path / "k-2/README.md").read_text()
+    assert f"| {exported.accuracy:.4f} | {exported.bits_per_byte:.4f} |" in card
+    assert "pipeline_tag: text-classification" in card
+    with pytest.raises(UserError, match="--seq-len 256: the examples of task-high_frequency are 128 long"):
+        export_models(session, {2: tmp_path / "other"}, ExportPlan(seq_len=256))
 
 
 @pytest.mark.ranks

@@ -1,10 +1,11 @@
 """A model as a folder, in Hugging Face's layout: what tools/export.py writes, and what opens anywhere.
 
-    model.safetensors         every parameter whole, under "model." + its name here
+    model.safetensors         every parameter whole, under "model." + its name here; the head of classes is score.weight
     config.json               this package's model section under "megassm"; the rest is for transformers
     modeling_megassm.py       imports `megassm.hf`, so that transformers finds its classes
-    tokenizer.model           or tokenizer.json; neither for bytes
-    tokenizer_config.json     generation_config.json   README.md
+    tokenizer.model           or tokenizer.json, or a task's task.json; none for bytes
+    tokenizer_config.json     README.md; generation_config.json but for models with classes
+    chat_template.jinja       where one was given
     SHA256SUMS                of all but README.md: `sha256sum -c SHA256SUMS`; checked here wherever the file is there
 
 The filters are not in it: they are derived from model.seq_len and model.num_channels when it is opened.
@@ -33,6 +34,7 @@ from megassm.checkpoint.format import leading
 from megassm.config.model import ModelConfig
 from megassm.cost import parameters
 from megassm.data.dataset import own_tokenizer
+from megassm.data.task import TASK_NAME, TaskTokenizer
 from megassm.data.tokenizer.base import EOD_PIECE, Tokenizer, load_tokenizer
 from megassm.data.tokenizer.hugging_face import CONFIG_NAME, FILE_NAME
 from megassm.errors import UserError
@@ -43,6 +45,8 @@ from megassm.model import LanguageModel, parameter_shapes
 CONFIG, WEIGHTS, CODE = "config.json", "model.safetensors", "modeling_megassm.py"
 SECTION = "megassm"
 PREFIX = "model."
+HEAD, SCORE = "head_VD", "score.weight"
+CHAT_TEMPLATE = "chat_template.jinja"
 INDEX_BYTES = 64 << 20
 INDEX = "model.safetensors.index.json"
 """Instead of `WEIGHTS` where transformers has saved a large model in several files: which has which parameter."""
@@ -86,7 +90,7 @@ class ModelFolder:
                     path = self._file_of(name)
                     if path not in files:
                         files[path] = stack.enter_context(safe_open(path, framework="pt"))
-                    values = leading(files[path], PREFIX + name, shape, kept[name])
+                    values = leading(files[path], name_in_file(name, self.config), shape, kept[name])
                     if not bool(torch.isfinite(values).all()):
                         raise UserError(f"{path}: {name} is not finite; export it again")
                     yield name, values.float()
@@ -108,7 +112,8 @@ class ModelFolder:
             raise UserError(f"{path}: has {size:,} bytes, {CONFIG} says {least:,} at least; export it again")
 
     def _file_of(self, name: str) -> Path:
-        return self.folder / (WEIGHTS if self._index is None else self._index.get(PREFIX + name, WEIGHTS))
+        in_file = name_in_file(name, self.config)
+        return self.folder / (WEIGHTS if self._index is None else self._index.get(in_file, WEIGHTS))
 
     @cached_property
     def _index(self) -> Mapping[str, str] | None:
@@ -227,27 +232,60 @@ def write_sums(folder: Path) -> None:
     write_atomically(folder / SUMS, "".join(lines).encode())
 
 
-def write_model_folder(folder: Path, model: LanguageModel, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+def name_in_file(name: str, config: ModelConfig) -> str:
+    """A parameter's name in a file. The head of classes has transformers' own, so that no file of a language model has
+    a head that a classifier could take for its own."""
+    return SCORE if name == HEAD and config.classes is not None else PREFIX + name
+
+
+def write_model_folder(
+    folder: Path, model: LanguageModel, tokenizer: Tokenizer, dtype: torch.dtype, chat_template: str | None = None
+) -> None:
     """Writes everything but README.md into an empty folder."""
-    tensors = {PREFIX + name: value.detach().to("cpu", dtype).contiguous() for name, value in model.named_parameters()}
+    tensors = {
+        name_in_file(name, model.config): value.detach().to("cpu", dtype).contiguous()
+        for name, value in model.named_parameters()
+    }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     open_as_its_folder(folder / WEIGHTS)
     sync(folder / WEIGHTS)
     for name, content in tokenizer.files().items():
         write_atomically(folder / name, content)
     write_code(folder)
-    config = {
-        "architectures": ["MegaSSMForCausalLM"],
+    _write_json(folder / CONFIG, _hub_config(model.config, tokenizer, dtype))
+    if model.config.classes is None:
+        special = {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod, "pad_token_id": _pad(tokenizer)}
+        _write_json(folder / "generation_config.json", {**special, "do_sample": False, "use_cache": True})
+    _write_json(folder / CONFIG_NAME, _tokenizer_config(folder, model.config))
+    if chat_template is not None:
+        write_atomically(folder / CHAT_TEMPLATE, chat_template.encode())
+    write_sums(folder)
+
+
+def _hub_config(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json."""
+    common = {
         "model_type": "megassm",
         "auto_map": AUTO_MAP,
         "dtype": str(dtype).removeprefix("torch."),
-        SECTION: {"version": __version__, "model": model.config.model_dump(mode="json")},
+        SECTION: {"version": __version__, "model": config.model_dump(mode="json")},
     }
-    _write_json(folder / CONFIG, config)
-    generation = {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.eod}
-    _write_json(folder / "generation_config.json", {**generation, "do_sample": False, "use_cache": True})
-    _write_json(folder / CONFIG_NAME, _tokenizer_config(folder))
-    write_sums(folder)
+    if config.classes is None:
+        return {"architectures": ["MegaSSMForCausalLM"], **common}
+    known = tokenizer.task.answers if isinstance(tokenizer, TaskTokenizer) else ()
+    labels = [*known, *(f"LABEL_{i}" for i in range(len(known), config.classes))]
+    return {
+        "architectures": ["MegaSSMForSequenceClassification"],
+        **common,
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "pad_token_id": _pad(tokenizer),
+    }
+
+
+def _pad(tokenizer: Tokenizer) -> int:
+    """The id that texts of a batch are filled up with."""
+    return tokenizer.task.pad if isinstance(tokenizer, TaskTokenizer) else tokenizer.eod
 
 
 def write_code(folder: Path) -> None:
@@ -255,12 +293,12 @@ def write_code(folder: Path) -> None:
     write_atomically(folder / CODE, CODE_PATH.read_bytes())
 
 
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
+def _tokenizer_config(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """A tokenizer.json is read by transformers itself, the others by `megassm.hf`."""
-    common = {"clean_up_tokenization_spaces": False, "padding_side": "left"}
+    common = {"clean_up_tokenization_spaces": False, "padding_side": "left" if config.classes is None else "right"}
     if not (folder / FILE_NAME).exists():
-        auto_map = {"AutoTokenizer": [f"{STEM}.MegaSSMTokenizer", None]}
-        return {**common, "tokenizer_class": "MegaSSMTokenizer", "eos_token": EOD_PIECE, "auto_map": auto_map}
+        own = {"tokenizer_class": "MegaSSMTokenizer", "auto_map": {"AutoTokenizer": [f"{STEM}.MegaSSMTokenizer", None]}}
+        return {**common, **own, **({} if (folder / TASK_NAME).exists() else {"eos_token": EOD_PIECE})}
     eod = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["eos_token"]
     return {**common, "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eod, "pad_token": eod}
 

@@ -32,6 +32,9 @@ def parser() -> Parser:
     result.add_argument(
         "--sequences", type=positive, metavar="N", help="validation sequences to measure on (default: eval.sequences)"
     )
+    result.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="Jinja template of messages, kept for transformers"
+    )
     result.add_argument("--data", metavar="DIR", help="data set or text to check with (default: the run's own data)")
     result.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return result
@@ -46,12 +49,14 @@ def main() -> None:
 
     from megassm.eval.session import open_session
     from megassm.export.card import family_table
+    from megassm.export.chat import read_chat_template
     from megassm.export.write import ExportPlan, export_models
     from megassm.files import write_atomically
 
     session = open_session(arguments.run, arguments.data, arguments.device)
     sequences = arguments.sequences or session.config.eval.sequences
-    plan = ExportPlan(getattr(torch, arguments.dtype), arguments.seq_len, sequences)
+    template = None if arguments.chat_template is None else read_chat_template(arguments.chat_template)
+    plan = ExportPlan(getattr(torch, arguments.dtype), arguments.seq_len, sequences, template)
     family = arguments.output or session.run_dir / "export"
     budgets = (arguments.budgets or session.config.eval_budgets()) if arguments.all else [arguments.k]
     folders = {k: family / f"k-{k}" for k in budgets}
@@ -62,11 +67,14 @@ def main() -> None:
     if arguments.all:
         title = f"# {session.run_dir.name}: one training run, {len(exported)} sizes\n\n"
         write_atomically(family / "README.md", (title + family_table(exported)).encode())
-    rows = [_row(vars(model), arguments.seq_len) for model in exported]
+    rows = [_row(vars(model)) for model in exported]
     print_table(f"{arguments.run}, step {session.checkpoint.manifest.step}", rows, arguments.json)
 
 
-def _row(row: dict[str, Any], seq_len: int | None) -> dict[str, Any]:
-    """For the table: a path is text, and a column that is empty without --seq-len is left out."""
-    return {name: str(value) if name == "folder" else value for name, value in row.items()
-            if seq_len or name != "trained_filters_bits_per_byte"}  # fmt: skip
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    """For the table: a path is text, what is None is left out, and the bits of a task are of an answer each."""
+    names = {"bits_per_byte": "bits_per_answer"} if row["accuracy"] is not None else {}
+    return {
+        names.get(name, name): str(value) if name == "folder" else value
+        for name, value in row.items() if value is not None
+    }  # fmt: skip

@@ -27,6 +27,8 @@ from megassm.errors import UserError
 from megassm.guarded import MAX_VOCABULARY, TOKENIZER_BYTES, Described, read_json
 
 TASK_NAME = "task.json"
+TEXT_NAME = "text"
+"""The task whose symbols are the bytes of a text."""
 SEPARATOR_NAME, PAD_NAME, END_NAME = "=>", "_", "<end>"
 Ids = npt.NDArray[np.int64]
 
@@ -64,6 +66,21 @@ class Task:
     def first_symbol(self) -> int:
         return len(self.answers) + 3
 
+    @property
+    def is_text(self) -> bool:
+        """Whether the symbols are the bytes of a text."""
+        return self.name == TEXT_NAME and len(self.symbols) == 256
+
+    @property
+    def between(self) -> str:
+        """What stands between the names of ids in a text."""
+        return "" if self.is_text else " "
+
+    @property
+    def content_length(self) -> int:
+        """Ids that an example of one answer has room for before the separator."""
+        return self.length - 3
+
     def ids(self, example: Example) -> Ids:
         """(length - 1,) an example without its end.
 
@@ -90,16 +107,44 @@ class TaskTokenizer:
         self._names = (*task.answers, SEPARATOR_NAME, PAD_NAME, END_NAME, *task.symbols)
         self._json = json.dumps(asdict(task), ensure_ascii=False).encode()
         self.name = f"task-{task.name}"
+        self._ids = {name: i for i, name in enumerate(self._names)}  # a symbol, where an answer has its name
         self.vocab_size = len(self._names)
         self.eod = len(task.answers) + 2
         self.sha256 = hashlib.sha256(self._json).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> NoReturn:
-        raise UserError(f"the ids of task {self.task.name!r} are no text: nothing can be prompted, exported or encoded")
+        raise UserError(f"the ids of task {self.task.name!r} are no text: nothing is prompted or prepared with them")
+
+    def content(self, text: str) -> Ids:
+        """What is seen of an example: the bytes of a text; of other tasks names, as `decode` has them.
+
+        Raises:
+            UserError: the task has nothing of that name.
+        """
+        if self.task.is_text:
+            return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) + self.task.first_symbol
+        names = text.split()
+        if unknown := sorted(set(names) - self._ids.keys()):
+            known = " ".join(self.task.symbols[:10])
+            raise UserError(f"task {self.task.name!r} has no symbol {unknown[0]!r}; it has {known} .., apart by spaces")
+        return np.array([self._ids[name] for name in names], dtype=np.int64)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What `content` makes these ids of; in a text, ids that are no bytes stand for nothing."""
+        first = self.task.first_symbol
+        if self.task.is_text:
+            return bytes(i - first for i in ids if i >= first).decode(errors="replace")
+        return " ".join(self._names[i] for i in ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Names of the ids, padding left out."""
         return " ".join(self._names[i] for i in ids if i not in (self.task.pad, self.eod))
+
+    @property
+    def pieces(self) -> list[str]:
+        """A name for every id, each once: symbols and the separator by theirs, the others in angle brackets."""
+        labels = [f"<label {name}>" for name in self.task.answers]
+        return [*labels, SEPARATOR_NAME, "<pad>", END_NAME, *self.task.symbols]
 
     def token_bytes(self) -> Ids:
         """1 for an answer: "bits per byte" of a task are bits an answer."""

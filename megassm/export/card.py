@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megassm.checkpoint.exported import ModelFolder
+from megassm.data.task import Task
 from megassm.errors import install_hint
 
 FRONT_MATTER = """\
 ---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {pipeline}
 tags: [megassm, state-space-model, spectral]
 ---
 """
@@ -25,8 +26,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-prompts = tokenizer(["Once upon a time", "The"], return_tensors="pt", padding=True)
+prompts = tokenizer({example}, return_tensors="pt", padding=True)
 print(tokenizer.batch_decode(model.generate(**prompts, max_new_tokens=20), skip_special_tokens=True))
+```
+"""
+
+CLASSIFY = """\
+```python
+# {install}
+from transformers import pipeline
+
+classify = pipeline("text-classification", model="{name}", trust_remote_code=True)
+print(classify({example}))
 ```
 """
 
@@ -40,6 +51,16 @@ filters, continued where a text is longer.
 """
 
 
+PADDING = """\
+Pad on the left to generate for a batch. The cache (`use_cache=True`, the default) has a constant size a sequence, but
+for the keys and values of attention layers.
+"""
+
+LABELS = """\
+What is classified is the mean over a text's positions; padding, on either side, is left out by the attention mask.
+"""
+
+
 @dataclass(frozen=True)
 class ExportedModel:
     """One file, as measured."""
@@ -48,11 +69,13 @@ class ExportedModel:
     parameters: int
     file_bytes: int
     bits_per_byte: float
-    """On validation text, of the file itself."""
+    """On validation text, of the file itself; of a task, bits an answer."""
     gap_percent: float
     """... above the whole model's, in percent of it."""
     trained_filters_bits_per_byte: float | None
     """... with the filters of the trained length, where the file's are for another one."""
+    accuracy: float | None
+    """Of a task: the share of answers that are the most likely of all."""
     logits_difference: float
     """The largest, against the whole model at this budget, in float64."""
     folder: Path
@@ -64,38 +87,52 @@ class Origin(NamedTuple):
     run: str
     step: int
     seq_len: int
+    task: Task | None = None
+    """What its examples are, of a model of labelled data."""
 
 
 def model_card(model: ModelFolder, family: Sequence[ExportedModel], origin: Origin) -> str:
     """Markdown, the table of the whole family in it."""
     config, name = model.config, model.folder.name
+    classifies = config.classes is not None
+    what, call = ("classifier", "model(..., k=1)") if classifies else ("language model", "model.generate(..., k=1)")
+    task = "" if origin.task is None else f" on the task {origin.task.name}"
     parts = [
-        FRONT_MATTER,
+        FRONT_MATTER.format(pipeline="text-classification" if classifies else "text-generation"),
         f"# {origin.run}, K = {config.num_channels}\n",
-        f"An elastic spectral language model, trained once and cut to {config.num_channels} spectral channels, without "
+        f"An elastic spectral {what}, trained once{task} and cut to {config.num_channels} spectral channels, without "
         f"retraining (run {origin.run}, step {origin.step:,}). Layers {config.mixers}, width {config.d_model}, "
         f"vocabulary {config.vocab_size:,}, sequences of {config.seq_len:,} tokens. It serves every smaller budget "
-        "too: `model.generate(..., k=1)`.\n",
-        USE.format(name=name, install=install_hint("hf")),
+        f"too: `{call}`.\n",
+        (CLASSIFY if classifies else USE).format(name=name, install=install_hint("hf"), example=_examples(origin.task)),
         "## Sizes and quality\n",
         family_table(family),
-        "Bits per byte on held-out text, lower is better; the gap is to the whole model.\n",
-        "Pad on the left to generate for a batch. The cache (`use_cache=True`, the default) has a constant size a "
-        "sequence, but for the keys and values of attention layers.\n",
+        f"Bits per {'byte' if origin.task is None else 'answer'} on held-out "
+        f"{'text' if origin.task is None else 'examples'}, lower is better; the gap is to the whole model.\n",
+        LABELS if classifies else PADDING,
     ]
     if config.seq_len != origin.seq_len:
         parts.append(SEQ_LEN.format(trained=f"{origin.seq_len:,}", here=f"{config.seq_len:,}"))
     return "\n".join(parts)
 
 
+def _examples(task: Task | None) -> str:
+    """Two inputs, as Python."""
+    if task is None or task.is_text:
+        return '["Once upon a time", "The"]'
+    return repr([" ".join(task.symbols[:3]), task.symbols[0]])
+
+
 def family_table(family: Sequence[ExportedModel]) -> str:
     """Markdown."""
+    of_task = any(model.accuracy is not None for model in family)
     other_length = any(model.trained_filters_bits_per_byte is not None for model in family)
     names = [
         "K",
         "parameters",
         "file, MB",
-        "bits per byte",
+        *(["accuracy"] if of_task else []),
+        "bits per answer" if of_task else "bits per byte",
         *(["with the trained filters"] if other_length else []),
         "gap",
     ]
@@ -106,6 +143,7 @@ def family_table(family: Sequence[ExportedModel]) -> str:
             f"{model.k}",
             f"{model.parameters:,}",
             f"{model.file_bytes / 1e6:.2f}",
+            *([f"{model.accuracy:.4f}"] if model.accuracy is not None else []),
             f"{model.bits_per_byte:.4f}",
             *([f"{kept:.4f}" if kept is not None else "-"] if other_length else []),
             f"{model.gap_percent:+.2f}%",

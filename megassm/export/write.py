@@ -22,7 +22,7 @@ from megassm.cli.progress import SILENT, Progress, tracked
 from megassm.config.model import ModelConfig
 from megassm.data.stream import MicroBatch
 from megassm.errors import UserError
-from megassm.eval.score import score
+from megassm.eval.score import Score, score
 from megassm.eval.session import Session
 from megassm.export.card import ExportedModel, Origin, model_card
 from megassm.files import sync, write_atomically
@@ -42,6 +42,8 @@ class ExportPlan:
     """The length to derive the filters for; None is the one trained at."""
     sequences: int = 64
     """Validation sequences to measure quality on."""
+    chat_template: str | None = None
+    """Jinja text that turns messages into a prompt, for transformers' `apply_chat_template`."""
 
 
 def export_models(
@@ -63,28 +65,31 @@ def export_models(
     batches = _text_to_check_with(session, folders, plan.sequences, seq_len)
     k_max = session.config.model.num_channels
     whole = _in_float64(session.model, plan.dtype)
-    full = _bits_per_byte(session, rederived(session.model, k_max, seq_len), batches)
+    full = _measured(session, rederived(session.model, k_max, seq_len), batches)
     exported = []
     for k, folder in tracked(folders.items(), progress, "export", len(folders), "models"):
         with _replaced(folder) as partial:
-            write_model_folder(partial, rederived(session.model, k, seq_len), session.tokenizer, plan.dtype)
+            small = rederived(session.model, k, seq_len)
+            write_model_folder(partial, small, session.tokenizer, plan.dtype, plan.chat_template)
             found = load_model(open_model_folder(partial))
             difference = _check(session, whole, found, k)
-            quality = _bits_per_byte(session, found, batches)
+            quality = _measured(session, found, batches)
             kept = _with_trained_filters(session, found, k, batches) if plan.seq_len else None
             exported.append(
                 ExportedModel(
                     k=k,
                     parameters=sum(parameter.numel() for parameter in found.parameters()),
                     file_bytes=(partial / WEIGHTS).stat().st_size,
-                    bits_per_byte=quality,
-                    gap_percent=100 * (quality / full - 1),
+                    bits_per_byte=quality.bits_per_byte,
+                    gap_percent=100 * (quality.bits_per_byte / full.bits_per_byte - 1),
+                    accuracy=None if session.task is None else quality.accuracy,
                     trained_filters_bits_per_byte=kept,
                     logits_difference=difference,
                     folder=folder,
                 )
             )
-    origin = Origin(session.run_dir.name, session.checkpoint.manifest.step, session.config.model.seq_len)
+    step, trained = session.checkpoint.manifest.step, session.config.model.seq_len
+    origin = Origin(session.run_dir.name, step, trained, session.task)
     for model in exported:
         card = model_card(open_model_folder(model.folder), exported, origin)
         write_atomically(model.folder / "README.md", card.encode())
@@ -95,9 +100,9 @@ def _text_to_check_with(
     session: Session, folders: Mapping[int, Path], sequences: int, seq_len: int
 ) -> Sequence[MicroBatch]:
     """Validation text, after everything that can be said before a file is written has been checked."""
-    if session.task is not None:
-        rule = f"task {session.task.name!r} has no text to prompt it with, so it is not exported"
-        raise UserError(f"{session.run_dir}: {rule}; tools/sweep_budgets.py measures it at every budget")
+    if session.task is not None and seq_len != session.task.length:
+        rule = f"the examples of {session.tokenizer.name} are {session.task.length} long; leave it out"
+        raise UserError(f"--seq-len {seq_len}: {rule}")
     for k, folder in folders.items():
         resized(session.config.model, k, seq_len)
         _check_replaceable(folder)
@@ -160,19 +165,19 @@ def _with_trained_filters(
     None where they have no continuation."""
     kept = rederived(found, k, session.config.model.seq_len)
     try:
-        return _bits_per_byte(session, kept, batches)
+        return _measured(session, kept, batches).bits_per_byte
     except UserError:
         return None
 
 
-def _bits_per_byte(session: Session, model: LanguageModel, batches: Sequence[MicroBatch]) -> float:
+def _measured(session: Session, model: LanguageModel, batches: Sequence[MicroBatch]) -> Score:
+    """Of a task with what was right."""
     model = model.to(session.device)
 
     def losses(ids_BT: Tensor, k: int) -> Tensor:
-        return losses_at(model, ids_BT, k, session.document_end)
+        return losses_at(model, ids_BT, k, session.document_end, hits=session.task is not None)
 
-    k = model.config.num_channels
-    return score(losses, batches, k, session.token_bytes, session.device).bits_per_byte
+    return score(losses, batches, model.config.num_channels, session.token_bytes, session.device)
 
 
 def _check_replaceable(folder: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
+from megassm.checkpoint.exported import HEAD, PREFIX, SCORE
 from megassm.config.model import ModelConfig
 from megassm.hf.layers import stacked, unstacked
 
@@ -22,8 +23,11 @@ RENAMED = {
 }
 TRANSPOSED = {"mixer.direct_DD": "mixer.direct_proj.weight", "mixer.out_DD": "mixer.out_proj.weight"}
 CHANNELS = ("mixer.channels_KDD", "mixer.channels.weight")
-HEADS = {"MegaSSMForCausalLM": "lm_head.weight", "MegaSSMForSequenceClassification": "score.weight"}
+CAUSAL, CLASSIFIER = "MegaSSMForCausalLM", "MegaSSMForSequenceClassification"
+HEADS = {CAUSAL: "lm_head.weight", CLASSIFIER: SCORE}
 """What a model's own head is called, by class."""
+IN_FILE = f"{PREFIX}{HEAD}"
+"""What that of a vocabulary is called in files."""
 
 
 def hub_form(name: str, value: Tensor, config: ModelConfig) -> tuple[str, Tensor]:
@@ -42,16 +46,16 @@ def hub_form(name: str, value: Tensor, config: ModelConfig) -> tuple[str, Tensor
 def take_file_form(module: Any, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
     """Before `load_state_dict`: the Trainer, which resumes by it, hands it a file's tensors as they are."""
     config = module.config.model
-    head = HEADS.get(type(module).__name__)
+    head = HEADS[CAUSAL] if type(module).__name__ == CAUSAL else None
     for name in [name for name in state_dict if name.startswith(prefix)]:
         value = state_dict.pop(name)
-        if name == f"{prefix}model.head_VD" and head is not None:
+        if name == prefix + IN_FILE and head is not None:
             state_dict[prefix + head] = value
         else:
             hub_name, hub_value = hub_form(name, value, config)
             state_dict[hub_name] = hub_value
     embedding = state_dict.get(f"{prefix}model.embed_tokens.weight")
-    if head == "lm_head.weight" and config.tie_embeddings and embedding is not None:
+    if head is not None and config.tie_embeddings and embedding is not None:
         state_dict.setdefault(prefix + head, embedding)
 
 
@@ -91,17 +95,17 @@ class Stacked(_Form):
         return (unstacked if self.opens else stacked)(value, heads).contiguous()
 
 
-def _transforms(head: str | None) -> list[WeightConverter | WeightRenaming]:
+def _transforms(head: str | None = None) -> list[WeightConverter | WeightRenaming]:
     transforms: list[WeightConverter | WeightRenaming] = [
         WeightRenaming(ours, theirs) for ours, theirs in RENAMED.items()
     ]
     if head is not None:
-        transforms.append(WeightRenaming("^model.head_VD", f"^{head}"))
+        transforms.append(WeightRenaming(f"^{IN_FILE}", f"^{head}"))
     # one for both, because a model of one head has one of them only: every pattern is to be found in every model
     transforms.append(WeightConverter(r"mixer.\1_DD", "mixer.(direct|out)_proj.weight", [Transposed(True)]))
     return [*transforms, WeightConverter(CHANNELS[0], CHANNELS[1], [Stacked(True)])]
 
 
 def register_conversions() -> None:
-    for name, head in (("megassm", None), *HEADS.items()):
-        register_checkpoint_conversion_mapping(name, _transforms(head), overwrite=True)
+    for name, transforms in (("megassm", _transforms()), (CAUSAL, _transforms(HEADS[CAUSAL]))):
+        register_checkpoint_conversion_mapping(name, transforms, overwrite=True)

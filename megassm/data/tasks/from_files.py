@@ -123,7 +123,7 @@ def _examples(task: Task, found: Sequence[Item]) -> Iterator[Example]:
     for item in found:
         if item.label in classes:
             content = item.load()
-            content = content[: task.length - 3] if task.name == "text" else content
+            content = content[: task.content_length] if task.is_text else content
             ids = np.frombuffer(content, dtype=np.uint8).astype(np.int64) + task.first_symbol
             yield Example(ids, np.array([classes[item.label]]))
 

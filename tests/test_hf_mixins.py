@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 import unittest
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,7 @@ from megassm.hf import (
     MegaSSMForCausalLM,
     MegaSSMForSequenceClassification,
     MegaSSMModel,
+    MegaSSMTokenizer,
 )
 from megassm.hf.register import register_models
 
@@ -40,9 +42,18 @@ def part(name: str) -> ModuleType:
     return importlib.import_module(f"tests.{name}")
 
 
-common, configuration, generation = map(
-    part, ("test_modeling_common", "test_configuration_common", "generation.test_utils")
+common, configuration, generation, training, tokenization = map(
+    part,
+    (
+        "test_modeling_common",
+        "test_configuration_common",
+        "generation.test_utils",
+        "test_training_mixin",
+        "test_tokenization_common",
+    ),
 )
+heads = part("causal_lm_tester") if (FOLDER / "causal_lm_tester.py").exists() else None
+"""Of a checkout only."""
 register_models()  # the mixins ask by name which class has which head
 
 
@@ -50,10 +61,13 @@ class Tester:
     """Makes small models and their inputs, of which every second text is padded on the left."""
 
     base_model_class, causal_lm_class = MegaSSMModel, MegaSSMForCausalLM
+    sequence_classification_class = MegaSSMForSequenceClassification
     batch_size, seq_length, is_training = 13, 7, True
     hidden_size, num_hidden_layers, vocab_size, num_attention_heads, num_labels = 32, 2, 99, 4, 3
+    type_sequence_label_size = 2
 
-    def __init__(self, **knobs: Any) -> None:
+    def __init__(self, parent: unittest.TestCase, **knobs: Any) -> None:
+        self.parent = parent
         self.model = ModelConfig(
             vocab_size=self.vocab_size,
             d_model=self.hidden_size,
@@ -71,19 +85,31 @@ class Tester:
 
     def prepare_config_and_inputs_for_common(self) -> tuple[MegaSSMConfig, dict[str, Tensor]]:
         ids_BL = common.ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
+        ids_BL[ids_BL < 3] = 3  # special ids, of which tests and `generate` make padding: inside a text it is refused
         mask_BL = torch.ones_like(ids_BL)
         mask_BL[1::2, :3] = 0
         return self.get_config(), {"input_ids": ids_BL, "attention_mask": mask_BL}
 
+    def prepare_config_and_inputs(self) -> tuple[Any, ...]:
+        config, inputs = self.prepare_config_and_inputs_for_common()
+        return config, inputs["input_ids"], None, inputs["attention_mask"], None, None, None
 
-class ModelTests(common.ModelTesterMixin, generation.GenerationTesterMixin):  # type: ignore[misc, name-defined]
+
+class ModelTests(
+    common.ModelTesterMixin,  # type: ignore[misc, name-defined]
+    generation.GenerationTesterMixin,  # type: ignore[misc, name-defined]
+    training.TrainingTesterMixin,  # type: ignore[misc, name-defined]
+):
     """What all models of ours are asked."""
 
     all_model_classes = (MegaSSMModel, MegaSSMForCausalLM, MegaSSMForSequenceClassification)
+    test_can_init_all_missing_weights_before_2023 = True  # which a file without a year is taken for
+    training_overfit_steps, training_overfit_learning_rate = 100, 1e-2
+    model_tester = None
     knobs: dict[str, Any] = {}  # noqa: RUF012
 
     def setUp(self) -> None:
-        self.model_tester = Tester(**self.knobs)
+        self.model_tester = Tester(self, **self.knobs)
         sizes = {"hidden_size": 32, "num_attention_heads": 4}
         self.config_tester = configuration.ConfigTester(self, config_class=MegaSSMConfig, **sizes)
 
@@ -99,13 +125,25 @@ class ModelTests(common.ModelTesterMixin, generation.GenerationTesterMixin):  # 
             torch.testing.assert_close(tensors(mine), tensors(theirs))
 
 
+if heads is not None:
+    Tester.create_and_check_model = heads.CausalLMModelTester.create_and_check_model
+    for name in (
+        "test_model",
+        "test_sequence_classification_model",
+        "test_sequence_classification_model_for_single_label",
+        "test_sequence_classification_model_for_multi_label",
+        "test_causal_lm_can_accept_training_kwargs",
+    ):
+        setattr(ModelTests, name, getattr(heads.CausalLMModelTest, name))
+
+
 def tensors(layer: LayerState) -> list[Tensor]:
     if isinstance(layer, Tensor):
         return [layer]
     if isinstance(layer, TapsState):
         return [layer.past_BTD, *tensors(layer.mixer)]
     span = slice(max(layer.used))
-    return [layer.store.key_BGTP[:, :, span], layer.store.value_BGTP[:, :, span]]
+    return [layer.buffers.key_BGTP[:, :, span], layer.buffers.value_BGTP[:, :, span]]
 
 
 class PureTest(ModelTests, unittest.TestCase):
@@ -135,3 +173,17 @@ class HybridTest(ModelTests, unittest.TestCase):
                 eager = model(**inputs)
             assert torch.allclose(eager[0], shown[0], atol=1e-5)
             assert eager.attentions is None
+
+
+class TokenizerTest(tokenization.TokenizerTesterMixin, unittest.TestCase):  # type: ignore[misc, name-defined]
+    """The tokenizer of bytes."""
+
+    tokenizer_class = MegaSSMTokenizer
+    from_pretrained_id = ()
+    test_tokenizer_from_extractor = False
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.tokenizers_list: list[Any] = []
+        cls.tmpdirname = tempfile.mkdtemp()
+        MegaSSMTokenizer().save_pretrained(cls.tmpdirname)

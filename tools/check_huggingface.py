@@ -1,15 +1,18 @@
 """Runs what users of Hugging Face's libraries do with an exported model, and prints a table of what was seen.
 
-Needs transformers, accelerate, peft, trl, torchao and datasets; docs/results/huggingface.md has its output.
+Needs the packages of `PACKAGES`; docs/results/huggingface.md has its output. tools/check_hub_api.py has what needs
+transformers only.
 """
 
 from __future__ import annotations
 
 import io
+import sys
 import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -17,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from megassm.checkpoint.exported import open_model_folder, write_model_folder
 from megassm.checkpoint.format import load_model
@@ -26,11 +28,11 @@ from megassm.config.model import ModelConfig
 from megassm.data.tokenizer.base import load_tokenizer
 from megassm.errors import UserError
 from megassm.model import build_model, truncate
+from tools.hub_api import converted
+from tools.hub_api.seen import at_most, equal, largest
+from tools.hub_api.subject import OURS
 
-MODELS: dict[str, dict[str, Any]] = {
-    "pure": {},
-    "hybrid": {"pattern": "SA", "window": 20, "mixer_heads": 4, "gate": "sigmoid", "input_taps": 3},
-}
+ELASTIC: dict[str, Any] = {"d_ffn": 144, "ffn_elastic": {"knee_k": 3, "below": 16, "above": 8}}
 TEXTS = ["def f(x): return x + 1", "The quick brown fox", "Where is it? There it is."] * 4
 CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
@@ -39,9 +41,10 @@ class Model:
     """An exported model, opened anew by each check."""
 
     def __init__(self, knobs: dict[str, Any]) -> None:
+        self.knobs = knobs
         sizes: dict[str, Any] = {"vocab_size": 300, "d_model": 64, "n_layers": 4, "seq_len": 128, "num_channels": 6}
         self.folder = Path(tempfile.mkdtemp())
-        self.ours = build_model(ModelConfig(**sizes, d_ffn=128, n_heads=4, **knobs), 0).eval()
+        self.ours = build_model(ModelConfig(**{**sizes, "d_ffn": 128, "n_heads": 4, **knobs}), 0).eval()
         write_model_folder(self.folder, self.ours, load_tokenizer("bytes"), torch.float32)
         self.ids = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(1))
 
@@ -58,24 +61,14 @@ class Model:
         return AutoTokenizer.from_pretrained(self.folder)
 
 
-def largest(one: Tensor, other: Tensor) -> float:
-    return float((one - other).detach().abs().max())
-
-
-def at_most(value: float, limit: float) -> str:
-    assert value <= limit, f"{value:.2g} is more than {limit:.2g}"
-    return f"{value:.1e} (at most {limit:.0e})"
-
-
-def equal(one: Any, other: Any) -> str:
-    same = torch.equal(one, other) if isinstance(one, Tensor) else one == other
-    assert same, f"{one} is not {other}"
-    return "equal"
-
-
 def the_same_logits(m: Model) -> str:
     h = m.load()
     return at_most(max(largest(m.ours(m.ids, k), h(m.ids, k=k).logits) for k in (1, 3, 6)), 0.0)
+
+
+def the_same_logits_of(m: Model, **knobs: Any) -> str:
+    """Of the same model but for `knobs`."""
+    return the_same_logits(Model({**m.knobs, **knobs}))
 
 
 def assistant_of_fewer_channels(m: Model) -> str:
@@ -99,8 +92,6 @@ def pipeline_generates(m: Model) -> str:
 
 
 def streamer_prints(m: Model) -> str:
-    from contextlib import redirect_stdout
-
     from transformers import TextStreamer
 
     h, tokenizer = m.load(), m.tokenizer
@@ -142,23 +133,6 @@ def ia3(m: Model) -> str:
     import peft
 
     return adapter(m, peft.IA3Config(target_modules=["channels", "up"], feedforward_modules=[], task_type="CAUSAL_LM"))
-
-
-def int8_by_torchao(m: Model) -> str:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    h, q = m.load(), m.load()
-    linear = [module for module in q.modules() if isinstance(module, nn.Linear)]
-    found = sum(module.weight.numel() for module in linear if module is not q.lm_head)
-    embedded = q.get_input_embeddings().weight.numel()
-    share = found / (sum(parameter.numel() for parameter in q.parameters()) - embedded)
-    assert share >= 0.98, share  # what is left are biases, norms and taps
-    quantize_(q, Int8WeightOnlyConfig())
-    off = []
-    for k in (1, 3, 6):
-        exact = h(m.ids, k=k).logits
-        off.append(float((q(m.ids, k=k).logits - exact).norm() / exact.norm()))
-    return f"{share:.1%} of what is no embedding; logits off by {at_most(max(off), 3e-2)} of their norm at K=1, 3, 6"
 
 
 def _rows() -> list[dict[str, Any]]:
@@ -276,6 +250,8 @@ DISK = {
 
 CHECKS: dict[str, Callable[[Model], str]] = {
     "logits of the training code, three K": the_same_logits,
+    "the same, elastic width": partial(the_same_logits_of, **ELASTIC),
+    "the same, untied": partial(the_same_logits_of, tie_embeddings=False),
     "generate with itself at K=2 as assistant": assistant_of_fewer_channels,
     "generate with prompt lookup": prompt_lookup,
     "pipeline text-generation": pipeline_generates,
@@ -286,7 +262,10 @@ CHECKS: dict[str, Callable[[Model], str]] = {
     "PEFT LoRA, channels": partial(lora, target_modules=["channels"]),
     "PEFT DoRA, all-linear": partial(lora, use_dora=True),
     "PEFT IA3, channels and up": ia3,
-    "torchao int8 weights": int8_by_torchao,
+    "torchao int8 weights": converted.int8_by_torchao,
+    "bitsandbytes int8": partial(converted.by_bitsandbytes, limit=3e-2, load_in_8bit=True),
+    "torch.export, any batch and length": converted.exported,
+    "ONNX, any batch and length": converted.onnx,
     "Trainer: 4 x 1 accumulated is 1 x 4": accumulation,
     "Trainer: bfloat16, checkpointing": bfloat16_training,
     "Trainer: resumed is straight on": resumed,
@@ -300,7 +279,9 @@ CHECKS: dict[str, Callable[[Model], str]] = {
 }
 
 
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "torchao", "datasets")
+PACKAGES = (
+    "torch", "transformers", "accelerate", "peft", "trl", "torchao", "bitsandbytes", "onnx", "onnxscript", "datasets"
+)  # fmt: skip
 
 
 def main() -> None:
@@ -313,11 +294,12 @@ def main() -> None:
     print("| check | model | seen |\n|---|---|---|")
     failed = 0
     torch.manual_seed(0)
-    for kind, knobs in MODELS.items():
+    for kind, knobs in OURS.items():
         m = Model(knobs)
         for name, check in CHECKS.items():
             try:
-                seen = check(m)
+                with redirect_stdout(sys.stderr):  # where the libraries' own lines go
+                    seen = check(m)
             except Exception as error:  # one check that fails is a row
                 failed += 1
                 traceback.print_exc()

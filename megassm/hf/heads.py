@@ -16,6 +16,7 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
+from transformers.utils.generic import can_return_tuple
 
 from megassm.hf.cache import CACHE, MegaSSMCache, cache_field
 from megassm.hf.config import MegaSSMConfig
@@ -34,6 +35,7 @@ class MegaSSMForCausalLM(MegaSSMPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -43,36 +45,23 @@ class MegaSSMForCausalLM(MegaSSMPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         k: int | None = None,
         cache: MegaSSMCache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> CausalLMOutputWithPast:
         """Logits (B, L, V), or of the positions to keep; arguments as in `MegaSSMModel.forward`, and:
 
         Args:
             labels: (B, L) like input_ids, shifted here; -100 does not count, nor does what follows padding.
             logits_to_keep: last positions to return, 0 is all; or their numbers.
-            kwargs: what the loss takes (`num_items_in_batch`).
+            kwargs: what `MegaSSMModel.forward` takes besides, and the loss (`num_items_in_batch`).
         """
         cache = past_key_values if cache is None else cache
         if cache is not None and isinstance(logits_to_keep, int):
             cache.ahead = logits_to_keep
-        read: BaseModelOutputWithPast = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            cache,
-            inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
-            k=k,
-        )
+        given = {"use_cache": use_cache, "k": k, **kwargs, "return_dict": True}
+        read = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, **given)
         x_BLD = cast(Tensor, read.last_hidden_state)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BLV = self.lm_head(x_BLD[:, kept])
@@ -82,7 +71,7 @@ class MegaSSMForCausalLM(MegaSSMPreTrainedModel, GenerationMixin):
                 follows_padding_BL = F.pad(attention_mask[:, :-1] == 0, (1, 0))
                 labels = labels.masked_fill(follows_padding_BL, -100)
             loss = self.loss_function(logits=logits_BLV, labels=labels, vocab_size=logits_BLV.shape[-1], **kwargs)
-        return self.returned(CausalLMOutputWithPast(loss=loss, logits=logits_BLV, **_passed_on(read)), return_dict)
+        return CausalLMOutputWithPast(loss=loss, logits=logits_BLV, **_passed_on(read))
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -106,6 +95,7 @@ class MegaSSMForSequenceClassification(MegaSSMPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -114,47 +104,31 @@ class MegaSSMForSequenceClassification(MegaSSMPreTrainedModel):
         past_key_values: MegaSSMCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
-        k: int | None = None,
-        cache: MegaSSMCache | None = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
-        """Logits (B, C); labels are (B,). Of a model trained on classes input_ids may end in the separator and more."""
-        read: BaseModelOutputWithPast = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values if cache is None else cache,
-            inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
-            k=k,
-        )
+    ) -> SequenceClassifierOutputWithPast:
+        """Logits (B, C); labels are (B,), other arguments as in `MegaSSMModel.forward`. Of a model trained on classes
+        input_ids may end in the separator and more."""
+        given = {**kwargs, "return_dict": True}
+        read = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **given)
         x_BLD = cast(Tensor, read.last_hidden_state)
         logits_BC = self.score(self._text(x_BLD, input_ids, attention_mask))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_BC, labels=labels, pooled_logits=logits_BC, config=self.config)
-        return self.returned(
-            SequenceClassifierOutputWithPast(loss=loss, logits=logits_BC, **_passed_on(read)), return_dict
-        )
+        return SequenceClassifierOutputWithPast(loss=loss, logits=logits_BC, **_passed_on(read))
 
     def _text(self, x_BLD: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """What stands for each text, (B, D)."""
         batch, length = x_BLD.shape[:2]
+        classes, pad = self.model.shape.classes, self.config.pad_token_id
         real_BL = torch.ones(batch, length, dtype=torch.bool, device=x_BLD.device)
         if attention_mask is not None:
             real_BL = attention_mask[:, -length:].bool()
-        elif input_ids is not None and self.config.pad_token_id is not None and self.model.shape.classes is None:
-            real_BL = input_ids != self.config.pad_token_id
-        if self.model.shape.classes is not None:
+        elif input_ids is not None and pad is not None:
+            real_BL = input_ids != pad
+        if classes is not None:
             if input_ids is not None:
-                real_BL = real_BL & content_positions(input_ids, self.model.shape.classes)
+                real_BL = real_BL & content_positions(input_ids, classes)
             return pooled(x_BLD, real_BL)[:, 0]
         places_L = torch.arange(length, device=x_BLD.device)
         return x_BLD[torch.arange(batch, device=x_BLD.device), (places_L * real_BL).argmax(1)]

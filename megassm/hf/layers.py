@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from megassm.layers.attention import Attention
 from megassm.layers.block import Block
 from megassm.layers.context import Context
-from megassm.layers.ffn import LeadingLinear, leading
+from megassm.layers.ffn import FeedForward, is_plain, leading
 from megassm.layers.filterbank import SentState
 from megassm.layers.spectral import SpectralGate, SpectralMixer
 from megassm.ops.mixing import gate_features, mix_channels
@@ -30,7 +30,7 @@ class LinearGate(SpectralGate):
     """`SpectralGate` whose scores are a linear layer, `score`."""
 
     def _make_scores(self, hidden: int, scores: int) -> None:
-        self.score = LeadingLinear(hidden, scores, bias=True)
+        self.score = nn.Linear(hidden, scores)
 
     def _scores(self, hidden_BLF: Tensor, count: int) -> Tensor:
         return leading(self.score, hidden_BLF, count)
@@ -46,13 +46,13 @@ class LinearMixer(SpectralMixer):
     gate_module = LinearGate
 
     def _make_matrices(self, d_model: int, num_channels: int) -> None:
-        self.channels = LeadingLinear(num_channels * d_model // self.heads, d_model)
-        self.out_proj = LeadingLinear(d_model, d_model) if self.heads > 1 else None
-        self.direct_proj = LeadingLinear(d_model, d_model)
+        self.channels = nn.Linear(num_channels * d_model // self.heads, d_model, bias=False)
+        self.out_proj = nn.Linear(d_model, d_model, bias=False) if self.heads > 1 else None
+        self.direct_proj = nn.Linear(d_model, d_model, bias=False)
 
     def _mixed(self, u_BLD: Tensor, weights_BLHK: Tensor, context: Context, sent: SentState | None) -> Tensor:
         assert context.filterbank is not None
-        if _is_plain(self.channels) and not torch.compiler.is_exporting():  # it groups by size
+        if is_plain(self.channels) and not torch.compiler.is_exporting():  # it groups by size
             channels_KDP = self._channels(context.k)
             return context.filterbank.mix(u_BLD, weights_BLHK, channels_KDP, context.segments, sent)
         features_BLKD = context.filterbank(u_BLD, context.k, context.segments)
@@ -61,7 +61,7 @@ class LinearMixer(SpectralMixer):
     def _mixed_from(self, state_BSD: Tensor, u_BLD: Tensor, context: Context) -> Tensor:
         assert context.filterbank is not None
         weights_BLHK = self._weights(u_BLD, context)
-        if _is_plain(self.channels):
+        if is_plain(self.channels):
             return context.filterbank.mix_from(state_BSD, u_BLD, weights_BLHK, self._channels(context.k))
         features = []
         for u_BD in u_BLD.unbind(1):
@@ -70,17 +70,18 @@ class LinearMixer(SpectralMixer):
         return self._by_linear(torch.stack(features, dim=1), weights_BLHK).to(u_BLD.dtype)
 
     def _mixed_features(self, features_BLKD: Tensor, weights_BLHK: Tensor) -> Tensor:
-        if _is_plain(self.channels):
+        if is_plain(self.channels):
             return mix_channels(features_BLKD, weights_BLHK, self._channels(features_BLKD.shape[2]))
         return self._by_linear(features_BLKD, weights_BLHK)
 
     def _by_linear(self, features_BLKD: Tensor, weights_BLHK: Tensor) -> Tensor:
         gated_HBLX = gate_features(features_BLKD, weights_BLHK)
-        dtype = self.channels.weight.dtype
-        if dtype.is_floating_point:  # integers of a quantised layer say nothing of its inputs
-            gated_HBLX = gated_HBLX.to(dtype)
-        width = features_BLKD.shape[-1]
-        mixed_HBLHP = torch.unflatten(leading(self.channels, gated_HBLX, width), -1, (self.heads, -1))
+        weight = self.channels.weight
+        if isinstance(weight, Tensor) and weight.dtype.is_floating_point:  # a quantised one says nothing of its inputs
+            gated_HBLX = gated_HBLX.to(weight.dtype)
+        # three dimensions: some quantised layers take no more
+        mixed_XLD = leading(self.channels, gated_HBLX.flatten(0, 1), features_BLKD.shape[-1])
+        mixed_HBLHP = mixed_XLD.unflatten(0, (self.heads, -1)).unflatten(-1, (self.heads, -1))
         return torch.cat([mixed_HBLHP[head, :, :, head] for head in range(self.heads)], dim=-1)
 
     def _direct(self, u_BLD: Tensor) -> Tensor:
@@ -149,11 +150,18 @@ def _by_weights(
     return mixed_BHLP
 
 
+class HubFeedForward(FeedForward):
+    """Of linear layers by torch's own class, which is what some quantisers look for."""
+
+    linear = nn.Linear
+
+
 class HubBlock(GradientCheckpointingLayer, Block):
     """A block that transformers may compute again in backward."""
 
     spectral_mixer = LinearMixer
     attention = HubAttention
+    feed_forward = HubFeedForward
 
 
 def joined(attentions: Sequence[Tensor], layers: int) -> tuple[Tensor, ...]:
@@ -173,7 +181,3 @@ def _beside_each_other(parts: Sequence[Tensor]) -> Tensor:
         [F.pad(part, (end - part.shape[3] - first, ends[-1] - end)) for end, part in zip(ends, parts, strict=True)],
         dim=2,
     )
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    return isinstance(linear, LeadingLinear) and linear.is_plain

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils.generic import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from megassm.checkpoint.exported import write_code
 from megassm.errors import UserError
@@ -28,8 +29,6 @@ from megassm.layers.context import Context
 from megassm.layers.filterbank import FilterBank
 from megassm.layers.state import DecodingState, LayerState
 from megassm.model import initial_weights
-
-Output = TypeVar("Output", bound=ModelOutput)
 
 
 class MegaSSMPreTrainedModel(PreTrainedModel):
@@ -80,10 +79,6 @@ class MegaSSMPreTrainedModel(PreTrainedModel):
             if hub_name in missing and missing[hub_name].shape == value.shape:
                 missing[hub_name].copy_(value)
 
-    def returned(self, output: Output, return_dict: bool | None) -> Output | tuple[Any, ...]:
-        """As a tuple, where that is asked for."""
-        return output if (self.config.return_dict if return_dict is None else return_dict) else tuple(output.to_tuple())
-
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """As transformers does; the classes are imported from the package, never copied."""
         saved = super().save_pretrained(save_directory, *args, **kwargs)
@@ -125,6 +120,7 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed_tokens = cast(nn.Embedding, value)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -133,13 +129,12 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
         past_key_values: MegaSSMCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
-        return_dict: bool | None = None,
         k: int | None = None,
         cache: MegaSSMCache | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+    ) -> BaseModelOutputWithPast:
         """The normed output of the last block.
 
         Args:
@@ -149,14 +144,14 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
             past_key_values: what an earlier call returned, continued in place; named `cache` from transformers 5.24 on.
             inputs_embeds: (B, L, D), instead of input_ids.
             use_cache: return a cache. None is the configuration's choice, and no in training.
-            output_hidden_states: return what each block reads, and the output.
+            output_hidden_states: return what each block reads, and the output; numbers are of those that are wanted.
             output_attentions: return the weights (B, H, L, T) of the attention layers, over the positions their window
                 reaches; spectral layers have none.
-            return_dict: False returns a tuple.
             k: the budget; None is `config.k`, or the model's K.
+            kwargs: `return_dict=False` returns a tuple; others are not looked at.
 
         Raises:
-            UserError: padding elsewhere, a budget out of range.
+            UserError: padding elsewhere, a budget out of range, a cache of another kind.
             ValueError: both of input_ids and inputs_embeds, or neither.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -165,14 +160,13 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
         base = self._base(k, output_attentions)
         states = self._states(x_BLD, attention_mask, position_ids, base, cache)
-        want = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        output = BaseModelOutputWithPast(
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return BaseModelOutputWithPast(
             last_hidden_state=cast(Any, states[-1]),
-            hidden_states=cast(Any, tuple(states)) if want else None,
+            hidden_states=cast(Any, _chosen(states, wanted)),
             attentions=cast(Any, joined(base.attentions, self.shape.mixers.count("A"))) if base.attentions else None,
             **cache_field(cache),
         )
-        return self.returned(output, return_dict)
 
     def _states(
         self,
@@ -202,6 +196,11 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
         """What is to be continued and filled: a new one where a cache is wanted, none where an empty one is not."""
         if cache is None:
             return MegaSSMCache() if self._wants_cache(use_cache) else None
+        if not isinstance(cache, MegaSSMCache):
+            raise UserError(
+                f"the cache is a {type(cache).__name__}, which has no place for a spectral state: give what an earlier "
+                "call returned, or megassm.hf.MegaSSMCache(), or none"
+            )
         return None if use_cache is False and cache.state is None else cache
 
     def budget(self, k: int | None) -> int:
@@ -306,6 +305,14 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
             mask = attention_bias(documents_BL.shape[1], self.shape.window, documents_BL, like, real_BL)
         segments = None if self.filterbank is None else self.filterbank.segments(documents_BL)
         return context._replace(mask=mask, segments=segments, documents_BL=documents_BL)
+
+
+def _chosen(states: Sequence[Tensor], wanted: bool | int | Sequence[int] | None) -> tuple[Tensor | None, ...] | None:
+    """All states, or None in place of those whose number is not wanted; numbers below 0 count from the end."""
+    if wanted is None or isinstance(wanted, bool):
+        return tuple(states) if wanted else None
+    numbers = {wanted} if isinstance(wanted, int) else set(wanted)
+    return tuple(state if {i, i - len(states)} & numbers else None for i, state in enumerate(states))
 
 
 def _documents(position_ids: Tensor | None, real_BL: Tensor | None, batch: int) -> Tensor | None:

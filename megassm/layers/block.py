@@ -20,6 +20,7 @@ class Block(nn.Module):
 
     spectral_mixer: ClassVar[type[SpectralMixer]] = SpectralMixer
     attention: ClassVar[type[Attention]] = Attention
+    feed_forward: ClassVar[type[FeedForward]] = FeedForward
 
     def __init__(self, config: ModelConfig, sigma_scale: SigmaScale | None) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class Block(nn.Module):
             )
         )
         self.ffn_norm = nn.RMSNorm(d_model, eps=config.norm_eps)
-        self.ffn = FeedForward(d_model, config.d_ffn, config.ffn_width)
+        self.ffn = self.feed_forward(d_model, config.d_ffn, config.ffn_width)
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         """The block's output (B, L, D)."""

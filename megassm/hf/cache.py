@@ -129,7 +129,8 @@ class MegaSSMCache(Cache):
     is_croppable = True
     is_initialized = property(lambda self: self.state is not None)
     is_sliding = property(lambda self: [False] * len(self))
-    is_linear = property(lambda self: [True] * len(self))
+    is_linear = property(lambda self: [False] * len(self))
+    """transformers takes "linear" for a cache that does not know how much it has read, and has all of it read again."""
 
 
 def padding_mask(mask: Tensor | None, batch: int, length: int, before: int) -> Tensor | None:

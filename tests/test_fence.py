@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megassm.checkpoint import format, save
+from megassm.checkpoint import format, publish
 from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
 from megassm.errors import UserError
@@ -78,14 +78,14 @@ def superseded_while_saving(config: Config) -> None:
     world = join_world(config)
     try:
         run = set_up(config, open_dataset(config), world)
-        publish = save._publish
+        whole = publish.publish
 
         def late(partial: Path, final: Path, manifest: format.Manifest) -> None:
             take(run.fence.run_dir)
             assert clear_partial(run.fence.run_dir) == [partial.name]
-            publish(partial, final, manifest)
+            whole(partial, final, manifest)
 
-        save._publish = late
+        publish.publish = late
         assert run.saver.begin(1) is None
         ended = run.saver.finish()
         assert ended is not None

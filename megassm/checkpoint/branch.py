@@ -83,4 +83,10 @@ def _checkpoint_at(run_dir: Path, step: int) -> Checkpoint:
             f"{run_dir}: no checkpoint after step {step}; {there}. checkpoint.every_steps and checkpoint.keep say when "
             "a run saves, and how many stay"
         )
-    return read_checkpoint(found[step])
+    checkpoint = read_checkpoint(found[step])
+    if not checkpoint.has_moments:
+        raise UserError(
+            f"{checkpoint.folder}: a milestone: it has the weights alone, and no run can go on from it; export it "
+            "(tools/export.py) and begin a new run with run.init_from, or branch from another step"
+        )
+    return checkpoint

@@ -4,6 +4,10 @@
         manifest.json                         what it is: step, config, data fingerprint, size, checksum of every file
         weights-00001-of-00002.safetensors    float32: all that evaluation, sampling and export need
         moments-00001-of-00002.safetensors    AdamW's: NAME.exp_avg, NAME.exp_avg_sq
+        average-00001-of-00002.safetensors    where optim.ema is set, the weights' running average: NAME.ema
+
+A milestone (`checkpoint.keep_weights_every`) that rotation has come to lacks the moments, in its manifest too: it can
+be evaluated and exported, not continued.
 
 Every tensor is whole, whatever mesh and ZeRO stage it was trained on (`megassm.parallel.state`); the ranks divide the
 parameters among themselves and each writes its own two files. So a run continues on any number of ranks, and a tool
@@ -16,7 +20,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,7 +43,9 @@ MANIFEST = "manifest.json"
 MANIFEST_BYTES = 2**24
 AGAIN = "use another checkpoint of this run"
 FINGERPRINT = "the data's fingerprint"
-TENSORS = re.compile(r"(weights|moments)-\d{5,9}-of-\d{5,9}\.safetensors")
+WEIGHTS, MOMENTS, AVERAGES = "weights", "moments", "average"
+"""How files begin, by what they hold."""
+TENSORS = re.compile(rf"({WEIGHTS}|{MOMENTS}|{AVERAGES})-\d{{5,9}}-of-\d{{5,9}}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,24 @@ class Checkpoint:
 
     folder: Path
     manifest: Manifest
+    averaged: bool = False
+    """Its `weights` are their running average."""
+
+    @property
+    def title(self) -> str:
+        return f"step {self.manifest.step}{', running average' if self.averaged else ''}"
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether a run can be continued from it; a milestone may have its weights alone."""
+        return self._has(MOMENTS)
+
+    @property
+    def has_average(self) -> bool:
+        return self._has(AVERAGES)
+
+    def _has(self, kind: str) -> bool:
+        return any(name.startswith(kind) for name in self.manifest.files)
 
     @property
     def kept_tokenizer(self) -> Path:
@@ -114,9 +138,10 @@ class Checkpoint:
         config, stored = self.config.model, self._stored()
         whole = parameter_shapes(config)
         for name, shape in parameter_shapes(config if k is None else config.cut(k)).items():
+            key = _key(name, "ema" if self.averaged else "weight")
             with as_tensors(self.folder, AGAIN):
-                part = leading(stored(name), name, whole[name], shape)
-            self._check(part, name)
+                part = leading(stored(key), key, whole[name], shape)
+            self._check(part, key)
             yield name, part
 
     def _stored(self) -> Callable[[str], Any]:
@@ -190,29 +215,53 @@ def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
     return fixed_knobs(config) | {FINGERPRINT: data_fingerprint}
 
 
-def newest_checkpoint(run_dir: Path, check: str | None = "") -> tuple[Checkpoint | None, list[str]]:
-    """The newest complete checkpoint of a run, and why newer ones were passed over; `check` as in `read_checkpoint`."""
+def newest_checkpoint(
+    run_dir: Path, check: str | None = "", to_continue: bool = False
+) -> tuple[Checkpoint | None, list[str]]:
+    """The newest complete checkpoint of a run, and why newer ones were passed over; `check` as in `read_checkpoint`.
+
+    With `to_continue` it is one that a run can go on from.
+    """
     skipped: list[str] = []
     for folder in reversed(checkpoint_folders(run_dir / CHECKPOINTS)):
         try:
             found = read_checkpoint(folder, check)
             if folder.name != step_name(found.manifest.step):
                 raise UserError(f"{folder}: holds step {found.manifest.step}: not this run's, or renamed by hand")
+            if to_continue and not found.has_moments:
+                raise UserError(f"{folder}: a milestone: it has the weights alone, and cannot be continued")
             return found, skipped
         except UserError as error:
             skipped.append(str(error))
     return None, skipped
 
 
-def find_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint by its own folder, or a run's newest, for its weights.
+def find_checkpoint(path: Path, averaged: bool = False) -> Checkpoint:
+    """A checkpoint by its own folder, or a run's newest, for its weights; `averaged`: for their running average.
 
     Raises:
-        UserError: there is not a complete checkpoint.
+        UserError: there is not a complete checkpoint, or it has no average.
     """
+    return with_average(_find(path, AVERAGES)) if averaged else _find(path, WEIGHTS)
+
+
+def with_average(checkpoint: Checkpoint) -> Checkpoint:
+    """The same, with the running average of the weights for the weights.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not checkpoint.has_average:
+        raise UserError(
+            f"{checkpoint.folder}: has no running average of the weights; leave out --ema, or train with optim.ema"
+        )
+    return replace(checkpoint, averaged=True)
+
+
+def _find(path: Path, check: str) -> Checkpoint:
     if (path / MANIFEST).exists():
-        return read_checkpoint(path, check="weights")
-    checkpoint, skipped = newest_checkpoint(path, check="weights")
+        return read_checkpoint(path, check)
+    checkpoint, skipped = newest_checkpoint(path, check)
     if checkpoint is None:
         why = f" ({'; '.join(skipped)})" if skipped else ""
         raise UserError(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megassm.checkpoint.exported import is_model_folder, open_model_folder
+from megassm.checkpoint.exported import ModelFolder, is_model_folder, open_model_folder
 from megassm.checkpoint.format import StoredModel, find_checkpoint, load_model
 from megassm.data.dataset import run_tokenizer
 from megassm.data.tokenizer.base import Tokenizer
+from megassm.errors import UserError
 from megassm.model import LanguageModel
 
 
-def open_model(path: str | os.PathLike[str], k: int | None = None) -> LanguageModel:
+def open_model(path: str | os.PathLike[str], k: int | None = None, averaged: bool = False) -> LanguageModel:
     """A trained model, float32, on the CPU, in evaluation mode.
 
     Args:
@@ -20,13 +21,26 @@ def open_model(path: str | os.PathLike[str], k: int | None = None) -> LanguageMo
             folder. Data is not needed.
         k: read the leading part that budget `k` needs, and no more: the model is then as if cut by `truncate`, but
             its filters are derived for k channels, which differs by rounding. None: all channels.
+        averaged: the running average of a run's weights (optim.ema) for the weights.
 
     Raises:
-        UserError: nothing there to open, a damaged file, or a budget out of range.
+        UserError: nothing there to open, a damaged file, a budget out of range, or no average.
     """
     folder = Path(path)
-    source: StoredModel = open_model_folder(folder) if is_model_folder(folder) else find_checkpoint(folder)
+    source: StoredModel
+    source = stored_model_folder(folder, averaged) if is_model_folder(folder) else find_checkpoint(folder, averaged)
     return load_model(source, k)
+
+
+def stored_model_folder(path: Path, averaged: bool = False) -> ModelFolder:
+    """An exported model.
+
+    Raises:
+        UserError: it is none, or `averaged` is asked for: it has one set of weights.
+    """
+    if averaged:
+        raise UserError(f"{path}: an exported model has no running average beside its weights; leave out --ema")
+    return open_model_folder(path)
 
 
 def open_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

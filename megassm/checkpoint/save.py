@@ -15,45 +15,45 @@ move by the message that they exchange after an update anyway (`megassm.train.ag
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple, cast
 
 from megassm import __version__
-from megassm.checkpoint import tensor_file
+from megassm.checkpoint import publish, tensor_file
 from megassm.checkpoint.format import (
+    AVERAGES,
     FORMAT,
-    MANIFEST,
+    MOMENTS,
+    WEIGHTS,
     Manifest,
     _key,
     newest_checkpoint,
-    read_checkpoint,
     run_identity,
 )
-from megassm.checkpoint.space import pin, pinned, shortage
+from megassm.checkpoint.space import pin
 from megassm.cli.arguments import error_text
 from megassm.config.schema import Config
 from megassm.errors import UserError
-from megassm.files import sync, write_atomically
 from megassm.model import parameter_shapes
+from megassm.parallel import state
 from megassm.parallel.engine import Engine
-from megassm.parallel.state import KINDS, MOMENTS, State
+from megassm.parallel.state import Kind, State
 from megassm.parallel.world import gather_rows, gather_texts
-from megassm.run.directory import CHECKPOINTS, checkpoint_folders, step_name
+from megassm.run.directory import CHECKPOINTS, step_name
 from megassm.run.fence import Fence
 from megassm.run.opening import clear_partial
 
 POLL_S = 2.0
 """Between two looks of all ranks at each other, while they wait for a checkpoint."""
-FILES = {"weights": KINDS[:1], "moments": MOMENTS}
-"""What goes into a file of each name."""
+FILES: dict[str, tuple[Kind, ...]] = {WEIGHTS: ("weight",), MOMENTS: state.MOMENTS, AVERAGES: (state.AVERAGE,)}
+"""What goes into a file of each kind."""
 
 
 class Saved(NamedTuple):
@@ -112,7 +112,7 @@ class Saver:
             if world.is_main:
                 self._fence.check()
                 clear_partial(Path(self._config.run.dir))
-            failure = gather_texts(_make(self._partial, self._config) if world.is_main else "")[0]
+            failure = gather_texts(publish.make(self._partial, self._config) if world.is_main else "")[0]
             if not failure:
                 self._copy()
                 self._work = _in_background(self._write_share)
@@ -199,7 +199,7 @@ class Saver:
             engine.world.progress.note("checkpoint, reading state")
             return name in self._mine
 
-        engine.read_state(KINDS, reading, self._copies)
+        engine.read_state(engine.kinds, reading, self._copies)
         self._updates, self._written = engine.applied_updates, 0
 
     def _wait(self) -> None:
@@ -235,6 +235,8 @@ class Saver:
         files = {}
         try:
             for title, kinds in FILES.items():
+                if not set(kinds) <= set(self._engine.kinds):
+                    continue
                 tensors = {_key(name, kind): self._copies[name][kind] for name in self._mine for kind in kinds}
                 path = self._partial / f"{title}-{number}.safetensors"
                 files[path.name] = tensor_file.write_tensors(path, tensors, self._wrote)
@@ -249,8 +251,8 @@ class Saver:
         """Returns why there is no new checkpoint, if there is none. In a thread of rank 0."""
         self._fence.check()
         try:
-            _publish(self._partial, self._folder / step_name(self._step), self._manifest(files))
-            _rotate(self._folder, self._config.checkpoint.keep, newest=self._step)
+            publish.publish(self._partial, self._folder / step_name(self._step), self._manifest(files))
+            publish.rotate(self._folder, self._config, newest=self._step)
         except OSError as error:
             shutil.rmtree(self._partial, ignore_errors=True)
             return error_text(error)
@@ -291,17 +293,6 @@ def _failed(share: object) -> bool:
     return isinstance(share, str)
 
 
-def _make(partial: Path, config: Config) -> str:
-    """Makes the folder to write to; returns why no checkpoint can be written there, if none can."""
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            return f"{partial.parent} is read-only ({error.strerror})"
-        return error_text(error)
-    return shortage(partial.parent, config)
-
-
 def _owned(engine: Engine) -> list[str]:
     """The parameters that this rank writes: the largest first, each to the rank with the least so far."""
     loads = [0] * engine.world.size
@@ -313,23 +304,3 @@ def _owned(engine: Engine) -> list[str]:
         if least == engine.world.rank:
             owned.append(name)
     return owned
-
-
-def _publish(partial: Path, final: Path, manifest: Manifest) -> None:
-    write_atomically(partial / MANIFEST, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
-    if final.exists():  # an incomplete folder of that name that resume passed over
-        shutil.rmtree(final)
-    partial.rename(final)
-    sync(final.parent)
-
-
-def _rotate(folder: Path, keep: int, newest: int) -> None:
-    """Removes the oldest complete checkpoints up to step `newest`; what is damaged, pinned or beyond it stays."""
-    complete, kept = [], pinned(folder)
-    for path in checkpoint_folders(folder):
-        with contextlib.suppress(UserError):
-            if path not in kept and read_checkpoint(path).manifest.step <= newest:
-                complete.append(path)
-    for old in complete[:-keep]:
-        (old / MANIFEST).unlink()  # first: a folder half removed must not pass for complete
-        shutil.rmtree(old)

@@ -18,9 +18,10 @@ PINS = 2
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Of weights and both moments in float32, and a margin for headers, manifest and journal."""
+    """Of weights, both moments and the running average in float32, and a margin for headers, manifest and journal."""
     numbers = sum(shape.numel() for shape in parameter_shapes(config.model).values())
-    return numbers * 4 * len(KINDS) * 102 // 100 + 65536
+    kinds = len(KINDS) + (config.optim.ema is not None)
+    return numbers * 4 * kinds * 102 // 100 + 65536
 
 
 def shortage(folder: Path, config: Config) -> str:

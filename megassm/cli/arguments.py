@@ -182,6 +182,11 @@ def image_file(text: str) -> Path:
     return output_file(text)
 
 
+def add_ema(parser: Parser) -> None:
+    """The option of every tool that opens a run's weights."""
+    parser.add_argument("--ema", action="store_true", help="the weights' running average (optim.ema) for the weights")
+
+
 def positive(text: str) -> int:
     """A whole number above 0; for argparse's `type`."""
     if not text.isdecimal() or not 0 < len(text.lstrip("0")) <= MAX_DIGITS:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megassm.cli.arguments import Parser, budget_list, positive, print_table, tool_parser
+from megassm.cli.arguments import Parser, add_ema, budget_list, positive, print_table, tool_parser
 from megassm.cli.progress import shown_progress
 
 DTYPES = ("float32", "bfloat16")
@@ -35,6 +35,7 @@ def parser() -> Parser:
     result.add_argument(
         "--chat-template", type=Path, metavar="FILE", help="Jinja template of messages, kept for transformers"
     )
+    add_ema(result)
     result.add_argument("--data", metavar="DIR", help="data set or text to check with (default: the run's own data)")
     result.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return result
@@ -53,7 +54,7 @@ def main() -> None:
     from megassm.export.write import ExportPlan, export_models
     from megassm.files import write_atomically
 
-    session = open_session(arguments.run, arguments.data, arguments.device)
+    session = open_session(arguments.run, arguments.data, arguments.device, arguments.ema)
     sequences = arguments.sequences or session.config.eval.sequences
     template = None if arguments.chat_template is None else read_chat_template(arguments.chat_template)
     plan = ExportPlan(getattr(torch, arguments.dtype), arguments.seq_len, sequences, template)
@@ -68,7 +69,7 @@ def main() -> None:
         title = f"# {session.run_dir.name}: one training run, {len(exported)} sizes\n\n"
         write_atomically(family / "README.md", (title + family_table(exported)).encode())
     rows = [_row(vars(model)) for model in exported]
-    print_table(f"{arguments.run}, step {session.checkpoint.manifest.step}", rows, arguments.json)
+    print_table(f"{arguments.run}, {session.checkpoint.title}", rows, arguments.json)
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megassm.cli.arguments import Parser, budget_list, print_line, tool_parser, write_json
+from megassm.cli.arguments import Parser, add_ema, budget_list, print_line, tool_parser, write_json
 from megassm.errors import visible
 
 
@@ -13,6 +13,7 @@ def parser() -> Parser:
     result.add_argument(
         "run", type=Path, metavar="RUN_DIR", help="run directory, one of its checkpoints/step-*, or an exported model"
     )
+    add_ema(result)
     result.add_argument("--prompt", required=True, metavar="TEXT")
     result.add_argument("--budgets", type=budget_list, metavar="LIST", help="K to sample at (default: K_max)")
     result.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to draw (default: 64)")
@@ -34,7 +35,7 @@ def main() -> None:
     from megassm.eval.session import open_for_text
     from megassm.eval.speculate import Drafting
 
-    model, tokenizer, title = open_for_text(arguments.run, None, arguments.device)
+    model, tokenizer, title = open_for_text(arguments.run, None, arguments.device, arguments.ema)
     sampling = Sampling(arguments.tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     drafting = None if arguments.draft_k is None else Drafting(arguments.draft_k, arguments.draft_tokens)
     rows = []

@@ -3,7 +3,7 @@
 Runs as one process, or under `torchrun --nproc-per-node N`, which divides the text. Figures and plots go to the run's
 sweeps/, or to --output, as .json, .csv, .png and .html under a name of data set, length and checkpoint. Those of the
 run's own data at its own length are sweep.json, .csv, .png and .html in its directory too. With --watch a sweep of each
-checkpoint goes to sweeps/ as it comes.
+checkpoint goes to sweeps/ as it comes; with --ema all of it below the run's ema/.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from megassm.cli.arguments import (
     Parser,
     TableRow,
+    add_ema,
     budget_list,
     image_file,
     output_file,
@@ -44,6 +45,7 @@ def parser() -> Parser:
     add = result.add_argument
     what = "run directory (its newest complete checkpoint), or one of its checkpoints/step-*"
     add("runs", type=Path, nargs="+", metavar="RUN_DIR", help=what)
+    add_ema(result)
     add("--budgets", type=budget_list, metavar="LIST", help="K: 2,4,8 or 1-32 or 2-32:2 (default: eval.budgets)")
     add("--seq-lens", type=budget_list, metavar="LIST", help="sequence lengths, tokens (default: the training length)")
     how_many = "sequences of the training length to score, of each text (default: eval.sequences)"
@@ -71,7 +73,9 @@ def main() -> None:
     from megassm.eval.watch import SweepRequest
     from megassm.parallel.world import join_peers, leave_world
 
-    request = SweepRequest(arguments.budgets, arguments.seq_lens, arguments.sequences, arguments.data, arguments.glob)
+    request = SweepRequest(
+        arguments.budgets, arguments.seq_lens, arguments.sequences, arguments.data, arguments.glob, arguments.ema
+    )
     peers = join_peers(arguments.device)
     try:
         if arguments.watch:
@@ -106,17 +110,17 @@ def measure(path: Path, request: SweepRequest, peers: Peers, output: Path | None
 
 def follow(run_dir: Path, request: SweepRequest, peers: Peers) -> list[Sweep]:
     """Sweeps a live run until its end."""
-    from megassm.eval.watch import sweep_file, watch
+    from megassm.eval.watch import result_folder, sweep_file, watch
     from megassm.report.sweep_files import plot_steps, write_json_sweep
     from megassm.run.directory import SWEEPS
 
-    sweeps = []
+    sweeps, folder = [], result_folder(run_dir, request.averaged)
     for sweep in watch(run_dir, request, peers):
         sweeps.append(sweep)
         if peers.is_main:
             show(sweep)
-            write_json_sweep(sweep, sweep_file(run_dir, sweep.step))
-            print(sweep_file(run_dir, sweep.step), plot_steps(run_dir / SWEEPS) or "", sep="\n", flush=True)
+            write_json_sweep(sweep, sweep_file(folder, sweep.step))
+            print(sweep_file(folder, sweep.step), plot_steps(folder / SWEEPS) or "", sep="\n", flush=True)
     return sweeps
 
 

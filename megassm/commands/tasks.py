@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from megassm.cli.arguments import Parser, budget_list, positive, print_table, tool_parser
+from megassm.cli.arguments import Parser, add_ema, budget_list, positive, print_table, tool_parser
 from megassm.cli.progress import shown_progress
 
 
@@ -23,6 +23,7 @@ def parser() -> Parser:
     result = tool_parser(__doc__ or "", example)
     what = "run directory, one of its checkpoints/step-*, or an exported model"
     result.add_argument("run", type=Path, metavar="RUN_DIR", help=what)
+    add_ema(result)
     result.add_argument("--tasks", required=True, metavar="LIST", help="lambada, hellaswag, piqa, arc_easy")
     result.add_argument("--budgets", type=budget_list, metavar="LIST", help="K (default: K_max)")
     result.add_argument("--limit", type=positive, metavar="N", help="examples of each task (default: all)")
@@ -48,7 +49,7 @@ def main() -> None:
 
     if arguments.data:
         os.environ["MEGASSM_EVAL_DATA"] = arguments.data
-    opened = open_for_text(arguments.run, None, arguments.device)
+    opened = open_for_text(arguments.run, None, arguments.device, arguments.ema)
     model = MegaSSMLM(opened, max_length=arguments.max_length, batch_size=arguments.batch)
     budgets = arguments.budgets or [opened.model.config.num_channels]
     with shown_progress(not sys.stderr.isatty()) as progress, progress.busy("evaluate"):  # lm_eval has bars of its own

@@ -15,6 +15,7 @@ Size = Annotated[int, Field(ge=1, le=2**24)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Decay = Annotated[float, Field(gt=0, lt=1)]
 UnitsPerChannel = Annotated[int, Field(ge=0, le=2**24, multiple_of=8)]
 
 Budgets = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_serializer
 
-from megassm.config.fields import Budgets, Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, Section
+from megassm.config.fields import Budgets, Decay, Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, Section
 from megassm.config.model import ModelConfig
 from megassm.errors import without_secrets
 
@@ -82,6 +82,9 @@ class OptimConfig(Section):
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
     grad_clip: Positive | None = 1.0
     """Largest global gradient norm; null does not clip."""
+    ema: Decay | None = None
+    """Decay an update of a running average of the weights, kept beside them, at most (1 + n) / (10 + n) after n
+    updates; null keeps none. `--ema` of the tools takes it for the weights."""
 
     def warmup(self, steps: int) -> int:
         """Updates of warm-up in a run of `steps` updates; half of a trial that is no longer than the warm-up."""
@@ -169,7 +172,11 @@ class CheckpointConfig(Section):
     every_steps: PositiveInt = 1000
     """Updates between checkpoints; the last update always saves."""
     keep: PositiveInt = 3
-    """Complete checkpoints kept; older ones are removed."""
+    """Complete checkpoints kept; older ones are removed, or their weights stay: the next two."""
+    keep_weights_every: PositiveInt | None = None
+    """A checkpoint is also made at every multiple of it, and its weights are kept for good; null: of none."""
+    keep_weights_at: tuple[PositiveInt, ...] = ()
+    """The same after these updates."""
     asynchronous: bool = True
     """Training goes on while a checkpoint is written, from a copy in host memory: 12 bytes a parameter, divided by the
     ranks."""
@@ -235,6 +242,11 @@ class Config(Section):
     health: HealthConfig = HealthConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+
+    def is_milestone(self, step: int) -> bool:
+        """Whether the weights after `step` updates are kept for good."""
+        every = self.checkpoint.keep_weights_every
+        return step in self.checkpoint.keep_weights_at or (every is not None and step % every == 0)
 
     def tokens_per_step(self) -> int:
         return self.train.batch_sequences * self.model.seq_len

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megassm.checkpoint.exported import is_model_folder, open_model_folder
+from megassm.checkpoint.exported import is_model_folder
 from megassm.checkpoint.format import Checkpoint, find_checkpoint, load_model
+from megassm.checkpoint.open import stored_model_folder
 from megassm.config.schema import Config
 from megassm.data.dataset import Dataset, open_dataset, padded_token_bytes, run_tokenizer
 from megassm.data.stream import MicroBatch, StreamPlan, validation_batches
@@ -81,14 +82,15 @@ class Session:
         return list(validation_batches(self.data.valid, plan, sequences))
 
 
-def open_session(path: Path, data_path: str | None, device: Device) -> Session:
+def open_session(path: Path, data_path: str | None, device: Device, averaged: bool = False) -> Session:
     """Opens the newest complete checkpoint of a run, or the one named, on its own data or on `data_path`: a prepared
-    set, or plain text. A run whose own data is gone can be opened; what needs the data says so then.
+    set, or plain text. A run whose own data is gone can be opened; what needs the data says so then. With `averaged`
+    the model is the running average of the weights.
 
     Raises:
         UserError: no checkpoint, no tokenizer, another one, no such device.
     """
-    checkpoint = find_checkpoint(path)
+    checkpoint = find_checkpoint(path, averaged)
     config, kept = checkpoint.config, checkpoint.kept_tokenizer
     if data_path is not None and is_plain_text(data_path):
         [text], tokenizer = open_texts(config, [data_path], kept=kept)
@@ -114,17 +116,18 @@ class OpenModel(NamedTuple):
     title: str
 
 
-def open_for_text(path: Path, data_path: str | None, device: Device) -> OpenModel:
-    """A model in evaluation mode: of a run, of a checkpoint, or exported, which needs no data.
+def open_for_text(path: Path, data_path: str | None, device: Device, averaged: bool = False) -> OpenModel:
+    """A model in evaluation mode: of a run, of a checkpoint, or exported, which needs no data; `averaged`: the running
+    average of a run's weights.
 
     Raises:
         UserError: as `open_session`.
     """
     if is_model_folder(path):
-        folder = open_model_folder(path)
+        folder = stored_model_folder(path, averaged)
         return OpenModel(load_model(folder).to(_device(device)), folder.tokenizer(), str(path))
-    session = open_session(path, data_path, device)
-    return OpenModel(session.model, session.tokenizer, f"{path}, step {session.checkpoint.manifest.step}")
+    session = open_session(path, data_path, device, averaged)
+    return OpenModel(session.model, session.tokenizer, f"{path}, {session.checkpoint.title}")
 
 
 def _device(device: Device) -> torch.device:

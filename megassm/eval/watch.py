@@ -16,6 +16,7 @@ from megassm.checkpoint.format import (
     load_model,
     newest_checkpoint,
     read_checkpoint,
+    with_average,
 )
 from megassm.cli.arguments import print_line
 from megassm.cli.progress import shown_progress
@@ -27,7 +28,7 @@ from megassm.eval.sweep import Sweep, SweepPlan, sweep
 from megassm.eval.text import EvalText, open_texts
 from megassm.model import LanguageModel
 from megassm.parallel.world import Peers, gather_texts, together
-from megassm.run.directory import CHECKPOINTS, SWEEPS, checkpoint_folders, step_name
+from megassm.run.directory import CHECKPOINTS, EMA, SWEEPS, checkpoint_folders, step_name
 from megassm.run.launcher import launcher_is_gone, launcher_pids
 
 STEP_FOLDER = re.compile("step-[0-9]{8,18}")
@@ -49,6 +50,8 @@ class SweepRequest:
     data: Sequence[str] = ()
     """Prepared sets and texts; none is the run's own validation set."""
     glob: str | None = None
+    averaged: bool = False
+    """The running average of the weights."""
 
     @property
     def is_plain(self) -> bool:
@@ -74,6 +77,11 @@ class SweepRequest:
         return open_texts(checkpoint.config, self.data, self.glob, checkpoint.kept_tokenizer)
 
 
+def result_folder(run_dir: Path, averaged: bool) -> Path:
+    """Where a run's sweeps go."""
+    return run_dir / EMA if averaged else run_dir
+
+
 def run_directory(checkpoint: Checkpoint) -> Path:
     """RUN_DIR of RUN_DIR/checkpoints/step-N; a checkpoint that lies elsewhere is its own."""
     folder = checkpoint.folder.absolute()
@@ -81,17 +89,20 @@ def run_directory(checkpoint: Checkpoint) -> Path:
 
 
 def sweep_path(path: Path, request: SweepRequest, peers: Peers) -> tuple[Sweep, Path]:
-    """(the sweep of a run's newest complete checkpoint or of the one named, its run directory). All ranks call it.
+    """(the sweep of a run's newest complete checkpoint or of the one named, where its files go). All ranks call it.
 
     Raises:
         UserError: no checkpoint, no text, a budget or a length out of range.
     """
     # rank 0 chooses: a live run may publish another one between two ranks' looks
-    folder = together(lambda: str(find_checkpoint(path).folder) if peers.is_main else "")
+    folder = together(lambda: str(find_checkpoint(path, request.averaged).folder) if peers.is_main else "")
     checkpoint = read_checkpoint(Path(gather_texts(folder)[0]))
+    checkpoint = with_average(checkpoint) if request.averaged else checkpoint
     model = together(lambda: load_model(checkpoint))
     texts = together(lambda: request.open(checkpoint))
-    return _sweep(str(path), (checkpoint, model), texts, request, peers), run_directory(checkpoint)
+    return _sweep(str(path), (checkpoint, model), texts, request, peers), result_folder(
+        run_directory(checkpoint), request.averaged
+    )
 
 
 def watch(run_dir: Path, request: SweepRequest, peers: Peers) -> Iterator[Sweep]:
@@ -108,7 +119,7 @@ def watch(run_dir: Path, request: SweepRequest, peers: Peers) -> Iterator[Sweep]
     texts = None
     launcher = launcher_pids()
     while not launcher_is_gone(launcher):
-        mine = together(lambda: _next_folder(run_dir, seen) if peers.is_main else "")
+        mine = together(lambda: _next_folder(run_dir, seen, request.averaged) if peers.is_main else "")
         folder = gather_texts(mine)[0]
         if folder == FINISHED:
             return
@@ -117,7 +128,7 @@ def watch(run_dir: Path, request: SweepRequest, peers: Peers) -> Iterator[Sweep]
             continue
         seen.add(folder)
         try:
-            checkpoint, model = together(partial(_open, Path(folder)))
+            checkpoint, model = together(partial(_open, Path(folder), request.averaged))
         except UserError as error:
             if peers.is_main:
                 print_line(f"passed over {folder}: {error}")
@@ -126,8 +137,9 @@ def watch(run_dir: Path, request: SweepRequest, peers: Peers) -> Iterator[Sweep]
         yield _sweep(str(run_dir), (checkpoint, model), texts, request, peers)
 
 
-def sweep_file(run_dir: Path, step: int) -> Path:
-    return run_dir / SWEEPS / f"{step_name(step)}.json"
+def sweep_file(folder: Path, step: int) -> Path:
+    """Of a `result_folder`."""
+    return folder / SWEEPS / f"{step_name(step)}.json"
 
 
 def _sweep(
@@ -144,11 +156,12 @@ def _sweep(
     token_bytes.resize(config.model.vocab_size)  # zeros for ids of the model that the tokenizer has not
     with shown_progress(peers.is_main) as progress:
         curves = sweep(model, texts[0], request.plan(config, tokenizer), token_bytes, peers, progress)
+    name += " (ema)" if request.averaged else ""
     return Sweep(name, checkpoint.manifest.step, config.model.seq_len, curves)
 
 
-def _open(folder: Path) -> tuple[Checkpoint, LanguageModel]:
-    checkpoint = read_checkpoint(folder, check="weights")
+def _open(folder: Path, averaged: bool) -> tuple[Checkpoint, LanguageModel]:
+    checkpoint = find_checkpoint(folder, averaged)
     return checkpoint, load_model(checkpoint)
 
 
@@ -157,14 +170,14 @@ def _check_run_directory(run_dir: Path) -> None:
         raise UserError(f"{run_dir}: no such run directory; start the run first (launch/pretrain.py)")
 
 
-def _next_folder(run_dir: Path, seen: set[str]) -> str:
+def _next_folder(run_dir: Path, seen: set[str], averaged: bool) -> str:
     """The oldest checkpoint to be measured, FINISHED, or nothing yet."""
     found = [path for path in checkpoint_folders(run_dir / CHECKPOINTS) if STEP_FOLDER.fullmatch(path.name)]
     for manifest in filter(Path.exists, [path / MANIFEST for path in found]):
-        measured = run_dir / SWEEPS / f"{manifest.parent.name}.json"
+        measured = result_folder(run_dir, averaged) / SWEEPS / f"{manifest.parent.name}.json"
         if str(manifest.parent) not in seen and not _is_measured(manifest, measured):
             return str(manifest.parent)
-    newest, _ = newest_checkpoint(run_dir)
+    newest, _ = newest_checkpoint(run_dir, check=None)
     return FINISHED if newest is not None and newest.manifest.step >= newest.config.train.steps else ""
 
 

@@ -130,7 +130,12 @@ class Engine:
         self.model: LanguageModel = self._engine.module
         self._parts = weight_slices(config.model, world.mesh.tensor, world.coordinates.tensor)
         self._shapes = parameter_shapes(config.model)
-        state.create_moments(self._engine)
+        self.kinds: tuple[Kind, ...] = state.KINDS
+        """What is to be remembered of each parameter."""
+        if config.optim.ema is not None:
+            self.kinds += (state.AVERAGE,)
+        self._updates = 0
+        state.create_moments(self._engine, average=config.optim.ema is not None)
 
     def losses(self, ids_BT: Tensor, k: int) -> Tensor:
         """Negative log-likelihood in nats (B, L) of the tokens that follow each of the first L = T - 1."""
@@ -179,7 +184,9 @@ class Engine:
             group["lr"] = learning_rate * group[LR_FACTOR]
         if self.config.parallel.zero_stage > 0:
             self._engine.step()
-            return float(self._engine.get_global_grad_norm())
+            norm = float(self._engine.get_global_grad_norm())
+            self._average(norm)
+            return norm
         norm = self._stage_0_norm()
         limit = self.config.optim.grad_clip
         if not math.isfinite(norm):
@@ -188,7 +195,17 @@ class Engine:
             for parameter in self.model.parameters():
                 cast(Tensor, parameter.grad).mul_(limit / (norm + 1e-6))
         self._engine.step()
+        self._average(norm)
         return norm
+
+    def _average(self, norm: float) -> None:
+        """After an update with a gradient of that norm."""
+        if not math.isfinite(norm):
+            return  # no weight has changed
+        self._updates += 1
+        decay = self.config.optim.ema
+        if decay is not None:
+            state.average(self._engine, min(decay, (1 + self._updates) / (10 + self._updates)))
 
     @torch.no_grad()
     def _stage_0_norm(self) -> float:
@@ -228,9 +245,10 @@ class Engine:
     def write_state(self, source: StateSource, updates: int) -> None:
         """Restores what `read_state` gave on any mesh; `updates` is what `applied_updates` was."""
         for name, parameter in self.model.named_parameters():
-            for kind in state.KINDS:
+            for kind in self.kinds:
                 part = self._parts[name].of(source(name, kind))
                 state.write(self._engine, parameter, kind, part.to(self.world.device))
+        self._updates = updates
         state.set_applied_updates(self._engine, updates)
         state.finish_writing(self._engine)
 

@@ -1,8 +1,9 @@
 """What a training job must remember, parameter by parameter, in and out of a DeepSpeed engine at any ZeRO stage.
 
-A kind of state is the float32 weight, or one of AdamW's moments. `read` gives it whole over the replicas of this rank,
-`write` takes it so; with the tensor group's parts put together it depends on no mesh and no stage. DeepSpeed's own
-checkpoints depend on both: its universal format would need a conversion, and does not go between stages 1 and 3.
+A kind of state is the float32 weight, one of AdamW's moments, or the weight's running average. `read` gives it whole
+over the replicas of this rank, `write` takes it so; with the tensor group's parts put together it depends on no mesh
+and no stage. DeepSpeed's own checkpoints depend on both: its universal format would need a conversion, and does not go
+between stages 1 and 3.
 
 Everything here that begins with an underscore is DeepSpeed's, as 0.19.8 has it; tests/test_resume.py holds every stage.
 """
@@ -14,15 +15,21 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Kind = Literal["weight", "exp_avg", "exp_avg_sq", "ema"]
+AVERAGE: Kind = "ema"
+"""The weight's running average: a moment to the optimizer's state, so that DeepSpeed divides it as it does those."""
+KINDS: tuple[Kind, ...] = get_args(Kind)[:3]
+"""Of every run."""
 MOMENTS: tuple[Kind, ...] = KINDS[1:]
 State = dict[str, dict[Kind, Tensor]]
 """Whole values, by parameter and kind."""
 
 
-def create_moments(engine: Any) -> None:
-    """Fills AdamW's empty state, as its first step would: so that it can be read and written before that."""
+def create_moments(engine: Any, average: bool = False) -> None:
+    """Fills AdamW's empty state, as its first step would: so that it can be read and written before that.
+
+    With `average` also the running average of the weights, which begins as they do.
+    """
     optimizer = _torch_optimizer(engine)
     for master in _masters(engine):
         optimizer.state[master] = {
@@ -30,8 +37,18 @@ def create_moments(engine: Any) -> None:
             "exp_avg": torch.zeros_like(master),
             "exp_avg_sq": torch.zeros_like(master),
         }
+        if average:
+            optimizer.state[master][AVERAGE] = master.detach().clone()
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+@torch.no_grad()
+def average(engine: Any, decay: float) -> None:
+    """Moves the running average of the weights by one update: average <- decay * average + (1 - decay) * weight."""
+    masters, state = _masters(engine), _torch_optimizer(engine).state
+    averages = [state[master][AVERAGE] for master in masters]
+    torch._foreach_lerp_(averages, [master.detach() for master in masters], 1 - decay)
 
 
 def applied_updates(engine: Any) -> int:

@@ -56,6 +56,8 @@ def rank_memory(config: Config, mesh: Mesh, filters: Filters, group_bytes: int, 
         "filters": filters.table_bytes,
         "activations": peak_activation_bytes(model, model.num_channels, work, group_bytes, config.train.recompute),
     }
+    if config.optim.ema is not None:
+        memory["running average"] = FLOAT32 * (numbers if stage == 0 else share)
     after = _after_backward_bytes(config, replicas, numbers, fused)
     backward = memory["gradients"] + memory["buckets"] + memory["activations"]
     return memory | {"update beyond that": max(0.0, after - backward)}

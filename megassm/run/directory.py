@@ -16,6 +16,7 @@ RUN_DIR/jobs/NNNN/          what was submitted to SLURM, see `megassm.commands.s
 RUN_DIR/.lock               held by the job that trains here
 RUN_DIR/sweep.*             tools/sweep_budgets.py: the newest of the run's own data
 RUN_DIR/sweeps/             ... every sweep, DATA-LENGTH-step-NNNNNNNN.*; --watch: step-NNNNNNNN.json, steps.png
+RUN_DIR/ema/                sweep.* and sweeps/ with --ema
 RUN_DIR/wandb/              wandb's own files
 RUN_DIR/wandb.json          which run of wandb's this is (see `megassm.run.wandb_log`)
 RUN_DIR/tensorboard/        TensorBoard's files (see `megassm.run.tensorboard_log`)
@@ -45,6 +46,8 @@ TENSORBOARD = "tensorboard"
 SWEEP = "sweep"
 """And a suffix."""
 SWEEPS = "sweeps"
+EMA = "ema"
+"""The same of the weights' running average."""
 STEPS_PLOT = "steps.png"
 """In `SWEEPS`."""
 

@@ -174,7 +174,7 @@ def rewinds(run: Run, step: int) -> bool:
     told = ""
     if run.world.is_main:
         run_dir = Path(run.config.run.dir)
-        checkpoint, _ = newest_checkpoint(run_dir)
+        checkpoint, _ = newest_checkpoint(run_dir, to_continue=True)
         done = -1 if checkpoint is None else checkpoint.manifest.step
         times = sum(entry.step == done for entry in read_left_out(run_dir))
         if done >= 0 and times < MAX_REWINDS:

@@ -159,8 +159,7 @@ def train(run: Run) -> End:
         run.events.retry()
         if tally.dropped and config.health.spike_action == "rewind" and goes_back(run, step):
             return "rewound"
-        due = (step + 1) % config.checkpoint.every_steps == 0 and not skipped  # a sick run replaces no good checkpoint
-        if last or due:
+        if last or (save_is_due(config, step + 1) and not skipped):  # a sick run replaces no good checkpoint
             save(run, step + 1, must=last)
         if totals.stop and not last:
             return stop(run, step + 1)
@@ -189,6 +188,10 @@ def accumulate(run: Run, health: Health, budgets: list[int], stride: int) -> Tal
         note("backward pass", phase=StepPhase.BACKWARD)
         engine.backward(objective_BL, mask_BL)
     return tally
+
+
+def save_is_due(config: Config, done_steps: int) -> bool:
+    return done_steps % config.checkpoint.every_steps == 0 or config.is_milestone(done_steps)
 
 
 def goes_back(run: Run, step: int) -> bool:

@@ -27,7 +27,7 @@ from megassm.data.stream import MicroBatch, StreamPlan, TokenStream, validation_
 from megassm.errors import UserError
 from megassm.files import PRIVATE_MODE, write_atomically
 from megassm.parallel.engine import Engine
-from megassm.parallel.state import Kind
+from megassm.parallel.state import AVERAGE, Kind
 from megassm.parallel.world import World, gather_rows, together
 from megassm.run import provenance
 from megassm.run.directory import CHECKPOINTS, ENVIRONMENT, ENVIRONMENTS, TOKENIZER, checkpoint_folders
@@ -158,7 +158,7 @@ def checkpoint_to_continue(config: Config, data_fingerprint: str, events: Events
     Raises:
         UserError: it is another run's, or there are checkpoints and none can be continued.
     """
-    checkpoint, skipped = newest_checkpoint(Path(config.run.dir))
+    checkpoint, skipped = newest_checkpoint(Path(config.run.dir), to_continue=True)
     for reason in skipped:
         events.add("passed over", checkpoint.manifest.step if checkpoint else 0, f"passed over a checkpoint: {reason}")
     if checkpoint is None and skipped:
@@ -192,13 +192,16 @@ def with_draws(config: Config, checkpoint: Checkpoint | None, world: World) -> C
 def restore(engine: Engine, checkpoint: Checkpoint, events: Events) -> int:
     """Loads a checkpoint; returns how many updates are done."""
     manifest, read = checkpoint.manifest, checkpoint.tensors()
+    begins = AVERAGE in engine.kinds and not checkpoint.has_average
 
     def source(name: str, kind: Kind) -> torch.Tensor:
         engine.world.progress.note("reading the checkpoint")
-        return read(name, kind)
+        return read(name, "weight" if begins and kind == AVERAGE else kind)
 
     engine.write_state(source, manifest.updates)
     other = "" if engine.shape == manifest.mesh else f", written by {manifest.mesh} and continued by {engine.shape}"
+    if begins:
+        other += "; the running average of the weights begins here"
     events.add("resume", manifest.step, f"continuing after step {manifest.step} from {checkpoint.folder}{other}")
     return manifest.step
 

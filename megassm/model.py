@@ -22,7 +22,7 @@ from megassm.layers.attention import attention_mask, rope_tables
 from megassm.layers.block import Block
 from megassm.layers.context import Context
 from megassm.layers.filterbank import FilterBank
-from megassm.layers.initial import initial_values
+from megassm.layers.initial import initial_blocks
 from megassm.layers.state import Continued, DecodingState, Extension
 from megassm.layers.vocabulary import Vocabulary
 from megassm.ops.documents import check_documents, document_numbers
@@ -267,9 +267,15 @@ def parameter_shapes(config: ModelConfig) -> Mapping[str, torch.Size]:
 
 
 def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """(name, float32 values) of every parameter, each drawn from its own stream: see `initial_values`."""
-    for name, shape in parameter_shapes(config).items():
-        yield name, initial_values(name, shape, config, seed)
+    """(name, float32 values) of every parameter, each drawn from its own stream (`megassm.layers.initial`)."""
+    for name in parameter_shapes(config):
+        blocks = list(initial_rows(config, seed, name))
+        yield name, blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def initial_rows(config: ModelConfig, seed: int, name: str) -> Iterator[Tensor]:
+    """The values that `initial_weights` has for one parameter, in blocks of its rows."""
+    return initial_blocks(name, parameter_shapes(config)[name], config, seed)
 
 
 def build_model(config: ModelConfig, seed: int = 0, recompute: bool = False) -> LanguageModel:

@@ -67,17 +67,21 @@ def parameter_groups(shapes: Mapping[str, torch.Size], factor: float, weight_dec
     ]
 
 
-def build_optimizer(model: nn.Module, factor: float, config: OptimConfig) -> torch.optim.Optimizer:
-    """torch's AdamW: DeepSpeed takes it at every ZeRO stage, and nothing has to be compiled.
+def build_optimizer(
+    model: nn.Module, factor: float, config: OptimConfig, shapes: Mapping[str, torch.Size] | None = None
+) -> torch.optim.Optimizer:
+    """torch's AdamW: DeepSpeed takes it at every ZeRO stage, and nothing has to be compiled. `shapes` are the
+    parameters' before ZeRO has divided them; None: it has not.
 
     On CUDA fused: one pass over weights, gradients and moments, without the two temporaries of their size that it needs
     else. On a CPU it would change the last digits of every run.
     """
     parameters = dict(model.named_parameters())
+    shapes = shapes or {name: parameter.shape for name, parameter in parameters.items()}
     groups = [
         {"params": [parameters[name] for name in group.names], "weight_decay": group.weight_decay,
          LR_FACTOR: group.lr_factor, "lr": config.lr * group.lr_factor}
-        for group in parameter_groups({name: p.shape for name, p in parameters.items()}, factor, config.weight_decay)
+        for group in parameter_groups(shapes, factor, config.weight_decay)
     ]  # fmt: skip
     return torch.optim.AdamW(
         groups,

@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 from megassm.checkpoint.format import (
     MANIFEST,
     Checkpoint,
-    check_identity,
     newest_checkpoint,
     read_checkpoint,
-    run_identity,
 )
+from megassm.checkpoint.identity import check_identity, run_identity
 from megassm.config.schema import Config
 from megassm.errors import UserError
 from megassm.run.journal import read_records

@@ -15,12 +15,11 @@ from megassm.checkpoint.branch import branch
 from megassm.checkpoint.format import (
     MANIFEST,
     Checkpoint,
-    check_identity,
     checksum_of,
     find_checkpoint,
     read_checkpoint,
-    run_identity,
 )
+from megassm.checkpoint.identity import check_identity, run_identity
 from megassm.config.changes import MEANINGS, changes, effect_of, knobs_of
 from megassm.config.load import load_config
 from megassm.config.schema import Config

@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megassm.checkpoint import save, tensor_file
+from megassm.checkpoint import tensor_file
 from megassm.checkpoint.format import newest_checkpoint, read_checkpoint
 from megassm.checkpoint.space import PIN
 from megassm.checkpoint.tensor_file import write_tensors
 from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
 from megassm.errors import UserError
+from megassm.parallel import waiting
 from megassm.parallel.world import join_world, leave_world
 from megassm.run.directory import step_name
 from megassm.run.events import read_events
@@ -138,7 +139,7 @@ def save_one(config: Config) -> None:
         assert go_on.wait(60)
         return whole(path, tensors, wrote)
 
-    tensor_file.write_tensors, save.POLL_S = write, 0.05
+    tensor_file.write_tensors, waiting.POLL_S = write, 0.05
     folder = Path(config.run.dir)
     folder.mkdir()
     try:

@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Set
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,7 @@ from megassm.data.tokenizer.hugging_face import CONFIG_NAME, FILE_NAME
 from megassm.errors import UserError
 from megassm.files import open_as_its_folder, sync, write_atomically
 from megassm.guarded import LINE_BYTES, read_bytes, read_json
+from megassm.layers.initial import BLOCK_NUMBERS
 from megassm.model import LanguageModel, parameter_shapes
 
 CONFIG, WEIGHTS, CODE = "config.json", "model.safetensors", "modeling_megassm.py"
@@ -78,26 +79,18 @@ class ModelFolder:
 
     def weights(self, k: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """See `megassm.checkpoint.format.StoredModel`."""
-        self._check_size()
-        path = self.folder / WEIGHTS
-        if path.is_file():
-            check_sums(self.folder, {WEIGHTS})
+        self.check_weights()
         kept = parameter_shapes(self.config if k is None else self.config.cut(k))
-        try:
-            with ExitStack() as stack:
-                files: dict[Path, Any] = {}
-                for name, shape in parameter_shapes(self.config).items():
-                    path = self._file_of(name)
+        with ExitStack() as stack:
+            files: dict[Path, Any] = {}
+            for name, shape in parameter_shapes(self.config).items():
+                path = self._file_of(name)
+                with _as_weights(path):
                     if path not in files:
                         files[path] = stack.enter_context(safe_open(path, framework="pt"))
                     values = leading(files[path], name_in_file(name, self.config), shape, kept[name])
-                    if not bool(torch.isfinite(values).all()):
-                        raise UserError(f"{path}: {name} is not finite; export it again")
-                    yield name, values.float()
-        except UserError:
-            raise
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path}: not the weights of its {CONFIG} ({error}); export it again") from None
+                _check_finite(values, path, name)
+                yield name, values.float()
 
     def _check_size(self) -> None:
         """UserError if the file is too small for the model of its configuration, before one of that size is made."""
@@ -132,8 +125,31 @@ class ModelFolder:
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(own_tokenizer(self.folder))
 
-    def weights_for(self, wanted: ModelConfig, tokenizer: Tokenizer) -> Iterator[tuple[str, Tensor]]:
-        """`weights`, to start a run of the model `wanted` from.
+    def rows(self, name: str) -> Iterator[Tensor]:
+        """The float32 values of a parameter, in blocks of its rows.
+
+        Raises:
+            UserError: as `weights`.
+        """
+        shape, path = parameter_shapes(self.config)[name], self._file_of(name)
+        count = max(1, BLOCK_NUMBERS // shape[1:].numel())
+        with _as_weights(path), safe_open(path, framework="pt") as file:
+            stored = file.get_slice(PREFIX + name)
+            if tuple(stored.get_shape()) != tuple(shape):
+                raise ValueError(f"{PREFIX + name} is {tuple(stored.get_shape())}, expected {tuple(shape)}")
+            for first in range(0, shape[0], count):
+                values = stored[first : min(first + count, shape[0])]
+                _check_finite(values, path, name)
+                yield values.float()
+
+    def check_weights(self) -> None:
+        """UserError if the files of the weights are not what `SUMS` says, where it says anything."""
+        self._check_size()
+        if (self.folder / WEIGHTS).is_file():
+            check_sums(self.folder, {WEIGHTS})
+
+    def check_origin(self, wanted: ModelConfig, tokenizer: Tokenizer) -> None:
+        """Checks that a run of the model `wanted` can start from its weights.
 
         Raises:
             UserError: parameters are missing, too many or of other shapes, or the ids mean something else.
@@ -152,13 +168,28 @@ class ModelFolder:
                 f"run.init_from = {str(self.folder)!r}: its tokenizer is {self.tokenizer().name}, the data set's is "
                 f"{tokenizer.name}, and their ids mean different text; prepare the data with the model's tokenizer"
             )
-        return self.weights()
 
     def differences(self, wanted: ModelConfig) -> list[str]:
         """The knobs in which what this model computes is not `wanted`, with this model's values."""
         theirs, ours = self.config.model_dump(mode="json"), wanted.model_dump(mode="json")
         return [f"model.{name}={json.dumps(theirs[name])}" for name in theirs
                 if theirs[name] != ours[name] and name not in OF_TRAINING_ONLY]  # fmt: skip
+
+
+@contextmanager
+def _as_weights(path: Path) -> Iterator[None]:
+    """What reading raises becomes a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not the weights of its {CONFIG} ({error}); export it again") from None
+
+
+def _check_finite(values: Tensor, path: Path, name: str) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise UserError(f"{path}: {name} is not finite; export it again")
 
 
 def is_model_folder(path: Path) -> bool:

@@ -29,7 +29,6 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from megassm import __version__
-from megassm.config.changes import fixed_knobs
 from megassm.config.model import ModelConfig
 from megassm.config.schema import Config
 from megassm.errors import UserError
@@ -42,7 +41,6 @@ FORMAT = 3
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 2**24
 AGAIN = "use another checkpoint of this run"
-FINGERPRINT = "the data's fingerprint"
 WEIGHTS, MOMENTS, AVERAGES = "weights", "moments", "average"
 """How files begin, by what they hold."""
 TENSORS = re.compile(rf"({WEIGHTS}|{MOMENTS}|{AVERAGES})-\d{{5,9}}-of-\d{{5,9}}\.safetensors")
@@ -50,7 +48,7 @@ TENSORS = re.compile(rf"({WEIGHTS}|{MOMENTS}|{AVERAGES})-\d{{5,9}}-of-\d{{5,9}}\
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is; `identity` must be equal for a run to continue from it."""
+    """What a checkpoint is; `identity` must be equal for a run to continue from it (`megassm.checkpoint.identity`)."""
 
     format: int
     step: int
@@ -117,34 +115,21 @@ class Checkpoint:
                 f"({knobs}); use {wrote}"
             ) from None
 
-    def tensors(self) -> Callable[[str, Kind], Tensor]:
-        """Reads a parameter's weight or moment, whole, by name; one at a time."""
-        stored = self._stored()
-
-        def read(name: str, kind: Kind) -> Tensor:
-            key = _key(name, kind)
-            with as_tensors(self.folder, AGAIN):
-                tensor: Tensor = stored(key).get_tensor(key)
-            self._check(tensor, key)
-            return tensor
-
-        return read
-
     def model_config(self) -> ModelConfig:
         return self.config.model
 
     def weights(self, k: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """See `StoredModel`."""
-        config, stored = self.config.model, self._stored()
+        config, stored = self.config.model, self.stored()
         whole = parameter_shapes(config)
         for name, shape in parameter_shapes(config if k is None else config.cut(k)).items():
-            key = _key(name, "ema" if self.averaged else "weight")
+            key = tensor_key(name, "ema" if self.averaged else "weight")
             with as_tensors(self.folder, AGAIN):
                 part = leading(stored(key), key, whole[name], shape)
-            self._check(part, key)
+            self.check_values(part, key)
             yield name, part
 
-    def _stored(self) -> Callable[[str], Any]:
+    def stored(self) -> Callable[[str], Any]:
         """The open file that a tensor is in, by the tensor's key."""
         files: list[Any] = [open_tensors(self.folder / name, AGAIN) for name in self.manifest.files]
         place = {key: file for file in files for key in file.keys()}  # noqa: SIM118
@@ -156,7 +141,8 @@ class Checkpoint:
 
         return file_of
 
-    def _check(self, tensor: Tensor, key: str) -> None:
+    def check_values(self, tensor: Tensor, key: str) -> None:
+        """UserError where a part of a tensor is not float32, or not finite."""
         if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{self.folder}: {key} is {tensor.dtype}, or not finite; {AGAIN}")
 
@@ -203,16 +189,8 @@ def leading(file: Any, key: str, whole: torch.Size, kept: torch.Size) -> Tensor:
     return part.clone(memory_format=torch.contiguous_format)
 
 
-def _key(name: str, kind: Kind) -> str:
+def tensor_key(name: str, kind: Kind) -> str:
     return name if kind == "weight" else f"{name}.{kind}"
-
-
-def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
-    """What must not change between a checkpoint and the run that continues it, by knob.
-
-    The mesh and the ZeRO stage may change, and so may everything that a schedule is made of (`config.changes`).
-    """
-    return fixed_knobs(config) | {FINGERPRINT: data_fingerprint}
 
 
 def newest_checkpoint(
@@ -225,15 +203,24 @@ def newest_checkpoint(
     skipped: list[str] = []
     for folder in reversed(checkpoint_folders(run_dir / CHECKPOINTS)):
         try:
-            found = read_checkpoint(folder, check)
-            if folder.name != step_name(found.manifest.step):
-                raise UserError(f"{folder}: holds step {found.manifest.step}: not this run's, or renamed by hand")
-            if to_continue and not found.has_moments:
-                raise UserError(f"{folder}: a milestone: it has the weights alone, and cannot be continued")
-            return found, skipped
+            return checkpoint_of_run(folder, check, to_continue), skipped
         except UserError as error:
             skipped.append(str(error))
     return None, skipped
+
+
+def checkpoint_of_run(folder: Path, check: str | None = None, to_continue: bool = False) -> Checkpoint:
+    """As `read_checkpoint`; it must be of the step that its folder is named by, and whole if a run shall go on from it.
+
+    Raises:
+        UserError: it is not.
+    """
+    found = read_checkpoint(folder, check)
+    if folder.name != step_name(found.manifest.step):
+        raise UserError(f"{folder}: holds step {found.manifest.step}: not this run's, or renamed by hand")
+    if to_continue and not found.has_moments:
+        raise UserError(f"{folder}: a milestone: it has the weights alone, and cannot be continued")
+    return found
 
 
 def find_checkpoint(path: Path, averaged: bool = False) -> Checkpoint:
@@ -277,6 +264,35 @@ def read_checkpoint(folder: Path, check: str | None = None) -> Checkpoint:
     Raises:
         UserError: naming what is missing or damaged.
     """
+    checkpoint = read_manifest(folder)
+    for name, (size, _) in checkpoint.manifest.files.items():
+        file = folder / name
+        check_inside(file, folder)
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes"
+            raise UserError(f"{folder}: incomplete: {name} {state}; the manifest says {size}")
+        if check is not None and name.startswith(check):
+            check_sum(checkpoint, name)
+    return checkpoint
+
+
+def check_sum(checkpoint: Checkpoint, name: str, read: Callable[[int], None] = lambda count: None) -> None:
+    """Reads a file, and tells `read` how many bytes, as they are.
+
+    Raises:
+        UserError: its checksum is not the manifest's.
+    """
+    if _crc32(checkpoint.folder / name, read) != checkpoint.manifest.files[name][1]:
+        raise UserError(f"{checkpoint.folder}: damaged: the checksum of {name} is not the manifest's")
+
+
+def read_manifest(folder: Path) -> Checkpoint:
+    """A checkpoint whose manifest is whole; its files are not looked at.
+
+    Raises:
+        UserError: there is none, it is damaged, or names what no checkpoint has.
+    """
     path = folder / MANIFEST
     try:
         facts = parse_json(read_bytes(path, MANIFEST_BYTES, AGAIN), path, AGAIN)
@@ -287,56 +303,24 @@ def read_checkpoint(folder: Path, check: str | None = None) -> Checkpoint:
         raise UserError(f"{path}: checkpoint format {manifest.format}, this version reads {FORMAT}")
     if manifest.checksum != checksum_of(facts):  # of what is written there, facts of other versions included
         raise UserError(f"{path}: damaged: its checksum is not that of what it says")
-    for name, (size, crc) in manifest.files.items():
+    for name in manifest.files:
         if not TENSORS.fullmatch(name):
             raise UserError(f"{path}: names the file {name[:200]!r}, which is not a checkpoint's; it is not opened")
-        file = folder / name
-        check_inside(file, folder)
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise UserError(f"{folder}: incomplete: {name} {state}; the manifest says {size}")
-        if check is not None and name.startswith(check) and _crc32(file) != crc:
-            raise UserError(f"{folder}: damaged: the checksum of {name} is not the manifest's")
     return Checkpoint(folder, manifest)
 
 
-def check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
-    """Checks that a run may be continued from a checkpoint.
-
-    Raises:
-        UserError: with every difference.
-    """
-    # as this version reads it: a knob newer than the checkpoint has its default; one that may change since is not there
-    theirs = run_identity(checkpoint.config, checkpoint.manifest.identity.get(FINGERPRINT, ""))
-    differences = [
-        f"{name} is {_short(identity.get(name))}, the checkpoint has {_short(theirs.get(name))}"
-        for name in sorted(theirs.keys() | identity.keys())
-        if theirs.get(name) != identity.get(name)
-    ]
-    if differences:
-        raise UserError(
-            f"{checkpoint.folder}: cannot be continued by this run: {'; '.join(differences)}. "
-            "Restore these, move that folder away if it is another run's, or start a new run with another run.dir"
-        )
-
-
-def checksum_of(facts: dict[str, Any]) -> int:
-    """CRC-32 of what a manifest says, its own checksum apart."""
-    return zlib.crc32(json.dumps(facts | {"checksum": None}, sort_keys=True).encode())
-
-
-def _crc32(path: Path) -> int:
+def _crc32(path: Path, read: Callable[[int], None] = lambda count: None) -> int:
     value = 0
     try:
         with path.open("rb") as file:
             while block := file.read(1 << 24):
                 value = zlib.crc32(block, value)
+                read(len(block))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     return value
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 24 else f"{text[:16]}..."
+def checksum_of(facts: dict[str, Any]) -> int:
+    """CRC-32 of what a manifest says, its own checksum apart."""
+    return zlib.crc32(json.dumps(facts | {"checksum": None}, sort_keys=True).encode())

@@ -18,11 +18,10 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, wait
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
 from typing import Any, NamedTuple, cast
 
 from megassm import __version__
@@ -33,10 +32,10 @@ from megassm.checkpoint.format import (
     MOMENTS,
     WEIGHTS,
     Manifest,
-    _key,
     newest_checkpoint,
-    run_identity,
+    tensor_key,
 )
+from megassm.checkpoint.identity import run_identity
 from megassm.checkpoint.space import pin
 from megassm.cli.arguments import error_text
 from megassm.config.schema import Config
@@ -44,14 +43,14 @@ from megassm.errors import UserError
 from megassm.model import parameter_shapes
 from megassm.parallel import state
 from megassm.parallel.engine import Engine
+from megassm.parallel.start import shared_out
 from megassm.parallel.state import Kind, State
-from megassm.parallel.world import gather_rows, gather_texts
+from megassm.parallel.waiting import in_background, wait_for_all
+from megassm.parallel.world import gather_texts
 from megassm.run.directory import CHECKPOINTS, step_name
 from megassm.run.fence import Fence
 from megassm.run.opening import clear_partial
 
-POLL_S = 2.0
-"""Between two looks of all ranks at each other, while they wait for a checkpoint."""
 FILES: dict[str, tuple[Kind, ...]] = {WEIGHTS: ("weight",), MOMENTS: state.MOMENTS, AVERAGES: (state.AVERAGE,)}
 """What goes into a file of each kind."""
 
@@ -115,7 +114,7 @@ class Saver:
             failure = gather_texts(publish.make(self._partial, self._config) if world.is_main else "")[0]
             if not failure:
                 self._copy()
-                self._work = _in_background(self._write_share)
+                self._work = in_background(self._write_share)
                 return None
             if world.is_main:
                 shutil.rmtree(self._partial, ignore_errors=True)
@@ -138,7 +137,7 @@ class Saver:
                 failure = next((f"rank {rank}: {share}" for rank, share in enumerate(shares) if _failed(share)), "")
                 if not failure:
                     files = {name: (facts[0], facts[1]) for share in shares for name, facts in share.items()}
-                    self._work = _in_background(lambda: self._publish(files) if is_main else "")
+                    self._work = in_background(lambda: self._publish(files) if is_main else "")
                     self._publishing = True
                     return None
                 if is_main:
@@ -204,22 +203,14 @@ class Saver:
 
     def _wait(self) -> None:
         """Until the threads of all ranks have done their part."""
-        limit, moved, before = self._config.parallel.timeout_s, time.monotonic(), -1
-        while True:
-            self._engine.world.progress.note("checkpoint, writing files")
-            wait([cast(Future[Any], self._work)], timeout=POLL_S)
-            if self._written != before:
-                moved, before = time.monotonic(), self._written
-            ranks = gather_rows([self.ready, time.monotonic() - moved])
-            if all(ready for ready, _ in ranks):
-                return
-            stuck = [str(rank) for rank, (ready, still_s) in enumerate(ranks) if not ready and still_s > limit]
-            if stuck:
-                raise UserError(
-                    f"{self._partial}: the disk has taken nothing from rank {', '.join(stuck[:8])} for "
-                    f"parallel.timeout_s = {limit} seconds; see to the disk, and start again: the same command "
-                    "continues from the last checkpoint"
-                )
+        limit, work = self._config.parallel.timeout_s, cast(Future[Any], self._work)
+        world = self._engine.world
+        if stuck := wait_for_all(world, work, "checkpoint, writing files", lambda: self._written, limit):
+            raise UserError(
+                f"{self._partial}: the disk has taken nothing from rank {', '.join(map(str, stuck[:8]))} for "
+                f"parallel.timeout_s = {limit} seconds; see to the disk, and start again: the same command "
+                "continues from the last checkpoint"
+            )
 
     def _ended(self, failure: str) -> Saved:
         self._work, self._publishing = None, False
@@ -237,7 +228,7 @@ class Saver:
             for title, kinds in FILES.items():
                 if not set(kinds) <= set(self._engine.kinds):
                     continue
-                tensors = {_key(name, kind): self._copies[name][kind] for name in self._mine for kind in kinds}
+                tensors = {tensor_key(name, kind): self._copies[name][kind] for name in self._mine for kind in kinds}
                 path = self._partial / f"{title}-{number}.safetensors"
                 files[path.name] = tensor_file.write_tensors(path, tensors, self._wrote)
         except OSError as error:
@@ -274,33 +265,12 @@ class Saver:
         return replace(manifest, checksum=manifest.own_checksum())
 
 
-def _in_background(work: Callable[[], Any]) -> Future[Any]:
-    """What `work` returns or raises, later. A thread that does not keep a process from its end: nothing is published
-    then, and the next start clears away."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # raised again where the result is asked for
-            future.set_exception(error)
-
-    Thread(target=run, name="checkpoint", daemon=True).start()
-    return future
-
-
 def _failed(share: object) -> bool:
     return isinstance(share, str)
 
 
 def _owned(engine: Engine) -> list[str]:
-    """The parameters that this rank writes: the largest first, each to the rank with the least so far."""
-    loads = [0] * engine.world.size
-    owned = []
+    """The parameters that this rank writes."""
     sizes = {name: shape.numel() for name, shape in parameter_shapes(engine.config.model).items()}
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        least = loads.index(min(loads))
-        loads[least] += sizes[name]
-        if least == engine.world.rank:
-            owned.append(name)
-    return owned
+    owner = shared_out(sizes, engine.world.size)
+    return [name for name, rank in owner.items() if rank == engine.world.rank]

@@ -165,10 +165,12 @@ def describe(plan: Plan, cluster: Cluster, filters: Filters) -> dict[str, list[T
     config, model = plan.config, plan.config.model
     memory: list[TableRow] = [{"kind": kind, "GB": size / 1e9} for kind, size in plan.memory.items()]
     limit = cluster.memory_bytes * cluster.memory_share
-    memory += [{"kind": "peak", "GB": plan.total_bytes / 1e9}, {"kind": "usable", "GB": limit / 1e9}]
+    memory += [{"kind": "peak", "GB": plan.total_bytes / 1e9}, {"kind": "start-up", "GB": plan.start_bytes / 1e9}]
+    memory += [{"kind": "usable", "GB": limit / 1e9}]
     return {
         "plan": [{**row(plan, cluster), "fits": plan.fits(cluster)}],
         "memory": memory,
+        "host": [{"needed_for": what, "GB": size / 1e9} for what, size in plan.host.items()],
         "sent": [
             {"group": kind, "GB_an_update": size / 1e9, "messages": plan.messages[kind]}
             for kind, size in plan.sent.items()
@@ -196,6 +198,7 @@ def print_report(report: dict[str, list[TableRow]]) -> None:
     )
     print_table("plan; step_s is the mean over the budgets drawn", report["plan"])
     print_table("memory of one rank at full K", report["memory"])
+    print_table("host memory of one rank, beside what it computes on", report["host"])
     print_table("sent by one rank", report["sent"])
     print_table("budgets", report["budgets"])
 

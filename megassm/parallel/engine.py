@@ -11,7 +11,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,18 +21,20 @@ from torch import Tensor
 
 from megassm.config.schema import Config
 from megassm.cost import reduce_bucket_numbers
-from megassm.model import LanguageModel, initial_weights, losses_at, parameter_shapes
+from megassm.model import LanguageModel, initial_rows, losses_at, parameter_shapes
 from megassm.ops.documents import document_numbers
 from megassm.optim import LR_FACTOR, build_optimizer
 from megassm.parallel import state
 from megassm.parallel.mesh import Mesh
 from megassm.parallel.sequence import split_sequence
+from megassm.parallel.slices import StoredTensor, read_flat
+from megassm.parallel.start import WeightSource, start_weights
 from megassm.parallel.state import Kind, State
-from megassm.parallel.tensor import build_split_model, gather_whole, weight_slices
+from megassm.parallel.tensor import gather_whole, split_model, weight_slices
 from megassm.parallel.world import Group, World
 
-StateSource = Callable[[str, Kind], Tensor]
-"""The whole value of a kind of state of a parameter, by name."""
+StateSource = Callable[[str, Kind], StoredTensor]
+"""A kind of state of a parameter, by name."""
 
 
 def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
@@ -99,10 +102,10 @@ class Engine:
         config: Config,
         world: World,
         document_end: int | None = None,
-        weights: Iterable[tuple[str, Tensor]] | None = None,
+        weights: WeightSource | None = None,
         asked: int | None = None,
     ) -> None:
-        """Builds the model of `config` from `weights`, (name, whole float32 value); None draws them from the seed.
+        """Builds the model of `config` from `weights`; None draws them from the seed.
 
         With `document_end`, the id of that name, no position sees another document. `asked` are the positions of a
         sequence that count; None: all.
@@ -114,28 +117,46 @@ class Engine:
         self.micro_steps = config.micro_steps(world.mesh.data)
         asked = asked or config.model.seq_len
         self._positions = config.train.micro_batch_sequences * asked / world.mesh.sequence
-        weights = weights or initial_weights(config.model, config.run.seed)
-        model = build_split_model(config.model, weights, world.tensor, config.train.recompute)
-        split_sequence(model, world.sequence)
-        model.to(world.device)
+        self._parts = weight_slices(config.model, world.mesh.tensor, world.coordinates.tensor)
+        self._shapes = parameter_shapes(config.model)
         deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
+        model = self._start(deepspeed, weights or partial(initial_rows, config.model, config.run.seed))
         with contextlib.redirect_stdout(io.StringIO()):  # the bf16 optimizer prints its memory use, unasked
             self._engine, *_ = deepspeed.initialize(
                 model=model,
-                optimizer=build_optimizer(model, config.model.width_factor, config.optim),
+                optimizer=build_optimizer(model, config.model.width_factor, config.optim, self._shapes),
                 config=deepspeed_config(config, world.mesh),
                 mpu=_ModelParallelUnit(world),
                 dist_init_required=False,
             )
         self.model: LanguageModel = self._engine.module
-        self._parts = weight_slices(config.model, world.mesh.tensor, world.coordinates.tensor)
-        self._shapes = parameter_shapes(config.model)
         self.kinds: tuple[Kind, ...] = state.KINDS
         """What is to be remembered of each parameter."""
         if config.optim.ema is not None:
             self.kinds += (state.AVERAGE,)
         self._updates = 0
         state.create_moments(self._engine, average=config.optim.ema is not None)
+
+    def _start(self, deepspeed: Any, weights: WeightSource) -> LanguageModel:
+        """This rank's part of the model with its weights: at stage 3 its share of that, from the first moment on."""
+        config, world = self.config, self.world
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        model = split_model(config.model, world.tensor, config.train.recompute, dtype)
+        split_sequence(model, world.sequence)
+        if model.filterbank is not None:
+            model.filterbank.to(world.device)
+        settle: Callable[[torch.nn.Parameter], None] = lambda parameter: None  # noqa: E731
+        if config.parallel.zero_stage == 3:
+            zero = deepspeed.zero.Init(
+                module=torch.nn.Module(),  # with one it replaces F.linear by its own, which keeps no gathered weight
+                data_parallel_group=world.replicas,
+                dtype=dtype,
+                config_dict_or_path=deepspeed_config(config, world.mesh),
+                mpu=_ModelParallelUnit(world),
+            )
+            settle = partial(state.divide, zero)
+        start_weights(model, self._parts, weights, world, settle)
+        return model
 
     def losses(self, ids_BT: Tensor, k: int) -> Tensor:
         """Negative log-likelihood in nats (B, L) of the tokens that follow each of the first L = T - 1."""
@@ -243,11 +264,15 @@ class Engine:
         return kept
 
     def write_state(self, source: StateSource, updates: int) -> None:
-        """Restores what `read_state` gave on any mesh; `updates` is what `applied_updates` was."""
+        """Restores what `read_state` gave on any mesh; `updates` is what `applied_updates` was. All ranks must call it.
+
+        A rank reads the numbers that it keeps, and of those that all replicas keep a share: never a whole model.
+        """
         for name, parameter in self.model.named_parameters():
+            shape = self._parts[name].shape(self._shapes[name])
             for kind in self.kinds:
-                part = self._parts[name].of(source(name, kind))
-                state.write(self._engine, parameter, kind, part.to(self.world.device))
+                numbers = partial(read_flat, source(name, kind), self._parts[name], shape)
+                state.write(self._engine, parameter, kind, numbers, self.world.replicas)
         self._updates = updates
         state.set_applied_updates(self._engine, updates)
         state.finish_writing(self._engine)

@@ -10,9 +10,11 @@ Everything here that begins with an underscore is DeepSpeed's, as 0.19.8 has it;
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq", "ema"]
@@ -23,6 +25,16 @@ KINDS: tuple[Kind, ...] = get_args(Kind)[:3]
 MOMENTS: tuple[Kind, ...] = KINDS[1:]
 State = dict[str, dict[Kind, Tensor]]
 """Whole values, by parameter and kind."""
+Numbers = Callable[[int, int], Tensor]
+"""The numbers [first, last) of a kind of state of this rank's part of a parameter: flat, float32, on the CPU."""
+SMALL = 4096
+"""A parameter of fewer numbers is read by every rank that keeps it: a message would cost more."""
+
+
+def divide(zero: Any, parameter: nn.Parameter) -> None:
+    """Leaves of a whole parameter this replica's share; `zero` is DeepSpeed's `zero.Init` of the replicas."""
+    zero._convert_to_deepspeed_param(parameter)
+    parameter.partition()  # type: ignore[attr-defined]
 
 
 def create_moments(engine: Any, average: bool = False) -> None:
@@ -77,18 +89,20 @@ def read(engine: Any, parameter: nn.Parameter, kind: Kind) -> Tensor:
 
 
 @torch.no_grad()
-def write(engine: Any, parameter: nn.Parameter, kind: Kind, value: Tensor) -> None:
-    """The inverse of `read`; needs no other rank. Call `finish_writing` after the last."""
+def write(engine: Any, parameter: nn.Parameter, kind: Kind, numbers: Numbers, replicas: dist.ProcessGroup) -> None:
+    """The inverse of `read`: each replica reads what it keeps alone, and its share of what all of them keep.
+
+    All replicas must call it. Call `finish_writing` after the last.
+    """
     key = None if kind == "weight" else kind
     match engine.zero_optimization_stage():
         case 0:
-            (parameter if key is None else engine.optimizer.state[parameter][key]).copy_(value)
+            target = parameter if key is None else engine.optimizer.state[parameter][key]
+            target.copy_(_gathered(numbers, parameter, replicas))
         case 1 | 2:
-            parameter.set_full_hp_param(value, key)  # type: ignore[attr-defined]
-            if key is None:
-                parameter.copy_(value)
+            _write_fragment(parameter, key, numbers, replicas)
         case 3:
-            _write_partition(engine.optimizer, parameter, key, value)
+            _write_partition(engine.optimizer, parameter, key, numbers)
         case stage:
             raise AssertionError(f"stage {stage}")
 
@@ -120,10 +134,39 @@ def finish_writing(engine: Any) -> None:
             persistent[0].all_gather(persistent)
 
 
-def _write_partition(zero: Any, parameter: Any, key: str | None, value: Tensor) -> None:
+def _gathered(numbers: Numbers, like: Tensor, replicas: dist.ProcessGroup) -> Tensor:
+    """All of a parameter, of which each replica has read a share; on its device."""
+    size, ranks = like.numel(), replicas.size()
+    if ranks == 1 or size < SMALL:
+        return numbers(0, size).to(like.device).view(like.shape)
+    share = -(-size // ranks)
+    first = min(size, share * replicas.rank())
+    mine = numbers(first, min(size, first + share))
+    padded = torch.zeros(share, dtype=torch.float32, device=like.device)
+    padded[: mine.numel()].copy_(mine)
+    whole = torch.empty(share * ranks, dtype=torch.float32, device=like.device)
+    dist.all_gather_into_tensor(whole, padded, group=replicas)
+    return whole[:size].view(like.shape)
+
+
+def _write_fragment(parameter: Any, key: str | None, numbers: Numbers, replicas: dist.ProcessGroup) -> None:
+    """Of stages 1 and 2: every replica has the weight, one or some a piece of its float32 master and moments."""
+    mapping = parameter._hp_mapping
+    address = None if mapping is None else mapping.lp_fragment_address
+    if key is None:
+        whole = _gathered(numbers, parameter, replicas)
+        parameter.copy_(whole)
+        if address is not None:
+            mapping.get_hp_fragment().copy_(whole.flatten()[address.start : address.start + address.numel])
+    elif address is not None:
+        mapping.get_hp_fragment(key).copy_(numbers(address.start, address.start + address.numel))
+
+
+def _write_partition(zero: Any, parameter: Any, key: str | None, numbers: Numbers) -> None:
     partition, _ = zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
-    first = partition.numel() * zero._get_param_partition_rank(parameter)
-    mine = value.flatten()[first : first + partition.numel()]  # shorter on the last rank: partitions are padded
+    size = parameter.ds_shape.numel()
+    first = min(size, partition.numel() * zero._get_param_partition_rank(parameter))
+    mine = numbers(first, min(size, first + partition.numel()))  # shorter on the last rank: partitions are padded
     partition[: mine.numel()].copy_(mine)
     if key is None:
         parameter.ds_tensor.data[: mine.numel()].copy_(mine)

@@ -75,6 +75,12 @@ class WeightSlice(NamedTuple):
     def indices(self) -> range:
         return range(self.start, self.stop, self.step)
 
+    def shape(self, whole: torch.Size) -> torch.Size:
+        """Of the part."""
+        if self.axis is None:
+            return whole
+        return torch.Size((*whole[: self.axis], len(self.indices), *whole[self.axis + 1 :]))
+
     def of(self, whole: Tensor) -> Tensor:
         """A view."""
         if self.axis is None:
@@ -108,7 +114,18 @@ def weight_slices(config: ModelConfig, ranks: int, rank: int) -> dict[str, Weigh
 def build_split_model(
     config: ModelConfig, weights: Iterable[tuple[str, Tensor]], group: Group, recompute: bool = False
 ) -> LanguageModel:
-    """This rank's part of a model, on the CPU; `weights` are (name, whole value), as `initial_weights` yields them.
+    """This rank's part of a model, on the CPU; `weights` are (name, whole value), as `initial_weights` yields them."""
+    model = split_model(config, group, recompute)
+    parts = weight_slices(config, group.size(), group.rank())
+    for name, whole in weights:
+        set_parameter(model, name, parts[name].of(whole).clone())
+    return model
+
+
+def split_model(
+    config: ModelConfig, group: Group, recompute: bool, dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    """This rank's part of a model, its filters on the CPU, its parameters in `dtype` on the meta device.
 
     Parameters that are parts are marked `tensor_model_parallel`, by which DeepSpeed counts the others once in the
     gradient's norm.
@@ -116,18 +133,25 @@ def build_split_model(
     ranks, rank = group.size(), group.rank()
     with torch.device("meta"):
         model = LanguageModel(config, recompute)
-    parts = weight_slices(config, ranks, rank)
-    for name, whole in weights:
-        module, _, attribute = name.rpartition(".")
-        parameter = nn.Parameter(parts[name].of(whole).clone())
-        parameter.tensor_model_parallel = parts[name].axis is not None and ranks > 1  # type: ignore[attr-defined]
-        setattr(model.get_submodule(module), attribute, parameter)
+    shapes = parameter_shapes(config)
+    for name, part in weight_slices(config, ranks, rank).items():
+        value = torch.empty(part.shape(shapes[name]), dtype=dtype, device="meta")
+        set_parameter(model, name, value).tensor_model_parallel = part.axis is not None and ranks > 1  # type: ignore[attr-defined]
     if model.filterbank is not None:
         model.filterbank.to_empty(device="cpu")
     model.reset_filters()
     if ranks > 1:
         _connect(model, Link(group))
     return model
+
+
+def set_parameter(model: LanguageModel, name: str, value: Tensor) -> nn.Parameter:
+    """Puts a value in the place of a parameter, marked as that was."""
+    module, _, attribute = name.rpartition(".")
+    parameter = nn.Parameter(value)
+    parameter.__dict__.update(model.get_parameter(name).__dict__)
+    setattr(model.get_submodule(module), attribute, parameter)
+    return parameter
 
 
 def gather_whole(part: Tensor, of: WeightSlice, shape: torch.Size, group: Group) -> Tensor:

@@ -107,7 +107,7 @@ def join_world(config: Config) -> World:
 
 
 def _check_machines(mesh: Mesh) -> None:
-    local = _local_ranks(mesh.size)
+    local = local_ranks(mesh.size)
     if local % mesh.tensor:
         raise UserError(
             f"parallel.tensor = {mesh.tensor}: must divide the {local} ranks of a machine, or a tensor group would "
@@ -127,7 +127,7 @@ def _join(device: Literal["auto", "cpu", "cuda"], timeout: timedelta) -> tuple[i
     cuda = place.type == "cuda"
     backend, bound = ("cpu:gloo,cuda:nccl", place) if cuda else ("gloo", None)
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        store = meet(rank, size, _local_ranks(size) == size, timeout)
+        store = meet(rank, size, local_ranks(size) == size, timeout)
     else:
         rank, size, store = 0, 1, torch._C._distributed_c10d.HashStore()
     try:
@@ -166,7 +166,7 @@ def _share_cores(world_size: int) -> None:
         return
     started_by_srun = os.environ.get("SLURM_STEP_NUM_TASKS") == str(world_size)  # not one torchrun a node
     of_srun = os.environ.get("SLURM_CPUS_PER_TASK", "") if started_by_srun else ""
-    own = int(of_srun) if of_srun.isdecimal() else cores() // _local_ranks(world_size)
+    own = int(of_srun) if of_srun.isdecimal() else cores() // local_ranks(world_size)
     torch.set_num_threads(max(1, min(own, cores())))
 
 
@@ -181,7 +181,7 @@ def _set_by_torchrun(name: str) -> bool:
     return not any(variable.startswith(f"{name}=".encode()) for variable in started_with)
 
 
-def _local_ranks(world_size: int) -> int:
+def local_ranks(world_size: int) -> int:
     """Ranks on this machine; torchrun calls them LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
 

@@ -18,7 +18,7 @@ from megassm.cost import (
 )
 from megassm.parallel.mesh import Mesh, mesh_of
 from megassm.plan.cluster import Cluster, Filters
-from megassm.plan.memory import rank_memory, workload
+from megassm.plan.memory import host_memory, rank_memory, start_memory, workload
 from megassm.plan.traffic import bytes_sent, messages_sent
 
 DRAWS = 1000
@@ -32,6 +32,10 @@ class Plan(NamedTuple):
     mesh: Mesh
     memory: dict[str, float]
     """Bytes a rank by kind; their sum is the peak."""
+    start_bytes: float
+    """Of a rank's device before its first step."""
+    host: dict[str, float]
+    """Bytes of host memory a rank, by what needs them."""
     sent: dict[str, float]
     """Bytes a rank sends in an update, by kind."""
     messages: dict[str, int]
@@ -50,7 +54,7 @@ class Plan(NamedTuple):
         return self.config.tokens_per_step() / self.mean_seconds
 
     def fits(self, cluster: Cluster) -> bool:
-        return self.total_bytes <= cluster.memory_bytes * cluster.memory_share
+        return max(self.total_bytes, self.start_bytes) <= cluster.memory_bytes * cluster.memory_share
 
 
 def plan_run(config: Config, cluster: Cluster, filters: Filters, shares: dict[int, float] | None = None) -> Plan:
@@ -68,6 +72,8 @@ def plan_run(config: Config, cluster: Cluster, filters: Filters, shares: dict[in
         config,
         mesh,
         rank_memory(config, mesh, filters, cluster.group_bytes),
+        start_memory(config, mesh),
+        host_memory(config, mesh),
         sent,
         messages,
         {k: seconds(rank_flops_per_token(config, mesh, k, filters)) for k in budgets},

@@ -27,6 +27,8 @@ from megassm.cost import (
 from megassm.parallel.mesh import Mesh
 from megassm.plan.cluster import Filters
 
+BLOCK_BYTES = 2**24
+"""Of a parameter that is drawn or read in blocks."""
 KEPT_GATHERED = 550_000_000
 """Weights that ZeRO-3 keeps gathered between forward and backward: half of DeepSpeed's stage3_max_reuse_distance, for
 each is passed twice, and its prefetch bucket. Read, not measured."""
@@ -61,6 +63,33 @@ def rank_memory(config: Config, mesh: Mesh, filters: Filters, group_bytes: int, 
     after = _after_backward_bytes(config, replicas, numbers, fused)
     backward = memory["gradients"] + memory["buckets"] + memory["activations"]
     return memory | {"update beyond that": max(0.0, after - backward)}
+
+
+def start_memory(config: Config, mesh: Mesh) -> float:
+    """Bytes of a rank's device while its weights are made (`megassm.parallel.start`): those it keeps, and a parameter.
+
+    At stages 1 and 2 DeepSpeed then flattens them, which needs them once more.
+    """
+    stage, w = config.parallel.zero_stage, _number_bytes(config)
+    numbers = rank_parameters(config.model, mesh.tensor)
+    kept = numbers / mesh.replicas if stage == 3 else numbers * (1 if stage == 0 else 2)
+    return w * (kept + largest_parameter(config, mesh.tensor))
+
+
+def host_memory(config: Config, mesh: Mesh) -> dict[str, float]:
+    """Bytes of host memory that a rank needs beside its device's, by what needs them; not all at once.
+
+    On a CPU the host is the device: this is then needed on top of `rank_memory` for a save, and before it else.
+    """
+    numbers = rank_parameters(config.model, mesh.tensor)
+    largest = largest_parameter(config, mesh.tensor)
+    kinds = 3 + (config.optim.ema is not None)
+    total = rank_parameters(config.model, 1)
+    return {
+        "start: weights made ahead": _number_bytes(config) * max(numbers / mesh.replicas, largest) + 3 * BLOCK_BYTES,
+        "resume: a parameter": FLOAT32 * largest / mesh.replicas + BLOCK_BYTES,
+        "save: copy": FLOAT32 * kinds * max(total / mesh.size, largest_parameter(config, 1)),
+    }
 
 
 def _number_bytes(config: Config) -> int:

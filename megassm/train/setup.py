@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from megassm import __version__
 from megassm.checkpoint.exported import open_model_folder
-from megassm.checkpoint.format import Checkpoint, check_identity, newest_checkpoint, run_identity
+from megassm.checkpoint.format import Checkpoint
 from megassm.checkpoint.save import Saver
 from megassm.cli.arguments import print_line
 from megassm.config.schema import Config
@@ -27,7 +26,7 @@ from megassm.data.stream import MicroBatch, StreamPlan, TokenStream, validation_
 from megassm.errors import UserError
 from megassm.files import PRIVATE_MODE, write_atomically
 from megassm.parallel.engine import Engine
-from megassm.parallel.state import AVERAGE, Kind
+from megassm.parallel.start import WeightSource
 from megassm.parallel.world import World, gather_rows, together
 from megassm.run import provenance
 from megassm.run.directory import CHECKPOINTS, ENVIRONMENT, ENVIRONMENTS, TOKENIZER, checkpoint_folders
@@ -38,6 +37,8 @@ from megassm.run.left_out import read_left_out
 from megassm.run.opening import clear_partial, replace_config
 from megassm.run.stop import StopRequest
 from megassm.train.continuing import tell_changes
+from megassm.train.preflight import preflight
+from megassm.train.resuming import checkpoint_to_continue, restore
 
 
 @dataclass
@@ -87,9 +88,9 @@ def set_up(config: Config, data: Dataset, world: World, stop: StopRequest | None
     if left_over:
         events.add("left over", 0, f"removed what saves that did not end have left: {', '.join(left_over)}")
     weights = start_weights(config, data, world)
-    checkpoint = checkpoint_to_continue(config, data.train.fingerprint, events)
+    checkpoint = checkpoint_to_continue(config, data.train.fingerprint, events, world)
     config = with_draws(config, checkpoint, world)
-    engine = Engine(config, world, data.document_end(config), weights, data.task.asked if data.task else None)
+    engine = started(config, data, world, weights)
     done_steps = 0 if checkpoint is None else restore(engine, checkpoint, events)
     plan = stream_plan(config, world)
     stream = TokenStream(data.train, plan)
@@ -136,7 +137,7 @@ def enter(run_dir: Path, world: World) -> tuple[Fence, list[str]]:
     return Fence(run_dir, int(gather_rows([number])[0][0])), left_over
 
 
-def start_weights(config: Config, data: Dataset, world: World) -> Iterator[tuple[str, Tensor]] | None:
+def start_weights(config: Config, data: Dataset, world: World) -> WeightSource | None:
     """Those of run.init_from, for a run that has no checkpoint yet; None where the seed decides.
 
     Raises:
@@ -146,29 +147,11 @@ def start_weights(config: Config, data: Dataset, world: World) -> Iterator[tuple
     if path is None or checkpoint_folders(Path(config.run.dir) / CHECKPOINTS):
         return None
     folder = open_model_folder(Path(path))
-    weights = folder.weights_for(config.model, data.tokenizer)
+    folder.check_origin(config.model, data.tokenizer)
+    together(lambda: folder.check_weights() if world.is_main else None)
     others = folder.differences(config.model)
     say(world, f"starting from the weights of {path}{'; there ' + ', '.join(others) if others else ''}")
-    return weights
-
-
-def checkpoint_to_continue(config: Config, data_fingerprint: str, events: Events) -> Checkpoint | None:
-    """The newest complete checkpoint of the run, whatever mesh wrote it; None for a new run.
-
-    Raises:
-        UserError: it is another run's, or there are checkpoints and none can be continued.
-    """
-    checkpoint, skipped = newest_checkpoint(Path(config.run.dir), to_continue=True)
-    for reason in skipped:
-        events.add("passed over", checkpoint.manifest.step if checkpoint else 0, f"passed over a checkpoint: {reason}")
-    if checkpoint is None and skipped:
-        raise UserError(
-            f"{config.run.dir}: has checkpoints, but none that can be continued; move them away to start from the "
-            "beginning, or choose another run.dir"
-        )
-    if checkpoint is not None:
-        check_identity(checkpoint, run_identity(config, data_fingerprint))
-    return checkpoint
+    return folder.rows
 
 
 def with_draws(config: Config, checkpoint: Checkpoint | None, world: World) -> Config:
@@ -187,23 +170,6 @@ def with_draws(config: Config, checkpoint: Checkpoint | None, world: World) -> C
             f"micro-steps of it. Choose them so that the micro-steps are a multiple of {draws}, or set budget.draws"
         )
     return config.model_copy(update={"budget": config.budget.model_copy(update={"draws": draws})})
-
-
-def restore(engine: Engine, checkpoint: Checkpoint, events: Events) -> int:
-    """Loads a checkpoint; returns how many updates are done."""
-    manifest, read = checkpoint.manifest, checkpoint.tensors()
-    begins = AVERAGE in engine.kinds and not checkpoint.has_average
-
-    def source(name: str, kind: Kind) -> torch.Tensor:
-        engine.world.progress.note("reading the checkpoint")
-        return read(name, "weight" if begins and kind == AVERAGE else kind)
-
-    engine.write_state(source, manifest.updates)
-    other = "" if engine.shape == manifest.mesh else f", written by {manifest.mesh} and continued by {engine.shape}"
-    if begins:
-        other += "; the running average of the weights begins here"
-    events.add("resume", manifest.step, f"continuing after step {manifest.step} from {checkpoint.folder}{other}")
-    return manifest.step
 
 
 def stream_plan(config: Config, world: World) -> StreamPlan:
@@ -246,6 +212,13 @@ def introduce(config: Config, data: Dataset, world: World, done_steps: int) -> N
             f"to {model.num_channels} are rounding noise, other noise on another kind of processor, and so this "
             f"run's checkpoints are good on machines of this kind only; model.num_channels={known} avoids it",
         )
+
+
+def started(config: Config, data: Dataset, world: World, weights: WeightSource | None) -> Engine:
+    """The engine; what the kernel may end the job for without a word is said before its work begins."""
+    if why := preflight(config, world):
+        say(world, f"warning: {why}")
+    return Engine(config, world, data.document_end(config), weights, data.task.asked if data.task else None)
 
 
 def tell_peak_rate(world: World, peak: float | None, source: str) -> None:

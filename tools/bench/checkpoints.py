@@ -73,7 +73,8 @@ def measure(config: Config, phases: Phases) -> None:
     from megassm.parallel.engine import Engine
     from megassm.parallel.world import join_world
     from megassm.run.events import Events
-    from megassm.train.setup import checkpoint_to_continue, enter, restore
+    from megassm.train.resuming import checkpoint_to_continue, restore
+    from megassm.train.setup import enter
 
     run_dir = Path(config.run.dir)
     world = join_world(config)
@@ -82,7 +83,7 @@ def measure(config: Config, phases: Phases) -> None:
         engine = Engine(config, world)
     events = Events(run_dir, False, fence)
     with phases.measured("check"):
-        checkpoint = checkpoint_to_continue(config, "", events)
+        checkpoint = checkpoint_to_continue(config, "", events, world)
     if checkpoint is not None:
         with phases.measured("resume"):
             restore(engine, checkpoint, events)

@@ -21,6 +21,7 @@ from megassm.ops.mixing import GROUP_BYTES
 from megassm.optim import learning_rate
 from megassm.parallel.engine import Engine
 from megassm.parallel.mesh import mesh_of
+from megassm.parallel.start import WeightSource
 from megassm.parallel.world import World, join_world, leave_world
 from megassm.plan.cluster import filters_of
 from megassm.plan.memory import rank_memory
@@ -77,12 +78,15 @@ def _config(plan: Plan, name: str, micro_steps: int, *overrides: str) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"batch_sequences": batch})})
 
 
-def repeated_noise(config: Config) -> Iterator[tuple[str, torch.Tensor]]:
+def repeated_noise(config: Config) -> WeightSource:
     """Weights for timing: of the right size, from a million numbers. To draw a billion would take most of the time."""
     noise = 0.02 * torch.randn(2**20, generator=torch.Generator().manual_seed(0))
-    for name, shape in parameter_shapes(config.model).items():
-        count = shape.numel()
-        yield name, noise.repeat(-(-count // len(noise)))[:count].view(shape)
+
+    def rows(name: str) -> list[torch.Tensor]:
+        shape = parameter_shapes(config.model)[name]
+        return [noise.repeat(-(-shape.numel() // len(noise)))[: shape.numel()].view(shape)]
+
+    return rows
 
 
 def measure(config: Config, budgets: Sequence[int], repeats: int) -> Found:

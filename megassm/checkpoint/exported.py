@@ -134,9 +134,10 @@ class ModelFolder:
         shape, path = parameter_shapes(self.config)[name], self._file_of(name)
         count = max(1, BLOCK_NUMBERS // shape[1:].numel())
         with _as_weights(path), safe_open(path, framework="pt") as file:
-            stored = file.get_slice(PREFIX + name)
+            in_file = name_in_file(name, self.config)
+            stored = file.get_slice(in_file)
             if tuple(stored.get_shape()) != tuple(shape):
-                raise ValueError(f"{PREFIX + name} is {tuple(stored.get_shape())}, expected {tuple(shape)}")
+                raise ValueError(f"{in_file} is {tuple(stored.get_shape())}, expected {tuple(shape)}")
             for first in range(0, shape[0], count):
                 values = stored[first : min(first + count, shape[0])]
                 _check_finite(values, path, name)

@@ -100,7 +100,7 @@ def main() -> None:
             f"GPUs of {arguments.gpu_memory:g} GB; use more or larger ones, or another train.batch_sequences"
         )
     print_table(f"fastest of {len(plans)} that fit", report["fitting"])
-    print_table(*explain_stage(plans, cluster))
+    explain_stage(plans, cluster)
 
 
 def cluster_of(arguments: argparse.Namespace, config: Config) -> Cluster:
@@ -141,24 +141,23 @@ def row(plan: Plan, cluster: Cluster) -> TableRow:
     }
 
 
-def explain_stage(plans: list[Plan], cluster: Cluster) -> tuple[str, list[TableRow]]:
-    """(why the first plan has its ZeRO stage, the first of each stage that fits)."""
+def explain_stage(plans: list[Plan], cluster: Cluster) -> None:
+    """Prints why the first plan has its ZeRO stage, and the first of each stage that fits."""
     from megassm.plan.search import TIE
 
     fastest = min(plan.mean_seconds for plan in plans)
     firsts = {plan.config.parallel.zero_stage: plan for plan in reversed(plans)}
     chosen = plans[0].config.parallel.zero_stage
-    rows: list[TableRow] = [
-        {**row(plan, cluster), "as_fast": plan.mean_seconds <= (1 + TIE) * fastest}
-        for _, plan in sorted(firsts.items())
-    ]
-    lower = sorted(stage for stage in range(chosen) if stage not in firsts)
-    missing = f"; of stage {' and '.join(map(str, lower))} none fits, or bf16 has none" if lower else ""
-    title = (
-        f"why ZeRO {chosen}: the lowest stage that is as fast, to {TIE:.0%}, as the fastest{missing}. Only stage 3 is "
-        "taken to send its messages behind its products"
+    print(
+        f"why ZeRO {chosen}: the lowest stage that is as fast, to {TIE:.0%}, as the fastest.\n"
+        "Only stage 3 is taken to send its messages behind its products; bf16 has no stage 0"
     )
-    return title, rows
+    shown = ("zero_stage", "data_x_sequence_x_tensor", "micro_batch", "recompute", "memory_GB", "step_s")
+    rows: list[TableRow] = []
+    for _, plan in sorted(firsts.items()):
+        facts = row(plan, cluster)
+        rows.append({name: facts[name] for name in shown} | {"slower": f"{plan.mean_seconds / fastest - 1:.1%}"})
+    print_table("the first of each stage that fits", rows)
 
 
 def describe(plan: Plan, cluster: Cluster, filters: Filters) -> dict[str, list[TableRow]]:

@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import random
+import struct
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ import pyarrow.ipc
 import pytest
 from pyarrow import parquet
 
-from megassm.data.prepare.documents import ReadCounts, read_documents
+from megassm.data.prepare.documents import ReadCounts, read_documents, read_pieces
+from megassm.data.prepare.ids import IdFacts
 from megassm.data.prepare.inputs import find_inputs
 from megassm.data.prepare.source import TextSource
 from megassm.errors import UserError
@@ -46,17 +48,27 @@ def table(name: str) -> bytes:
     return out.getvalue()
 
 
+def samples() -> bytes:
+    """A shard of MDS, whose format says where each sample is."""
+    sized = [struct.pack("<I", len(text.encode())) + text.encode() for text in TEXTS]
+    head = json.dumps({"column_names": ["text"], "column_encodings": ["str"], "column_sizes": [None]}).encode()
+    first = 4 * (len(sized) + 2) + len(head)
+    offsets = [first + sum(map(len, sized[:n])) for n in range(len(sized) + 1)]
+    return struct.pack(f"<{len(offsets) + 1}I", len(sized), *offsets) + head + b"".join(sized)
+
+
 WHOLE: dict[str, Callable[[], bytes]] = {
     "a.jsonl": lambda: LINES,
     "a.json": lambda: json.dumps([{"text": text} for text in TEXTS], indent=1).encode(),
     "a.tar": tar,
     "a.parquet": lambda: table("parquet"),
     "a.arrow": lambda: table("arrow"),
+    "a.mds": samples,
     "a.jsonl.gz": lambda: gzip.compress(LINES, mtime=0),
     "a.jsonl.bz2": lambda: bz2.compress(LINES),
     "a.tar.xz": lambda: lzma.compress(tar()),
 }
-NO_CHECKSUM = {"a.jsonl", "a.json", "a.tar", "a.parquet", "a.arrow"}
+NO_CHECKSUM = {"a.jsonl", "a.json", "a.tar", "a.parquet", "a.arrow", "a.mds"}
 
 
 def mutated(content: bytes, draw: random.Random) -> bytes:
@@ -104,3 +116,25 @@ def test_mutations_are_refused_or_read(tmp_path: Path, name: str) -> None:
             met = len(found) + counts.empty + counts.bad_utf8 + counts.bad_record
             assert met == sum(bool(line.strip()) for line in content.split(b"\n"))
     assert refused > 5
+
+
+def test_mutated_tokens_and_their_lists_are_refused_or_read(tmp_path: Path) -> None:
+    """What stands beside a file decides over it, and may be damaged as well."""
+    with tarfile.open(Path(__file__).with_name("token_samples.tar.xz")) as packed:
+        packed.extractall(tmp_path, filter="data")
+    draw, refused, read = random.Random(5), 0, 0
+    for name in ("megatron", "mds_zstd", "litdata_tokens", "litdata_dict"):
+        folder = tmp_path / "samples" / name
+        paths = sorted(folder.iterdir())
+        for _ in range(60):
+            path = draw.choice(paths)
+            whole = path.read_bytes()
+            path.write_bytes(mutated(whole, draw))
+            source = TextSource((folder,), ids=IdFacts(256, 257), samples=draw.choice(["documents", "chunks"]))
+            try:
+                read += sum(piece.ends for piece in read_pieces(source, find_inputs(source).files, ReadCounts()))
+            except UserError:
+                refused += 1
+            path.write_bytes(whole)
+    assert refused > 50
+    assert read > 200

@@ -41,11 +41,12 @@ class ReadCounts:
 
 
 class Piece(NamedTuple):
-    """UTF-8 of a document, or of a run of it where it is longer than `text.PIECE_BYTES`."""
+    """UTF-8 of a document, or of a run of it where it is longer than `text.PIECE_BYTES`; or its `ids`."""
 
     content: bytes
     starts: bool = True
     ends: bool = True
+    are_ids: bool = False  # of ids.ID_DTYPE
 
 
 def read_documents(source: TextSource, files: Iterable[InputFile], counts: ReadCounts) -> Iterator[str]:
@@ -94,41 +95,48 @@ class _Filters:
             self._given = self._left_out = self._repaired = False
         if self._left_out:
             return []
-        content = self._utf8_of(raw)
+        content = self._ids_of(raw) if raw.are_ids else self._utf8_of(raw)
         if content is None:
             self._left_out = True
             return []
         self._size += len(content)
         most = self._source.max_document_bytes
-        if raw.starts and raw.ends and _is_blank(content):
+        if raw.starts and raw.ends and (not content if raw.are_ids else _is_blank(content)):
             self._counts.empty += 1
             return []
         if most is not None and self._size > most:
             self._counts.too_long += 1
             self._left_out = True
             return []
-        self._held += cut_pieces(content) if raw.starts and raw.ends else [content]
+        self._held += cut_pieces(content) if raw.starts and raw.ends and not raw.are_ids else [content]
         if raw.ends:
-            return self._last()
+            return self._last(raw.are_ids)
         if most is not None or self._size < self._source.min_document_bytes:
             return []  # the rest decides
-        return self._out(ends=False)
+        return self._out(False, raw.are_ids)
 
-    def _last(self) -> list[Piece]:
+    def _last(self, are_ids: bool) -> list[Piece]:
         if self._size < self._source.min_document_bytes:
             self._counts.too_short += 1
             return []
         self._counts.documents += 1
         self._counts.repaired += self._repaired
-        return self._out(ends=True)
+        return self._out(True, are_ids)
 
-    def _out(self, ends: bool) -> list[Piece]:
+    def _out(self, ends: bool, are_ids: bool) -> list[Piece]:
         last = len(self._held) - 1
         pieces = [
-            Piece(content, not self._given and n == 0, ends and n == last) for n, content in enumerate(self._held)
+            Piece(content, not self._given and n == 0, ends and n == last, are_ids)
+            for n, content in enumerate(self._held)
         ]
         self._held, self._given = [], True
         return pieces
+
+    def _ids_of(self, raw: RawDocument) -> bytes:
+        if self._source.min_document_bytes or self._source.max_document_bytes is not None:
+            rule = "holds token ids, and --min-document-bytes and --max-document-bytes count bytes of text"
+            raise UserError(f"{raw.place}: {rule}; leave these out")
+        return raw.content
 
     def _utf8_of(self, raw: RawDocument) -> bytes | None:
         """None: not UTF-8 or no record, and left out."""

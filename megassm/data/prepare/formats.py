@@ -6,6 +6,8 @@
     parquet      one row a document
     arrow        the same: a file or stream of Arrow, as `datasets` saves a data set to disk
     tar          WebDataset shards: one sample a document, `.txt` or else `.json`
+    mds, litdata shards of samples with columns: one sample a document, or stretches of a stream of token ids
+    megatron, llm.c, u16, u32, i64   files of token ids
 
 `kinds` says which a file is. Each may be compressed. Memory: one document, of a text file one piece, of Parquet a
 batch of rows and the pages they stand in. zstd and Parquet need pyarrow, an optional dependency.
@@ -15,13 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
+from megassm.data.prepare.ids import documents_of_ids
 from megassm.data.prepare.kinds import InputFile
 from megassm.data.prepare.records import RawDocument, json_values, lines_of
+from megassm.data.prepare.sample_shards import Wanted, documents_of_litdata, documents_of_mds
 from megassm.data.prepare.samples import LeftOutMembers, documents_of_tar
+from megassm.data.prepare.shard_lists import shard_list
 from megassm.data.prepare.source import TextSource
 from megassm.data.prepare.text import documents_of_text
+from megassm.data.prepare.token_files import runs_of_file
 from megassm.data.prepare.unpack import load_pyarrow, open_unpacked
 from megassm.errors import UserError
 
@@ -32,23 +38,27 @@ ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 def read_file(file: InputFile, source: TextSource, left_out: LeftOutMembers) -> Iterator[RawDocument]:
     """The documents of one file. UserError where it is damaged; a record's own faults are the caller's to find."""
     try:
-        if file.kind == "parquet":
-            yield from _read_parquet(file, source.text_field)
-        elif file.kind == "arrow":
-            yield from _read_arrow(file, source.text_field)
-        else:
-            yield from _read_stream(file, source.document_separator, left_out)
+        match file.kind:
+            case "parquet":
+                yield from _read_parquet(file, source.text_field)
+            case "arrow":
+                yield from _read_arrow(file, source.text_field)
+            case "u16" | "u32" | "i64" | "llm.c" | "megatron":
+                yield from documents_of_ids(file.path, runs_of_file(file.path, file.kind), source.ids)
+            case _:
+                yield from _read_stream(file, source, left_out)
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"{file.path}: cannot be read: {why}; mend that, or leave the file out") from None
 
 
-def _read_stream(file: InputFile, separator: str | None, left_out: LeftOutMembers) -> Iterator[RawDocument]:
+def _read_stream(file: InputFile, source: TextSource, left_out: LeftOutMembers) -> Iterator[RawDocument]:
+    wanted = Wanted(source.text_field, source.format, source.samples == "chunks", source.ids)
     with open(file.path, "rb") as raw:
         stream = open_unpacked(file.path, file.packing, raw)
         match file.kind:
             case "text":
-                yield from documents_of_text(file.path, stream, raw, separator)
+                yield from documents_of_text(file.path, stream, raw, source.document_separator)
             case "json lines":
                 for number, line in lines_of(file.path, stream):
                     if line.strip():
@@ -59,10 +69,16 @@ def _read_stream(file: InputFile, separator: str | None, left_out: LeftOutMember
                     yield RawDocument(place, value, raw.tell(), True, " of the record")
             case "tar":
                 yield from documents_of_tar(file.path, stream, raw, left_out)
-            case "parquet" | "arrow":
-                raise AssertionError("read by its own reader")
+            case "mds":
+                yield from documents_of_mds(file.path, stream, raw, wanted)
+            case "litdata":
+                listed = shard_list(file.path.parent)
+                if listed is None or listed.columns is None or file.path.name not in listed.shards:
+                    raise UserError(f"{file.path}: the index.json beside it was changed; run the command again")
+                samples = listed.shards[file.path.name].samples
+                yield from documents_of_litdata(file.path, stream, raw, listed.columns, samples, wanted)
             case _:
-                assert_never(file.kind)
+                raise AssertionError(f"{file.kind} is read by its own reader")
 
 
 def _read_parquet(file: InputFile, field: str) -> Iterator[RawDocument]:

@@ -10,8 +10,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from megassm.data.prepare.documents import check_first_document
-from megassm.data.prepare.kinds import READ_SUFFIXES, InputFile, is_read, look_at
+from megassm.data.prepare.kinds import READ_SUFFIXES, InputFile, is_read, is_token_file, look_at
 from megassm.data.prepare.records import BadRecordError
+from megassm.data.prepare.shard_lists import LIST_NAME, check_all_there, shard_list
 from megassm.data.prepare.source import TextSource
 from megassm.data.prepare.unpack import split_packing
 from megassm.errors import UserError
@@ -141,7 +142,11 @@ def _search(directory: Path, source: TextSource, found: Inputs) -> list[Path]:
             found.leave_out("broken links", path)
         elif not path.is_file():
             found.leave_out("pipes or devices", path)
-        elif is_read(path.name):
+        elif _belongs_to_another(path):
+            continue
+        elif (listed := shard_list(path.parent)) and path.name not in listed.shards:
+            found.leave_out(f"not in the {LIST_NAME} beside them", path)
+        elif is_read(path.name) or is_token_file(path, source.format):
             paths.append(path)
         else:
             suffixes = "".join(path.suffixes[-2:] if split_packing(path.name)[1] else path.suffixes[-1:])
@@ -150,7 +155,16 @@ def _search(directory: Path, source: TextSource, found: Inputs) -> list[Path]:
         names = pattern or " or ".join(f"*{suffix}" for suffix in READ_SUFFIXES)
         way_out = "give another --glob" if pattern else "pass --glob, for example '*.py'"
         raise UserError(f"--input {shown(directory)}: holds no file named {names}; {way_out}")
+    for folder in {path.parent for path in paths}:
+        check_all_there(folder)
     return sorted(paths)
+
+
+def _belongs_to_another(path: Path) -> bool:
+    """Whether a file says what is in others, and is read with them."""
+    if path.name == LIST_NAME:
+        return shard_list(path.parent) is not None
+    return path.suffix == ".idx" and path.with_suffix(".bin").is_file()
 
 
 def _matches(relative: Path, pattern: str) -> bool:

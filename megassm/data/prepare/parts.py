@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megassm.data.index import stored_dtype, token_dtype
+from megassm.data.prepare.ids import ID_DTYPE
 from megassm.data.prepare.split import SidedPiece
-from megassm.data.tokenizer.base import Tokenizer, TokenizerSpec, load_tokenizer
+from megassm.data.tokenizer.base import BytesTokenizer, Tokenizer, TokenizerSpec, load_tokenizer
 from megassm.errors import UserError
 from megassm.files import commit, open_temporary
 
@@ -51,6 +52,7 @@ class Part(NamedTuple):
 
     rows: Rows
     contents: list[bytes]
+    are_ids: bool  # the contents, not text; a part holds one or the other
     read_bytes: int  # of the input, up to the part's end
 
     @property
@@ -68,12 +70,20 @@ def cut_parts(pieces: Iterable[SidedPiece], part_bytes: int, read_bytes: Callabl
     """Runs of pieces, each run with at least `part_bytes` of text but the last."""
     rows: list[tuple[int, ...]] = []
     contents: list[bytes] = []
-    size = 0
+    size, are_ids = 0, False
     hasher = blake2b(digest_size=16)
     first_low = 0
-    for (content, starts, ends), side in pieces:
+
+    def part() -> Part:
+        return Part(np.array(rows, dtype=ROW_DTYPE), contents, are_ids, read_bytes())
+
+    for (content, starts, ends, is_ids), side in pieces:
+        if rows and is_ids != are_ids:
+            yield part()
+            rows, contents, size = [], [], 0
+        are_ids = is_ids
         if starts:
-            hasher = blake2b(digest_size=16)
+            hasher = blake2b(digest_size=16, person=b"ids" if is_ids else b"")
         hasher.update(content)
         digest = (hasher if ends else hasher.copy()).digest()
         high, low = int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
@@ -84,10 +94,10 @@ def cut_parts(pieces: Iterable[SidedPiece], part_bytes: int, read_bytes: Callabl
         contents.append(content)
         size += len(content)
         if size >= part_bytes:
-            yield Part(np.array(rows, dtype=ROW_DTYPE), contents, read_bytes())
+            yield part()
             rows, contents, size = [], [], 0
     if rows:
-        yield Part(np.array(rows, dtype=ROW_DTYPE), contents, read_bytes())
+        yield part()
 
 
 @dataclass(frozen=True)
@@ -141,10 +151,15 @@ def _tokenizer(spec: TokenizerSpec, sha256: str) -> Tokenizer:
 def tokenized(part: Part, tokenizer: Tokenizer) -> tuple[Rows, StoredIds]:
     """(rows, ids) of a part, sorted by content; copies in the order in which they were read."""
     stored = stored_dtype(token_dtype(tokenizer.vocab_size))
-    batches = [_encoded(batch, tokenizer) for batch in _batches(part.contents)]
-    flat = np.concatenate([ids.astype(stored) for ids, _ in batches])
-    lengths = np.concatenate([lengths for _, lengths in batches])
     rows = part.rows.copy()
+    if part.are_ids:
+        flat, lengths = _given_ids(part, tokenizer)
+        rows["text_bytes"] = _bytes_in(flat, lengths, tokenizer)
+    else:
+        batches = [_encoded(batch, tokenizer) for batch in _batches(part.contents)]
+        flat = np.concatenate([ids for ids, _ in batches])
+        lengths = np.concatenate([lengths for _, lengths in batches])
+    flat = flat.astype(stored, copy=False)
     rows["tokens"] = lengths + rows["ends"]
     order = np.lexsort((rows["low"], rows["high"]))
     starts = np.cumsum(lengths) - lengths
@@ -161,14 +176,38 @@ def tokenized(part: Part, tokenizer: Tokenizer) -> tuple[Rows, StoredIds]:
     return rows, np.concatenate(pieces)
 
 
-def _encoded(batch: list[bytes], tokenizer: Tokenizer) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(ids end to end, how many each text has)."""
+Encoded = tuple[StoredIds, npt.NDArray[np.int64]]
+"""(ids end to end, how many each text has)."""
+
+
+def _encoded(batch: list[bytes], tokenizer: Tokenizer) -> Encoded:
+    if isinstance(tokenizer, BytesTokenizer):  # its ids are there already
+        return np.frombuffer(b"".join(batch), dtype=np.uint8), np.fromiter(map(len, batch), np.int64, len(batch))
     encoded = tokenizer.encode([content.decode() for content in batch])
     ids = np.concatenate(encoded)
+    _check_vocabulary(ids, tokenizer)
+    stored: StoredIds = ids.astype(stored_dtype(token_dtype(tokenizer.vocab_size)))
+    return stored, np.array([one.size for one in encoded], dtype=np.int64)
+
+
+def _given_ids(part: Part, tokenizer: Tokenizer) -> Encoded:
+    ids = np.frombuffer(b"".join(part.contents), dtype=ID_DTYPE)
+    _check_vocabulary(ids, tokenizer)
+    return ids, np.fromiter(map(len, part.contents), np.int64, len(part.contents)) // ID_DTYPE.itemsize
+
+
+def _check_vocabulary(ids: npt.NDArray[Any], tokenizer: Tokenizer) -> None:
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
         limit = f"[0, {tokenizer.vocab_size})"
         raise UserError(f"tokenizer {tokenizer.name}: ids {ids.min()} to {ids.max()} leave its vocabulary {limit}")
-    return ids, np.array([one.size for one in encoded], dtype=np.int64)
+
+
+def _bytes_in(ids: StoredIds, lengths: npt.NDArray[np.int64], tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
+    """(texts,) the UTF-8 bytes that the ids of each stand for."""
+    sums = np.concatenate([[0], np.cumsum(tokenizer.token_bytes()[ids])])
+    stops = np.cumsum(lengths)
+    found: npt.NDArray[np.int64] = sums[stops] - sums[stops - lengths]
+    return found
 
 
 def _batches(contents: list[bytes]) -> Iterator[list[bytes]]:

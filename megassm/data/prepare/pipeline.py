@@ -27,6 +27,7 @@ from megassm.cli.progress import Progress
 from megassm.data.dataset import TOKENIZER_NAMES, TRAIN, VALID, keep_tokenizer
 from megassm.data.index import ShardSet, ShardSizes, load_index
 from megassm.data.prepare.card import CARD_NAME, Card, card_text
+from megassm.data.prepare.ids import IdFacts
 from megassm.data.prepare.inputs import Inputs, find_inputs, shown
 from megassm.data.prepare.source import TextSource
 from megassm.data.prepare.split import Split, plan_split
@@ -42,7 +43,7 @@ JOB_NAME = "prepare.json"
 PARTIAL_NAME = ".partial"
 LOCK_NAME = "lock"
 RESULT_NAMES = (TRAIN, VALID, *TOKENIZER_NAMES)
-NEWER = {"format": "auto", "on_bad_record": "raise", "document_separator": None}
+NEWER = {"format": "auto", "on_bad_record": "raise", "document_separator": None, "samples": "documents"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Prepared:
 def prepare(job: PrepareJob, progress: Progress) -> Prepared:
     """Does the job, goes on with it, or finds it done. UserError for what a user can put right."""
     tokenizer = load_tokenizer(job.tokenizer)
-    job = replace(job, source=replace(job.source, without=job.output))
+    facts = IdFacts(tokenizer.eod, tokenizer.vocab_size)
+    job = replace(job, source=replace(job.source, without=job.output, ids=facts))
     inputs = find_inputs(job.source)
     split = plan_split(job.source, inputs.files, job.valid_fraction)
     description = _describe(job, tokenizer, inputs, split)

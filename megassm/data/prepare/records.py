@@ -31,6 +31,7 @@ class RawDocument(NamedTuple):
     offset: int = 0  # of this content in its document
     starts: bool = True
     ends: bool = True
+    are_ids: bool = False  # the content is token ids, of `ids.ID_DTYPE`
 
 
 class BadRecordError(UserError):

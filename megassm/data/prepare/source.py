@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from megassm.cli.arguments import path_argument
+from megassm.data.prepare.ids import IdFacts
 from megassm.data.prepare.kinds import READ_SUFFIXES, Format
 from megassm.data.prepare.text import separator_pattern
 from megassm.errors import UserError
 
 BadUtf8 = Literal["error", "skip", "replace"]
 BadRecord = Literal["raise", "skip", "empty"]
+Samples = Literal["documents", "chunks"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,15 @@ class TextSource:
     on_bad_record: BadRecord = "raise"  # no JSON, no such field, no string in it
     min_document_bytes: int = 0  # UTF-8 bytes; shorter documents are left out
     max_document_bytes: int | None = None  # UTF-8 bytes; longer documents are left out
+    samples: Samples = "documents"  # of ids, in MDS and litdata: a document each, or stretches of a stream of them
+    ids: IdFacts | None = None  # of the tokenizer; None: text alone is read
     document_separator: str | None = None  # within text files: LINE, BLANK or a regular expression; None: a file is one
     valid_inputs: tuple[Path, ...] = ()  # what is for validation alone; the rest is then for training alone
     without: Path | None = None  # a folder that is never searched: the output
 
     def __post_init__(self) -> None:
-        for name, kind in (("on_bad_utf8", BadUtf8), ("on_bad_record", BadRecord), ("format", Format)):
+        choices_of = {"on_bad_utf8": BadUtf8, "on_bad_record": BadRecord, "format": Format, "samples": Samples}
+        for name, kind in choices_of.items():
             if getattr(self, name) not in get_args(kind):
                 choices = " or ".join(repr(choice) for choice in get_args(kind))
                 raise UserError(f"{name} is {getattr(self, name)!r}; it is {choices}")
@@ -56,13 +61,17 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     add, default = parser.add_argument, "(default: %(default)s)"
     inputs_help = (
         f"files or folders. In a folder, {' '.join(READ_SUFFIXES)} are read, also as .gz .bz2 .xz .zst. A document is "
-        "a text file, a JSON record, a Parquet row, or a sample of a WebDataset shard of text. @FILE: one a line"
+        "a text file, a JSON record, a Parquet row, or a sample of a WebDataset, MDS or litdata shard. Token ids of "
+        "Megatron-LM (.bin with .idx), llm.c, MDS and litdata are taken as they are. @FILE: one a line"
     )
     add("--input", type=path_argument, nargs="+", required=True, metavar="PATH", help=inputs_help)
     add("--glob", metavar="PATTERN", help="files to take from folders instead, for example '*.py'")
     field_help = f"of a JSON object, or a Parquet column; outer.inner of a nested one {default}"
     add("--text-field", default="text", metavar="NAME", help=field_help)
-    format_help = f"read every file that is not Parquet or tar as text, or as JSON {default}"
+    format_help = (
+        "read every file that says nothing else as text, as JSON, or as token ids end to end, 16, 32 or 64 bits wide, "
+        f"which are also what bytes in MDS and litdata are then {default}"
+    )
     separator_help = (
         "what divides a text file into documents: LINE (each line is one), BLANK (blank lines stand between), or a "
         "regular expression, which is left out itself (default: a text file is one document)"
@@ -70,6 +79,8 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     add("--document-separator", metavar="LINE|BLANK|REGEX", help=separator_help)
     add("--format", choices=get_args(Format), default="auto", help=format_help)
     bad_help = f"refuse, or leave the document out, or put U+FFFD in place of it; counted {default}"
+    samples_help = f"samples of token ids in MDS and litdata: whole, or documents go on in the next {default}"
+    add("--samples", choices=get_args(Samples), default="documents", help=samples_help)
     add("--on-bad-utf8", choices=get_args(BadUtf8), default="error", help=bad_help)
     record_help = f"a record without a text: refuse, or leave it out, or take it for an empty one; counted {default}"
     add("--on-bad-record", choices=get_args(BadRecord), default="raise", help=record_help)
@@ -84,6 +95,7 @@ def source_of(arguments: argparse.Namespace) -> TextSource:
         glob=arguments.glob,
         text_field=arguments.text_field,
         format=arguments.format,
+        samples=arguments.samples,
         document_separator=arguments.document_separator,
         on_bad_utf8=arguments.on_bad_utf8,
         on_bad_record=arguments.on_bad_record,

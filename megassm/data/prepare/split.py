@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from megassm.data.prepare.documents import Piece, ReadCounts, read_pieces
+from megassm.data.prepare.ids import ID_DTYPE
 from megassm.data.prepare.kinds import InputFile
 from megassm.data.prepare.source import TextSource
 from megassm.data.prepare.text import boundary_before
@@ -115,13 +116,14 @@ def _by_position(pieces: Iterable[Piece], cuts: Sequence[int]) -> Iterator[Sided
         cut = cuts[number] - begin
         begin += len(piece.content)
         if side == "valid" or cut > len(piece.content):
-            yield SidedPiece(Piece(piece.content, starts, piece.ends), side)
+            yield SidedPiece(piece._replace(starts=starts), side)
             starts = piece.ends
             continue
-        at = _near(piece.content, cut, keep_rest=piece.ends)
-        yield SidedPiece(Piece(piece.content[:at], starts, True), "train")
+        width = ID_DTYPE.itemsize
+        at = max(1, cut // width) * width if piece.are_ids else _near(piece.content, cut, keep_rest=piece.ends)
+        yield SidedPiece(piece._replace(content=piece.content[:at], starts=starts, ends=True), "train")
         if at < len(piece.content):
-            yield SidedPiece(Piece(piece.content[at:], True, piece.ends), "valid")
+            yield SidedPiece(piece._replace(content=piece.content[at:], starts=True), "valid")
         side, starts = "valid", at == len(piece.content) or piece.ends
 
 

@@ -22,7 +22,7 @@ from megassm.errors import UserError
 from megassm.files import write_atomically
 
 UNIT_BYTES = 64 << 20  # on disk
-NO_PART_OF_A_TEXT = ("inputs", "valid_inputs", "glob", "without")
+NO_PART_OF_A_TEXT = ("inputs", "valid_inputs", "glob", "without", "ids")  # of one tokenizer are all units
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def describe(file: InputFile) -> list[Any]:
     except OSError as error:
         raise UserError(f"{file.path}: cannot be read: {error.strerror}; run the command again") from None
     described = [str(file.path), status.st_size, status.st_mtime_ns, file.kind, file.packing]
+    described += [beside.stat().st_mtime_ns for beside in file.beside if beside.exists()]
     return [*described, True] if file.for_validation else described
 
 

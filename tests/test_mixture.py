@@ -18,7 +18,7 @@ from megassm.config.schema import Config
 from megassm.config.source import ConfigError
 from megassm.data.dataset import open_dataset
 from megassm.data.index import ShardSet, ShardSizes
-from megassm.data.mixture import DataSource, Mixture, MixturePhase, ReadOptions, one_source
+from megassm.data.mixture import DataSource, Mixture, MixturePhase, ReadOptions, check_repeats, one_source
 from megassm.data.order import PATTERN, MixtureOrder, OrderPhase, SampleOrder, epoch_samples
 from megassm.data.prepare.shard_writer import ShardWriter
 from megassm.data.stream import StreamPlan, TokenStream, validation_batches
@@ -217,16 +217,30 @@ def test_a_mixture_from_a_configuration(two_paths: tuple[Path, Path], small_conf
 
 
 def test_too_many_epochs_are_refused_with_the_numbers(
-    two_paths: tuple[Path, Path], small_config: Callable[..., Config]
+    two_paths: tuple[Path, Path], data_path: Path, small_config: Callable[..., Config]
 ) -> None:
     phases = "[{start_step: 0, sources: {code: 0.5, poems: 0.5}}]"
+    refused = "data.on_repeats=refuse"
+
+    def check(*overrides: str) -> None:
+        config = small_config(*overrides)
+        check_repeats(open_dataset(config).train, config)
+
     with pytest.raises(
         UserError, match=r"data\.max_epochs = 4: 20000 steps would read 'code' [\d.]+ times \([\d,]+ of "
     ):
-        open_dataset(small_config(*mixed(two_paths, phases, "train.steps=20000")))
+        check(*mixed(two_paths, phases, "train.steps=20000", refused))
     with pytest.raises(UserError, match=r"data\.max_epochs = 0\.5: 600 steps would read .*'poems' [\d.]+ times"):
-        open_dataset(small_config(*mixed(two_paths, phases, "train.steps=600", "data.max_epochs=0.5")))
-    open_dataset(small_config(*mixed(two_paths, phases, "train.steps=20000", "data.max_epochs=1000")))
+        check(*mixed(two_paths, phases, "train.steps=600", "data.max_epochs=0.5", refused))
+    check(*mixed(two_paths, phases, "train.steps=20000", "data.max_epochs=1000", refused))
+    with pytest.raises(UserError, match=r"read the training text [\d.]+ times .*lower train\.steps to [\d,]+"):
+        check("train.steps=20000", refused)
+    check("train.steps=20000", "data.on_repeats=warn")
+    try:
+        check("train.steps=20000", refused)
+    except UserError as error:
+        fitting = str(error).partition("train.steps to ")[2].split(", give")[0].replace(",", "")
+        check(f"train.steps={fitting}", refused)  # the way out is one
 
 
 @pytest.mark.parametrize(

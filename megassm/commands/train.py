@@ -69,9 +69,11 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is one message of ours, not pages of frames
     # imported one after another, so that what is wrong early is reported early
     from megassm.data.dataset import open_dataset
+    from megassm.data.mixture import check_repeats
     from megassm.run.events import append_event
 
     data = open_dataset(config)
+    check_repeats(data.train, config)
     lock = open_run_directory(config)
     run_dir = Path(config.run.dir)
     if lock is not None:

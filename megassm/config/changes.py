@@ -50,6 +50,7 @@ _EFFECTS: dict[str, Effect] = {
     "data.isolate_documents": "refused",
     "data.on_bad_block": "update",
     "data.max_epochs": "record",
+    "data.on_repeats": "record",
     "data.cache_dir": "form",
     "data.cache_gib": "form",
     "checkpoint.*": "record",

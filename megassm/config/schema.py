@@ -144,7 +144,9 @@ class DataConfig(Section):
     phases: tuple[PhaseConfig, ...] = ()
     """Weights of the sources over the run; required with sources."""
     max_epochs: Positive = 4.0
-    """With sources, a run that would read one of them more often over train.steps is an error; with path, a warning."""
+    """How often a text may be read over train.steps, each source by itself; tasks may be read more often."""
+    on_repeats: Literal["refuse", "warn"] = "refuse"
+    """What becomes of a run that would read more often."""
     tokenizer: str | None = None
     """"bytes" or a SentencePiece model; null is the one the data set was made with."""
     isolate_documents: bool = False

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from megassm.config.schema import Config
 from megassm.data.cache import local_copies
 from megassm.data.index import ShardSet, load_index
-from megassm.data.mixture import ONE_SOURCE, DataSource, Mixture, MixturePhase, ReadOptions, check_repeats
+from megassm.data.mixture import ONE_SOURCE, DataSource, Mixture, MixturePhase, ReadOptions
 from megassm.data.request import Store
 from megassm.data.stores import LocalStore, open_store
 from megassm.data.task import TASK_NAME, Task, TaskTokenizer
@@ -59,7 +59,7 @@ def open_dataset(config: Config) -> Dataset:
 
     Raises:
         UserError: something is missing or damaged, the tokenizer is not the one the shards were made with, the model
-            has too small a vocabulary, or a source would be read too often.
+            has too small a vocabulary.
     """
     # sorted: the order of lines in a file of YAML must not decide which source a sample comes from
     paths = dict(sorted(config.data.sources.items())) or {ONE_SOURCE: config.data.path or ""}
@@ -86,8 +86,6 @@ def open_dataset(config: Config) -> Dataset:
     _check_task(config, task)
     answers = None if task is None else len(task.answers)
     mixture = Mixture(tuple(train), _phases(config), _reading(config), answers)
-    if config.data.sources:
-        check_repeats(mixture, config)
     return Dataset(mixture, Mixture(tuple(valid), _phases(config), _reading(config), answers), tokenizer)
 
 

@@ -109,21 +109,33 @@ def one_source(shards: ShardSet, reading: ReadOptions | None = None) -> Mixture:
 
 
 def check_repeats(mixture: Mixture, config: Config) -> None:
-    """Checks that the mixture reads no source more often than `data.max_epochs` over the planned steps.
+    """Where `data.on_repeats` is "refuse", that nothing is read more often than `data.max_epochs`. Tasks are exempt:
+    their examples are meant to come again.
 
     Raises:
-        UserError: naming each such source, with the numbers.
+        UserError: naming each source that would be, with the numbers.
     """
+    if config.data.on_repeats == "refuse" and mixture.answers is None and (told := repeats_told(mixture, config)):
+        raise UserError(f"{told}, raise data.max_epochs, or set data.on_repeats=warn")
+
+
+def repeats_told(mixture: Mixture, config: Config) -> str:
+    """What would be read more often than `data.max_epochs` over the planned steps, and what to do; "" for nothing."""
     shape = OrderShape(config.model.seq_len, config.train.batch_sequences, config.run.seed)
     steps, limit = config.train.steps, config.data.max_epochs
     epochs = mixture.order(shape).epochs(steps * config.train.batch_sequences)
     too_often = [
-        f"{source.name!r} {read:.2f} times ({read * source.shards.tokens:,.0f} of its {source.shards.tokens:,} tokens)"
+        f"{_named(source, mixture)} {read:.2f} times ({read * source.shards.tokens:,.0f} of its "
+        f"{source.shards.tokens:,} tokens)"
         for source, read in zip(mixture.sources, epochs, strict=True)
         if read > limit
     ]
-    if too_often:
-        raise UserError(
-            f"data.max_epochs = {limit:g}: {steps} steps would read {', '.join(too_often)}; lower the weight, "
-            "train.steps or the batch, give more text, or raise data.max_epochs"
-        )
+    if not too_often:
+        return ""
+    fitting = max(1, int(steps * limit / max(epochs)))
+    way_out = "lower the weight, train.steps or the batch" if len(epochs) > 1 else f"lower train.steps to {fitting:,}"
+    return f"data.max_epochs = {limit:g}: {steps} steps would read {', '.join(too_often)}; {way_out}, give more text"
+
+
+def _named(source: DataSource, mixture: Mixture) -> str:
+    return repr(source.name) if len(mixture.sources) > 1 else "the training text"

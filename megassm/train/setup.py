@@ -21,6 +21,7 @@ from megassm.cli.arguments import print_line
 from megassm.config.schema import Config
 from megassm.cost import parameters
 from megassm.data.dataset import Dataset, keep_tokenizer
+from megassm.data.mixture import repeats_told
 from megassm.data.skipped import batch_of
 from megassm.data.stream import MicroBatch, StreamPlan, TokenStream, validation_batches
 from megassm.errors import UserError
@@ -197,13 +198,8 @@ def introduce(config: Config, data: Dataset, world: World, done_steps: int) -> N
         f"{data.train.tokens:,} training tokens, {data.valid.tokens:,} for validation; "
         f"steps {done_steps + 1}..{config.train.steps} of {config.tokens_per_step():,} tokens ({epochs:.2f} epochs)",
     )
-    if epochs > config.data.max_epochs and not config.data.sources:  # a mixture's sources are counted one by one
-        say(
-            world,
-            f"warning: the training text is read {epochs:.1f} times, more than data.max_epochs = "
-            f"{config.data.max_epochs:g}; a model learns little from a text it has seen so often. Give more text, or "
-            f"lower train.steps to {max(1, round(config.train.steps * config.data.max_epochs / epochs)):,}",
-        )
+    if data.task is None and (told := repeats_told(data.train, config)):
+        say(world, f"warning: {told}; a model learns little from a text it has seen so often")
     model = config.model
     if "S" in model.mixers and (known := model.known_channels) < model.num_channels:
         say(

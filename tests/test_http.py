@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from megassm.data.http import AUTHORITIES
+from megassm.data.request import AUTHORITIES
 from megassm.data.stores import open_store
 from megassm.data.transport import Patience, read_file
 from megassm.errors import UserError
@@ -145,3 +145,26 @@ def test_an_own_authority(server: FaultServer, certificate: Path, monkeypatch: p
     monkeypatch.setenv("CURL_CA_BUNDLE", "/nowhere.pem")
     with pytest.raises(UserError, match=r"CURL_CA_BUNDLE = '/nowhere\.pem': no such file"):
         open_store(url)
+
+
+def test_an_own_authority_of_an_s3(server: FaultServer, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same words in the same time, though it is another library."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, certificate.with_suffix(".key"))
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    (server.folder / "set").mkdir()
+    shutil.copy(server.folder / "index.json", server.folder / "set")
+    host = server.url.removeprefix("http://").partition("/")[0]
+    for name, value in {"ENDPOINT_URL": f"https://{host}", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b",
+                        "DEFAULT_REGION": "us-east-1", "EC2_METADATA_DISABLED": "true"}.items():  # fmt: skip
+        monkeypatch.setenv(f"AWS_{name}", value)
+    for name in (*AUTHORITIES, "AWS_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"s3://set/index\.json: the server's certificate is not accepted"):
+        read_file(open_store("s3://set"), "index.json", LONG)
+    assert time.monotonic() - started < 20
+    for variable in (*AUTHORITIES[:3], "AWS_CA_BUNDLE"):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, str(certificate))
+            assert read_file(open_store("s3://set"), "index.json", LONG) == b"content"

@@ -204,6 +204,7 @@ def _other_index(directory: Path) -> None:
         (_edit(lambda i: i.update(version=9)), r"index version is 9, this program reads 1 and 2; prepare"),
         (_edit(lambda i: i.pop("eod")), r"index\.json: damaged index: eod: Field required; prepare"),
         (_edit(lambda i: i.update(tokens=5)), r"blocks, shards and totals disagree; prepare"),
+        (_edit(lambda i: i["shards"][0].update(bytes=100)), r"blocks, shards and totals disagree; prepare"),
         (_edit(lambda i: i.update(text_bytes="x")), r"index\.json: damaged index: text_bytes: .*integer"),
         (_edit(lambda i: i.update(eod=1.5)), r"index\.json: damaged index: eod: .*integer"),
         (_edit(lambda i: i.update(shards=[{"name": 5}])), r"index\.json: damaged index: shards\.0\.name: .*string"),

@@ -6,7 +6,6 @@ Proxies: http_proxy, https_proxy, no_proxy, with user and password in the URL. C
 from __future__ import annotations
 
 import base64
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from megassm.data.request import (
     CHUNK_BYTES,
     CONNECT_S,
     CONNECTIONS,
+    PROXY_DENIED,
     READ_S,
     RETRIED_STATUS,
     BrokenFetchError,
@@ -24,7 +24,9 @@ from megassm.data.request import (
     NoSuchFileError,
     ReplacedFileError,
     Reply,
+    authority,
     describe,
+    refuse_for_good,
 )
 from megassm.data.signature import QUERY_VARIABLE
 from megassm.errors import UserError, scheme_of, without_secrets
@@ -32,12 +34,7 @@ from megassm.errors import UserError, scheme_of, without_secrets
 if TYPE_CHECKING:
     import urllib3
 
-AUTHORITIES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_DIR")
 RENEW = f"renew what gives access: the URL's signature (data.path, or {QUERY_VARIABLE}), or your credentials"
-PROXY_DENIED = (
-    "the proxy wants a user and password (HTTP 407); write them in https_proxy or http_proxy, "
-    "http://USER:PASSWORD@HOST:PORT"
-)
 
 
 def connection_pool(url: str) -> urllib3.PoolManager:
@@ -67,14 +64,8 @@ def connection_pool(url: str) -> urllib3.PoolManager:
 
 
 def _authorities() -> dict[str, str]:
-    """Whose certificates are accepted: a file or folder that one of AUTHORITIES names, else the system's."""
-    for variable in AUTHORITIES:
-        if place := os.environ.get(variable):
-            path = Path(place)
-            if not path.exists():
-                raise UserError(f"{variable} = {place!r}: no such file; name the file of your certificate authority")
-            return {"ca_cert_dir" if path.is_dir() else "ca_certs": place}
-    return {}
+    place = authority()
+    return {} if place is None else {"ca_cert_dir" if Path(place).is_dir() else "ca_certs": place}
 
 
 def http_request(pool: urllib3.PoolManager, url: str, span: ByteRange, etag: str | None) -> Reply:
@@ -96,7 +87,7 @@ def http_request(pool: urllib3.PoolManager, url: str, span: ByteRange, etag: str
     except urllib3.exceptions.LocationValueError:
         raise UserError(f"{url}: not a URL that can be read") from None
     except urllib3.exceptions.HTTPError as error:
-        _refuse_for_good(error, url)
+        refuse_for_good(error, url)
         raise BrokenFetchError(describe(error)) from None
     try:
         length = _checked_length(response, url, span)
@@ -105,19 +96,6 @@ def http_request(pool: urllib3.PoolManager, url: str, span: ByteRange, etag: str
         raise
     chunks = _chunks(response) if length else iter(())  # a 416 has a text for people
     return Reply(length, response.headers.get("ETag"), chunks, response.close)
-
-
-def _refuse_for_good(error: Exception, url: str) -> None:
-    """UserError where another try would end the same way: a certificate, a proxy's password."""
-    reason = getattr(error, "reason", None) or error
-    why = f"{reason} {getattr(reason, 'original_error', '')}"
-    if "CERTIFICATE_VERIFY_FAILED" in why:
-        found = re.search(r"certificate verify failed: ([a-z' -]+)", why)
-        rule = f"the server's certificate is not accepted ({found[1].strip() if found else 'unknown'})"
-        way_out = f"name the file of its authority in {AUTHORITIES[0]}"
-        raise UserError(f"{url}: {rule}; {way_out}")
-    if re.search(r"Tunnel connection failed: 407|\b407 Proxy", why):
-        raise UserError(f"{url}: {PROXY_DENIED}")
 
 
 def _checked_length(response: urllib3.BaseHTTPResponse, url: str, span: ByteRange) -> int:

@@ -228,13 +228,25 @@ def _is_consistent(shard_set: ShardSet) -> bool:
         return False
     np.add.at(tokens_per_shard, blocks["shard"], blocks["tokens"])
     return (
-        tokens_per_shard.tolist() == [shard.tokens for shard in shards]
+        _blocks_lie_in_shards(shard_set)
+        and tokens_per_shard.tolist() == [shard.tokens for shard in shards]
         and shard_set.tokens == sum(shard.tokens for shard in shards)
         and shard_set.documents == sum(shard.documents for shard in shards)
         and shard_set.dtype == token_dtype(shard_set.vocab_size)
         and shard_set.members in get_args(MemberKind)
         and 0 <= shard_set.eod < shard_set.vocab_size
     )
+
+
+def _blocks_lie_in_shards(shard_set: ShardSet) -> bool:
+    """Whether every block is within its shard, and large enough for its ids."""
+    blocks, suffix = shard_set.blocks, shard_set.suffix
+    shard_bytes = np.array([shard.bytes for shard in shard_set.shards], dtype=np.uint64)[blocks["shard"]]
+    room = shard_bytes - np.minimum(blocks["offset"], shard_bytes)
+    width = {"u16": 2, "u32": 4}.get(suffix.rpartition(".")[2], 1)  # .npy: at least a byte an id
+    added = blocks["members"] if shard_set.members == "documents" else 0  # ends of documents, where they are missing
+    stored = np.maximum(blocks["tokens"], added) - added
+    return bool(np.all(blocks["size"] <= room) and np.all(stored <= blocks["size"] // np.uint64(width)))
 
 
 def _check_sizes(shard_set: ShardSet) -> None:

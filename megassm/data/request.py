@@ -8,15 +8,25 @@ these may carry a signature.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
+
+from megassm.errors import UserError
 
 CHUNK_BYTES = 1 << 18
 CONNECTIONS = 8  # kept open to one host; more are opened and dropped
 CONNECT_S = 10.0
 READ_S = 20.0  # without one byte
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+AUTHORITIES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_DIR")
+PROXY_DENIED = (
+    "the proxy wants a user and password (HTTP 407); write them in https_proxy or http_proxy, "
+    "http://USER:PASSWORD@HOST:PORT"
+)
 
 
 class BrokenFetchError(Exception):
@@ -93,3 +103,30 @@ def describe(error: Exception) -> str:
         "SSLError": "the server's certificate or TLS is not accepted",
         "ResponseError": "too many redirects",
     }.get(name, name)
+
+
+def authority() -> str | None:
+    """Whose certificates are accepted: a file or folder that one of AUTHORITIES names; None: the system's.
+
+    Raises:
+        UserError: it is not there.
+    """
+    for variable in AUTHORITIES:
+        if place := os.environ.get(variable):
+            if not Path(place).exists():
+                raise UserError(f"{variable} = {place!r}: no such file; name the file of your certificate authority")
+            return place
+    return None
+
+
+def refuse_for_good(error: Exception, place: str) -> None:
+    """UserError where another try would end the same way: a certificate, a proxy's password."""
+    reason = getattr(error, "reason", None) or error
+    why = f"{reason} {getattr(reason, 'original_error', '')}"
+    if "CERTIFICATE_VERIFY_FAILED" in why:
+        found = re.search(r"certificate verify failed: ([a-z' -]+)", why)
+        rule = f"the server's certificate is not accepted ({found[1].strip() if found else 'unknown'})"
+        way_out = f"name the file of its authority in {AUTHORITIES[0]}"
+        raise UserError(f"{place}: {rule}; {way_out}")
+    if re.search(r"Tunnel connection failed: 407|\b407 Proxy", why):
+        raise UserError(f"{place}: {PROXY_DENIED}")

@@ -5,6 +5,7 @@ The body is read as it arrives; boto3's own retries are off, `megassm.data.trans
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,6 +14,7 @@ from megassm.data.request import (
     CHUNK_BYTES,
     CONNECT_S,
     CONNECTIONS,
+    PROXY_DENIED,
     READ_S,
     RETRIED_STATUS,
     BrokenFetchError,
@@ -20,7 +22,9 @@ from megassm.data.request import (
     NoSuchFileError,
     ReplacedFileError,
     Reply,
+    authority,
     describe,
+    refuse_for_good,
 )
 from megassm.errors import UserError, install_hint
 
@@ -54,6 +58,7 @@ class S3Store:
         except (NoCredentialsError, PartialCredentialsError):
             raise UserError(f"{self.place}/{name}: no credentials found; {CREDENTIALS}") from None
         except BotoCoreError as error:
+            refuse_for_good(error, f"{self.place}/{name}")
             raise BrokenFetchError(type(error).__name__) from None
         body = got["Body"]
         return Reply(int(got["ContentLength"]), got.get("ETag"), _chunks(body), body.close)
@@ -67,6 +72,8 @@ class S3Store:
             raise ReplacedFileError
         if code == "NoSuchBucket":
             raise UserError(f"{self.place}: there is no bucket {self._bucket!r} at this endpoint; correct data.path")
+        if status == 407:
+            raise UserError(f"{self.place}/{name}: {PROXY_DENIED}")
         if status == 404:
             raise NoSuchFileError
         if status in RETRIED_STATUS or code in ("SlowDown", "RequestTimeout", "InternalError"):
@@ -91,8 +98,9 @@ def _client(url: str) -> Any:
         retries={"total_max_attempts": 1},
         response_checksum_validation="when_required",  # of whole objects; we check each block's
     )
+    verify = None if os.environ.get("AWS_CA_BUNDLE") else authority()  # None: as boto3 finds it
     try:
-        return boto3.session.Session().client("s3", config=config)
+        return boto3.session.Session().client("s3", config=config, verify=verify)
     except (BotoCoreError, ValueError) as error:
         raise UserError(f"{url}: boto3 cannot start ({type(error).__name__}); {CREDENTIALS}") from None
 

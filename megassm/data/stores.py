@@ -150,6 +150,9 @@ class FsspecStore:
         except (ImportError, ValueError) as error:
             raise UserError(f"{url}: fsspec cannot read {scheme_of(url)}:// here ({type(error).__name__}); "
                             "install its package for that scheme, such as gcsfs or adlfs") from None  # fmt: skip
+        # Where a package has no ranged read of its own (hf), fsspec opens the file, and would read 5 MiB ahead.
+        opens = getattr(self._files.cat_file, "__func__", None) is fsspec.AbstractFileSystem.cat_file
+        self._options = {"cache_type": "none"} if opens else {}
 
     @property
     def place(self) -> str:
@@ -161,7 +164,7 @@ class FsspecStore:
     def request(self, name: str, span: ByteRange, etag: str | None) -> Reply:
         stop = None if span.size is None else span.offset + span.size
         try:
-            data = self._files.cat_file(f"{self._url}/{name}", start=span.offset or None, end=stop)
+            data = self._files.cat_file(f"{self._url}/{name}", start=span.offset or None, end=stop, **self._options)
         except FileNotFoundError:
             raise NoSuchFileError from None
         except PermissionError:

@@ -196,7 +196,7 @@ def test_what_lies_in_a_run_directory_may_be_anything(name: str, text: bytes, tm
     (tmp_path / name).write_bytes(text)
     check_failures(tmp_path, tmp_path / "metrics.jsonl", tmp_path / "none", 3)
     run = LiveRun(tmp_path).look()
-    Console(file=io.StringIO(), width=100).print(frame(run, 100))
+    Console(file=io.StringIO(), width=100).print(frame(run, 100, 50))
     assert list(read_events(tmp_path)) == []
 
 

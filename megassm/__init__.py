@@ -96,3 +96,4 @@ def _register(what: str) -> None:
 
 when_imported("transformers.models.auto.configuration_auto", lambda: _register("config"))
 when_imported("transformers.models.auto.tokenization_auto", lambda: _register("tokenizer"))
+when_imported("megassm.hf.config", lambda: _register("models_later"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from transformers import PretrainedConfig
 
 from megassm.checkpoint.exported import AUTO_MAP, SECTION, write_code
 from megassm.config.model import ModelConfig
-from megassm.hf.register import register_models
 
 KNOBS = (
     "vocab_size",
@@ -25,6 +25,9 @@ KNOBS = (
     "max_position_embeddings",
 )
 """The names of the section's knobs under transformers; where both are given, these count."""
+
+when_made: list[Callable[[], None]] = []
+"""Called whenever a configuration is made; the first time transformers is told of models (`megassm.hf.register`)."""
 
 DEFAULT = ModelConfig(vocab_size=257, d_model=256, n_layers=4, seq_len=1024, num_channels=16, d_ffn=688)
 """What `MegaSSMConfig()` is: a small model of bytes."""
@@ -72,7 +75,8 @@ class MegaSSMConfig(PretrainedConfig):
         if self.model.classes is not None and getattr(self, "id2label", None) is None:
             kwargs["num_labels"] = self.model.classes
         super().__post_init__(**kwargs)
-        register_models()
+        for action in when_made:
+            action()
         self.auto_map = dict(AUTO_MAP)
 
     @property

@@ -1,7 +1,8 @@
 """Tells transformers of this package's classes, so that `model_type: megassm` needs no trust_remote_code.
 
 `import megassm` has `register_config` and `register_tokenizer` called once transformers' own tables exist. Those of
-models follow with the first configuration that is made: sooner, transformers may be in the middle of its own imports.
+models follow with the first configuration that is made (`register_models_later`): sooner, transformers may be in the
+middle of its own imports.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ def register_tokenizer() -> None:
     from megassm.hf.tokenizer import MegaSSMTokenizer
 
     AutoTokenizer.register(MegaSSMConfig, slow_tokenizer_class=MegaSSMTokenizer, exist_ok=True)
+
+
+@cache
+def register_models_later() -> None:
+    from megassm.hf.config import when_made
+
+    when_made.append(register_models)
 
 
 @cache

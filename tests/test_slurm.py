@@ -173,39 +173,6 @@ def test_a_job_that_is_told_to_end_saves_and_is_requeued(told: Submitted, left_a
 
 
 @pytest.mark.timeout(900)
-def test_an_orphan_behind_a_cut_link_writes_nothing_more(
-    virtual: Cluster, left_alone: LeftAlone, data_path: Path, tmp_path: Path
-) -> None:
-    job = submit(virtual, tmp_path / "lost", data_path, "--nodes", "1-2")
-    job.wait_for_rows(1)
-    assert job.facts["NumNodes"] == "2"
-    virtual.kill("n2")
-    job.wait_for("RUNNING", restarts=1)
-    assert job.facts["NodeList"] == "n1", "what is left of the allocation"
-    job.wait_for_rows(2)
-    assert "continued by" in job.log
-    virtual.start("n2")
-    virtual.wait_until(lambda: virtual.idle("n2"))
-    ranks = [process for process in virtual.processes("n1") if "megassm train" in " ".join(process.cmdline())]
-    assert len(ranks) >= 2
-    virtual.cut("n1")
-    job.wait_for("RUNNING", restarts=2)
-    assert job.facts["NodeList"] == "n2"
-    alive = sum(rank.is_running() for rank in ranks)
-    assert alive == len(ranks), "nothing has told the old ranks that they are given up"
-    job.wait_for_rows(3)
-    virtual.wait_until(lambda: not any(rank.is_running() for rank in ranks), lambda: job.log)
-    errors = re.findall(r"error: .*start 3 of this run .* has taken over from start 2, which is this one", job.log)
-    assert len(errors) == 1
-    assert not (job.run_dir / "failure.txt").exists()
-    job.tool("cancel", str(job.run_dir))
-    job.wait_for("CANCELLED", restarts=2)
-    virtual.wait_until(lambda: "stopped by a signal" in job.log)
-    assert job.saved_step() == job.rows
-    check_curve(job, left_alone)
-
-
-@pytest.mark.timeout(900)
 def test_a_chain_of_jobs_as_a_site_wants_them(
     virtual: Cluster, left_alone: LeftAlone, data_path: Path, tmp_path: Path
 ) -> None:
@@ -239,4 +206,38 @@ def test_a_chain_of_jobs_as_a_site_wants_them(
     job.tool("cancel", str(job.run_dir))
     virtual.wait_until(lambda: virtual.job(second)["JobState"] == "CANCELLED", lambda: job.log)
     virtual.wait_until(lambda: job.log.count("stopped by a signal after step") == 2, lambda: job.log)
+    check_curve(job, left_alone)
+
+
+@pytest.mark.timeout(900)
+def test_an_orphan_behind_a_cut_link_writes_nothing_more(
+    virtual: Cluster, left_alone: LeftAlone, data_path: Path, tmp_path: Path
+) -> None:
+    """The last of this file: a node stays cut off."""
+    job = submit(virtual, tmp_path / "lost", data_path, "--nodes", "1-2")
+    job.wait_for_rows(1)
+    assert job.facts["NumNodes"] == "2"
+    virtual.kill("n2")
+    job.wait_for("RUNNING", restarts=1)
+    assert job.facts["NodeList"] == "n1", "what is left of the allocation"
+    job.wait_for_rows(2)
+    assert "continued by" in job.log
+    virtual.start("n2")
+    virtual.wait_until(lambda: virtual.idle("n2"))
+    ranks = [process for process in virtual.processes("n1") if "megassm train" in " ".join(process.cmdline())]
+    assert len(ranks) >= 2
+    virtual.cut("n1")
+    job.wait_for("RUNNING", restarts=2)
+    assert job.facts["NodeList"] == "n2"
+    alive = sum(rank.is_running() for rank in ranks)
+    assert alive == len(ranks), "nothing has told the old ranks that they are given up"
+    job.wait_for_rows(3)
+    virtual.wait_until(lambda: not any(rank.is_running() for rank in ranks), lambda: job.log)
+    errors = re.findall(r"error: .*start 3 of this run .* has taken over from start 2, which is this one", job.log)
+    assert len(errors) == 1
+    assert not (job.run_dir / "failure.txt").exists()
+    job.tool("cancel", str(job.run_dir))
+    job.wait_for("CANCELLED", restarts=2)
+    virtual.wait_until(lambda: "stopped by a signal" in job.log)
+    assert job.saved_step() == job.rows
     check_curve(job, left_alone)

@@ -101,7 +101,7 @@ def test_model_tool(tmp_path: Path) -> None:
     assert [(row["model"], row["length"]) for row in rows] == [
         (model, length) for length in (64, 128) for model in ("es_ssm", "transformer")
     ]
-    assert all(row["tokens_per_s"] > 0 and row["mfu"] > 0 for row in rows)
+    assert all(row["tokens_per_s"] > 0 and row["mfu"] is None for row in rows), "a CPU states no peak"
     assert "no row for mamba2: fla and mamba_ssm not installed" in done.stderr
     refused = run_python("tools/bench_model.py", "--batch", "0", check=False)
     assert refused.returncode == 2

@@ -208,7 +208,7 @@ def test_a_run_with_channels_of_noise_is_warned(
                          "budget.budgets=[2]", "eval.budgets=[2]"), 1)  # fmt: skip
     split = SimpleNamespace(tokens=1000)
     world = SimpleNamespace(is_main=True, size=1, device=torch.device("cpu"))
-    introduce(config, SimpleNamespace(train=split, valid=split), world, 0)  # type: ignore[arg-type]
+    introduce(config, SimpleNamespace(train=split, valid=split, task="any"), world, 0)  # type: ignore[arg-type]
     said = capsys.readouterr().out
     assert "1,000 training tokens" in said
     assert ("warning: float64 knows about 30 filters at model.seq_len = 64. Channels 31 to 31 are" in said) == warned

@@ -16,7 +16,7 @@ import torch
 
 from megassm.cli.arguments import print_line
 from megassm.config.schema import Config
-from megassm.run import wandb_log
+from megassm.run import tracker, wandb_log
 from megassm.run.console import format_record
 from megassm.run.journal import Journal, peak_flops, read_records
 
@@ -111,6 +111,7 @@ def test_wandb_gets_a_validation_as_a_plot_over_k_and_as_lines_over_steps(
     journal = Journal(config, 0)
     journal.write(row(1))
     journal.write(row(2, valid={"2": 2.5, "8": 2.25}))
+    journal.saved(2)
     journal.close()
     (_, plain), (step, values) = told
     assert not [name for name in plain if name.startswith("valid")]
@@ -180,9 +181,8 @@ def test_wandb_that_hangs_is_given_up_where_it_falls_behind(
 
     stuck = threading.Event()
     monkeypatch.setattr(wandb, "init", lambda **_: stuck.wait())
-    monkeypatch.setattr(wandb_log, "INIT_TIMEOUT_S", -10)  # and 10 s
-    monkeypatch.setattr(wandb_log, "FINISH_TIMEOUT_S", 0)
-    monkeypatch.setattr(wandb_log, "WAITING_RECORDS", 3)
+    monkeypatch.setattr(tracker, "CLOSE_TIMEOUT_S", 1)
+    monkeypatch.setattr(tracker, "WAITING_RECORDS", 3)
     config = small_config("log.wandb=offline")
     Path(config.run.dir).mkdir()
     journal = Journal(config, 0)
@@ -233,6 +233,7 @@ def test_wandb_that_dies_on_the_way_is_given_up_once(
     journal = Journal(config, 0)
     journal.write(row(1))
     journal.write(row(2))
+    journal.saved(2)
     journal.close()
     assert capsys.readouterr().err.count("Connection lost") == 1
     assert len(read_records(Path(config.run.dir))) == 2

@@ -37,9 +37,7 @@ def train_all(configs: list[Config]) -> None:
             run = set_up(config, open_dataset(config), join_world(config))
             spoil(run, 4)
             train(run)
-            run.events.close()
-            if run.journal is not None:
-                run.journal.close()
+            run.close()
     finally:
         leave_world()
 

@@ -94,9 +94,7 @@ def train_with_a_disk(configs: list[Config]) -> None:
 
                 run.engine.training_losses = watched  # type: ignore[method-assign]
             train(run)
-            run.events.close()
-            if run.journal is not None:
-                run.journal.close()
+            run.close()
     finally:
         leave_world()
 

@@ -10,7 +10,7 @@ A milestone (`checkpoint.keep_weights_every`) that rotation has come to lacks th
 be evaluated and exported, not continued.
 
 Every tensor is whole, whatever mesh and ZeRO stage it was trained on (`megassm.parallel.state`); the ranks divide the
-parameters among themselves and each writes its own two files. So a run continues on any number of ranks, and a tool
+parameters among themselves and each writes its own files. So a run continues on any number of ranks, and a tool
 needs one process. Everything else of a run is a pure function of the step.
 """
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections import deque
-from collections.abc import Callable
 from typing import Literal
-
-import torch
 
 Kind = Literal["step", "read", "verify"]
 """One token of each of so many texts; so many tokens of a prompt; so many tokens of each text, from its state."""
@@ -49,12 +45,3 @@ class Costs:
 def power_of_two(size: int) -> int:
     """The smallest at or above `size`: sizes that may be taken for one another."""
     return 1 << max(0, size - 1).bit_length()
-
-
-def seconds_of(compute: Callable[[], object], device: torch.device) -> float:
-    """What one run takes, to its end on the device."""
-    started = time.perf_counter()
-    compute()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started

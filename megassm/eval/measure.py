@@ -66,11 +66,13 @@ def peak_tensor_bytes(own: Iterable[torch.Tensor], compute: Callable[[], object]
 
 def timed_seconds(compute: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
     """Seconds of `repeats` runs, one before them to warm caches left out."""
-    seconds = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        compute()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:]
+    return [seconds_of(compute, device) for _ in range(repeats + 1)][1:]
+
+
+def seconds_of(compute: Callable[[], object], device: torch.device) -> float:
+    """What one run takes, to its end on the device."""
+    started = time.perf_counter()
+    compute()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started

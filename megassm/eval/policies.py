@@ -10,7 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from megassm.errors import UserError
-from megassm.eval.costs import Costs, power_of_two, seconds_of
+from megassm.eval.costs import Costs, power_of_two
+from megassm.eval.measure import seconds_of
 from megassm.model import LanguageModel
 
 

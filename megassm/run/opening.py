@@ -29,10 +29,9 @@ def load_run_config(path: Path, overrides: Sequence[str], world_size: int | None
     the file was written."""
     run_dir = path.parent
     is_runs = path.name == CONFIG and any((run_dir / name).exists() for name in (CHECKPOINTS, INCARNATIONS, METRICS))
-    if not is_runs or any(override.startswith("run.dir=") for override in overrides):
-        return load_config_or_exit(path, overrides, world_size)
+    is_told = any(override.startswith("run.dir=") for override in overrides)
     written = load_config_or_exit(path, overrides, world_size)
-    if Path(written.run.dir).absolute() == run_dir.absolute():
+    if not is_runs or is_told or Path(written.run.dir).absolute() == run_dir.absolute():
         return written
     if is_rank_zero():
         print_line(

@@ -113,9 +113,7 @@ def continue_run(config: Config, data: Dataset, world: World, watchdog: Watchdog
             run.engine.close()
         world.progress.note("end of the run")
     finally:
-        run.events.close()
-        if run.journal is not None:
-            run.journal.close()
+        run.close()
     return end
 
 

@@ -76,6 +76,12 @@ class Run:
         size, batch = self.config.train.batch_sequences, batch_of(self.stream.plan.left_out, step)
         return batch * size, (batch + 1) * size - 1
 
+    def close(self) -> None:
+        """Writes what is still to be told of the run; its engine stays."""
+        self.events.close()
+        if self.journal is not None:
+            self.journal.close()
+
 
 def set_up(config: Config, data: Dataset, world: World, stop: StopRequest | None = None) -> Run:
     """Builds the run, and continues from its newest complete checkpoint where there is one.

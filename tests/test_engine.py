@@ -92,6 +92,14 @@ def on_mesh(make: Make, mesh: Mesh, stage: int, overrides: tuple[str, ...], *mor
     return make(*overrides, *own, *more, world_size=mesh.size)
 
 
+def check_curve(curve: Curve, truth: Curve, case: object = None) -> None:
+    """AdamW divides gradients near 0 by their own size, rounding with them, so that from the second update on a norm
+    (and at the end a sum of biases near 0) tells how a processor adds; the first norm is of the same weights."""
+    assert curve["losses"] == pytest.approx(truth["losses"], abs=1e-5), case
+    assert curve["norms"][0] == pytest.approx(truth["norms"][0], rel=1e-5), case
+    assert curve["norms"] == pytest.approx(truth["norms"], rel=1e-3), case
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_mesh_and_stage_equals_one_process(small_config: Make, truths: dict[str, Curve], size: int) -> None:
@@ -105,9 +113,7 @@ def test_every_mesh_and_stage_equals_one_process(small_config: Make, truths: dic
         truth = truths[str(case[2])]
         assert truth["losses"][-1] < truth["losses"][0] - 0.3, "nothing was learned, so nothing was tested"
         for curve in all_ranks:
-            assert curve["losses"] == pytest.approx(truth["losses"], abs=1e-5), case
-            assert curve["norms"] == pytest.approx(truth["norms"], rel=1e-4), case
-            # a sum of biases near 0 is moved by gradients near 0, whose rounding AdamW divides by their own size
+            check_curve(curve, truth, case)
             assert curve["weights"] == pytest.approx(truth["weights"], rel=1e-5, abs=2e-5), case
 
 
@@ -131,8 +137,7 @@ def test_distillation_is_the_same_on_every_mesh_and_stage(small_config: Make) ->
     assert truth["losses"] != pytest.approx(plain["losses"], abs=1e-3)
     cases = [(Mesh(1, 1, 2), 0), (Mesh(1, 1, 2), 3), (Mesh(2, 1, 1), 3), (Mesh(1, 2, 1), 2)]
     for curve in run_on_ranks(2, curves, [on_mesh(small_config, *case, HYBRID, *more) for case in cases])[0]:
-        assert curve["losses"] == pytest.approx(truth["losses"], abs=1e-5)
-        assert curve["norms"] == pytest.approx(truth["norms"], rel=1e-4)
+        check_curve(curve, truth)
 
 
 @pytest.mark.ranks

@@ -16,6 +16,7 @@ from megassm.cli.arguments import Parser
 from megassm.commands import slurm as slurm_command
 from megassm.config.load import load_config
 from megassm.errors import UserError
+from megassm.run import provenance
 from megassm.slurm import queue
 from megassm.slurm.ranks import first_host, per_node, rank_environment
 from megassm.slurm.request import JobRequest, add_request, given_request, seconds
@@ -424,6 +425,7 @@ def test_a_job_gets_code_and_not_what_lies_beside_it(tmp_path: Path, monkeypatch
         (tmp_path / name).write_text("SECRET", encoding="utf-8")
     (tmp_path / "megassm/link.py").symlink_to(tmp_path / "launch/.env")
     monkeypatch.setattr(slurm_command, "ROOT", tmp_path)
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
     package = ["megassm/eval/tasks/a.yaml", "megassm/new.py", "megassm/py.typed"]
     assert [str(path) for path in slurm_command.code_files()] == package, "without git"
     for command in (("init", "-q"), ("add", "megassm/py.typed")):

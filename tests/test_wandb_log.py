@@ -58,7 +58,7 @@ def test_the_same_losses_whatever_wandb_does(
     address = {"WANDB_BASE_URL": server.format(port=closed_port())} if server else {}
     said = train(tmp_path / "run", data_path, mode, **address, **({"WANDB_API_KEY": key} if key else {}))
     assert losses(tmp_path / "run") == losses(trained)
-    assert said.count("warning:") == bool(warning)
+    assert said.count("warning:") == bool(warning), said
     assert warning in said
     assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
 

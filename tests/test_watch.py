@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,9 +133,10 @@ def test_the_tool_alone_under_torchrun_and_watching(run: Path, tmp_path: Path) -
     assert all(path.stat().st_size > 500 for path in files.values())
     assert "area under the curve" in done.stdout
     both = tmp_path / "ranks.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "tools/sweep_budgets.py", str(run), "--watch", "--sequences", "3", "--json", str(both)]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=200, env=os.environ.copy())
+    run_python(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "tools/sweep_budgets.py", str(run), "--watch", "--sequences", "3", "--json", str(both),
+    )  # fmt: skip
     found = {(row["step"], row["k"]): row["bits_per_byte"] for row in json.loads(both.read_text(encoding="utf-8"))}
     assert sorted(found) == [(step, k) for step in (2, 4) for k in (1, 2, 8)]
     (expected,) = [row["bits_per_byte"] for row in alone if (row["step"], row["seq_len"], row["k"]) == (4, 64, 8)]

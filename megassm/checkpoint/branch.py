@@ -12,7 +12,16 @@ from megassm.config.load import dump_config
 from megassm.config.schema import Config
 from megassm.errors import UserError
 from megassm.files import sync, write_atomically
-from megassm.run.directory import CHECKPOINTS, CONFIG, LEFT_OUT, METRICS, TOKENIZER, checkpoint_folders, step_name
+from megassm.run.directory import (
+    CHECKPOINTS,
+    CONFIG,
+    LEFT_OUT,
+    METRICS,
+    TOKENIZER,
+    checkpoint_folders,
+    step_name,
+    step_of,
+)
 from megassm.run.events import write_event
 from megassm.run.records import cut_after
 
@@ -75,8 +84,8 @@ def _link(file: Path, place: Path) -> None:
 
 
 def _checkpoint_at(run_dir: Path, step: int) -> Checkpoint:
-    found = {int(folder.name[5:]): folder for folder in checkpoint_folders(run_dir / CHECKPOINTS)
-             if folder.name[5:].isdecimal() and (folder / MANIFEST).exists()}  # fmt: skip
+    folders = [folder for folder in checkpoint_folders(run_dir / CHECKPOINTS) if (folder / MANIFEST).exists()]
+    found = {number: folder for folder in folders if (number := step_of(folder)) is not None}
     if step not in found:
         there = f"it has those of {', '.join(map(str, found))}" if found else "it has none"
         raise UserError(

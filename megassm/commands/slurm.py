@@ -21,7 +21,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -49,6 +48,7 @@ from megassm.run.directory import (
 )
 from megassm.run.fence import newest_number
 from megassm.run.opening import load_run_config
+from megassm.run.provenance import ROOT, git
 from megassm.run.records import newest_record
 from megassm.slurm.queue import (
     ENDED,
@@ -63,9 +63,6 @@ from megassm.slurm.queue import (
 from megassm.slurm.request import NOT_KEPT, JobRequest, add_request, count, for_file, given_request, seconds
 from megassm.slurm.script import batch_script
 from megassm.slurm.site import site_defaults
-
-ROOT = Path(__file__).parents[2]
-"""Of the checkout, or where the package is installed."""
 
 
 def job_parser(name: str, description: str, example: str) -> Parser:
@@ -216,7 +213,7 @@ def code_files() -> list[Path]:
     An `.env` or a credential that lies there is neither. Without git: the files that a package is made of.
     """
     python = [path.relative_to(ROOT) for path in (ROOT / "megassm").rglob("*.py")]
-    tracked = git("ls-files", "-z", "--", "megassm").split("\0")
+    tracked = exact_git("ls-files", "-z", "--", "megassm").split("\0")
     others = [Path(name) for name in tracked if name]
     if not others:
         others = [path.relative_to(ROOT) for path in (ROOT / "megassm").rglob("*")
@@ -227,17 +224,13 @@ def code_files() -> list[Path]:
 def code_version() -> str:
     """megassm's version; from a git checkout the commit and all that differs from it."""
     return f"megassm {__version__}\n" + "".join(
-        git(*command) for command in (("rev-parse", "HEAD"), ("status", "--short"), ("diff", "HEAD"))
+        exact_git(*command) for command in (("rev-parse", "HEAD"), ("status", "--short"), ("diff", "HEAD"))
     )
 
 
-def git(*command: str) -> str:
-    """What git prints about this checkout; empty where there is none."""
-    with contextlib.suppress(OSError):
-        asked = ["git", "-C", str(ROOT), *command]
-        done = subprocess.run(asked, capture_output=True, text=True, errors="surrogateescape", check=False)
-        return done.stdout if done.returncode == 0 else ""
-    return ""
+def exact_git(*command: str) -> str:
+    """What git prints about this checkout, names that are no UTF-8 as they are, however long it takes."""
+    return git(*command, errors="surrogateescape", timeout_s=None)
 
 
 def status(run_dir: Path, json_path: Path | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,10 +27,8 @@ from megassm.eval.sweep import Sweep, SweepPlan, sweep
 from megassm.eval.text import EvalText, open_texts
 from megassm.model import LanguageModel
 from megassm.parallel.world import Peers, gather_texts, together
-from megassm.run.directory import CHECKPOINTS, EMA, SWEEPS, checkpoint_folders, step_name
+from megassm.run.directory import CHECKPOINTS, EMA, SWEEPS, checkpoint_folders, step_name, step_of
 from megassm.run.launcher import launcher_is_gone, launcher_pids
-
-STEP_FOLDER = re.compile("step-[0-9]{8,18}")
 
 POLL_S = 5.0
 """Between two looks for a new checkpoint."""
@@ -172,7 +169,7 @@ def _check_run_directory(run_dir: Path) -> None:
 
 def _next_folder(run_dir: Path, seen: set[str], averaged: bool) -> str:
     """The oldest checkpoint to be measured, FINISHED, or nothing yet."""
-    found = [path for path in checkpoint_folders(run_dir / CHECKPOINTS) if STEP_FOLDER.fullmatch(path.name)]
+    found = [path for path in checkpoint_folders(run_dir / CHECKPOINTS) if step_of(path) is not None]
     for manifest in filter(Path.exists, [path / MANIFEST for path in found]):
         measured = result_folder(run_dir, averaged) / SWEEPS / f"{manifest.parent.name}.json"
         if str(manifest.parent) not in seen and not _is_measured(manifest, measured):

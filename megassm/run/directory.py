@@ -22,6 +22,7 @@ RUN_DIR/wandb.json          which run of wandb's this is (see `megassm.run.wandb
 RUN_DIR/tensorboard/        TensorBoard's files (see `megassm.run.tensorboard_log`)
 """
 
+import re
 from pathlib import Path
 
 CONFIG = "config.yaml"
@@ -50,6 +51,7 @@ EMA = "ema"
 """The same of the weights' running average."""
 STEPS_PLOT = "steps.png"
 """In `SWEEPS`."""
+STEP_NAME = re.compile("step-([0-9]{8,18})")
 
 
 def step_name(step: int) -> str:
@@ -60,3 +62,9 @@ def step_name(step: int) -> str:
 def checkpoint_folders(checkpoints: Path) -> list[Path]:
     """Those in a folder of them, complete or not, oldest first."""
     return sorted(checkpoints.glob("step-*"))
+
+
+def step_of(folder: Path) -> int | None:
+    """The updates after which a checkpoint's folder was made; None where its name is no `step_name`."""
+    found = STEP_NAME.fullmatch(folder.name)
+    return int(found[1]) if found else None

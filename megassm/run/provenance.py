@@ -58,10 +58,10 @@ def source() -> Source:
     copied = ROOT.parent / JOB_VERSION
     if ROOT.name == JOB_CODE and copied.is_file():  # a job's copy: what was noted when it was submitted
         return _noted(copied.read_text(encoding="utf-8", errors="replace"))
-    if not _git("ls-files", "--", "megassm/__init__.py"):  # not a checkout of this project, whatever lies around it
+    if not git("ls-files", "--", "megassm/__init__.py"):  # not a checkout of this project, whatever lies around it
         return Source(None, [], "")
-    commit = _git("rev-parse", "HEAD").strip()
-    return Source(commit or None, _git("status", "--short").splitlines(), _patch())
+    commit = git("rev-parse", "HEAD").strip()
+    return Source(commit or None, git("status", "--short").splitlines(), _patch())
 
 
 def facts(source: Source) -> dict[str, Any]:
@@ -103,9 +103,9 @@ def _name(part: str) -> str:
 
 def _patch() -> str:
     """Tracked files' differences from the commit; those that git ignores although they are tracked are left out."""
-    ignored = _git("ls-files", "-z", "--cached", "--ignored", "--exclude-standard", "--full-name", ":(top)").split("\0")
+    ignored = git("ls-files", "-z", "--cached", "--ignored", "--exclude-standard", "--full-name", ":(top)").split("\0")
     excluded = [f":(top,exclude,literal){name}" for name in ignored if name]
-    return safe(_git("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv", "--", ":(top)", *excluded))
+    return safe(git("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv", "--", ":(top)", *excluded))
 
 
 def _noted(text: str) -> Source:
@@ -124,10 +124,10 @@ def _versions() -> list[tuple[str, str]]:
     return found
 
 
-def _git(*command: str) -> str:
-    """What git prints about `ROOT`; empty where it cannot say."""
+def git(*command: str, errors: str = "replace", timeout_s: float | None = GIT_S) -> str:
+    """What git prints about `ROOT`; empty where it cannot say. `errors` as `bytes.decode` has it."""
     asked = ["git", "-C", str(ROOT), "-c", "core.fsmonitor=false", *command]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        done = subprocess.run(asked, capture_output=True, timeout=GIT_S, check=False)
-        return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
+        done = subprocess.run(asked, capture_output=True, timeout=timeout_s, check=False)
+        return done.stdout.decode(errors=errors) if done.returncode == 0 else ""
     return ""

@@ -86,7 +86,7 @@ def test_a_finished_run_that_is_extended(schedule: str, rises: bool) -> None:
     before = load_config(BASE, [*same, "train.steps=20"])
     what = changed(before, load_config(BASE, [*same, *schedule.split()[1:], "train.steps=40"]), 20)
     assert what.rises == rises
-    assert what.text.startswith("optim.lr 0.002 -> 0.0001" if not rises else "train.steps 20 -> 40; learning rate ")
+    assert what.text.startswith("optim.lr 0.004 -> 0.0001" if not rises else "train.steps 20 -> 40; learning rate ")
     assert (what.next_rate > 1.5 * what.last_rate) == rises
 
 

@@ -48,7 +48,9 @@ def test_large_jobs(name: str, world_size: int, mesh: tuple[int, int, int], over
     facts = dry_run(config, world_size)
     assert facts["ranks"] == world_size
     assert facts["mesh"] == f"data {data} x sequence {sequence} x tensor {tensor}"
-    assert facts["parameters"] / tensor <= facts["parameters of a rank"] < 1.2 * facts["parameters"] / tensor
+    assert (
+        facts["parameters"] / tensor <= facts["parameters of a rank"] < 1.35 * facts["parameters"] / tensor
+    )  # gates are whole
     assert facts["micro-steps"] * config.train.micro_batch_sequences == facts["sequences a batch and data rank"]
     replicas = 1 if config.parallel.zero_stage == 0 else data * sequence
     assert facts["optimizer's share of them"] == round(facts["parameters of a rank"] / replicas)

@@ -241,7 +241,7 @@ def test_the_mean_time_is_that_of_the_budgets_drawn() -> None:
 
 
 def test_the_bucket_is_no_larger_than_the_gradients() -> None:
-    assert reduce_bucket_numbers(shipped("tiny")) == parameters(shipped("tiny").model, 32)
+    assert reduce_bucket_numbers(shipped("tiny")) == parameters(shipped("tiny").model, 16)
     assert reduce_bucket_numbers(shipped("7b_hybrid")) == 500_000_000
 
 

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from megassm.budget import budget_at
 from megassm.config.load import dump_config, load_config
+from megassm.config.model import ModelConfig
 from megassm.config.presets import PRESETS
 from megassm.config.schema import Config
 from megassm.layers.spectral import SpectralMixer
-from megassm.model import build_model
+from megassm.model import build_model, initial_weights
 from tests.conftest import ROOT
 from tests.test_config import MINIMAL, mistakes
 
@@ -101,10 +102,33 @@ def authors_layer(mixer: SpectralMixer, phi_LK: Tensor, sigma_K: Tensor, u_BLD: 
     return u_BLD @ mixer.direct_DD + torch.einsum("blk,blke->ble", alpha_BLK, projected_BLKE)
 
 
+def paper_model(*overrides: str) -> ModelConfig:
+    return load_config(TINY, ["preset=paper", "model.num_channels=32", *overrides]).model
+
+
+def test_weights_start_as_the_authors() -> None:
+    """M_k by 1e-3 N(0, 1), at any depth; the scores' bias at -2, so that the rescaled softmax uses nearly all of the 32
+    channels at the start (theirs 31.85 by the exponential of its entropy), which it does not from 0."""
+    config = paper_model()
+    assert config.channel_init_std == 1e-3
+    for name, value in initial_weights(config, 3):
+        if name.endswith("channels_KDD"):
+            assert float(value.std()) == pytest.approx(1e-3, rel=0.01), name
+            assert abs(float(value.mean())) < 1e-5, name
+    u_BLD = torch.randn(4, 64, config.d_model)
+
+    @torch.no_grad()
+    def used(config: ModelConfig) -> float:
+        alpha_BLK = build_model(config, 0).blocks[0].mixer.gate(u_BLD, 32)[:, :, 0]
+        return float(torch.special.entr(alpha_BLK).sum(-1).exp().mean())
+
+    assert used(config) == pytest.approx(31.85, abs=0.03)
+    assert used(config.model_copy(update={"gate_bias_init": 0.0})) < 25
+
+
 @pytest.mark.parametrize("k", [1, 5, 32])
 def test_the_layer_is_the_authors(k: int) -> None:
-    config = load_config(TINY, ["preset=paper", "model.d_model=24", "model.seq_len=100", "model.n_layers=1"]).model
-    model = build_model(config, 0).double()
+    model = build_model(paper_model("model.d_model=24", "model.seq_len=100", "model.n_layers=1"), 0).double()
     model.reset_filters()
     mixer, bank = model.blocks[0].mixer, model.filterbank
     assert bank is not None
@@ -122,7 +146,7 @@ def test_the_layer_is_the_authors(k: int) -> None:
 def test_the_draws_are_the_authors() -> None:
     """One K an update; K_max in the warm-up and wherever the update's number, from 0, is divisible by 8; otherwise
     exp(log 2 + u' log 16) taken to the nearest of the list, u' = 1 - (1 - u)^(1/0.6)."""
-    config = load_config(TINY, ["preset=paper"])
+    config = load_config(TINY, ["preset=paper", "model.num_channels=32"])
     drawn = [budget_at(config, step, 0) for step in range(40_000)]
     assert set(drawn[: config.optim.warmup_steps]) == {32}
     assert set(drawn[::8]) == {32}

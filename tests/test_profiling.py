@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from megassm.config.load import load_config
 from megassm.config.model import ModelConfig
 from megassm.cost import forward_flops_by_kind, forward_flops_per_token
 from megassm.model import build_model, losses_at
 from megassm.train.profiling import GRADIENT_SUMS, OTHER, marked_layers, seconds_by_kind
-from tests.conftest import SMALL, run_python
+from tests.conftest import ROOT, SMALL, run_python
 
 MODEL = ModelConfig(vocab_size=97, d_model=16, n_layers=2, seq_len=32, num_channels=4, d_ffn=32, n_heads=2)
 
@@ -59,8 +60,7 @@ def test_the_tool_profiles_without_a_data_set(tmp_path: Path) -> None:
     (result,) = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
     assert list(result["phases"]) == ["data", "forward", "backward", "update"]
     assert min(result["phases"].values()) > 0
-    small = ModelConfig(vocab_size=257, d_model=32, n_layers=2, pattern="SA", seq_len=64, num_channels=8, d_ffn=64,
-                        n_heads=4)  # fmt: skip
+    small = load_config(ROOT / "configs/tiny.yaml", (*SMALL, "model.pattern=SA")).model
     flops = {row["kind"]: row["forward_flops"] for row in result["kinds"]}
     of_kinds = forward_flops_by_kind(small, 4, 64)
     assert {kind: flops[kind] for kind in of_kinds} == pytest.approx({kind: 256 * f for kind, f in of_kinds.items()})
@@ -97,6 +97,6 @@ def test_the_tool_does_not_stand_in_for_pythons_own_profile() -> None:
 
 
 def test_a_budget_out_of_range_is_refused() -> None:
-    refused = run_python("tools/profile_training.py", "--config", "configs/tiny.yaml", "--k", "33", check=False)
+    refused = run_python("tools/profile_training.py", "--config", "configs/tiny.yaml", "--k", "17", check=False)
     assert refused.returncode == 2
-    assert "the model has 32 channels" in refused.stderr
+    assert "the model has 16 channels" in refused.stderr

@@ -62,7 +62,9 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": f"{STEM}.MegaSSMForSequenceClassification",
 }
 """Where transformers finds the classes of a model; in its config.json."""
-OF_TRAINING_ONLY = ("filterbank", "gate_bias_init", "channel_init_std", "embed_init_std", "base_width")
+OF_TRAINING_ONLY = (
+    "filterbank", "gate_bias_init", "gate_init_scale", "channel_init_std", "embed_init_std", "base_width"
+)  # fmt: skip
 """Knobs of a model that its results do not depend on."""
 
 

@@ -28,6 +28,7 @@ _EFFECTS: dict[str, Effect] = {
     "model.channel_init_std": "start",
     "model.embed_init_std": "start",
     "model.gate_bias_init": "start",
+    "model.gate_init_scale": "start",
     "budget.*": "update",
     "optim.*": "update",
     "optim.lr": "rate",

@@ -68,11 +68,14 @@ class ModelConfig(Section):
     """RMS rescaling of the softmax gate's scores (paper, Eq. 8b); false is the ablation."""
     gate_bias_init: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     """Bias of the gate's scores at the start; the authors' -2 makes a rescaled softmax nearly uniform there."""
+    gate_init_scale: Positive = 1.0
+    """Standard deviation of the gate's matrices at the start times sqrt(inputs); the authors' is 0.577."""
     filterbank: Literal["auto", "direct", "fft", "flashfft", "chunked"] = "auto"
     """How the causal filter bank is computed; the results agree to rounding. auto is chunked."""
     channel_init_std: Positive | None = None
-    """Standard deviation of the channel matrices M_k at the start; null means 1/sqrt(inputs of a head), divided by
-    sqrt(num_channels) where the weights do not add up to 1 (gate: sigmoid or none)."""
+    """Standard deviation of the channel matrices M_k at the start (the authors': 1e-3); null means 1/sqrt(inputs of a
+    head), divided by sqrt(num_channels) where the weights do not add up to 1 (gate: sigmoid or none), and with one head
+    by sqrt(2 n_layers)."""
     n_heads: Size = 8
     """Query heads of an attention layer."""
     n_kv_heads: Size | None = None

@@ -13,7 +13,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "gate": "softmax",
             "gate_rescale": True,
             "sigma_scale": "quarter_power",
+            "input_taps": 1,
             "ffn_elastic": None,
+            "channel_init_std": 1e-3,
+            "gate_bias_init": -2.0,
+            "gate_init_scale": 0.577,  # torch's own start of a linear layer: uniform within 1/sqrt(inputs)
         },
         "budget": {"strategy": "paper", "sampler": "authors", "bias": 0.6, "full_every": 8, "draws": 1},
     },

@@ -64,8 +64,10 @@ def _initial_std(name: str, shape: torch.Size, config: ModelConfig) -> float:
             return config.embed_init_std
         case "mixer.channels_KDD":
             summands = config.num_channels if config.gate in ("sigmoid", "none") else 1
-            std = config.channel_init_std or inputs / math.sqrt(summands)
-            return std * depth if config.mixer_heads == 1 else std
+            std = inputs / math.sqrt(summands) * (depth if config.mixer_heads == 1 else 1.0)
+            return config.channel_init_std or std
+        case "mixer.gate.hidden.weight" | "mixer.gate.score_KH":
+            return inputs * config.gate_init_scale
         case "mixer.direct_DD" | "mixer.out_DD" | "mixer.out.weight" | "ffn.down.weight":
             return inputs * depth
         case _:

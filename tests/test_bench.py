@@ -14,6 +14,7 @@ import tools.bench.model
 from megassm.cost import parameters
 from megassm.errors import UserError
 from tests.conftest import run_python
+from tools.bench.filters import rows as filter_rows
 from tools.bench.mixer import MixerBenchPlan, bench
 from tools.bench.model import MODELS, SIZES, ModelBenchPlan, bench_models, transformer_of_equal_size
 from tools.bench.peers import peer_layer
@@ -105,6 +106,18 @@ def test_model_tool(tmp_path: Path) -> None:
     assert "no row for mamba2: fla and mamba_ssm not installed" in done.stderr
     refused = run_python("tools/bench_model.py", "--batch", "0", check=False)
     assert refused.returncode == 2
+
+
+def test_an_eigensolver_knows_the_first_filters_only() -> None:
+    """As many as its precision has: sigma_k falls by a factor of about ten from one to the next at this length."""
+    rows = list(filter_rows(128))
+    found = {row["by"]: row for row in rows if row["what"] == "error"}
+    assert set(found) == {"float32 subspace", "float32 eigh", "float64 eigh"}
+    wrong = {name: int(row["wrong from"] or 0) for name, row in found.items()}
+    assert 8 <= wrong["float32 eigh"] < wrong["float64 eigh"] <= 24
+    assert float(found["float64 eigh"]["k=8"] or 1) < 1e-9 < float(found["float32 subspace"]["k=8"] or 1) < 1e-2
+    assert all(float(row["k=32"] or 0) >= 1 for row in found.values())
+    assert all(float(row["k=32"] or 0) > 100 for row in rows if row["what"] == "weight"), "and too loud by far"
 
 
 def test_unknown_method() -> None:

@@ -12,18 +12,19 @@ from urllib.parse import urlsplit, urlunsplit
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s'\"<>]*[^\s'\"<>:;,.)]")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 HIDDEN = "..."
+MESSAGE_CHARS = 4000
 
 
 class UserError(ValueError):
     """An error that a user can act on.
 
-    The message names the place, the value, the rule and the way out; what may be secret in a URL is taken
-    out of it here, and control characters are shown, whoever wrote it. Entry points print it without a traceback and
-    exit with code 1 (see `megassm.cli.arguments.run_tool`); anything else that escapes is a bug of ours.
+    The message names the place, the value, the rule and the way out. Whoever wrote it, what may be secret in a URL is
+    taken out of it here, control characters are shown, and a long one loses its middle. Entry points print it without
+    a traceback and exit with code 1 (see `megassm.cli.arguments.run_tool`); what else escapes is a bug of ours.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(visible(redacted(message)))
+        super().__init__(shortened(visible(redacted(message))))
 
 
 def install_hint(extra: str) -> str:
@@ -36,6 +37,14 @@ def visible(text: str) -> str:
     """A text from outside for a terminal: control characters but newline and tab, and marks that reorder what is
     written, as \\x1b or \\u202e. What a terminal would obey is seen instead."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def shortened(text: str) -> str:
+    """A message that people can read, though a value in it may be a whole file: its beginning, and its end."""
+    if len(text) <= MESSAGE_CHARS:
+        return text
+    half = MESSAGE_CHARS // 2
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
 
 
 def scheme_of(place: str) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,6 +41,19 @@ def open_own(path: Path, mode: str) -> IO[Any]:
     flags = os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe would wait for a reader
     buffering = 0 if "b" in mode else -1
     return open(path, mode, buffering, encoding, opener=lambda name, given: os.open(name, given | flags, 0o666))
+
+
+def open_given(path: Path) -> BufferedReader:
+    """A regular file to read that another may have made: a pipe would wait for a writer, a device has no end.
+
+    Raises:
+        OSError: it is none, or cannot be opened.
+    """
+    file = open(path, "rb", opener=lambda name, given: os.open(name, given | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return file
 
 
 def commit(file: IO[bytes], path: Path) -> None:

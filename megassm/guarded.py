@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import stat
 import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from megassm.errors import UserError
+from megassm.files import open_given
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,17 +64,15 @@ def read_bytes(path: Path, limit: int, way_out: str = "give another file") -> by
         UserError: it is larger, no file, or cannot be read.
     """
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            facts = os.fstat(file.fileno())
-            if not stat.S_ISREG(facts.st_mode):
-                raise UserError(f"{path}: is no regular file; {way_out}")
-            content = file.read(min(limit, facts.st_size) + 1)  # python makes room for as much as is asked for
+        with open_given(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(min(limit, size) + 1)  # python makes room for as much as is asked for
     except FileNotFoundError:
         raise
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; {way_out}") from None
     if len(content) > limit:
-        raise UserError(f"{path}: has {facts.st_size:,} bytes, at most {limit:,} are read; {way_out}")
+        raise UserError(f"{path}: has {size:,} bytes, at most {limit:,} are read; {way_out}")
     return content
 
 
@@ -198,17 +196,9 @@ def load_columns(raw: bytes, dtypes: Mapping[str, np.dtype[Any]], place: object)
     Raises:
         UserError: not such a file; or it unpacks to more than `NPZ_EXPANSION` times its size.
     """
-    try:
-        with zipfile.ZipFile(io.BytesIO(raw)) as packed:
-            size = sum(entry.file_size for entry in packed.infolist())
-            if size > NPZ_EXPANSION * len(raw):
-                limit = f"{NPZ_EXPANSION} times its {len(raw):,}"
-                raise UserError(f"{place}: unpacks to {size:,} bytes, at most {limit} are read")
-            columns = {name: _column(packed, name) for name in dtypes}
-    except UserError:
-        raise
-    except Exception as error:  # zipfile and numpy raise whatever the bytes lead them to
-        raise UserError(f"{place}: not a file of arrays ({type(error).__name__}: {_short(error)})") from None
+    columns = load_arrays(io.BytesIO(raw), len(raw), place)
+    if missing := [name for name in dtypes if name not in columns]:
+        raise UserError(f"{place}: has no {', '.join(missing)}")
     for name, dtype in dtypes.items():
         found = columns[name]
         if found.ndim != 1 or found.dtype != dtype or len(found) != len(next(iter(columns.values()))):
@@ -216,6 +206,25 @@ def load_columns(raw: bytes, dtypes: Mapping[str, np.dtype[Any]], place: object)
                 f"{place}: {name} is {found.dtype} {found.shape}; expected {dtype} in one dimension, all alike"
             )
     return columns
+
+
+def load_arrays(file: IO[bytes], size: int, place: object) -> dict[str, npt.NDArray[Any]]:
+    """All arrays of an npz file of `size` bytes, by name.
+
+    Raises:
+        UserError: not such a file; or it unpacks to more than `NPZ_EXPANSION` times its size.
+    """
+    try:
+        with zipfile.ZipFile(file) as packed:
+            unpacked = sum(entry.file_size for entry in packed.infolist())
+            if unpacked > NPZ_EXPANSION * size:
+                limit = f"{NPZ_EXPANSION} times its {size:,}"
+                raise UserError(f"{place}: unpacks to {unpacked:,} bytes, at most {limit} are read")
+            return {name.removesuffix(".npy"): load_npy(packed.read(name)) for name in packed.namelist()}
+    except UserError:
+        raise
+    except Exception as error:  # zipfile and numpy raise whatever the bytes lead them to
+        raise UserError(f"{place}: not a file of arrays ({type(error).__name__}: {_short(error)})") from None
 
 
 def load_npy(raw: bytes) -> npt.NDArray[Any]:
@@ -287,10 +296,6 @@ def _check_attributes(file: IO[bytes], size: int, offset: int) -> None:
         raise ValueError(f"offset {offset}: attributes of {size:,} bytes, at most {TAR_HEADER_BYTES:,} are read")
     if re.search(rb"\d+ (GNU\.sparse\.|size=)", file.read(size)):
         raise ValueError(f"offset {offset}: attributes give a member another size than its header, which is not read")
-
-
-def _column(packed: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
-    return load_npy(packed.read(f"{name}.npy"))
 
 
 def _deepest(text: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -117,7 +118,7 @@ def test_a_disk_that_fails_ends_the_cache_and_not_the_run(
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("megassm.data.cache._write_new", full)
     for block in range(3):
         cache.put("print", block, content(block))
     assert capsys.readouterr().err.count("No space left on device") == 1
@@ -171,3 +172,31 @@ def test_a_stream_goes_on_from_the_cache_alone(
     counted = again.meter.take()
     assert counted.data_cache_hits >= len(shards.blocks)
     assert counted.data_fetched_bytes == counted.data_reconnects == 0
+
+
+def test_a_folder_that_others_write_to_leads_nowhere(tmp_path: Path) -> None:
+    """Links in place of a block, of its temporary file and of the lock; a number that is none; a pipe."""
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    cache = DiskCache(tmp_path / "cache", 10_000)
+    cache.put("print", 1, content(1))
+    (block,) = (tmp_path / "cache").glob("??/*")
+    own = tmp_path / "cache/writing" / f"{block.name}.{os.getpid()}.{threading.get_ident()}"
+    block.unlink()
+    block.symlink_to(victim)
+    own.symlink_to(victim)
+    assert get(cache, 1) is None
+    cache.put("print", 1, content(1))
+    assert get(cache, 1) == content(1)
+    assert not block.is_symlink()
+    (tmp_path / "cache/bytes").write_text("9" * 5000)
+    cache.put("print", 2, content(2))
+    assert get(cache, 2) == content(2)
+    block.unlink()
+    os.mkfifo(block)
+    assert get(cache, 1) is None
+    (tmp_path / "cache/bytes").unlink()
+    (tmp_path / "cache/bytes").symlink_to(victim)
+    with pytest.raises(UserError, match=r"data\.cache_dir = .*: cannot be written"):
+        DiskCache(tmp_path / "cache", 10_000)
+    assert victim.read_bytes() == b"mine"

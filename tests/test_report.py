@@ -161,7 +161,7 @@ def test_charts_of_each_run_survive_missing_figures(tmp_path: Path) -> None:
         assert (tmp_path / f"new/plot.{suffix}").stat().st_size > 1000
     save_charts(charts([a_sweep()]), tmp_path / "bands.svg")
     assert "(band: 95% of the gap to full K)" in (tmp_path / "bands.svg").read_text(encoding="utf-8")
-    plot_over_steps({2: [(1, 3.0), (2, 2.0)]}, "bits", tmp_path / "steps.png")
+    plot_over_steps({2: [(1, 3.0), (2, 2.0)]}, "bits of $x_{ and no formula", tmp_path / "steps.png")
     assert (tmp_path / "steps.png").stat().st_size > 1000
 
 

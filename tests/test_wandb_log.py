@@ -12,7 +12,6 @@ import pytest
 
 from megassm.run.records import read_records
 from tests.conftest import FINISHED, SMALL, run_python
-from tests.fault_server import serving
 
 LAUNCH = """
 import sys
@@ -106,19 +105,3 @@ def test_the_same_losses_where_the_disk_is_full_for_a_while(trained: Path, data_
     assert len(warnings) - len(own) == sum("wandb is given up" in line for line in warnings) <= 1
     assert "Traceback" not in said
     assert "Logging error" not in said
-
-
-def test_nothing_of_the_command_line_reaches_the_run_directory(data_path: Path, tmp_path: Path) -> None:
-    with serving(data_path.parent) as server:
-        place = server.url.replace("://", "://user:SECRET@")
-        train(
-            tmp_path / "run",
-            Path("x"),
-            "offline",
-            "",
-            f"data.path={place}/{data_path.name}?sig=SECRET",
-            SECRET="SECRET",
-        )
-    held = [path for path in tmp_path.rglob("*") if path.is_file() and b"SECRET" in path.read_bytes()]
-    assert not held
-    assert list((tmp_path / "run/wandb").rglob("*.wandb"))

@@ -3,9 +3,10 @@
     python -m tests.torture --data data/demo_bytes --output /tmp/torture --kills 20
 
 A job of 4 ranks, under torchrun or deepspeed, is ended at a random moment: a random rank, its launcher or everything by
-`kill -9`, or a rank by SIGSTOP. It is started again by the same command, and so on; in the first half always on the
-same ranks, then each time on another mesh and ZeRO stage. Some lives have a bad time before: a disk that is full, a run
-directory that is read-only (root alone can make it so), data that is away, a second starter.
+`kill -9`, some of them while a checkpoint is written, or a rank by SIGSTOP. It is started again by the same command,
+and so on; in the first half always on the same ranks, then each time on another mesh and ZeRO stage. Checkpoints are
+written while training goes on. Most lives have a bad time before: a disk that is full, a run directory that is
+read-only (root alone can make it so), data that is away, a second starter.
 
 The journal must be one curve without a seam. It must equal the undisturbed run's bit for bit as long as the mesh stayed
 what it was, and within 1e-5 after that. That every sample was read once is what `megassm.train.agreement` checks in
@@ -31,6 +32,7 @@ import psutil
 
 from megassm.cli.arguments import print_table, run_tool, tool_parser
 from megassm.errors import UserError
+from megassm.run.directory import CHECKPOINTS
 from megassm.run.events import ENDS as EVENT_ENDS
 from megassm.run.events import read_events
 from megassm.run.journal import Record, read_records
@@ -40,8 +42,8 @@ from tests.jobs import Job, Launcher
 BASE = (
     *SMALL, "model.seq_len=128", "model.pattern=SA", "model.n_kv_heads=2", "model.vocab_size=259",
     "budget.strategy=uniform", "budget.draws=2", "train.batch_sequences=8", "optim.grad_clip=0.3",
-    "checkpoint.every_steps=5", "eval.every_steps=null", "eval.budgets=[8]", "log.every_steps=1000",
-    "parallel.timeout_s=45",
+    "checkpoint.every_steps=5", "checkpoint.asynchronous=true", "eval.every_steps=null", "eval.budgets=[8]",
+    "log.every_steps=1000", "parallel.timeout_s=45",
 )  # fmt: skip
 TOLERANCE = 1e-5
 EXACT = ("loss", "bits_per_byte", "grad_norm", "k_micro", "lr", "tokens")
@@ -90,6 +92,9 @@ class Life:
     """Whether the one message of the others named the killed rank, where there were others."""
     ended_s: float
     """From the kill to the end of the last rank."""
+    told_s: float | None
+    """From the beginning of a bad time until a second starter was refused, or an event told of the disk; None where
+    there is nothing to tell: data that is away for so short is waited for."""
 
 
 def shape_of(life: int, same_mesh: int) -> Shape:
@@ -98,13 +103,17 @@ def shape_of(life: int, same_mesh: int) -> Shape:
     return SHAPES[0] if later < 0 else SHAPES[1 + later % (len(SHAPES) - 1)]
 
 
-ENDS = ("rank killed", "rank killed", "all killed", "launcher killed", "rank stopped")
-BAD_TIMES = ("", "full disk", "second starter", "", "data away", "read-only")
+ENDS = ("rank killed", "rank killed in a save", "all killed", "launcher killed", "rank killed", "all killed in a save",
+        "rank stopped")  # fmt: skip
+BAD_TIMES = ("full disk", "second starter", "data away", "read-only", "")
+"""By turns; as two launchers, seven ends and five of these have no common divisor, each meets each."""
 BAD_S = 4.0
 CAUSES = {
     "rank killed": "no longer answer|without a word",
+    "rank killed in a save": "no longer answer|without a word",
     "rank stopped": "no longer answer|without a word",
     "all killed": "ended without a word",
+    "all killed in a save": "ended without a word",
     "launcher killed": "because its launcher ended|no longer answer|without a word",
 }
 """What events.jsonl must say of an end; a single rank leaves no word."""
@@ -117,15 +126,16 @@ def live(number: int, run_dir: Path, shape: Shape, overrides: list[str], dice: r
     with Job(run_dir, shape.ranks, [*overrides, *shape.overrides()], launcher=launcher) as job:
         job.wait_until(lambda: "parameters at K=" in job.said)
         before = re.search(r"continuing after step (\d+)", job.said)
-        start = int(before.group(1)) if before else 0
-        if number % 5 == 4:  # while it sets up, reads the checkpoint, makes the first steps
-            bad_time = ""
+        start, told_s = int(before.group(1)) if before else 0, None
+        if not bad_time:  # while it sets up, reads the checkpoint, makes the first steps
             time.sleep(dice.random() * 2)
         else:
-            target = start + dice.randint(6, 18)
+            target = start + dice.randint(4, 12)
             job.wait_until(lambda: job.rows >= target)
-            give_a_bad_time(bad_time, job, overrides)
+            told_s = give_a_bad_time(bad_time, job, overrides)
             time.sleep(dice.random() * 0.3)
+        if end.endswith("in a save"):
+            job.wait_until(lambda: any((run_dir / CHECKPOINTS).glob(".partial-*")), poll_s=0.001)
         rank, row = dice.randrange(shape.ranks), job.rows
         ended_s, code = end_job(job, end, rank)
         errors = [line for line in job.said.splitlines() if line.startswith("error: ")]
@@ -135,11 +145,12 @@ def live(number: int, run_dir: Path, shape: Shape, overrides: list[str], dice: r
         what = errors if not told else f"processes {living} live on"
         raise UserError(f"life {number}, {end} ({rank} of {shape} at row {row}): code {code}, {what}:\n{job.said}")
     mesh = f"{shape.data}x{shape.sequence}x{shape.tensor}, ZeRO {shape.zero_stage}"
-    return Life(launcher, mesh, bad_time, end, start, rank, row, named, ended_s)
+    return Life(launcher, mesh, bad_time, end, start, rank, row, named, ended_s, told_s)
 
 
-def give_a_bad_time(kind: str, job: Job, overrides: list[str]) -> None:
-    """For `BAD_S` seconds, in which the job trains on or waits, and must not end."""
+def give_a_bad_time(kind: str, job: Job, overrides: list[str]) -> float | None:
+    """For `BAD_S` seconds, in which the job trains on or waits, and must not end; returns `Life.told_s`."""
+    began, began_at = time.monotonic(), time.time()
     data = Path(next(text for text in overrides if text.startswith("data.path=")).partition("=")[2])
     checkpoints, away = job.run_dir / "checkpoints", data.with_name(f"{data.name}.away")
     match kind:
@@ -152,10 +163,11 @@ def give_a_bad_time(kind: str, job: Job, overrides: list[str]) -> None:
             data.rename(away)
         case "second starter":
             one = [*overrides, *Shape(1, 1, 1, 0).overrides(), f"run.dir={job.run_dir}"]
-            said = run_python("launch/pretrain.py", "--config", "configs/tiny.yaml", *one, check=False)
-            if said.returncode != 1 or "another job is training there" not in said.stderr:
-                raise UserError(f"a second starter was not refused: {said.returncode}, {said.stderr}")
-    time.sleep(BAD_S if kind not in ("", "second starter") else 0)
+            second = run_python("launch/pretrain.py", "--config", "configs/tiny.yaml", *one, check=False)
+            if second.returncode != 1 or "another job is training there" not in second.stderr:
+                raise UserError(f"a second starter was not refused: {second.returncode}, {second.stderr}")
+            return time.monotonic() - began
+    time.sleep(BAD_S)
     match kind:
         case "full disk":
             for process in job.ranks:
@@ -166,13 +178,15 @@ def give_a_bad_time(kind: str, job: Job, overrides: list[str]) -> None:
             away.rename(data)
     done = job.rows
     job.wait_until(lambda: job.rows > done)
+    told = (event["time"] - began_at for event in read_events(job.run_dir) if event["kind"] == "disk")
+    return next((seconds for seconds in told if seconds > 0), None)
 
 
 def end_job(job: Job, end: str, rank: int) -> tuple[float, int]:
     """(seconds until all had ended, the launcher's code)."""
     family, began = job.ranks, time.monotonic()
     match end:
-        case "all killed":
+        case "all killed" | "all killed in a save":
             job.end(signal.SIGKILL, whole=True)
         case "launcher killed":
             job.end(signal.SIGKILL, whole=False)
@@ -260,14 +274,16 @@ def torture(output: Path, data: Path, plan: Plan) -> tuple[list[Life], Record]:
 
 
 def times(lives: Sequence[Life]) -> list[Record]:
-    """Seconds from what ended a life to the end of its last process, by what it was."""
+    """Seconds until what was done to a life was noticed: until its last process had ended, or the job said so."""
+    ends = {end: [life.ended_s for life in lives if life.ended_by == end] for end in dict.fromkeys(ENDS)}
+    bad = {kind: [life.told_s for life in lives if life.bad_time == kind] for kind in BAD_TIMES if kind}
     table = []
-    for end in dict.fromkeys(ENDS):
-        found = [life.ended_s for life in lives if life.ended_by == end]
-        if found:
-            figures = {"median_s": statistics.median(found), "longest_s": max(found)}
-            table.append({"ended_by": end, "lives": len(found), **figures})
-    return table
+    for what, found in [*ends.items(), *bad.items()]:
+        known = [seconds for seconds in found if seconds is not None]
+        figures = {"median_s": statistics.median(known), "longest_s": max(known)} if known else dict.fromkeys(
+            ("median_s", "longest_s"))  # fmt: skip
+        table.append({"done": what, "lives": len(found), "noticed": len(known), **figures})
+    return [row for row in table if row["lives"]]
 
 
 def compare(calm: list[Record], broken: list[Record], same_mesh: int) -> Record:
@@ -304,7 +320,7 @@ def main() -> None:
     plan = Plan(kills, arguments.steps or 30 * kills, same_mesh, arguments.seed)
     lives, summary = torture(arguments.output, arguments.data, plan)
     print_table("lives", [asdict(life) for life in lives])
-    print_table("from what ended a life to the end of its last process", times(lives))
+    print_table("until it was noticed: the last process had ended, or the job said so", times(lives))
     print_table("against the undisturbed run", [summary], arguments.json)
 
 

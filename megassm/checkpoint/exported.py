@@ -30,15 +30,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megassm import __version__
-from megassm.checkpoint.format import leading
+from megassm.checkpoint.format import check_room, leading
 from megassm.config.model import ModelConfig
-from megassm.cost import parameters
 from megassm.data.dataset import own_tokenizer
 from megassm.data.task import TASK_NAME, TaskTokenizer
 from megassm.data.tokenizer.base import EOD_PIECE, Tokenizer, load_tokenizer
 from megassm.data.tokenizer.hugging_face import CONFIG_NAME, FILE_NAME
 from megassm.errors import UserError
-from megassm.files import open_as_its_folder, sync, write_atomically
+from megassm.files import open_as_its_folder, open_given, sync, write_atomically
 from megassm.guarded import LINE_BYTES, read_bytes, read_json
 from megassm.layers.initial import BLOCK_NUMBERS
 from megassm.model import LanguageModel, parameter_shapes
@@ -76,7 +75,7 @@ class ModelFolder:
     config: ModelConfig
 
     def model_config(self) -> ModelConfig:
-        self._check_size()
+        self.check_size()
         return self.config
 
     def weights(self, k: int | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -94,17 +93,15 @@ class ModelFolder:
                 _check_finite(values, path, name)
                 yield name, values.float()
 
-    def _check_size(self) -> None:
-        """UserError if the file is too small for the model of its configuration, before one of that size is made."""
-        least = 2 * parameters(self.config, self.config.num_channels)  # bfloat16
-        paths = {self._file_of(name) for name in parameter_shapes(self.config)}
-        path = min(paths)
+    def check_size(self, bytes_each: float = 2) -> None:
+        """UserError if the files are too small for the model of its configuration, before one of that size is made;
+        `bytes_each` parameter at least, 2 of bfloat16."""
+        names = {WEIGHTS} if self._index is None else set(self._index.values())
         try:
-            size = sum(each.stat().st_size for each in paths)
+            size = sum((self.folder / name).stat().st_size for name in names)
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}, and {INDEX} names it; save the model again") from None
-        if size < least:
-            raise UserError(f"{path}: has {size:,} bytes, {CONFIG} says {least:,} at least; export it again")
+        check_room(self.folder / CONFIG, self.config, size, bytes_each)
 
     def _file_of(self, name: str) -> Path:
         in_file = name_in_file(name, self.config)
@@ -147,7 +144,7 @@ class ModelFolder:
 
     def check_weights(self) -> None:
         """UserError if the files of the weights are not what `SUMS` says, where it says anything."""
-        self._check_size()
+        self.check_size()
         if (self.folder / WEIGHTS).is_file():
             check_sums(self.folder, {WEIGHTS})
 
@@ -246,7 +243,7 @@ def check_sums(folder: Path, names: Set[str]) -> None:
     for name in sorted(names & sums.keys()):
         path = folder / name
         try:
-            with open(path, "rb") as file:
+            with open_given(path) as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}, and {SUMS} names it; export the model again") from None

@@ -31,7 +31,9 @@ from torch import Tensor
 from megassm import __version__
 from megassm.config.model import ModelConfig
 from megassm.config.schema import Config
+from megassm.cost import parameters
 from megassm.errors import UserError
+from megassm.files import open_given
 from megassm.guarded import as_tensors, check_inside, open_tensors, parse_json, read_bytes, validated
 from megassm.model import LanguageModel, assembled, parameter_shapes
 from megassm.parallel.state import Kind
@@ -40,7 +42,7 @@ from megassm.run.directory import CHECKPOINTS, TOKENIZER, checkpoint_folders, st
 FORMAT = 3
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 2**24
-AGAIN = "use another checkpoint of this run"
+AGAIN = "use another checkpoint or model"
 WEIGHTS, MOMENTS, AVERAGES = "weights", "moments", "average"
 """How files begin, by what they hold."""
 TENSORS = re.compile(rf"({WEIGHTS}|{MOMENTS}|{AVERAGES})-\d{{5,9}}-of-\d{{5,9}}\.safetensors")
@@ -116,11 +118,13 @@ class Checkpoint:
             ) from None
 
     def model_config(self) -> ModelConfig:
+        size = sum(size for name, (size, _) in self.manifest.files.items() if name.startswith("weights"))
+        check_room(self.folder / MANIFEST, self.config.model, size, bytes_each=4)
         return self.config.model
 
     def weights(self, k: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """See `StoredModel`."""
-        config, stored = self.config.model, self.stored()
+        config, stored = self.model_config(), self.stored()
         whole = parameter_shapes(config)
         for name, shape in parameter_shapes(config if k is None else config.cut(k)).items():
             key = tensor_key(name, "ema" if self.averaged else "weight")
@@ -174,6 +178,13 @@ def load_model(stored: StoredModel, k: int | None = None) -> LanguageModel:
     """
     config = stored.model_config()
     return assembled(config if k is None else config.cut(k), stored.weights(k)).eval()
+
+
+def check_room(place: Path, config: ModelConfig, size: int, bytes_each: float) -> None:
+    """UserError if files of `size` bytes are too small for a model, before one of its size is made."""
+    least = int(bytes_each * parameters(config, config.num_channels))
+    if size < least:
+        raise UserError(f"{place}: says a model of {least:,} bytes at least, its weights have {size:,}; {AGAIN}")
 
 
 def leading(file: Any, key: str, whole: torch.Size, kept: torch.Size) -> Tensor:
@@ -312,7 +323,7 @@ def read_manifest(folder: Path) -> Checkpoint:
 def _crc32(path: Path, read: Callable[[int], None] = lambda count: None) -> int:
     value = 0
     try:
-        with path.open("rb") as file:
+        with open_given(path) as file:
             while block := file.read(1 << 24):
                 value = zlib.crc32(block, value)
                 read(len(block))

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TextIO
 
-from megassm.errors import UserError, visible
+from megassm.errors import UserError, shortened, visible
+from megassm.files import open_given
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,6 +32,8 @@ LEAST_TEXT_COLUMNS = 24
 """Text up to this long is not broken either; longer text is folded, to no less."""
 OTHER_RANKS_WAIT_S = 2.0
 MAX_DIGITS = 12
+WORDS_BYTES = 2**24
+"""Of a file with words of the command line."""
 MAX_BUDGET = 100_000
 STOPPED = 75
 """Exit code of a job that was told to stop before its end, and has saved: "try again" (EX_TEMPFAIL)."""
@@ -102,7 +105,7 @@ def refuse(message: str, code: int) -> NoReturn:
         first_here = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
         time.sleep(OTHER_RANKS_WAIT_S * (1 if first_here else 2))
         message = f"[rank {os.environ['RANK']} on {os.uname().nodename}] {message}"
-    print(visible(as_started(message)), file=sys.stderr, flush=True)
+    print(visible(as_started(shortened(message))), file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
@@ -142,6 +145,22 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+
+    def _read_args_from_files(self, arg_strings: list[str]) -> list[str]:
+        """As argparse does, of files that have an end; it would read any."""
+        for word in arg_strings:
+            if word[:1] and word[0] in (self.fromfile_prefix_chars or ""):
+                try:
+                    with open_given(Path(word[1:])) as file:
+                        content = file.read(WORDS_BYTES + 1)
+                    content.decode()
+                except OSError as error:
+                    self.error(f"{word}: {error.strerror}")
+                except UnicodeDecodeError as error:
+                    self.error(f"{word}: not UTF-8 at byte {error.start}")
+                if len(content) > WORDS_BYTES:
+                    self.error(f"{word}: longer than the {WORDS_BYTES:,} bytes that are read")
+        return super()._read_args_from_files(arg_strings)
 
     def format_help(self) -> str:
         return as_started(super().format_help())

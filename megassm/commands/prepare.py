@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 from megassm.cli.arguments import TableRow, cores, path_argument, print_table, tool_parser
 from megassm.cli.progress import shown_progress
 from megassm.errors import UserError
+from megassm.guarded import read_bytes
 
 if TYPE_CHECKING:
     from megassm.data.prepare.pipeline import PrepareJob
 
 MOST_WORKERS = 16  # unless asked for more: each may hold two parts in memory, and one reader feeds them all
+LICENCE_BYTES = 2**20
 EXAMPLE = "python tools/prepare_data.py --input corpus/ --glob '*.py' --output data/code --tokenizer bytes"
 
 
@@ -87,7 +89,7 @@ def _licence(given: str | None) -> str | None:
         return None
     path = Path(given)
     if len(given) < 256 and path.is_file():
-        return path.read_text(encoding="utf-8", errors="replace")
+        return read_bytes(path, LICENCE_BYTES, "give the licence's text").decode(errors="replace")
     if " " not in given and ("/" in given or path.suffix in (".txt", ".md")):
         raise UserError(f"--licence {given}: no such file; give a file, or the licence's text")
     return given

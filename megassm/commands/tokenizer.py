@@ -67,10 +67,11 @@ def _sample(source: TextSource, max_bytes: int, seed: int, progress: Progress) -
 def _check_output(path: Path) -> None:
     """Only what this tool could have written is replaced."""
     from megassm.data.tokenizer.base import is_sentencepiece_model
+    from megassm.guarded import TOKENIZER_BYTES, read_bytes
 
     if path.is_dir():
         raise UserError(f"--output {path}: is a directory; give a file, for example FILE.model")
-    if path.exists() and not is_sentencepiece_model(path.read_bytes()):
+    if path.exists() and not is_sentencepiece_model(read_bytes(path, TOKENIZER_BYTES, "give another --output")):
         raise UserError(f"--output {path}: exists and is no SentencePiece model; give another file, or remove it")
 
 

@@ -15,6 +15,8 @@ CHUNK = 64
 """Positions that the chunked filter bank computes at a time; near its number of states, so that neither half of the
 product dominates."""
 MAX_LAYERS = 10_000
+MAX_SEQ_LEN = 2**22
+"""Its filters take seconds and a gigabyte; those of 2^24, which nobody trains, minutes."""
 MAX_CHANNELS = 128
 """Most spectral channels of a model: float64 knows fewer filters at any length."""
 SigmaScale = Literal["quarter_power", "none"]
@@ -50,7 +52,7 @@ class ModelConfig(Section):
     """Number of blocks."""
     pattern: Annotated[str, Field(pattern=r"^[SA]+$", max_length=MAX_LAYERS)] = "S"
     """Mixers, tiled over depth: S is an elastic spectral layer, A is causal attention ("SSSA")."""
-    seq_len: Size
+    seq_len: Annotated[int, Field(ge=1, le=MAX_SEQ_LEN)]
     """Training sequence length L, tokens; also the length the filters are derived for."""
     num_channels: Size = 32
     """Spectral channels K_max; every budget is K <= K_max."""

@@ -8,6 +8,7 @@ or with one flipped header byte gives it part of the samples and no error. Nothi
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from megassm.data.cache import DiskCache
 from megassm.data.index import PREPARE_AGAIN, MemberLayout, ShardSet, stored_dtype
 from megassm.data.transport import Meter
 from megassm.errors import UserError
+from megassm.files import open_given
 from megassm.guarded import check_tar, load_npy
 
 StoredIds = npt.NDArray[np.unsignedinteger[Any]]
@@ -40,9 +42,10 @@ def local_fetch(directory: Path) -> Fetch:
     """Fetches from files in `directory`."""
 
     def fetch(shard: str, offset: int, size: int) -> bytes:
-        with open(directory / shard, "rb") as file:
+        with open_given(directory / shard) as file:
+            most = max(0, os.fstat(file.fileno()).st_size - offset)  # room is made for what is asked for
             file.seek(offset)
-            return file.read(size)
+            return file.read(min(size, most))
 
     return fetch
 

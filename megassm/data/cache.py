@@ -25,15 +25,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from megassm.data.request import Store
+from megassm.data.request import WHOLE_BYTES, Store
 from megassm.data.stores import LocalStore
 from megassm.data.transport import read_file
 from megassm.errors import UserError
-from megassm.files import TEMPORARY_SUFFIX, cache_folder
+from megassm.files import TEMPORARY_SUFFIX, cache_folder, open_own
+from megassm.guarded import read_bytes
 
 SUFFIX = ".block"
 WRITING = "writing"
 ABANDONED_S = 3600.0
+NUMBER_DIGITS = 18
 KEPT_AFTER_EVICTION = 0.9  # of the bound, so that not every block looks through the folder
 
 
@@ -56,9 +58,9 @@ class DiskCache:
         """The block's bytes, where they are there and sound."""
         path = self._path(fingerprint, block)
         try:
-            raw = path.read_bytes()
+            raw = read_bytes(path, size)
             os.utime(path)
-        except OSError:
+        except (OSError, UserError):
             return None
         return raw if len(raw) == size and zlib.crc32(raw) == crc32 else None
 
@@ -71,12 +73,12 @@ class DiskCache:
         try:
             for folder in (own.parent, path.parent):
                 folder.mkdir(exist_ok=True)
-            own.write_bytes(raw)  # outside the lock, and not synced: a reader checks what it finds
+            _write_new(own, raw)  # outside the lock, and not synced: a reader checks what it finds
             with self._locked() as file:
-                if path.exists():
-                    if path.read_bytes() == raw:  # another process was first
+                if os.path.lexists(path):
+                    if _holds(path, raw):  # another process was first
                         return
-                    path.unlink()  # damaged, of any length
+                    path.unlink()  # damaged, of any length, or a link
                     self._evict(file, self._max_bytes)
                 kept = _number(file) + len(raw)
                 if kept > self._max_bytes:
@@ -98,7 +100,7 @@ class DiskCache:
 
     @contextmanager
     def _locked(self) -> Iterator[IO[bytes]]:
-        with open(self._directory / "bytes", "a+b") as file:
+        with open_own(self._directory / "bytes", "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
 
@@ -133,8 +135,8 @@ def read_known(store: Store, name: str, sha256: str) -> bytes:
     if isinstance(store, LocalStore):
         return read_file(store, name)
     kept = _kept_path(name, sha256)
-    with contextlib.suppress(OSError):
-        raw = kept.read_bytes()
+    with contextlib.suppress(OSError, UserError):
+        raw = read_bytes(kept, WHOLE_BYTES)
         if hashlib.sha256(raw).hexdigest() == sha256:
             return raw
     raw = read_file(store, name)
@@ -159,14 +161,29 @@ def local_copies(files: Mapping[str, bytes]) -> Path:
 
 def _keep(path: Path, raw: bytes) -> None:
     """Makes `path` a file of these bytes, whole at any moment; others may do so at once."""
-    if not path.exists() or path.read_bytes() != raw:
+    if not _holds(path, raw):
         path.parent.mkdir(parents=True, exist_ok=True)
         own = _own_name(path)
         try:
-            own.write_bytes(raw)
+            _write_new(own, raw)
             own.replace(path)
         finally:
             own.unlink(missing_ok=True)
+
+
+def _holds(path: Path, raw: bytes) -> bool:
+    """Whether a file holds these bytes, and is none but a link to them."""
+    try:
+        return not path.is_symlink() and read_bytes(path, len(raw)) == raw
+    except (OSError, UserError):
+        return False
+
+
+def _write_new(path: Path, raw: bytes) -> None:
+    """Never through a link: others may write to the folder."""
+    path.unlink(missing_ok=True)
+    with open(path, "xb") as file:
+        file.write(raw)
 
 
 def _kept_path(name: str, sha256: str) -> Path:
@@ -180,7 +197,7 @@ def _own_name(path: Path) -> Path:
 
 def _number(file: IO[bytes]) -> int:
     file.seek(0)
-    text = file.read()
+    text = file.read(NUMBER_DIGITS)
     return int(text) if text.isdigit() else 0
 
 

@@ -20,6 +20,7 @@ from megassm.data.tokenizer.hugging_face import CONFIG_NAME, FILE_NAME
 from megassm.data.transport import Patience, read_file
 from megassm.errors import UserError
 from megassm.files import write_atomically
+from megassm.guarded import TOKENIZER_BYTES, read_bytes
 
 TRAIN, VALID = "train", "valid"
 TOKENIZER_NAMES = (MODEL_NAME, FILE_NAME, CONFIG_NAME, TASK_NAME)
@@ -202,7 +203,7 @@ def keep_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     files = tokenizer.files()
     rule = f"is not the tokenizer of these shards ({tokenizer.name}), or ends documents with another token"
     for path in (directory / TASK_NAME, directory / MODEL_NAME, directory / FILE_NAME):
-        if path.exists() and path.read_bytes() != files.get(path.name):
+        if path.exists() and read_bytes(path, TOKENIZER_BYTES, "move it") != files.get(path.name):
             raise UserError(f"{path}: {rule}; move it and what belongs to it out of {directory}")
     for name, content in files.items():
         if not (directory / name).exists():

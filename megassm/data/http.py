@@ -34,6 +34,7 @@ from megassm.errors import UserError, scheme_of, without_secrets
 if TYPE_CHECKING:
     import urllib3
 
+NUMBER = re.compile("[0-9]{1,18}")
 RENEW = f"renew what gives access: the URL's signature (data.path, or {QUERY_VARIABLE}), or your credentials"
 
 
@@ -89,6 +90,8 @@ def http_request(pool: urllib3.PoolManager, url: str, span: ByteRange, etag: str
     except urllib3.exceptions.HTTPError as error:
         refuse_for_good(error, url)
         raise BrokenFetchError(describe(error)) from None
+    except ValueError:  # of a redirect that leads to no URL
+        raise UserError(f"{url}: the server sends on to what is no URL; look at its settings") from None
     try:
         length = _checked_length(response, url, span)
     except BaseException:
@@ -120,7 +123,8 @@ def _checked_length(response: urllib3.BaseHTTPResponse, url: str, span: ByteRang
         case 407:
             raise UserError(f"{url}: {PROXY_DENIED}")
         case 200 if span.size is None and span.offset == 0:  # an empty file has no range
-            return int(response.headers.get("Content-Length", -1))
+            length = response.headers.get("Content-Length", "")
+            return int(length) if NUMBER.fullmatch(length) else -1
         case 200:
             raise UserError(
                 f"{url}: the server ignores Range (HTTP 200 instead of 206); serve the data by one that does not"
@@ -132,7 +136,7 @@ def _checked_length(response: urllib3.BaseHTTPResponse, url: str, span: ByteRang
 
 
 def _range_length(content_range: str, span: ByteRange) -> int:
-    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", content_range.strip())
+    found = re.fullmatch(rf"bytes ({NUMBER.pattern})-({NUMBER.pattern})/({NUMBER.pattern}|\*)", content_range.strip())
     if not found:
         raise BrokenFetchError(f"HTTP 206 with Content-Range {content_range[:80]!r}")
     first, last = int(found[1]), int(found[2])

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Protocol
 
 from megassm.errors import UserError
+from megassm.guarded import JSON_BYTES
 
 CHUNK_BYTES = 1 << 18
 CONNECTIONS = 8  # kept open to one host; more are opened and dropped
 CONNECT_S = 10.0
 READ_S = 20.0  # without one byte
+WHOLE_BYTES = JSON_BYTES
+"""Of a file that is asked for whole: an index, a tokenizer."""
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 AUTHORITIES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_DIR")
 PROXY_DENIED = (

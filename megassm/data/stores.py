@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from megassm.data.http import RENEW, connection_pool, http_request
 from megassm.data.request import (
+    WHOLE_BYTES,
     BrokenFetchError,
     ByteRange,
     NoSuchFileError,
@@ -21,6 +24,7 @@ from megassm.data.s3 import S3Store
 from megassm.data.signature import query_for
 from megassm.data.transport import read_file
 from megassm.errors import UserError, install_hint, scheme_of, without_secrets
+from megassm.files import open_given
 from megassm.guarded import parse_json
 
 if TYPE_CHECKING:
@@ -73,14 +77,17 @@ class LocalStore:
 
     def request(self, name: str, span: ByteRange, etag: str | None) -> Reply:
         try:
-            with open(self.directory / name, "rb") as file:
+            with open_given(self.directory / name) as file:
+                most = max(0, os.fstat(file.fileno()).st_size - span.offset)  # room is made for what is asked for
                 file.seek(span.offset)
-                data = file.read(-1 if span.size is None else span.size)
+                data = file.read(min(most, WHOLE_BYTES + 1 if span.size is None else span.size))
         except (FileNotFoundError, NotADirectoryError):
             raise NoSuchFileError from None
         except PermissionError as error:
             raise UserError(f"{self.directory / name}: {error.strerror}; let this user read it") from None
         except OSError as error:
+            if error.errno in (errno.EINVAL, errno.EISDIR):
+                raise UserError(f"{self.directory / name}: {error.strerror}; put the file there itself") from None
             raise BrokenFetchError(error.strerror or "cannot be read") from None
         return whole_reply(data)
 
@@ -129,11 +136,17 @@ def _links(path: str) -> LinkedStore:
     folder, slash, name = parts.path.rpartition("/")
     raw = read_file(open_store(urlunsplit(parts._replace(path=folder or slash or "."))), name)
     links = parse_json(raw, path)
-    if not isinstance(links, dict) or not all(
-        isinstance(link, str) and link.startswith("http") for link in links.values()
-    ):
+    if not isinstance(links, dict) or not all(isinstance(link, str) and _is_link(link) for link in links.values()):
         raise UserError(f"{path}: not a list of links; it holds {{'train/index.json': 'https://...', ...}}") from None
     return LinkedStore(without_secrets(path), links, connection_pool(next(iter(links.values()), "http://")))
+
+
+def _is_link(link: str) -> bool:
+    try:
+        parts = urlsplit(link)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 class FsspecStore:
@@ -162,7 +175,7 @@ class FsspecStore:
         return FsspecStore(f"{self._url}/{name}")
 
     def request(self, name: str, span: ByteRange, etag: str | None) -> Reply:
-        stop = None if span.size is None else span.offset + span.size
+        stop = span.offset + (WHOLE_BYTES + 1 if span.size is None else span.size)
         try:
             data = self._files.cat_file(f"{self._url}/{name}", start=span.offset or None, end=stop, **self._options)
         except FileNotFoundError:

@@ -13,7 +13,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megassm.data.request import BrokenFetchError, ByteRange, NoSuchFileError, ReplacedFileError, Reply, Store
+from megassm.data.request import (
+    WHOLE_BYTES,
+    BrokenFetchError,
+    ByteRange,
+    NoSuchFileError,
+    ReplacedFileError,
+    Reply,
+    Store,
+)
 from megassm.errors import UserError
 
 START_DEADLINE_S = 30.0  # for an index: a wrong address is told soon
@@ -84,11 +92,11 @@ class Transport:
         self._etags: dict[str, str] = {}  # of each file, as first seen
 
     def fetch(self, name: str, offset: int, size: int | None = None) -> bytes:
-        """The `size` bytes at `offset`, fewer where the file ends; without a size, all from there.
+        """The `size` bytes at `offset`, fewer where the file ends; without a size all, at most `WHOLE_BYTES`.
 
         Raises:
             FileNotFoundError: there is no such file, and none was known.
-            UserError: access is denied, the file was replaced, or the deadline has passed.
+            UserError: access is denied, the file was replaced or is too long, or the deadline has passed.
         """
         started = time.monotonic()
         got: list[bytes] = []
@@ -118,12 +126,15 @@ class Transport:
             if self._known:
                 raise BrokenFetchError("no such file") from None
             raise
+        room = WHOLE_BYTES - span.offset if span.size is None else span.size
         try:
             self._check_etag(name, reply)
             came = 0
             for chunk in reply.chunks:
-                into.append(chunk)
                 came += len(chunk)
+                if came > room:  # whatever the server has said of the length
+                    raise self._too_long(name, span)
+                into.append(chunk)
                 self._meter.add("data_fetched_bytes", len(chunk))
                 if time.monotonic() > deadline:
                     raise BrokenFetchError(f"only {came} bytes came in time")
@@ -131,6 +142,12 @@ class Transport:
                 raise BrokenFetchError(f"{came} of {reply.length} bytes came")
         finally:
             reply.close()
+
+    def _too_long(self, name: str, span: ByteRange) -> Exception:
+        if span.size is not None:
+            return BrokenFetchError(f"asked for {span.header}, more came")
+        rule = f"longer than the {WHOLE_BYTES:,} bytes of a file that is read whole"
+        return UserError(f"{self._store.place}/{name}: {rule}; look at what the server sends")
 
     def _check_etag(self, name: str, reply: Reply) -> None:
         if reply.etag is not None and self._etags.setdefault(name, reply.etag) != reply.etag:

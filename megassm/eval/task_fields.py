@@ -5,13 +5,13 @@ The hub's are turned into text as lm_eval does it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from megassm.errors import UserError
 
 Example = Mapping[str, Any]
+TEXTS = frozenset({"query", "goal", "sol1", "sol2"})
 
 
 class Form(NamedTuple):
@@ -38,8 +38,16 @@ def _hellaswag(example: Example) -> dict[str, Any]:
 
 
 def _without_markup(text: str) -> str:
-    """WikiHow's artefacts left out."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+    """WikiHow's artefacts left out: lm_eval's expression, but for what it costs where brackets do not close."""
+    lines = text.strip().replace(" [title]", ". ").split("\n")
+    return "\n".join(map(_without_brackets, lines)).replace("  ", " ")
+
+
+def _without_brackets(line: str) -> str:
+    kept, at = "", 0
+    while (opens := line.find("[", at)) >= 0 and (closes := line.find("]", opens)) >= 0:
+        kept, at = kept + line[at:opens], closes + 1
+    return kept + line[at:]
 
 
 def _piqa(example: Example) -> dict[str, Any]:
@@ -88,16 +96,19 @@ def as_asked(task: str, example: Any, place: str) -> dict[str, Any]:
             try:
                 asked = form.asked(example)
                 _check(asked)
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
                 raise UserError(f"{place}: not an example of {task} ({error}); its fields: {wanted}") from None
             return asked
     raise UserError(f"{place}: has the fields {' '.join(map(str, example))}; {task} wants {wanted}")
 
 
 def _check(asked: Mapping[str, Any]) -> None:
+    for name in TEXTS & asked.keys():
+        asked[name].encode()  # half of a character, written as \\ud83d, is none
     choices = asked.get("choices", ("", ""))
     if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
         raise TypeError("choices are not texts")
+    "".join(choices).encode()
     gold = asked.get("gold", 0)
     if not isinstance(gold, int) or not 0 <= gold < max(1, len(choices)):
         raise ValueError(f"answer {gold!r} is none of {len(choices)} choices")

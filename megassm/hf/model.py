@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from megassm.checkpoint.exported import write_code
+from megassm.checkpoint.exported import is_model_folder, open_model_folder, write_code
 from megassm.errors import UserError
 from megassm.hf.cache import MegaSSMCache, cache_field, padding_mask
 from megassm.hf.config import MegaSSMConfig
@@ -30,6 +30,8 @@ from megassm.layers.filterbank import FilterBank
 from megassm.layers.state import DecodingState, LayerState
 from megassm.model import initial_weights
 
+LEAST_BYTES = 1 / 16
+"""Of a parameter in a file, far less than any quantized one has."""
 
 class MegaSSMPreTrainedModel(PreTrainedModel):
     """Loading, saving and starting weights."""
@@ -85,6 +87,14 @@ class MegaSSMPreTrainedModel(PreTrainedModel):
         if Path(save_directory, "config.json").exists():
             write_code(Path(save_directory))
         return saved
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As transformers does, where a folder's files are not far too small for the model of its config."""
+        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+        if is_model_folder(folder):
+            open_model_folder(folder).check_size(LEAST_BYTES)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:

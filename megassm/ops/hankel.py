@@ -55,7 +55,8 @@ from scipy.linalg import lapack, qr
 
 from megassm.config.model import MAX_CHANNELS
 from megassm.errors import UserError
-from megassm.files import cache_folder
+from megassm.files import cache_folder, open_given
+from megassm.guarded import load_arrays
 
 Array = npt.NDArray[np.float64]
 
@@ -115,8 +116,10 @@ def _cached_group(seq_len: int, group: slice) -> tuple[Array, Array]:
     if 8 * seq_len * (group.stop - group.start) > CACHE_LIMIT_BYTES:
         return _compute_group(seq_len, group, NODES_PER_PANEL)
     path = cache_path(seq_len, group.stop)
-    cached = read_arrays(path)
-    if cached is not None:
+    count = group.stop - group.start
+    shapes = {"sigma": (count,), "phi": (seq_len, count)}
+    cached = read_arrays(path) or {}
+    if {name: array.shape for name, array in cached.items()} == shapes:
         return cached["sigma"], cached["phi"]
     sigma_G, phi_LG = _compute_group(seq_len, group, NODES_PER_PANEL)
     write_arrays(path, {"sigma": sigma_G, "phi": phi_LG})
@@ -268,12 +271,12 @@ def _digest(arrays: Mapping[str, Array]) -> str:
 def read_arrays(path: Path) -> dict[str, Array] | None:
     """What `write_arrays` wrote, or None where there is nothing or it is damaged: it can always be computed again."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-            digest = str(arrays.pop(DIGEST))
-            return arrays if _digest(arrays) == digest else None
-    except Exception:  # numpy and zipfile raise a dozen types for a damaged archive
+        with open_given(path) as file:
+            arrays = load_arrays(file, os.fstat(file.fileno()).st_size, path)
+    except (OSError, UserError):
         return None
+    digest = str(arrays.pop(DIGEST, ""))
+    return arrays if _digest(arrays) == digest else None
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:

@@ -120,7 +120,7 @@ def _short_step(seq_len: int, num_channels: int, tolerance: float) -> _Step | No
     """The first candidate within tolerance, or None; either is found once per machine and cached on disk."""
     path = hankel_path(seq_len, num_channels, f"realize; {ALGORITHM}; tolerance={tolerance!r}")
     cached = read_arrays(path)
-    if cached is None:
+    if cached is None or (cached and set(cached) != set(_Step._fields)):
         step = _find_short_step(seq_len, num_channels, tolerance)
         cached = {} if step is None else step._asdict()
         write_arrays(path, cached)

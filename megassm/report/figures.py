@@ -97,7 +97,17 @@ def _drawing(chart: Chart) -> Callable[[Any], None]:
     return draw
 
 
+def _as_written(figure: Figure) -> None:
+    """Titles, labels and legends may hold text from outside, where `$` begins no formula; ticks are ours."""
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        shown = legend.get_texts() if legend else []
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *shown):
+            text.set_parse_math(False)
+
+
 def _save(figure: Figure, path: Path) -> None:
+    _as_written(figure)
     file = io.BytesIO()
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # a letter of a name that its font has not
         figure.savefig(file, format=path.suffix[1:], dpi=120)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from megassm.files import open_given
 from megassm.guarded import parse_object
 from megassm.run.records import Record
 
@@ -27,7 +28,7 @@ class FollowedFile:
     def read(self) -> tuple[bool, list[Record]]:
         """(whether what was read before no longer holds, the objects that follow)."""
         try:
-            file = self._path.open("rb")
+            file = open_given(self._path)
         except FileNotFoundError:
             restarted = self._place > 0
             self._place, self._mark, self.share = 0, b"", 1.0
@@ -45,5 +46,5 @@ class FollowedFile:
             whole = data  # a line longer than any record: passed over
         self._place += len(whole)
         self._mark = (self._mark + whole)[-MARK_BYTES:]
-        self.share = 1.0 if len(data) < READ_BYTES else self._place / size
+        self.share = 1.0 if len(data) < READ_BYTES else self._place / max(1, size)
         return restarted, [record for line in whole.splitlines() if (record := parse_object(line)) is not None]

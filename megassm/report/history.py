@@ -23,6 +23,7 @@ VALIDATIONS = 400
 """Kept at most; every second of the older ones goes first."""
 DRAWN = 40
 """Budgets at most whose training loss is kept apart."""
+MOST_PHASES = 50
 FIGURES = (
     "loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "mfu", "step_s", "data_wait_s", "peak_memory_bytes",
     "k",
@@ -124,7 +125,7 @@ class History:
 
     def phase_shares(self, records: Iterable[Record]) -> dict[str, float]:
         """Of the records' time, by phase, and "other" where that is worth a word. Empty where phases were not timed."""
-        timed = [record for record in records if record.get("phases_s")]
+        timed = [record for record in records if record.get("phases_s") and record.get("step_s")]
         total = sum(record["step_s"] for record in timed)
         if not total:
             return {}
@@ -172,6 +173,7 @@ def _figures(record: Mapping[str, Any], phases: list[str]) -> Iterable[tuple[str
         if (value := record.get(name)) is not None:
             yield name, value
     for name, seconds in (record.get("phases_s") or {}).items():
-        if name not in phases:
+        if name not in phases and len(phases) < MOST_PHASES:
             phases.append(name)
-        yield f"phases_s/{name}", seconds
+        if name in phases:
+            yield f"phases_s/{name}", seconds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import NamedTuple
 
 from rich.console import Group, RenderableType
@@ -186,7 +186,7 @@ def _joined(points: Sequence[tuple[float, float]], columns: int) -> list[tuple[f
 
 def _phases(shares: dict[str, float], box: Box, above: int) -> list[Text]:
     """A bar a phase where there is room for that; else one bar of all, and their names."""
-    styles = dict(zip(shares, PHASE_COLOURS * 3, strict=False))
+    styles = dict(zip(shares, cycle(PHASE_COLOURS), strict=False))
     if box.height - above >= len(shares):
         room = max(4, box.width - 22)
         return [Text(f"{name:<14} {share:>5.0%} ", no_wrap=True).append(bar(share, room), styles[name])

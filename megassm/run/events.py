@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megassm.cli.arguments import print_line
-from megassm.files import open_own
+from megassm.files import open_given, open_own
 from megassm.guarded import parse_object
 from megassm.run.directory import EVENTS
 from megassm.run.fence import Fence
@@ -62,7 +62,7 @@ def _event(kind: Kind, step: int, text: str, figures: Mapping[str, Any]) -> Reco
 
 def read_events(run_dir: Path) -> Iterator[Record]:
     """A run's events, oldest first, one at a time; without lines that a kill cut in half."""
-    with contextlib.suppress(FileNotFoundError), (run_dir / EVENTS).open("rb") as file:
+    with contextlib.suppress(FileNotFoundError), open_given(run_dir / EVENTS) as file:
         yield from (
             event
             for event in map(parse_object, lines_of(file))

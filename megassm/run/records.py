@@ -16,7 +16,7 @@ from typing import IO, Annotated, Any, Required
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from megassm.files import commit, open_own, open_temporary
+from megassm.files import commit, open_given, open_own, open_temporary
 from megassm.guarded import LINE_BYTES, parse_object
 from megassm.run.directory import METRICS
 
@@ -149,7 +149,7 @@ def cut_after(path: Path, step: int) -> None:
         os.truncate(path, end)
         return
     try:
-        with path.open("rb") as file, copy:
+        with open_given(path) as file, copy:
             while missing := end - copy.tell():
                 copy.write(file.read(min(COPIED_BYTES, missing)))
             commit(copy, path)
@@ -183,7 +183,7 @@ def records_newest_first(path: Path) -> Iterator[tuple[Record, int]]:
     """(record, where its line ends in the file) of every whole record, from the end on; reads no more than is asked."""
     if not path.exists():
         return
-    with path.open("rb") as file:
+    with open_given(path) as file:
         start = file.seek(0, os.SEEK_END)
         rest = b""  # the end of a line whose beginning is further up
         while start:
@@ -208,7 +208,7 @@ def read_records(run_dir: Path) -> list[Record]:
 
 def iterate_records(path: Path) -> Iterator[Record]:
     """The records of a file, one at a time."""
-    with path.open("rb") as file:
+    with open_given(path) as file:
         yield from (record for record in map(parse_record, lines_of(file)) if record is not None)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megassm.data.prepare.columns import BATCH_ROWS, check_arrow, check_lengths, parquet_rows
 from megassm.data.prepare.ids import documents_of_ids
 from megassm.data.prepare.kinds import InputFile
 from megassm.data.prepare.records import RawDocument, json_values, lines_of
@@ -31,7 +32,8 @@ from megassm.data.prepare.token_files import runs_of_file
 from megassm.data.prepare.unpack import load_pyarrow, open_unpacked
 from megassm.errors import UserError
 
-PARQUET_BATCH_ROWS = 64
+ARROW_FAULTS = (OSError, OverflowError, MemoryError, UnicodeDecodeError)
+"""What pyarrow raises besides its own for a damaged file: one may ask for any memory, and name columns in no UTF-8."""
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -93,16 +95,24 @@ def _read_parquet(file: InputFile, field: str) -> Iterator[RawDocument]:
         with open(path, "rb") as raw, parquet.ParquetFile(raw, pre_buffer=False) as opened:  # a name may not be UTF-8
             _check_text_column(file, opened.schema_arrow, field)
             rows, total = 0, opened.metadata.num_rows
-            for batch in opened.iter_batches(PARQUET_BATCH_ROWS, columns=[field]):
+            for batch in _parquet_batches(path, opened, field):
                 # As bytes: Arrow does not promise that a file's strings are UTF-8.
-                for content in _flat(batch.column(0), pyarrow).cast(pyarrow.large_binary()).to_pylist():
+                column = _flat(batch.column(0), pyarrow).cast(pyarrow.large_binary())
+                check_lengths(column, f"{path}: a text after row {rows}")
+                for content in column.to_pylist():
                     rows += 1
                     position = file.size * rows // total
                     yield RawDocument(f"{path}: row {rows}", content or b"", position, within=" of the text")
             if rows != total:
                 raise UserError(f"{path}: damaged Parquet file: {rows} of {total} rows; fetch the file again")
-    except (pyarrow.ArrowException, OSError, OverflowError) as error:
+    except (pyarrow.ArrowException, *ARROW_FAULTS) as error:
         raise UserError(f"{path}: damaged Parquet file: {error}; fetch the file again") from None
+
+
+def _parquet_batches(path: Path, opened: Any, field: str) -> Iterator[Any]:
+    for group in range(opened.num_row_groups):
+        rows = parquet_rows(path, opened.metadata, group, field)
+        yield from opened.iter_batches(rows, row_groups=[group], columns=[field])
 
 
 def _read_arrow(file: InputFile, field: str) -> Iterator[RawDocument]:
@@ -114,6 +124,7 @@ def _read_arrow(file: InputFile, field: str) -> Iterator[RawDocument]:
 
     try:
         with open(path, "rb") as raw, pyarrow.PythonFile(raw, mode="r") as mapped:  # a name may not be UTF-8
+            check_arrow(path, raw)
             is_stream = mapped.read(4) == b"\xff\xff\xff\xff"
             mapped.seek(0)
             opened = ipc.open_stream(mapped) if is_stream else ipc.open_file(mapped)
@@ -122,25 +133,26 @@ def _read_arrow(file: InputFile, field: str) -> Iterator[RawDocument]:
             batches = opened if is_stream else map(opened.get_batch, range(opened.num_record_batches))
             rows = 0
             for whole in batches:
-                for start in range(0, whole.num_rows, PARQUET_BATCH_ROWS):
-                    column = whole.column(whole.schema.get_field_index(outer)).slice(start, PARQUET_BATCH_ROWS)
+                for start in range(0, whole.num_rows, BATCH_ROWS):
+                    column = whole.column(whole.schema.get_field_index(outer)).slice(start, BATCH_ROWS)
                     for name in field.split(".")[1:] if outer != field else ():
                         column = column.flatten()[column.type.get_field_index(name)]
-                    for content in _checked_bytes(column, pyarrow):
+                    for content in _checked_bytes(column, pyarrow, f"{path}: a text after row {rows}"):
                         rows += 1
                         yield RawDocument(f"{path}: row {rows}", content or b"", mapped.tell(), within=" of the text")
             if is_stream:
                 _check_arrow_end(path, mapped)
-    except (pyarrow.ArrowException, OSError, OverflowError) as error:
+    except (pyarrow.ArrowException, *ARROW_FAULTS) as error:
         raise UserError(f"{path}: damaged Arrow file: {error}; fetch the file again") from None
 
 
-def _checked_bytes(column: Any, pyarrow: Any) -> list[bytes | None]:
+def _checked_bytes(column: Any, pyarrow: Any, place: str) -> list[bytes | None]:
     """A column's texts. Arrow believes the offsets that a file holds, and would read whatever lies there."""
     plain = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
     column.validate(full=not plain)  # of strings that would refuse bytes that are not UTF-8, which are checked later
     stored = column.cast(pyarrow.large_binary())
     stored.validate(full=True)
+    check_lengths(stored, place)
     texts: list[bytes | None] = stored.to_pylist()
     return texts
 

@@ -77,11 +77,15 @@ def documents_of_tar(path: Path, stream: IO[bytes], raw: IO[bytes], left_out: Le
         return True
 
     sample: list[TarMember] = []
+    size = 0
     for member in members_of(path, stream, wanted):
         if sample and member.sample != sample[0].sample:
             yield from shard.documents(sample)
             sample = []
+        size = len(member.data) + (size if sample else 0)
         sample.append(member)
+        if size > MOST_RECORD_BYTES:
+            raise too_long(f"{path}: {member.name} and the others of its key")
     yield from shard.documents(sample)
     if not shard.seen:
         rule = "a shard of text holds members named *.txt or *.json"

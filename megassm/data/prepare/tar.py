@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from megassm.data.prepare.records import MOST_RECORD_BYTES
 from megassm.errors import UserError
+from megassm.files import open_given
 from megassm.guarded import check_tar
 
 TAR_RECORD_BYTES = 512
@@ -41,7 +43,7 @@ def tar_members(path: Path, suffixes: tuple[str, ...] = ()) -> Iterator[TarMembe
     Raises:
         UserError: not a tar file, damaged, or cut short; names file and offset.
     """
-    with open(path, "rb") as file:
+    with open_given(path) as file:
         yield from members_of(path, file, lambda entry: not suffixes or split_name(entry.name)[1] in suffixes)
 
 
@@ -103,6 +105,8 @@ class Forward:
         return position
 
     def read(self, size: int = -1) -> bytes:
+        if size > MOST_RECORD_BYTES + TAR_RECORD_BYTES and not self._file.seekable():  # of a file it was checked before
+            raise tarfile.ReadError(f"asks for {size:,} bytes at once, more than the {MOST_RECORD_BYTES:,} of a record")
         if self._position > self._end and self._file.seekable():
             self._file.seek(self._position)
             self._kept, self._end = b"", self._position

@@ -15,6 +15,7 @@ from megassm.data.index import PREPARE_AGAIN, ShardSet
 from megassm.data.prepare.workers import in_processes, worthwhile
 from megassm.data.tokenizer.base import Tokenizer
 from megassm.errors import UserError
+from megassm.files import open_given
 
 SAMPLE_CHARS = 300
 
@@ -61,7 +62,7 @@ def _verify_shard(view: ShardSet) -> list[str]:
             documents += int(np.count_nonzero(read_block(view, block, fetch) == view.eod))
         except UserError as error:
             damages.append(str(error))
-    with open(path, "rb") as file:
+    with open_given(path) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != shard.sha256:
         where = "" if damages else f" {_outside_blocks(view)}:"

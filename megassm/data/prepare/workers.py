@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from megassm.errors import UserError
 
+MOST_PROCESSES = 1000
 WORTH_A_PROCESS_BYTES = 64 << 20  # of data to read: starting one takes seconds
 
 Item = TypeVar("Item")
@@ -21,7 +22,9 @@ Result = TypeVar("Result")
 
 
 def worker_pool(workers: int, set_up: Callable[..., None] | None = None, *arguments: Any) -> Executor:
-    """A pool whose processes call `set_up(*arguments)` when they start."""
+    """A pool whose processes call `set_up(*arguments)` when they start; UserError for more than any machine runs."""
+    if workers > MOST_PROCESSES:
+        raise UserError(f"--workers {workers}: at most {MOST_PROCESSES:,}; give about as many as there are processors")
     # Spawned, not forked: the parent runs the threads of a progress bar.
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(set_up, arguments))

@@ -12,13 +12,14 @@ A text that is too long is cut; an image must fit. What is read is shuffled, by 
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import pickletools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, assert_never
+from typing import Any, Literal, NamedTuple, assert_never, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ from megassm.data.dataset import TRAIN, VALID
 from megassm.data.order import hash_order
 from megassm.data.task import Example, Task, fitting
 from megassm.errors import UserError, install_hint
+from megassm.files import open_given
 from megassm.guarded import Described, check_inside, confined, parse_json, read_bytes, validated
 
 Kind = Literal["text", "image", "pathfinder"]
@@ -35,9 +37,12 @@ Pixels = npt.NDArray[np.uint8]
 TEXT_LENGTH = 4096
 GREY = np.array([0.299, 0.587, 0.114])
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP")
+"""By content. Of the others that Pillow knows some start programs: PostScript does."""
 MAX_PIXELS = 2**24
 TEXT_LINE_BYTES = 2**26
 CIFAR_BYTES = 2**26
+CIFAR_OPERATIONS, CIFAR_CLASSES = 10**6, 2**16
 UNUSED = frozenset({"EXT1", "EXT2", "EXT4", "INST", "OBJ", "NEWOBJ", "PERSID", "BINPERSID"})
 """Operations of a pickle that no batch of CIFAR-10 needs."""
 
@@ -130,12 +135,17 @@ def _examples(task: Task, found: Sequence[Item]) -> Iterator[Example]:
 
 def _texts(place: Path) -> Iterator[Item]:
     if place.is_file():
-        with place.open("rb") as file:
+        with open_given(place) as file:
             for number, line in enumerate(iter(lambda: file.readline(TEXT_LINE_BYTES + 1), b""), 1):
                 yield _labelled_line(line, f"{place}:{number}")
         return
     for label, path in _by_label(place):
-        yield Item(label, path.read_bytes)
+        yield Item(label, partial(_beginning, path))
+
+
+def _beginning(path: Path) -> bytes:
+    with open_given(path) as file:
+        return file.read(min(TEXT_LINE_BYTES, os.fstat(file.fileno()).st_size))
 
 
 def _labelled_line(line: bytes, place: str) -> Item:
@@ -167,9 +177,12 @@ def _images(place: Path) -> Iterator[Item]:
         yield from _cifar_batch(place)
     elif (place / "images.npy").exists():
         images, labels = (_array(place / name) for name in ("images.npy", "labels.npy"))
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
-            what = f"{images.dtype} {images.shape} with labels {labels.shape}"
-            raise UserError(f"{place}/images.npy: is {what}; it must be uint8 (N, H, W) or (N, H, W, 3), labels (N,)")
+        sizes = images.shape[1:3] if images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3) else (0,)
+        fitting_labels = labels.shape == images.shape[:1] and labels.dtype.kind in "biuSU" and labels.dtype.itemsize
+        if images.dtype != np.uint8 or not 0 < np.prod(sizes, dtype=float) <= MAX_PIXELS or not fitting_labels:
+            what = f"{images.dtype} {images.shape} with labels {labels.dtype} {labels.shape}"
+            rule = f"it must be uint8 (N, H, W) or (N, H, W, 3), at most {MAX_PIXELS:,} pixels, and labels (N,)"
+            raise UserError(f"{place}/images.npy: is {what}; {rule}")
         for image, label in zip(images, labels.tolist(), strict=True):
             yield Item(str(label), partial(_grey, image))
     elif batches := sorted(place.glob("data_batch_*")):
@@ -183,6 +196,7 @@ def _images(place: Path) -> Iterator[Item]:
 
 def _array(path: Path) -> npt.NDArray[Any]:
     try:
+        open_given(path).close()
         found: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False, max_header_size=2**14)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; give arrays as numpy.save writes them") from None
@@ -196,8 +210,10 @@ def _cifar_batch(path: Path) -> Iterator[Item]:
         batch = _CifarUnpickler(io.BytesIO(_cifar_bytes(path)), encoding="bytes").load()
         labels, (shape, content) = batch[b"labels"], batch[b"data"].state[1::3]
         images = np.frombuffer(content, np.uint8).reshape(len(labels), 3, 32, 32).transpose(0, 2, 3, 1)
-        if not all(type(label) is int for label in labels) or shape != (len(labels), 3072):
-            raise ValueError(f"data {shape} of {len(labels)} labels")
+        if not all(type(label) is int and 0 <= label < CIFAR_CLASSES for label in labels):
+            raise ValueError("a label is no small number")
+        if shape != (len(labels), 3072):
+            raise ValueError(f"its array is not ({len(labels)}, 3072), as many as its labels")
     except UserError:
         raise
     except Exception as error:  # a pickle can lead to any
@@ -209,8 +225,8 @@ def _cifar_batch(path: Path) -> Iterator[Item]:
 def _cifar_bytes(path: Path) -> bytes:
     """The file, if it holds nothing but the operations that a batch is made of: none allocates more than it brings."""
     content = read_bytes(path, CIFAR_BYTES)
-    for operation, _, place in pickletools.genops(content):
-        if operation.proto > 2 or operation.name in UNUSED:
+    for number, (operation, _, place) in enumerate(pickletools.genops(content)):
+        if operation.proto > 2 or operation.name in UNUSED or number > CIFAR_OPERATIONS:
             raise ValueError(f"{operation.name} at byte {place}")
     return content
 
@@ -227,12 +243,41 @@ class _Array:
 
 
 class _CifarUnpickler(pickle._Unpickler):  # in Python: the one in C allocates what a number in the file says
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):
             return lambda text, _: text.encode("latin-1")  # how protocol 2 writes bytes
         if module.partition(".")[0] == "numpy" and name in ("dtype", "ndarray", "_reconstruct"):
             return _Array
-        raise pickle.UnpicklingError(f"asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"asks for {module[:80]}.{name[:80]}")
+
+    def load_setitem(self) -> None:
+        value = self.stack.pop()
+        self._put([self.stack.pop(), value])
+
+    def load_setitems(self) -> None:
+        self._put(self.pop_mark())
+
+    def _put(self, items: list[Any]) -> None:
+        """Keys are texts: a tuple of tuples of the same tuples takes for ever to be hashed."""
+        if type(self.stack[-1]) is not dict or not all(isinstance(key, bytes | str) for key in items[::2]):
+            raise pickle.UnpicklingError("a key that is no text")
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    def load_build(self) -> None:
+        if not isinstance(self.stack[-2], _Array):
+            raise pickle.UnpicklingError("gives a state to what is no array")
+        state = self.stack.pop()
+        self.stack[-1].__setstate__(state)
+
+    dispatch = {  # noqa: RUF012
+        **pickle._Unpickler.dispatch,
+        pickle.SETITEM[0]: cast(Any, load_setitem),
+        pickle.SETITEMS[0]: cast(Any, load_setitems),
+        pickle.BUILD[0]: cast(Any, load_build),
+    }
 
 
 def _pathfinder(place: Path) -> Iterator[Item]:
@@ -252,7 +297,7 @@ def _image_file(path: Path) -> bytes:
     except ImportError:
         raise UserError(f"{path}: image files need Pillow; {install_hint('images')}") from None
     try:
-        with Image.open(path) as image:
+        with open_given(path) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(f"{path}: {image.width} x {image.height} pixels, at most {MAX_PIXELS:,} are read")
             return _grey(np.asarray(image.convert("RGB")))

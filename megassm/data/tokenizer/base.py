@@ -22,7 +22,7 @@ from megassm.data.task import TASK_NAME, load_task
 from megassm.data.tokenizer.hugging_face import JsonTokenizer
 from megassm.data.tokenizer.ids import PROBE, Ids
 from megassm.errors import UserError
-from megassm.guarded import TOKENIZER_BYTES, read_bytes
+from megassm.guarded import MAX_VOCABULARY, TOKENIZER_BYTES, read_bytes
 
 ModelType = Literal["bpe", "unigram"]
 
@@ -179,6 +179,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: Model
     """
     import sentencepiece
 
+    if vocab_size > MAX_VOCABULARY:
+        raise UserError(f"vocabulary of {vocab_size}: ids end below {MAX_VOCABULARY:,}; lower --vocab-size")
     if vocab_size < LEAST_VOCAB_SIZE:
         rule = f"256 bytes, 2 control pieces and at least one piece make {LEAST_VOCAB_SIZE}"
         raise UserError(f"vocabulary of {vocab_size}: {rule}; raise --vocab-size")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import datasets
 
+from megassm.data.prepare.records import lines_of
+from megassm.data.prepare.unpack import open_unpacked
 from megassm.errors import UserError
 from megassm.eval.task_fields import as_asked
+from megassm.files import open_given
+from megassm.guarded import parse_json
 
 
 def load(file: str, task: str, **_: object) -> dict[str, Any]:
@@ -27,15 +29,11 @@ def load(file: str, task: str, **_: object) -> dict[str, Any]:
         raise UserError(f"{packed}: no such file; name the folder of the tasks' files with --data or MEGASSM_EVAL_DATA")
     path = packed if packed.is_file() else plain
     rows = []
-    with gzip.open(path, "rt", encoding="utf-8") if packed.is_file() else path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
+    with open_given(path) as raw, open_unpacked(path, "gzip" if packed.is_file() else None, raw) as stream:
+        for number, line in lines_of(path, stream):
+            place = f"{path}:{number}"
             if line.strip():
-                rows.append(as_asked(task, _parsed(line, f"{path}:{number}"), f"{path}:{number}"))
+                rows.append(as_asked(task, parse_json(line, place, "a file has an example a line"), place))
+    if not rows:
+        raise UserError(f"{path}: holds no example; fetch the file again")
     return {"test": datasets.Dataset.from_list(rows)}
-
-
-def _parsed(line: str, place: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place}: is no JSON ({error}); a file has an example a line") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -68,8 +69,14 @@ def commit(file: IO[bytes], path: Path) -> None:
 def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
     """`path` holds either what it held or all of `data`."""
     with open_temporary(path, mode) as file:
-        file.write(data)
-        commit(file, path)
+        try:
+            file.write(data)
+            commit(file, path)
+        except OSError as error:
+            error.filename = error.filename or str(path)  # a full disk does not say which file it has no room for
+            with contextlib.suppress(OSError):
+                os.unlink(file.name)
+            raise
 
 
 def open_as_its_folder(path: Path) -> None:

@@ -273,6 +273,16 @@ def with_id(number: float) -> Make:
     return write("tokenizer.json", json.dumps(described))
 
 
+def cut_amid_a_character(folder: Path) -> None:
+    """Of two prefixes Python's reader takes the last, Rust's the first: the others are null."""
+    described = json.loads(byte_level())
+    described["model"] |= {"vocab": {"a": 0, "a\u00e9": 1, "b": 2}, "merges": [["b", "a\u00e9"]]}
+    text = json.dumps(described).replace('"continuing_subword_prefix": null', '"continuing_subword_prefix": "##"')
+    write("one/tokenizer.json", text)(folder)
+    twice = text.replace('"##"', '"##", "continuing_subword_prefix": null')
+    write("two/tokenizer.json", twice)(folder)
+
+
 def tokenizer(name: str) -> Read:
     return lambda folder: load_tokenizer(str(folder / name)).encode(["some text"])
 

@@ -264,6 +264,12 @@ BOMBS: dict[str, Bomb] = {
     "an id of 2^32 - 1": Bomb(with_id(2**32 - 1), tokenizer("tokenizer.json"), r"tokenizer\.json: (has the id|not a)"),
     "an id of 2^32": Bomb(with_id(2**32), tokenizer("tokenizer.json"), r"tokenizer\.json: not a"),
     "an id of 1e999": Bomb(with_id(1e999), tokenizer("tokenizer.json"), r"tokenizer\.json: not a"),
+    "a piece that is cut amid a character": Bomb(
+        bombs.cut_amid_a_character, tokenizer("one/tokenizer.json"), "continuing_subword_prefix"
+    ),
+    "a prefix beside another": Bomb(
+        bombs.cut_amid_a_character, tokenizer("two/tokenizer.json"), r"tokenizer\.json: not a"
+    ),
     "a deep tokenizer": Bomb(write("tokenizer.json", DEEP), tokenizer("tokenizer.json"), r"tokenizer\.json"),
     "a piece that is no UTF-8": Bomb(
         write("x.model", bombs.pieces().replace(b"some", b"\xff\xfeme")), tokenizer("x.model"), r"x\.model: "

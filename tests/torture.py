@@ -130,7 +130,7 @@ def live(number: int, run_dir: Path, shape: Shape, overrides: list[str], dice: r
         if not bad_time:  # while it sets up, reads the checkpoint, makes the first steps
             time.sleep(dice.random() * 2)
         else:
-            target = start + dice.randint(4, 12)
+            target = max(start, job.rows) + dice.randint(4, 12)  # rows of the life before may not be cut yet
             job.wait_until(lambda: job.rows >= target)
             told_s = give_a_bad_time(bad_time, job, overrides)
             time.sleep(dice.random() * 0.3)

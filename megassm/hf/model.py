@@ -33,6 +33,7 @@ from megassm.model import initial_weights
 LEAST_BYTES = 1 / 16
 """Of a parameter in a file, far less than any quantized one has."""
 
+
 class MegaSSMPreTrainedModel(PreTrainedModel):
     """Loading, saving and starting weights."""
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from megassm.data.tokenizer.ids import PROBE, Ids
 from megassm.errors import UserError, install_hint
-from megassm.guarded import MAX_VOCABULARY, TOKENIZER_BYTES, read_bytes, read_json
+from megassm.guarded import MAX_VOCABULARY, TOKENIZER_BYTES, parse_json, read_bytes, read_json
 
 FILE_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
 USUAL_EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|eod|>", "<eos>", "<|eos|>")
@@ -115,7 +115,9 @@ def _load(path: Path) -> tuple[bytes, Any]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one process a core: `workers` says how many
     try:
         raw = read_bytes(path, TOKENIZER_BYTES)
-        backend = Tokenizer.from_str(raw.decode())
+        described = parse_json(raw, f"tokenizer {path}")
+        _check_prefix(described, path)
+        backend = Tokenizer.from_str(json.dumps(described))  # what was checked: of two entries Rust may take another
     except FileNotFoundError as error:
         raise UserError(f"tokenizer {path}: {error.strerror}; give the path of a tokenizer.json") from None
     except UserError:
@@ -131,6 +133,15 @@ def _load(path: Path) -> tuple[bytes, Any]:
     if getattr(backend.model, "dropout", None):
         backend.model.dropout = None
     return raw, backend
+
+
+def _check_prefix(described: Any, path: Path) -> None:
+    """UserError for pieces that begin otherwise within a word, which byte-level BPE has not: the package cuts pieces in
+    the middle of a character to take that off, and ends the process."""
+    model = described.get("model") if isinstance(described, dict) else None
+    if isinstance(model, dict) and model.get("continuing_subword_prefix"):
+        rule = "not byte-level BPE: its pieces begin otherwise within a word (continuing_subword_prefix)"
+        raise UserError(f"tokenizer {path}: {rule}; take a byte-level one, or a SentencePiece .model")
 
 
 def _eod_token(path: Path, given: str | None, vocabulary: dict[str, int]) -> str:

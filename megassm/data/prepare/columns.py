@@ -28,27 +28,23 @@ DICTIONARY_BATCH, RECORD_BATCH = 2, 3
 def parquet_rows(path: Path, metadata: Any, group: int, field: str) -> int:
     """How many texts of a row group may be unpacked together.
 
+    A row group is asked for its own figures only: pyarrow ends the process where those of a column are damaged.
+
     Raises:
-        UserError: one of them, or the whole, is too large for what it takes in the file.
+        UserError: it is too large for what it takes in the file.
     """
     found = metadata.row_group(group)
-    columns = [found.column(n) for n in range(found.num_columns)]
-    chunks = [chunk for chunk in columns if f"{chunk.path_in_schema}.".startswith(f"{field}.")]
-    unpacked = sum(int(chunk.total_uncompressed_size) for chunk in chunks)
-    _check(f"{path}: row group {group}", unpacked, sum(chunk.total_compressed_size for chunk in chunks))
-    mean = unpacked // max(1, int(found.num_rows))
-    if mean > MOST_RECORD_BYTES:
-        raise too_long(f"{path}: row group {group}")
-    rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, mean)))
+    unpacked = int(found.total_byte_size)  # of all columns
+    _check(f"{path}: row group {group}", unpacked, path.stat().st_size)
+    rows = _together(unpacked // max(1, int(found.num_rows)))
     if rows * unpacked <= BATCH_BYTES:
         return rows
-    encodings = {encoding for chunk in chunks for encoding in chunk.encodings}
-    if "DELTA_BYTE_ARRAY" in encodings:  # a text may be the one before and nothing more
-        return 1
-    if any(encoding.endswith("_DICTIONARY") for encoding in encodings):
-        longest = _longest_in_dictionary(path, group, field)
-        rows = NESTED_ROWS if longest is None else max(1, min(rows, BATCH_BYTES // max(1, longest)))
-    return rows
+    longest = _longest_known(path, group, field)
+    return NESTED_ROWS if longest is None else min(rows, _together(longest))
+
+
+def _together(text_bytes: int) -> int:
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, text_bytes)))
 
 
 def check_lengths(column: Any, place: str) -> None:
@@ -91,8 +87,9 @@ def _check(place: str, unpacked: int, packed: int) -> None:
         raise UserError(f"{place}: {rule}; give its texts as JSON lines")
 
 
-def _longest_in_dictionary(path: Path, group: int, field: str) -> int | None:
-    """Bytes of the longest text that a row group's dictionary holds; None where it is not given as one."""
+def _longest_known(path: Path, group: int, field: str) -> int | None:
+    """Bytes of the longest text in a row group's dictionary, or of the first where there is no dictionary; None where
+    it is not given as one."""
     import pyarrow
     from pyarrow import compute, parquet
 

@@ -337,9 +337,9 @@ def local_task(folder: Path) -> None:
     load(f"{TASK}.jsonl.gz", TASK)
 
 
-def markup(text: str) -> bytes:
-    row = {"activity_label": "a", "ctx_a": text, "ctx_b": "b", "endings": ["a", "b"], "label": 0}
-    return gzip.compress(json.dumps(row).encode())
+def markup(text: str, answer: float = 0) -> bytes:
+    row = {"activity_label": "a", "ctx_a": text, "ctx_b": "b", "endings": ["a", "b"], "label": answer}
+    return gzip.compress(json.dumps(row).replace("Infinity", "1e999").encode())
 
 
 # What this machine keeps

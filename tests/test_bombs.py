@@ -6,6 +6,7 @@ of its own, which has imported everything before.
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import gzip
 import json
@@ -111,7 +112,6 @@ def view(*lines: object) -> Bomb:
 ALIASES = "a: &a [1,1,1,1,1,1,1,1]\n" + "".join(
     f"{new}: &{new} [{','.join([f'*{old}'] * 8)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )
-NO_VALUE = "9" * 400
 
 BOMBS: dict[str, Bomb] = {
     # texts
@@ -124,6 +124,11 @@ BOMBS: dict[str, Bomb] = {
         write("x.jsonl.gz", gzip.compress(b'{"text": "') + MANY * 192),
         documents("x.jsonl.gz", max_document_bytes=1000),
         "longer than the 64 MiB",
+    ),
+    "50,000 streams of nothing": Bomb(
+        write("x.jsonl.bz2", bz2.compress(b"") * 50_000 + bz2.compress(b'{"text": "a"}\n')),
+        documents("x.jsonl.bz2"),
+        None,
     ),
     "a sparse member of 6 GB": Bomb(
         write("x.tar", bombs.SPARSE), lambda folder: list(tar_members(folder / "x.tar")), "not a sound tar file"
@@ -320,8 +325,11 @@ BOMBS: dict[str, Bomb] = {
     "brackets that do not close": Bomb(
         write("hellaswag.jsonl.gz", bombs.markup("[" * 300_000)), bombs.local_task, None
     ),
+    "brackets that close at once": Bomb(
+        write("hellaswag.jsonl.gz", bombs.markup("a[]" * 300_000)), bombs.local_task, None
+    ),
     "an answer of infinity": Bomb(
-        write("hellaswag.jsonl.gz", bombs.markup("a").replace(b"x", b"x")), bombs.local_task, None
+        write("hellaswag.jsonl.gz", bombs.markup("a", answer=float("inf"))), bombs.local_task, "not an example of"
     ),
     # this machine's own
     "filters of zeros": Bomb(bombs.filters_of_zeros, bombs.filters, None),

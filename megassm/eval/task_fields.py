@@ -44,10 +44,11 @@ def _without_markup(text: str) -> str:
 
 
 def _without_brackets(line: str) -> str:
-    kept, at = "", 0
+    kept, at = [], 0
     while (opens := line.find("[", at)) >= 0 and (closes := line.find("]", opens)) >= 0:
-        kept, at = kept + line[at:opens], closes + 1
-    return kept + line[at:]
+        kept.append(line[at:opens])
+        at = closes + 1
+    return "".join((*kept, line[at:]))
 
 
 def _piqa(example: Example) -> dict[str, Any]:

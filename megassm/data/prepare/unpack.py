@@ -19,6 +19,8 @@ from typing import IO, Any
 from megassm.errors import UserError, install_hint
 
 BUFFER_BYTES = 1 << 20
+STREAMS_BYTES = 1 << 14
+"""Read at a time where many streams may follow each other: what is behind a stream's end is copied for each of them."""
 XZ_MEMORY_BYTES = 1 << 29  # a dictionary of at most 256 MiB and more; `xz -9` asks for 64 MiB
 MAGIC_BYTES = 10
 MAGIC = {
@@ -107,10 +109,10 @@ class _Streams:
     def read(self, size: int) -> bytes:
         while True:
             if self._stream.eof:
-                rest: bytes = (self._stream.unused_data or self._file.read(BUFFER_BYTES)).lstrip(b"\0")
+                rest: bytes = (self._stream.unused_data or self._file.read(STREAMS_BYTES)).lstrip(b"\0")
                 self._stream, self._begun = self._start(), bool(rest)
             else:
-                rest = self._file.read(BUFFER_BYTES) if self._stream.needs_input else b""
+                rest = self._file.read(STREAMS_BYTES) if self._stream.needs_input else b""
                 self._begun = self._begun or bool(rest)
             if not rest and self._stream.needs_input:
                 if self._begun:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import cast
+from typing import Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,13 @@ from megassm.ops.documents import check_documents, document_numbers
 from megassm.ops.pooling import content_positions, pooled, separators
 
 
+class Source(Protocol):
+    """Where a model was read from, which may have more of it (`megassm.checkpoint.grow`)."""
+
+    def grow(self, model: LanguageModel, k: int) -> None:
+        """See `LanguageModel.grow`."""
+
+
 class LanguageModel(nn.Module):
     """An elastic spectral language model, or a hybrid with attention.
 
@@ -43,6 +50,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.recompute = recompute
         self.vocabulary = Vocabulary()
+        self.source: Source | None = None
         self.part = (0, 1)
         """Which part of every sequence this model is given, and of how many (`megassm.parallel.sequence`)."""
         self.embedding_VD = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
@@ -163,36 +171,39 @@ class LanguageModel(nn.Module):
     def _extended(self, ids_BL: Tensor, state: DecodingState | None, k: int | None) -> tuple[Tensor, Extension]:
         batch, length = ids_BL.shape
         lengths = (0,) * batch if state is None else state.lengths
-        context = self.context(0, length, k) if state is None else self._decoding_context(lengths, length, k)
+        context = self.context(0, length, k) if state is None else self._decoding_context(state, length, k)
         x_BLD = self.embed(ids_BL)
         layers: list[Continued] = []
         for number, block in enumerate(cast(list[Block], self.blocks)):
             x_BLD, continued = block.extend(x_BLD, None if state is None else state.layers[number], context)
             layers.append(continued)
-        return x_BLD, Extension(lengths, length, layers)
+        return x_BLD, Extension(lengths, length, layers, None if self.source is None else context.filterbank)
 
     @torch.no_grad()
     def step(self, ids_B: Tensor, state: DecodingState, k: int | None = None) -> tuple[Tensor, DecodingState]:
         """(logits (B, V) of the token after `ids_B`, the state after it); k may differ from step to step."""
-        context = self._decoding_context(state.lengths, 1, k)
+        context = self._decoding_context(state, 1, k)
         x_BD = self.embed(ids_B)
         layers = []
         for block, layer in zip(cast(list[Block], self.blocks), state.layers, strict=True):
             x_BD, after = block.step(x_BD, layer, context)
             layers.append(after)
         lengths = tuple(seen + 1 for seen in state.lengths)
-        return self.logits(self.head_norm(x_BD)), DecodingState(lengths, layers)
+        bank = None if self.source is None else context.filterbank
+        return self.logits(self.head_norm(x_BD)), DecodingState(lengths, layers, bank)
 
-    def _decoding_context(self, lengths: tuple[int, ...], length: int, k: int | None) -> Context:
+    def _decoding_context(self, state: DecodingState, length: int, k: int | None) -> Context:
         """For `length` positions after those that each text has; rotary tables (L, P/2), or (B, L, P/2) for texts of
         different lengths. Whom a query may see is the caches' to say."""
-        k = self._budget(k)
+        bank, lengths = state.filterbank or self.filterbank, state.lengths
+        k = self._budget(state.filterbank.num_channels if k is None and state.filterbank is not None else k)
+        state.check_budget(k)
         if "A" not in self.config.mixers:
-            return Context(k, self.filterbank, None)
+            return Context(k, bank, None)
         starts = lengths[:1] if len(set(lengths)) == 1 else lengths
         device = self.embedding_VD.device
         positions_BL = torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
-        return Context(k, self.filterbank, self._rope(positions_BL[0] if len(starts) == 1 else positions_BL))
+        return Context(k, bank, self._rope(positions_BL[0] if len(starts) == 1 else positions_BL))
 
     def context(self, first: int, length: int, k: int | None) -> Context:
         """For `length` positions from `first` on; a `k` of None is K_max."""
@@ -232,6 +243,21 @@ class LanguageModel(nn.Module):
         return (f"{length} positions at K = {k}: beyond the {self.config.seq_len} of the training the filters from "
                 f"channel {steady + 1} on grow without bound, and what they say is noise; take K <= {steady}, or stay "
                 f"within {self.config.seq_len}")  # fmt: skip
+
+    def grow(self, k: int) -> Self:
+        """Reads what budget k needs from where the model was opened (`open_model`), and is then of K_max = k.
+
+        Other threads may use the model in the meantime: it answers at its old budgets until all is there. A text that
+        is being continued then goes on as it was begun, at the budgets of that time.
+
+        Raises:
+            UserError: the budget is out of range, or what it needs cannot be read.
+        """
+        if self.source is None:
+            self._budget(k)
+        else:
+            self.source.grow(self, k)
+        return self
 
     def reset_filters(self) -> None:
         if self.filterbank is not None:

@@ -31,6 +31,7 @@ class FaultServer(ThreadingHTTPServer):
         self.faulty = ".tar"
         self.ended = threading.Event()
         self.requests: list[tuple[str, dict[str, str]]] = []  # path with query, headers
+        self.sent: deque[int] = deque()  # bytes of each answer
 
     @property
     def url(self) -> str:
@@ -71,6 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
         shown = first + 1 if fault == "shifted" else first
         self.send_header("Content-Range", f"bytes {shown}-{shown + len(body) - 1}/{len(data)}")
         self.end_headers()
+        self.server.sent.append(len(body))
         self._send(body, fault)
 
     def _start(self, status: int, length: int, etag: str) -> None:

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megassm import __version__
-from megassm.checkpoint.format import check_room, leading
+from megassm.checkpoint.format import NOTHING_HELD, check_room, leading
 from megassm.config.model import ModelConfig
 from megassm.data.dataset import own_tokenizer
 from megassm.data.task import TASK_NAME, TaskTokenizer
@@ -78,13 +78,15 @@ class ModelFolder:
         self.check_size()
         return self.config
 
-    def weights(self, k: int | None = None) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, k: int | None = None, held: Mapping[str, Tensor] = NOTHING_HELD) -> Iterator[tuple[str, Tensor]]:
         """See `megassm.checkpoint.format.StoredModel`."""
         self.check_weights()
         kept = parameter_shapes(self.config if k is None else self.config.cut(k))
         with ExitStack() as stack:
             files: dict[Path, Any] = {}
             for name, shape in parameter_shapes(self.config).items():
+                if name in held and held[name].shape == kept[name]:
+                    continue
                 path = self._file_of(name)
                 with _as_weights(path):
                     if path not in files:

@@ -19,9 +19,10 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +47,8 @@ AGAIN = "use another checkpoint or model"
 WEIGHTS, MOMENTS, AVERAGES = "weights", "moments", "average"
 """How files begin, by what they hold."""
 TENSORS = re.compile(rf"({WEIGHTS}|{MOMENTS}|{AVERAGES})-\d{{5,9}}-of-\d{{5,9}}\.safetensors")
+
+NOTHING_HELD: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -107,26 +110,20 @@ class Checkpoint:
     @property
     def config(self) -> Config:
         """The configuration it was trained with."""
-        try:
-            return Config.model_validate_json(json.dumps(self.manifest.config))
-        except ValidationError as error:
-            knobs = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
-            wrote = f"megassm {self.manifest.version}" if self.manifest.version else "the version that wrote it"
-            raise UserError(
-                f"{self.folder / MANIFEST}: its configuration is not one of this version of megassm, {__version__} "
-                f"({knobs}); use {wrote}"
-            ) from None
+        return stored_config(self.manifest, self.folder / MANIFEST)
 
     def model_config(self) -> ModelConfig:
         size = sum(size for name, (size, _) in self.manifest.files.items() if name.startswith("weights"))
         check_room(self.folder / MANIFEST, self.config.model, size, bytes_each=4)
         return self.config.model
 
-    def weights(self, k: int | None = None) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, k: int | None = None, held: Mapping[str, Tensor] = NOTHING_HELD) -> Iterator[tuple[str, Tensor]]:
         """See `StoredModel`."""
         config, stored = self.model_config(), self.stored()
         whole = parameter_shapes(config)
         for name, shape in parameter_shapes(config if k is None else config.cut(k)).items():
+            if name in held and held[name].shape == shape:
+                continue
             key = tensor_key(name, "ema" if self.averaged else "weight")
             with as_tensors(self.folder, AGAIN):
                 part = leading(stored(key), key, whole[name], shape)
@@ -161,9 +158,9 @@ class StoredModel(Protocol):
             UserError: it is not one of this version.
         """
 
-    def weights(self, k: int | None = None) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, k: int | None = None, held: Mapping[str, Tensor] = NOTHING_HELD) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 values) of every parameter, as `initial_weights` yields them; with `k` cut to that budget, of
-        which alone is read.
+        which alone is read. Of `held`, leading parts that were read before, those that are whole are left out.
 
         Raises:
             UserError: damaged files, or of another model.
@@ -180,7 +177,7 @@ def load_model(stored: StoredModel, k: int | None = None) -> LanguageModel:
     return assembled(config if k is None else config.cut(k), stored.weights(k)).eval()
 
 
-def check_room(place: Path, config: ModelConfig, size: int, bytes_each: float) -> None:
+def check_room(place: object, config: ModelConfig, size: int, bytes_each: float) -> None:
     """UserError if files of `size` bytes are too small for a model, before one of its size is made."""
     least = int(bytes_each * parameters(config, config.num_channels))
     if size < least:
@@ -306,9 +303,19 @@ def read_manifest(folder: Path) -> Checkpoint:
     """
     path = folder / MANIFEST
     try:
-        facts = parse_json(read_bytes(path, MANIFEST_BYTES, AGAIN), path, AGAIN)
+        manifest = manifest_of(read_bytes(path, MANIFEST_BYTES, AGAIN), path)
     except FileNotFoundError:
         raise UserError(f"{path}: not there: {folder} is not a complete checkpoint") from None
+    return Checkpoint(folder, manifest)
+
+
+def manifest_of(raw: bytes, path: object) -> Manifest:
+    """What a manifest of these bytes says.
+
+    Raises:
+        UserError: it is damaged, of another version, or names files that are no checkpoint's.
+    """
+    facts = parse_json(raw, path, AGAIN)
     manifest = validated(Manifest, facts, path, AGAIN)
     if manifest.format != FORMAT:
         raise UserError(f"{path}: checkpoint format {manifest.format}, this version reads {FORMAT}")
@@ -317,7 +324,19 @@ def read_manifest(folder: Path) -> Checkpoint:
     for name in manifest.files:
         if not TENSORS.fullmatch(name):
             raise UserError(f"{path}: names the file {name[:200]!r}, which is not a checkpoint's; it is not opened")
-    return Checkpoint(folder, manifest)
+    return manifest
+
+
+def stored_config(manifest: Manifest, path: object) -> Config:
+    """The configuration that a checkpoint was trained with; UserError if this version does not know it."""
+    try:
+        return Config.model_validate_json(json.dumps(manifest.config))
+    except ValidationError as error:
+        knobs = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
+        wrote = f"megassm {manifest.version}" if manifest.version else "the version that wrote it"
+        raise UserError(
+            f"{path}: its configuration is not one of this version of megassm, {__version__} ({knobs}); use {wrote}"
+        ) from None
 
 
 def _crc32(path: Path, read: Callable[[int], None] = lambda count: None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
 from megassm.cli.arguments import Parser, add_ema, budget_list, print_line, tool_parser, write_json
 from megassm.errors import visible
@@ -10,9 +10,8 @@ from megassm.errors import visible
 
 def parser() -> Parser:
     result = tool_parser(__doc__ or "", "python tools/generate.py runs/tiny --prompt 'def main(' --budgets 4,32")
-    result.add_argument(
-        "run", type=Path, metavar="RUN_DIR", help="run directory, one of its checkpoints/step-*, or an exported model"
-    )
+    what = "run directory, one of its checkpoints/step-*, or an exported model; or the URL of one"
+    result.add_argument("run", metavar="RUN_DIR", help=what)
     add_ema(result)
     result.add_argument("--prompt", required=True, metavar="TEXT")
     result.add_argument("--budgets", type=budget_list, metavar="LIST", help="K to sample at (default: K_max)")
@@ -28,6 +27,11 @@ def parser() -> Parser:
     return result
 
 
+def most(budgets: Sequence[int] | None) -> int | None:
+    """The budget that a model is opened at; None: whole."""
+    return max(budgets) if budgets else None
+
+
 def main() -> None:
     arguments = parser().parse_args()
     from megassm.eval.generate import TextStream, sample_text
@@ -35,7 +39,8 @@ def main() -> None:
     from megassm.eval.session import open_for_text
     from megassm.eval.speculate import Drafting
 
-    model, tokenizer, title = open_for_text(arguments.run, None, arguments.device, arguments.ema)
+    k = most(arguments.budgets)
+    model, tokenizer, title = open_for_text(arguments.run, None, arguments.device, arguments.ema, k)
     sampling = Sampling(arguments.tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     drafting = None if arguments.draft_k is None else Drafting(arguments.draft_k, arguments.draft_tokens)
     rows = []

@@ -85,11 +85,18 @@ def total_counters(ranks: Sequence[Sequence[float]]) -> DataCounters:
 class Transport:
     """Fetches from one store; several threads may."""
 
-    def __init__(self, store: Store, patience: Patience, meter: Meter, known: bool = False) -> None:
+    def __init__(
+        self,
+        store: Store,
+        patience: Patience,
+        meter: Meter,
+        known: bool = False,
+        etags: dict[str, str] | None = None,
+    ) -> None:
         """Of `known` files it is known that they were there: one that is missing may be back in a moment, as where a
-        server or a mounted folder goes away."""
+        server or a mounted folder goes away. `etags` of each file, as first seen, by this or an earlier one."""
         self._store, self._patience, self._meter, self._known = store, patience, meter, known
-        self._etags: dict[str, str] = {}  # of each file, as first seen
+        self._etags: dict[str, str] = {} if etags is None else etags
 
     def fetch(self, name: str, offset: int, size: int | None = None) -> bytes:
         """The `size` bytes at `offset`, fewer where the file ends; without a size all, at most `WHOLE_BYTES`.

@@ -158,10 +158,11 @@ class Scheduler:
         budgets = dict(zip(self._running, self._policy.choose(needs, waiting, self._limits.texts), strict=True))
         drawn = [text for text in texts if text.read == len(text.request.prompt)]
         news = list(self._read_prompts(texts, budgets))
-        by_budget: dict[int, list[_Running]] = defaultdict(list)
-        for text in drawn:
-            by_budget[budgets[text.number]].append(text)
-        for k, together in by_budget.items():
+        by_budget: dict[tuple[int, int], list[_Running]] = defaultdict(list)
+        for text in drawn:  # those begun before the model has grown have states of another size
+            assert text.state is not None
+            by_budget[budgets[text.number], id(text.state.filterbank)].append(text)
+        for (k, _), together in by_budget.items():
             news += self._step_together(together, k)
         for each in news:
             if each.text is not None:

@@ -13,13 +13,13 @@ import torch
 
 from megassm.checkpoint.exported import is_model_folder
 from megassm.checkpoint.format import Checkpoint, find_checkpoint, load_model
-from megassm.checkpoint.open import stored_model_folder
+from megassm.checkpoint.open import is_url, open_model, open_tokenizer, stored_model_folder
 from megassm.config.schema import Config
 from megassm.data.dataset import Dataset, open_dataset, padded_token_bytes, run_tokenizer
 from megassm.data.stream import MicroBatch, StreamPlan, validation_batches
 from megassm.data.task import Task, TaskTokenizer
 from megassm.data.tokenizer.base import Tokenizer
-from megassm.errors import UserError
+from megassm.errors import UserError, without_secrets
 from megassm.eval.text import EvalText, is_plain_text, open_texts
 from megassm.model import LanguageModel
 
@@ -116,13 +116,19 @@ class OpenModel(NamedTuple):
     title: str
 
 
-def open_for_text(path: Path, data_path: str | None, device: Device, averaged: bool = False) -> OpenModel:
+def open_for_text(
+    path: Path | str, data_path: str | None, device: Device, averaged: bool = False, k: int | None = None
+) -> OpenModel:
     """A model in evaluation mode: of a run, of a checkpoint, or exported, which needs no data; `averaged`: the running
-    average of a run's weights.
+    average of a run's weights. Of the URL of one only what budget `k` needs is read.
 
     Raises:
         UserError: as `open_session`.
     """
+    if is_url(path):
+        model = open_model(path, k, averaged).to(_device(device))
+        return OpenModel(model, open_tokenizer(path), without_secrets(str(path)))
+    path = Path(path)
     if is_model_folder(path):
         folder = stored_model_folder(path, averaged)
         return OpenModel(load_model(folder).to(_device(device)), folder.tokenizer(), str(path))

@@ -12,10 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from megassm.errors import UserError
+
+if TYPE_CHECKING:
+    from megassm.layers.filterbank import FilterBank
 
 SLACK = 64
 """Positions that a window has space for beyond those it needs, so that it is moved to the front once in so many."""
@@ -206,6 +211,8 @@ class DecodingState(NamedTuple):
     lengths: tuple[int, ...]
     """Tokens seen of each."""
     layers: list[LayerState]
+    filterbank: FilterBank | None = None
+    """That the spectral layers' states are of, where the model may get another one (`LanguageModel.grow`)."""
 
     @property
     def position(self) -> int:
@@ -215,6 +222,12 @@ class DecodingState(NamedTuple):
     @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
+
+    def check_budget(self, k: int) -> None:
+        """UserError where the model had no such budget yet when these texts were begun."""
+        if self.filterbank is not None and k > self.filterbank.num_channels:
+            rule = f"this text was begun when the model had K_max = {self.filterbank.num_channels}"
+            raise UserError(f"K = {k}: {rule}; read it again, from its first token, to continue it at more")
 
     def rewind(self) -> None:
         """Says that no state that came after this one will be used again: continuing from here costs no copy then."""
@@ -227,23 +240,25 @@ class DecodingState(NamedTuple):
         """The state of this one's texts where `own_B`, of the other's, which are as long, elsewhere."""
         assert self.lengths == other.lengths
         pairs = zip(self.layers, other.layers, strict=True)
-        return DecodingState(self.lengths, [_chosen(own_B, mine, theirs) for mine, theirs in pairs])
+        return self._replace(layers=[_chosen(own_B, mine, theirs) for mine, theirs in pairs])
 
     def take(self, rows: Tensor) -> DecodingState:
         """The state of some of the texts, in the order of `rows`, one of them perhaps several times."""
         layers = [_taken(layer, rows) for layer in self.layers]
-        return DecodingState(tuple(self.lengths[row] for row in rows.tolist()), layers)
+        return self._replace(lengths=tuple(self.lengths[row] for row in rows.tolist()), layers=layers)
 
     @classmethod
     def joined(cls, states: Sequence[DecodingState]) -> DecodingState:
         """The state of the texts of several, one after the other; keys and values stay where they are."""
+        assert len({id(state.filterbank) for state in states}) == 1, "states of one model, at one size"
         layers = [_joined(layers) for layers in zip(*(state.layers for state in states), strict=True)]
-        return cls(tuple(length for state in states for length in state.lengths), layers)
+        return cls(tuple(length for state in states for length in state.lengths), layers, states[0].filterbank)
 
     def parts(self) -> list[DecodingState]:
         """The state of each of the texts that `joined` has put together, a view of this one's memory."""
         layers = zip(*(_parts(layer, len(self.lengths)) for layer in self.layers), strict=True)
-        return [DecodingState((length,), list(own)) for length, own in zip(self.lengths, layers, strict=True)]
+        owns = zip(self.lengths, layers, strict=True)
+        return [DecodingState((length,), list(own), self.filterbank) for length, own in owns]
 
 
 def _chosen(own_B: Tensor, mine: LayerState, theirs: LayerState) -> LayerState:
@@ -311,9 +326,11 @@ class Extension(NamedTuple):
     """Tokens seen of each text until then."""
     length: int
     layers: list[Continued]
+    filterbank: FilterBank | None = None
+    """As of `DecodingState`."""
 
     def keep(self, counts: Sequence[int] | None = None) -> DecodingState:
         """The state after the first `counts` of the L tokens of each text, or after all; to be called once."""
         kept = (self.length,) * len(self.before) if counts is None else tuple(counts)
         lengths = tuple(seen + count for seen, count in zip(self.before, kept, strict=True))
-        return DecodingState(lengths, [layer.keep(kept) for layer in self.layers])
+        return DecodingState(lengths, [layer.keep(kept) for layer in self.layers], self.filterbank)

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from megassm.checkpoint.open import open_model, open_tokenizer
     from megassm.config.model import ModelConfig
     from megassm.errors import UserError
+    from megassm.eval.drafting import Drafting
     from megassm.eval.generate import generate
     from megassm.eval.policies import FixedBudget, KeepDeadlines, measured_costs
     from megassm.eval.sampling import Sampling
     from megassm.eval.scheduler import Limits, Request, Scheduler
-    from megassm.eval.speculate import Drafting
     from megassm.layers.spectral_layer import SpectralLayer
     from megassm.model import LanguageModel, build_model, truncate
     from megassm.ops.hankel import spectral_filters
@@ -55,7 +55,7 @@ __all__ = [
 _PLACES = {
     "LanguageModel": "megassm.model",
     "ModelConfig": "megassm.config.model",
-    "Drafting": "megassm.eval.speculate",
+    "Drafting": "megassm.eval.drafting",
     "FixedBudget": "megassm.eval.policies",
     "KeepDeadlines": "megassm.eval.policies",
     "Limits": "megassm.eval.scheduler",

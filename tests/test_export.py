@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,12 +148,16 @@ def test_export_replaces_an_earlier_one(session: Session, tmp_path: Path) -> Non
 
 
 def test_generate_opens_an_export(family: tuple[Path, list[TableRow]], trained: Path, tmp_path: Path) -> None:
-    def text(path: Path) -> str:
-        options = ("--prompt", "def f(", "--tokens", "12", "--temperature", "0", "--budgets", "4")
+    def row(path: Path, *more: str) -> dict[str, Any]:
+        options = ("--prompt", "def f(", "--tokens", "12", "--temperature", "0", "--budgets", "4", *more)
         run_python("tools/generate.py", str(path), *options, "--json", str(tmp_path / "text.json"))
-        return (tmp_path / "text.json").read_text()
+        (found,) = json.loads((tmp_path / "text.json").read_text())
+        return found
 
-    assert text(family[0] / "k-4") == text(trained)
+    plain, drafted = row(trained), row(family[0] / "k-4", "--draft-k", "auto")
+    assert drafted["text"] == plain["text"]
+    assert drafted["speed_up"] > 0
+    assert 0 <= drafted["acceptance"] <= 1
 
 
 def start(run_dir: Path, data_path: Path, *overrides: str, check: bool = True) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +11,10 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from megassm.errors import UserError
+from megassm.eval.drafting import SLOWER, Chooser, Drafting, chooser_of
 from megassm.eval.generate import generate
 from megassm.eval.sampling import Sampling, probabilities
-from megassm.eval.speculate import Drafting, accept, speculate
+from megassm.eval.speculate import accept, speculate
 from megassm.model import LanguageModel, build_model
 from tests.test_decoding import model
 from tests.test_model import config
@@ -77,6 +80,67 @@ def test_a_draft_that_is_too_likely_is_refused_as_often_as_it_must() -> None:
     torch.testing.assert_close(share, full_V, atol=6e-3, rtol=0)
     assert (next_B[accepted_B == 1] == 2).all()
     assert float((accepted_B == 1).float().mean()) == pytest.approx(0.5, abs=6e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    draft_s=st.floats(0.1, 1.2),
+    reading_s=st.floats(0.02, 0.4),
+    rate=st.floats(0.0, 0.98),
+    texts=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_chosen_drafts_never_cost_more_than_plain_decoding_by_a_twentieth(
+    draft_s: float, reading_s: float, rate: float, texts: int, seed: int
+) -> None:
+    """In a world of these costs, where a plain step takes 1 s: two texts, of which the second finds drafts worse."""
+    drawn, chooser = random.Random(seed), Chooser(16)
+    for rate_now in (rate, rate / 4):
+        chooser.begin()
+        spent, tokens = 0.0, 0.0
+        while tokens < 400:
+            made = chooser.choose(texts, 8)
+            if made.tokens == 0:
+                spent, tokens = spent + 1.0, tokens + 1.0
+                chooser.stepped(texts, 1.0)
+                continue
+            chance = rate_now * (1 - 1 / made.k)
+            accepted = [next((place for place in range(made.tokens) if drawn.random() > chance), made.tokens)
+                        for _ in range(texts)]  # fmt: skip
+            costs = draft_s * made.tokens, 1.0 + reading_s * made.tokens
+            chooser.drafted(made, accepted, *costs)
+            spent, tokens = spent + sum(costs), tokens + 1.0 + sum(accepted) / texts
+        assert spent <= (1.01 + SLOWER) * tokens + 4 * sum(costs if made.tokens else (0.0,))
+        assert chooser.speed_up == pytest.approx(tokens / spent)
+
+
+def test_a_world_in_which_drafts_pay_is_found_and_used() -> None:
+    chooser, spent, tokens = Chooser(32), 0.0, 0.0
+    for _ in range(2000):
+        made = chooser.choose(1, 8)
+        if made.tokens:
+            good = {2: 0, 4: 8, 8: 8, 16: 8}[made.k]  # of the drafts at K = 2 none is accepted
+            accepted, costs = min(good, made.tokens), (made.tokens * made.k / 32, 1.2)
+            chooser.drafted(made, [accepted], *costs)
+            spent, tokens = spent + sum(costs), tokens + 1 + accepted
+        else:
+            chooser.stepped(1, 1.0)
+            spent, tokens = spent + 1, tokens + 1
+    assert tokens / spent > 3.0  # nine tokens for 8/8 + 1.2 are 4.1
+    assert (made.k, made.tokens) in ((4, 8), (32, 0))
+
+
+@pytest.mark.parametrize("pattern", ["S", "SA"])
+def test_chosen_drafts_give_the_plain_greedy_texts(pattern: str) -> None:
+    """By real times: whatever is chosen, the texts are the same; drafts are made in some of them."""
+    network, sampling = model(pattern, 4), Sampling(250, temperature=0)
+    plain = [generate(network, [prompt], 16, sampling)[0] for prompt in PROMPTS]
+    found = speculate(network, PROMPTS, 16, sampling, Drafting.auto())
+    assert found.texts == plain
+    assert found.speed_up is not None
+    learnt = chooser_of(network, 16)
+    assert learnt is chooser_of(network, 16)
+    assert learnt._costs.count("step", 16, 3) > 4
 
 
 @pytest.mark.parametrize(("drafting", "said"), [(Drafting(17), "draft_k = 17"), (Drafting(0), "draft_k = 0"),

@@ -88,9 +88,10 @@ def check_requests(count: int) -> TableRow:
 
 def check_greedy(pattern: str, tokens: int, width: int) -> TableRow:
     """One text of `tokens`, plain and drafted for."""
+    from megassm.eval.drafting import Drafting
     from megassm.eval.generate import generate
     from megassm.eval.sampling import Sampling
-    from megassm.eval.speculate import Drafting, speculate
+    from megassm.eval.speculate import speculate
 
     model, started = _model(pattern, width, 16_384), time.perf_counter()
     sampling = Sampling(tokens, temperature=0)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megassm.cli.arguments import Parser, add_ema, budget_list, print_line, tool_parser, write_json
 from megassm.errors import visible
+
+if TYPE_CHECKING:
+    from megassm.eval.drafting import Drafting
 
 
 def parser() -> Parser:
@@ -20,11 +24,18 @@ def parser() -> Parser:
     result.add_argument("--top-k", type=int, metavar="N", help="draw among the N likeliest tokens")
     result.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest tokens of probability P")
     what = "draft at this smaller budget, and keep what the full one accepts: the same texts, sooner"
-    result.add_argument("--draft-k", type=int, metavar="K", help=what)
-    result.add_argument("--draft-tokens", type=int, default=4, metavar="N", help="drafts a round (default: 4)")
+    what += "; auto: chosen while the text grows, as is the number of drafts"
+    result.add_argument("--draft-k", type=draft_budget, metavar="K|auto", help=what)
+    what = "drafts a round (default: 4); of auto the most there may be (default: 8)"
+    result.add_argument("--draft-tokens", type=int, metavar="N", help=what)
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return result
+
+
+def draft_budget(text: str) -> int | str:
+    """The value of --draft-k."""
+    return text if text == "auto" else int(text)
 
 
 def most(budgets: Sequence[int] | None) -> int | None:
@@ -34,26 +45,41 @@ def most(budgets: Sequence[int] | None) -> int | None:
 
 def main() -> None:
     arguments = parser().parse_args()
-    from megassm.eval.generate import TextStream, sample_text
+    from megassm.eval.generate import TextStream, draft_text, sample_text
     from megassm.eval.sampling import Sampling
     from megassm.eval.session import open_for_text
-    from megassm.eval.speculate import Drafting
 
     k = most(arguments.budgets)
     model, tokenizer, title = open_for_text(arguments.run, None, arguments.device, arguments.ema, k)
     sampling = Sampling(arguments.tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    drafting = None if arguments.draft_k is None else Drafting(arguments.draft_k, arguments.draft_tokens)
     rows = []
     print_line(title)
     for k in arguments.budgets or [model.config.num_channels]:
         print_line(f"\n--- K = {k}")
         show(arguments.prompt)
         stream = TextStream(tokenizer, show)
-        text = sample_text(model, tokenizer, arguments.prompt, k, sampling._replace(ended=stream), drafting)
+        told: dict[str, float | None] = {}
+        if arguments.draft_k is None:
+            text = sample_text(model, tokenizer, arguments.prompt, k, sampling._replace(ended=stream))
+        else:
+            drafting = drafts(arguments.draft_k, arguments.draft_tokens)
+            text, found = draft_text(model, tokenizer, arguments.prompt, k, sampling._replace(ended=stream), drafting)
+            told = {"acceptance": found.acceptance, "speed_up": found.speed_up}
         stream.finish(text)
         print_line("")
-        rows.append({"k": k, "text": arguments.prompt + text})
+        if told:
+            print_line("drafts: " + ", ".join(f"{name} {'-' if value is None else f'{value:.2f}'}"
+                                              for name, value in told.items()))  # fmt: skip
+        rows.append({"k": k, "text": arguments.prompt + text, **told})
     write_json(rows, arguments.json)
+
+
+def drafts(k: int | str, tokens: int | None) -> Drafting:
+    """What --draft-k and --draft-tokens ask for."""
+    from megassm.eval.drafting import Drafting
+
+    drafting = Drafting.auto() if k == "auto" else Drafting(int(k))
+    return drafting if tokens is None else drafting._replace(tokens=tokens)
 
 
 def show(text: str) -> None:

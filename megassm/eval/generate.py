@@ -14,8 +14,9 @@ from torch import Tensor
 
 from megassm.data.tokenizer.base import Tokenizer
 from megassm.errors import UserError
+from megassm.eval.drafting import Drafting
 from megassm.eval.sampling import Sampling, Text, check_prompts, draw, read_prompts
-from megassm.eval.speculate import Drafting, speculate
+from megassm.eval.speculate import Speculated, speculate
 from megassm.layers.state import DecodingState
 from megassm.model import LanguageModel
 
@@ -44,16 +45,15 @@ def generate(
             the random draws.
         k: the budget, or a function of the position; None: K_max.
         sampling: how to draw.
-        drafting: draft at a smaller budget first (`megassm.eval.speculate`): the same texts, sooner.
+        drafting: draft at a smaller budget first (`megassm.eval.speculate`): the same texts, sooner. What came of it
+            `megassm.eval.speculate.speculate` tells.
 
     Raises:
         UserError: an empty prompt, a budget or a sampling value out of range, drafts for a budget that changes.
     """
     budget = model.config.num_channels if k is None else k
-    if not callable(budget) and sampling.max_tokens > 0 and prompts:
-        warning = model.beyond_trained(max(map(len, prompts)) + sampling.max_tokens, budget)
-        if warning:
-            warnings.warn(warning, stacklevel=2)
+    if not callable(budget):
+        _warn_beyond(model, prompts, budget, sampling)
     if drafting is not None:
         if callable(budget):
             raise UserError("drafting needs one budget for the whole text; give a number, or no drafting")
@@ -85,22 +85,40 @@ def _step_by_step(
         logits_BV, state = model.step(ids_B.to(device), state, budget(state.position) if callable(budget) else budget)
 
 
-def sample_text(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    prompt: str,
-    budget: Budget,
-    sampling: Sampling,
-    drafting: Drafting | None = None,
-) -> str:
+def sample_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, budget: Budget, sampling: Sampling) -> str:
     """The prompt's continuation as text, up to the end of its document; `sampling.ended` sees it grow."""
+    prompt_ids, sampling = _for_text(tokenizer, prompt, sampling)
+    return _decoded(tokenizer, generate(model, [prompt_ids], budget, sampling)[0])
+
+
+def draft_text(
+    model: LanguageModel, tokenizer: Tokenizer, prompt: str, k: int, sampling: Sampling, drafting: Drafting
+) -> tuple[str, Speculated]:
+    """`sample_text`, with drafts at a smaller budget, and how well they did."""
+    prompt_ids, sampling = _for_text(tokenizer, prompt, sampling)
+    _warn_beyond(model, [prompt_ids], k, sampling)
+    found = speculate(model, [prompt_ids], k, sampling, drafting)
+    return _decoded(tokenizer, found.texts[0]), found
+
+
+def _warn_beyond(model: LanguageModel, prompts: Sequence[Sequence[int]], k: int, sampling: Sampling) -> None:
+    """A warning to the caller's caller where the texts become longer than the filters carry."""
+    if sampling.max_tokens > 0 and prompts:
+        warning = model.beyond_trained(max(map(len, prompts)) + sampling.max_tokens, k)
+        if warning:
+            warnings.warn(warning, stacklevel=3)
+
+
+def _for_text(tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> tuple[list[int], Sampling]:
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise UserError(f"the prompt {prompt!r} is not UTF-8; give text") from None
-    prompt_ids = tokenizer.encode([prompt])[0].tolist()
-    sampling = sampling._replace(stop_ids={*sampling.stop_ids, tokenizer.eod})
-    drawn = generate(model, [prompt_ids], budget, sampling, drafting)[0]
+    prompt_ids: list[int] = tokenizer.encode([prompt])[0].tolist()
+    return prompt_ids, sampling._replace(stop_ids={*sampling.stop_ids, tokenizer.eod})
+
+
+def _decoded(tokenizer: Tokenizer, drawn: Sequence[int]) -> str:
     return tokenizer.decode([token for token in drawn if token < tokenizer.vocab_size])
 
 

@@ -14,32 +14,17 @@ Shapes: B texts, m drafts, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from megassm.errors import UserError
+from megassm.eval.drafting import Chooser, Drafting, Round, chooser_of
 from megassm.eval.sampling import Sampling, Text, check_prompts, draw, probabilities, read_prompts
 from megassm.layers.state import DecodingState
 from megassm.model import LanguageModel
-
-
-class Drafting(NamedTuple):
-    """How to draft."""
-
-    k: int
-    """Budget of the drafts."""
-    tokens: int = 4
-    """Drafts a round."""
-
-    def check(self, k: int) -> None:
-        """UserError naming the value and the rule; `k` is the budget that texts are to have."""
-        if not 1 <= self.k <= k:
-            raise UserError(f"draft_k = {self.k}: must be between 1 and the budget K = {k} of the text")
-        if self.tokens < 1:
-            raise UserError(f"draft_tokens = {self.tokens}: must be at least 1")
 
 
 class Speculated(NamedTuple):
@@ -50,11 +35,66 @@ class Speculated(NamedTuple):
     """Times that the full budget read drafts, over all texts."""
     drafted: int
     accepted: int
+    speed_up: float | None = None
+    """Over plain decoding, by the time that its steps take; where budgets are chosen, which times them."""
 
     @property
     def acceptance(self) -> float:
         """Share of the drafts that were accepted."""
         return self.accepted / self.drafted if self.drafted else 0.0
+
+
+class _Batch:
+    """Texts that still grow."""
+
+    def __init__(self, model: LanguageModel, k: int, sampling: Sampling) -> None:
+        self.model, self.k, self.sampling = model, k, sampling
+        self.generator = torch.Generator().manual_seed(sampling.seed)
+        self.last_B = torch.empty(0, dtype=torch.long)
+        """Drawn last, not yet read."""
+        self.state: DecodingState
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The first token of each text."""
+        logits_BV, self.state = read_prompts(self.model, prompts, self.k)
+        self.last_B = draw(logits_BV, self.sampling, self.generator)
+        return [[token] for token in self.last_B.tolist()]
+
+    def take(self, rows: list[int]) -> None:
+        """Goes on with some of the texts."""
+        self.state = self.state.take(torch.tensor(rows, device=self._device))
+        self.last_B = self.last_B[rows]
+
+    def step(self) -> list[list[int]]:
+        """The next token of each text, without drafts."""
+        logits_BV, self.state = self.model.step(self.last_B.to(self._device), self.state, self.k)
+        self.last_B = draw(logits_BV, self.sampling, self.generator)
+        return [[token] for token in self.last_B.tolist()]
+
+    def draft(self, made: Round) -> list[Tensor]:
+        """What each draft was drawn from, q (B, V); `drafts_BL` are then the last tokens and the drafts."""
+        drafts, chances, ahead = [self.last_B], [], self.state
+        for _ in range(made.tokens):
+            logits_BV, ahead = self.model.step(drafts[-1].to(self._device), ahead, made.k)
+            chances.append(probabilities(logits_BV, self.sampling))
+            drafts.append(torch.multinomial(chances[-1], 1, generator=self.generator)[:, 0])
+        self.state.rewind()
+        self.drafts_BL = torch.stack(drafts, 1)
+        return chances
+
+    def verify(self, chances: Sequence[Tensor]) -> list[list[int]]:
+        """The tokens that each text gains by its drafts."""
+        ids_BL = self.drafts_BL
+        logits_BLV, extension = self.model.extend(ids_BL.to(self._device), self.state, self.k)
+        full_BLV = probabilities(logits_BLV.flatten(0, 1), self.sampling).view(*ids_BL.shape, -1)
+        accepted_B, self.last_B = accept(ids_BL[:, 1:], chances, full_BLV, self.generator)
+        counts = accepted_B.tolist()
+        self.state = extension.keep([1 + count for count in counts])
+        return [[*ids_BL[row, 1 : 1 + count].tolist(), int(self.last_B[row])] for row, count in enumerate(counts)]
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.embedding_VD.device
 
 
 @torch.no_grad()
@@ -76,54 +116,44 @@ def speculate(
     sampling.check()
     drafting.check(k)
     check_prompts(prompts)
-    generator = torch.Generator().manual_seed(sampling.seed)
-    logits_BV, state = read_prompts(model, prompts, k)
-    last_B = draw(logits_BV, sampling, generator)
-    texts = [Text(sampling) for _ in prompts]
-    for text, token in zip(texts, last_B.tolist(), strict=True):
-        text.add([token])
+    chooser = chooser_of(model, k) if drafting.k == "auto" else None
+    batch, texts = _Batch(model, k, sampling), [Text(sampling) for _ in prompts]
+    for text, tokens in zip(texts, batch.begin(prompts), strict=True):
+        text.add(tokens)
     rounds = drafted = accepted = 0
     growing = list(range(len(prompts)))
     while True:
         still = [place for place, row in enumerate(growing) if texts[row].is_open]
         if not still:
-            return Speculated([text.ids for text in texts], rounds, drafted, accepted)
+            speed_up = None if chooser is None else chooser.speed_up
+            return Speculated([text.ids for text in texts], rounds, drafted, accepted, speed_up)
         if len(still) < len(growing):
-            rows = torch.tensor(still, device=model.embedding_VD.device)
-            state, last_B = state.take(rows), last_B[still]
+            batch.take(still)
             growing = [growing[place] for place in still]
-        longest = max(sampling.max_tokens - len(texts[row].ids) for row in growing)
-        chosen = drafting._replace(tokens=min(drafting.tokens, longest - 1))
-        last_B, state, news = _round(model, last_B, state, k, sampling, chosen, generator)
+        most = min(drafting.tokens, max(sampling.max_tokens - len(texts[row].ids) for row in growing) - 1)
+        made = Round(cast(int, drafting.k), most) if chooser is None else chooser.choose(len(growing), most)
+        news = _made(batch, made, chooser)
         for row, tokens in zip(growing, news, strict=True):
             texts[row].add(tokens)
-            rounds, drafted, accepted = rounds + 1, drafted + chosen.tokens, accepted + len(tokens) - 1
+            if made.tokens:
+                rounds, drafted, accepted = rounds + 1, drafted + made.tokens, accepted + len(tokens) - 1
 
 
-def _round(  # noqa: PLR0913
-    model: LanguageModel,
-    last_B: Tensor,
-    state: DecodingState,
-    k: int,
-    sampling: Sampling,
-    drafting: Drafting,
-    generator: torch.Generator,
-) -> tuple[Tensor, DecodingState, list[list[int]]]:
-    """(the last tokens, the state before them, the tokens that each text gained), from the ones before."""
-    device, drafts, chances = model.embedding_VD.device, [last_B], []
-    ahead = state
-    for _ in range(drafting.tokens):
-        logits_BV, ahead = model.step(drafts[-1].to(device), ahead, drafting.k)
-        chances.append(probabilities(logits_BV, sampling))
-        drafts.append(torch.multinomial(chances[-1], 1, generator=generator)[:, 0])
-    state.rewind()
-    ids_BL = torch.stack(drafts, 1)
-    logits_BLV, extension = model.extend(ids_BL.to(device), state, k)
-    full_BLV = probabilities(logits_BLV.flatten(0, 1), sampling).view(*ids_BL.shape, -1)
-    accepted_B, next_B = accept(ids_BL[:, 1:], chances, full_BLV, generator)
-    counts = accepted_B.tolist()
-    news = [[*ids_BL[row, 1 : 1 + count].tolist(), int(next_B[row])] for row, count in enumerate(counts)]
-    return next_B, extension.keep([1 + count for count in counts]), news
+def _made(batch: _Batch, made: Round, chooser: Chooser | None) -> list[list[int]]:
+    """The tokens that a round, or a plain step, gives each text; the chooser is told."""
+    started = time.perf_counter()
+    if made.tokens == 0:
+        news = batch.step()
+        if chooser is not None:
+            chooser.stepped(len(news), time.perf_counter() - started)
+        return news
+    chances = batch.draft(made)
+    drafted = time.perf_counter()
+    news = batch.verify(chances)
+    if chooser is not None:
+        accepted = [len(tokens) - 1 for tokens in news]
+        chooser.drafted(made, accepted, drafted - started, time.perf_counter() - drafted)
+    return news
 
 
 def accept(

@@ -1,0 +1,186 @@
+"""How to draft: at which budget and how far, fixed, or chosen while a text grows by what is accepted and what it costs.
+
+A round of m drafts at K', each accepted with probability a, gives 1 + a + ... + a^m tokens in expectation, and takes m
+steps at K' and one reading of m + 1 tokens at the full K. `Chooser` knows both from what it has seen, takes the round
+that gives most tokens a second, and a plain step where none gives more. What it has not seen it tries only as far as
+the text stays within `SLOWER` of plain decoding's time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+from weakref import WeakKeyDictionary
+
+from megassm.errors import UserError
+from megassm.eval.costs import Costs
+from megassm.model import LanguageModel
+
+SLOWER = 0.04
+"""Share of plain decoding's time that trying may cost."""
+CLEARLY = 1.03
+"""How many times faster than plain decoding a round must look."""
+PLAIN_STEPS = 4
+"""That are timed before anything is tried."""
+REFRESHED = 50
+"""One in so many rounds is a plain step, so that its time stays known while the machine's load changes."""
+FORGOTTEN = 0.98
+"""What earlier drafts count at each later round."""
+TRIED = 2
+"""Drafts of a round that is tried: fewer cost less if they are refused."""
+CHEAP_DRAFT = 0.5
+"""Of the cheapest step that was timed: what a draft is hoped to cost before one was timed."""
+UNKNOWN_READING = 3.0
+"""Plain steps that a reading is taken to cost before one was timed."""
+
+
+class Drafting(NamedTuple):
+    """How to draft."""
+
+    k: int | Literal["auto"]
+    """Budget of the drafts; "auto": chosen, as is their number, while the text grows."""
+    tokens: int = 4
+    """Drafts a round, at most where they are chosen."""
+
+    @classmethod
+    def auto(cls, most: int = 8) -> Drafting:
+        """Budget and number of drafts chosen from what is accepted and what it costs."""
+        return cls("auto", most)
+
+    def check(self, k: int) -> None:
+        """UserError naming the value and the rule; `k` is the budget that texts are to have."""
+        if self.k != "auto" and not (isinstance(self.k, int) and 1 <= self.k <= k):
+            raise UserError(f"draft_k = {self.k}: must be between 1 and the budget K = {k} of the text, or auto")
+        if self.tokens < 1:
+            raise UserError(f"draft_tokens = {self.tokens}: must be at least 1")
+
+
+class Round(NamedTuple):
+    """What to do next: `tokens` drafts at `k`; 0 is a plain step."""
+
+    k: int
+    tokens: int
+
+
+class _Seen:
+    """Of the drafts at one budget."""
+
+    def __init__(self) -> None:
+        self.accepted, self.offered = 0.0, 0.0
+
+    def add(self, accepted: int, offered: int) -> None:
+        self.accepted = FORGOTTEN * self.accepted + accepted
+        self.offered = FORGOTTEN * self.offered + offered
+
+    @property
+    def rate(self) -> float:
+        """The share accepted, as if one of two had been before any was seen."""
+        return (self.accepted + 1.0) / (self.offered + 2.0)
+
+    @property
+    def at_best(self) -> float:
+        """What it may still turn out to be."""
+        return min(0.99, self.rate + 1.0 / math.sqrt(self.offered + 1.0))
+
+
+class Chooser:
+    """Chooses rounds for texts at budget k; what it learns of the model serves later texts too."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.budgets = [1 << power for power in range(1, k.bit_length()) if 1 << power < k]
+        self._costs, self._seen = Costs(), {budget: _Seen() for budget in self.budgets}
+        self._rounds = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """A new batch of texts: what earlier ones have gained is not there to be spent."""
+        self.spent_s = self.plain_s = 0.0
+
+    def choose(self, texts: int, most: int) -> Round:
+        """For so many texts, with at most so many drafts."""
+        plain = Round(self.k, 0)
+        if most < 1 or not self.budgets or self._costs.count("step", self.k, texts) < PLAIN_STEPS:
+            return plain
+        self._rounds += 1
+        if self._rounds % REFRESHED == 0:
+            return plain
+        step_s = self._costs.seconds("step", self.k, texts)
+        known = [found for budget in self.budgets for found in self._rated(budget, texts, most, at_best=False)]
+        best_speed, best = max(known, default=(0.0, plain))
+        is_behind = self.spent_s > (1 + SLOWER) * self.plain_s
+        if is_behind or best_speed * step_s < CLEARLY:
+            best_speed, best = 1.0 / step_s, plain
+        hoped = [found for budget in self.budgets for found in self._rated(budget, texts, most, at_best=True)]
+        for speed, round_ in sorted(hoped, reverse=True):
+            tried = round_._replace(tokens=min(round_.tokens, TRIED))
+            if speed > CLEARLY * best_speed and self._can_afford(tried, texts, step_s):
+                return tried
+        return best
+
+    def stepped(self, texts: int, seconds: float) -> None:
+        """A plain step was made."""
+        self._costs.add("step", self.k, texts, seconds)
+        self._count(texts, seconds, 1.0)
+
+    def drafted(self, made: Round, accepted: list[int], draft_s: float, read_s: float) -> None:
+        """A round was made; `accepted` of each text's drafts."""
+        texts = len(accepted)
+        self._costs.add("step", made.k, texts, draft_s / made.tokens)
+        self._costs.add("verify", self.k, texts * (made.tokens + 1), read_s)
+        for count in accepted:
+            self._seen[made.k].add(count, min(count + 1, made.tokens))
+        self._count(texts, draft_s + read_s, 1.0 + sum(accepted) / texts)
+
+    @property
+    def speed_up(self) -> float | None:
+        """Over plain decoding, by the time of its steps, since `begin`."""
+        return self.plain_s / self.spent_s if self.spent_s else None
+
+    def _count(self, texts: int, seconds: float, tokens: float) -> None:
+        self.spent_s += seconds
+        self.plain_s += tokens * self._costs.seconds("step", self.k, texts)
+
+    def _rated(self, budget: int, texts: int, most: int, at_best: bool) -> list[tuple[float, Round]]:
+        """(tokens of a text a second, round) of each number of drafts, where costs are known or `at_best`."""
+        tried = self._costs.count("step", budget, texts) > 0
+        if not tried and not at_best:
+            return []
+        seen = self._seen[budget]
+        rate = seen.at_best if at_best else seen.rate
+        rated, tokens, power = [], 1.0, 1.0
+        for count in range(1, most + 1):
+            power *= rate
+            tokens += power
+            rated.append((tokens / self._hoped_s(Round(budget, count), texts), Round(budget, count)))
+        return rated
+
+    def _hoped_s(self, round_: Round, texts: int) -> float:
+        """Seconds of a round; of what was never timed, what it would be at best."""
+        step_s = self._costs.seconds("step", self.k, texts)
+        timed = [self._timed("step", budget, texts, step_s) for budget in self.budgets]
+        draft_s = self._timed("step", round_.k, texts, CHEAP_DRAFT * min(timed))
+        return round_.tokens * draft_s + max(step_s, self._timed("verify", self.k, texts * (round_.tokens + 1), step_s))
+
+    def _can_afford(self, round_: Round, texts: int, step_s: float) -> bool:
+        """Whether the texts stay in time if none of the drafts is accepted."""
+        draft_s = self._timed("step", round_.k, texts, step_s)
+        read_s = self._timed("verify", self.k, texts * (round_.tokens + 1), UNKNOWN_READING * step_s)
+        spent_s = self.spent_s + round_.tokens * draft_s + read_s
+        return spent_s <= (1 + SLOWER) * (self.plain_s + step_s)
+
+    def _timed(self, kind: Literal["step", "verify"], k: int, size: int, otherwise: float) -> float:
+        try:
+            return self._costs.seconds(kind, k, size)
+        except KeyError:
+            return otherwise
+
+
+_CHOOSERS: WeakKeyDictionary[LanguageModel, dict[int, Chooser]] = WeakKeyDictionary()
+
+
+def chooser_of(model: LanguageModel, k: int) -> Chooser:
+    """What is known of drafting for this model at k; kept as long as the model is."""
+    chooser = _CHOOSERS.setdefault(model, {}).setdefault(k, Chooser(k))
+    chooser.begin()
+    return chooser

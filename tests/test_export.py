@@ -158,6 +158,11 @@ def test_generate_opens_an_export(family: tuple[Path, list[TableRow]], trained: 
     assert drafted["text"] == plain["text"]
     assert drafted["speed_up"] > 0
     assert 0 <= drafted["acceptance"] <= 1
+    for wrong, said in ((("--draft-k", "few"), "'few' is not a budget; give a number such as 4, or auto"),
+                        (("--draft-tokens", "3"), "--draft-tokens goes with --draft-k")):  # fmt: skip
+        refused = run_python("tools/generate.py", str(trained), "--prompt", "x", *wrong, check=False)
+        assert refused.returncode == 2
+        assert said in refused.stderr
 
 
 def start(run_dir: Path, data_path: Path, *overrides: str, check: bool = True) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -34,8 +35,11 @@ def parser() -> Parser:
 
 
 def draft_budget(text: str) -> int | str:
-    """The value of --draft-k."""
-    return text if text == "auto" else int(text)
+    """The value of --draft-k; for argparse's `type`."""
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a budget; give a number such as 4, or auto") from None
 
 
 def most(budgets: Sequence[int] | None) -> int | None:
@@ -44,7 +48,10 @@ def most(budgets: Sequence[int] | None) -> int | None:
 
 
 def main() -> None:
-    arguments = parser().parse_args()
+    command_line = parser()
+    arguments = command_line.parse_args()
+    if arguments.draft_tokens is not None and arguments.draft_k is None:
+        command_line.error("--draft-tokens goes with --draft-k; give both, or neither")
     from megassm.eval.generate import TextStream, draft_text, sample_text
     from megassm.eval.sampling import Sampling
     from megassm.eval.session import open_for_text

@@ -19,10 +19,13 @@ class Costs:
 
     def __init__(self) -> None:
         self._timings: dict[tuple[Kind, int, int], deque[float]] = {}
+        self._medians: dict[tuple[Kind, int, int], float] = {}
 
     def add(self, kind: Kind, k: int, size: int, seconds: float) -> None:
         """A pass at K was timed; `size` as its kind says."""
-        self._timings.setdefault((kind, k, size), deque(maxlen=REMEMBERED)).append(seconds)
+        timings = self._timings.setdefault((kind, k, size), deque(maxlen=REMEMBERED))
+        timings.append(seconds)
+        self._medians[kind, k, size] = statistics.median(timings)
 
     def count(self, kind: Kind, k: int, size: int) -> int:
         """How many timings of such a pass are remembered."""
@@ -34,12 +37,12 @@ class Costs:
         Raises:
             KeyError: nothing of this kind was timed at K.
         """
-        if (kind, k, size) not in self._timings:
+        if (kind, k, size) not in self._medians:
             known = [other for name, at, other in self._timings if (name, at) == (kind, k)]
             if not known:
                 raise KeyError(f"no {kind} at K = {k} was timed")
             size = min(known, key=lambda other: abs(math.log(other / size)))
-        return statistics.median(self._timings[kind, k, size])
+        return self._medians[kind, k, size]
 
 
 def power_of_two(size: int) -> int:

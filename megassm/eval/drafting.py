@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 from megassm.errors import UserError
-from megassm.eval.costs import Costs
+from megassm.eval.costs import Costs, Kind
 from megassm.model import LanguageModel
 
 SLOWER = 0.04
@@ -26,8 +26,10 @@ REFRESHED = 50
 """One in so many rounds is a plain step, so that its time stays known while the machine's load changes."""
 FORGOTTEN = 0.98
 """What earlier drafts count at each later round."""
-TRIED = 2
-"""Drafts of a round that is tried: fewer cost less if they are refused."""
+LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Numbers of drafts that are weighed."""
+WEIGHED = 16
+"""Plain steps after which rounds are weighed anew: that takes as long as a small model's step."""
 CHEAP_DRAFT = 0.5
 """Of the cheapest step that was timed: what a draft is hoped to cost before one was timed."""
 UNKNOWN_READING = 3.0
@@ -91,6 +93,9 @@ class Chooser:
         self.budgets = [1 << power for power in range(1, k.bit_length()) if 1 << power < k]
         self._costs, self._seen = Costs(), {budget: _Seen() for budget in self.budgets}
         self._rounds = 0
+        self._weighed_for = (0, 0)
+        self._best = Round(k, 0)
+        self._worth_trying: list[tuple[Round, float]] = []
         self.begin()
 
     def begin(self) -> None:
@@ -103,20 +108,16 @@ class Chooser:
         if most < 1 or not self.budgets or self._costs.count("step", self.k, texts) < PLAIN_STEPS:
             return plain
         self._rounds += 1
+        if self._rounds % WEIGHED == 0 or self._weighed_for != (texts, most):
+            self._weigh(texts, most)
         if self._rounds % REFRESHED == 0:
             return plain
         step_s = self._costs.seconds("step", self.k, texts)
-        known = [found for budget in self.budgets for found in self._rated(budget, texts, most, at_best=False)]
-        best_speed, best = max(known, default=(0.0, plain))
-        is_behind = self.spent_s > (1 + SLOWER) * self.plain_s
-        if is_behind or best_speed * step_s < CLEARLY:
-            best_speed, best = 1.0 / step_s, plain
-        hoped = [found for budget in self.budgets for found in self._rated(budget, texts, most, at_best=True)]
-        for speed, round_ in sorted(hoped, reverse=True):
-            tried = round_._replace(tokens=min(round_.tokens, TRIED))
-            if speed > CLEARLY * best_speed and self._can_afford(tried, texts, step_s):
-                return tried
-        return best
+        left_s = (1 + SLOWER) * (self.plain_s + step_s) - self.spent_s
+        for round_, at_worst_s in self._worth_trying:
+            if at_worst_s <= left_s:
+                return round_
+        return self._best if left_s >= (1 + SLOWER) * step_s else plain
 
     def stepped(self, texts: int, seconds: float) -> None:
         """A plain step was made."""
@@ -130,6 +131,7 @@ class Chooser:
         self._costs.add("verify", self.k, texts * (made.tokens + 1), read_s)
         for count in accepted:
             self._seen[made.k].add(count, min(count + 1, made.tokens))
+        self._weighed_for = (0, 0)
         self._count(texts, draft_s + read_s, 1.0 + sum(accepted) / texts)
 
     @property
@@ -141,39 +143,42 @@ class Chooser:
         self.spent_s += seconds
         self.plain_s += tokens * self._costs.seconds("step", self.k, texts)
 
-    def _rated(self, budget: int, texts: int, most: int, at_best: bool) -> list[tuple[float, Round]]:
-        """(tokens of a text a second, round) of each number of drafts, where costs are known or `at_best`."""
-        tried = self._costs.count("step", budget, texts) > 0
-        if not tried and not at_best:
-            return []
-        seen = self._seen[budget]
-        rate = seen.at_best if at_best else seen.rate
-        rated, tokens, power = [], 1.0, 1.0
-        for count in range(1, most + 1):
-            power *= rate
-            tokens += power
-            rated.append((tokens / self._hoped_s(Round(budget, count), texts), Round(budget, count)))
-        return rated
-
-    def _hoped_s(self, round_: Round, texts: int) -> float:
-        """Seconds of a round; of what was never timed, what it would be at best."""
+    def _weigh(self, texts: int, most: int) -> None:
+        """Finds the best of the rounds that are known, and those that may turn out better, most promising first."""
+        self._weighed_for = (texts, most)
+        lengths = sorted({*(length for length in LENGTHS if length <= most), most})
+        rounds = [Round(budget, length) for budget in self.budgets for length in lengths]
         step_s = self._costs.seconds("step", self.k, texts)
-        timed = [self._timed("step", budget, texts, step_s) for budget in self.budgets]
-        draft_s = self._timed("step", round_.k, texts, CHEAP_DRAFT * min(timed))
-        return round_.tokens * draft_s + max(step_s, self._timed("verify", self.k, texts * (round_.tokens + 1), step_s))
+        best_speed, self._best = CLEARLY / step_s, Round(self.k, 0)
+        for round_ in rounds:
+            draft_s, read_s = self._timed(round_, texts)
+            if draft_s is not None and read_s is not None:
+                speed = expected_tokens(self._seen[round_.k].rate, round_.tokens) / (round_.tokens * draft_s + read_s)
+                if speed > best_speed:
+                    best_speed, self._best = speed, round_
+        timed = [draft_s for draft_s, _ in (self._timed(Round(budget, 1), texts) for budget in self.budgets) if draft_s]
+        cheap_s = CHEAP_DRAFT * min((step_s, *timed))
+        hoped = []
+        for round_ in rounds:
+            draft_s, read_s = self._timed(round_, texts)
+            at_best_s = round_.tokens * (draft_s or cheap_s) + (read_s or step_s)
+            speed = expected_tokens(self._seen[round_.k].at_best, round_.tokens) / at_best_s
+            if speed > CLEARLY * best_speed:
+                at_worst_s = round_.tokens * (draft_s or step_s) + (read_s or UNKNOWN_READING * step_s)
+                hoped.append((speed, round_, at_worst_s))
+        self._worth_trying = [(round_, at_worst_s) for _, round_, at_worst_s in sorted(hoped, reverse=True)]
 
-    def _can_afford(self, round_: Round, texts: int, step_s: float) -> bool:
-        """Whether the texts stay in time if none of the drafts is accepted."""
-        draft_s = self._timed("step", round_.k, texts, step_s)
-        read_s = self._timed("verify", self.k, texts * (round_.tokens + 1), UNKNOWN_READING * step_s)
-        spent_s = self.spent_s + round_.tokens * draft_s + read_s
-        return spent_s <= (1 + SLOWER) * (self.plain_s + step_s)
+    def _timed(self, round_: Round, texts: int) -> tuple[float | None, float | None]:
+        """Seconds of a draft and of the reading, each None where it was never timed at this size."""
+        draft: tuple[Kind, int, int] = ("step", round_.k, texts)
+        read: tuple[Kind, int, int] = ("verify", self.k, texts * (round_.tokens + 1))
+        draft_s, read_s = (self._costs.seconds(*each) if self._costs.count(*each) else None for each in (draft, read))
+        return draft_s, read_s
 
-    def _timed(self, kind: Literal["step", "verify"], k: int, size: int, otherwise: float) -> float:
-        try:
-            return self._costs.seconds(kind, k, size)
-        except KeyError:
-            return otherwise
+
+def expected_tokens(rate: float, drafts: int) -> float:
+    """Of a round, each draft accepted with probability `rate`."""
+    return sum(rate**count for count in range(drafts + 1))
 
 
 _CHOOSERS: WeakKeyDictionary[LanguageModel, dict[int, Chooser]] = WeakKeyDictionary()

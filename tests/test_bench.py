@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import tools.bench.model
+from megassm.config.model import ModelConfig
 from megassm.cost import parameters
 from megassm.errors import UserError
 from tests.conftest import run_python
+from tools.bench.drafting import estimates
 from tools.bench.filters import rows as filter_rows
 from tools.bench.mixer import MixerBenchPlan, bench
 from tools.bench.model import MODELS, SIZES, ModelBenchPlan, bench_models, transformer_of_equal_size
@@ -135,3 +137,35 @@ def test_tool(tmp_path: Path) -> None:
     assert {"method", "length", "k", "forward_s", "forward_backward_s", "peak_bytes", "relative_error"} <= set(rows[0])
     assert [row["length"] for row in rows if row["method"] == "chunked"] == [64, 128]
     assert all(row["speed_over_authors"] > 0 for row in rows)
+
+
+def test_drafting_tool(trained: Path, tmp_path: Path) -> None:
+    """Speed-up and break-even follow from the parts of a round; nothing is accepted more often than always."""
+    text, table = tmp_path / "text.txt", tmp_path / "drafting.json"
+    text.write_text("It was the best of times, it was the worst of times. " * 20, encoding="utf-8")
+    done = run_python("tools/bench_drafting.py", "--run", str(trained), "--prompts", str(text), "--draft-ks", "1,2,64",
+                      "--lengths", "1,3", "--repeats", "1", "--tokens", "6", "--texts", "1", "--json", str(table),
+                      "--estimate", "configs/7b_hybrid.yaml")  # fmt: skip
+    assert "both ways" in done.stdout
+    assert "7b_hybrid: bounded by the reading of weights" in done.stdout
+    rows = json.loads(table.read_text(encoding="utf-8"))
+    assert [(row["draft_k"], row["drafts"]) for row in rows] == [(1, 1), (1, 3), (2, 1), (2, 3)]
+    for row in rows:
+        assert 0 <= row["acceptance"] <= 1
+        tokens = sum(row["acceptance"] ** count for count in range(row["drafts"] + 1))
+        round_ms = (row["drafts"] * row["draft_ms"] + row["read_ms"]) / (1 - row["keep_percent"] / 100)
+        assert row["speed_up"] == pytest.approx(tokens * row["plain_ms"] / round_ms)
+        if row["break_even"] is not None:
+            at_even = sum(row["break_even"] ** count for count in range(row["drafts"] + 1))
+            assert at_even * row["plain_ms"] == pytest.approx(round_ms)
+    refused = run_python("tools/bench_drafting.py", "--run", str(trained), check=False)
+    assert refused.returncode == 2
+
+
+def test_estimates_are_the_weights_read() -> None:
+    """Of a model whose drafts read nothing, every accepted token is a whole step; where they read all, none is."""
+    config = ModelConfig(vocab_size=50, d_model=64, n_layers=2, seq_len=64, num_channels=16, d_ffn=8)
+    small = parameters(config, 2) / parameters(config, 16)
+    (row,) = estimates(config, {2: 1.0, 16: 1.0}, [3])
+    assert row["draft_over_step"] == pytest.approx(small)
+    assert row["speed_up"] == pytest.approx(4 / (1 + 3 * small))

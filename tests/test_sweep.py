@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from megassm.commands.sweep import show
 from megassm.data.stream import MicroBatch, StreamPlan
 from megassm.errors import UserError
+from megassm.eval.overlap import with_overlap
 from megassm.eval.score import score
-from megassm.eval.sweep import BudgetCurve, SweepPlan, sweep
+from megassm.eval.sweep import BudgetCurve, Sweep, SweepPlan, sweep
 from megassm.eval.text import EvalText, token_batches
 from megassm.model import build_model, losses_at, truncate
+from megassm.ops.documents import document_numbers
 from megassm.parallel.world import Peers, join_peers, leave_world, together
 from tests.ranks import run_on_ranks
 from tests.test_model import K_MAX, config
@@ -106,19 +110,63 @@ def test_a_model_without_steps_is_measured_without_decoding(peers: Peers) -> Non
         assert row.bits_per_byte == pytest.approx(other.bits_per_byte, rel=1e-5)
 
 
+@torch.no_grad()
+def test_agreement_and_overlap_are_those_of_the_drafts_that_would_be_accepted(
+    peers: Peers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, plan = build_model(config(), 0), replace(PLAN, seq_lens=[24, 48], document_end=3)
+    curves = with_overlap(sweep(model, [text()], plan, TOKEN_BYTES, peers), model, [text()], plan, peers)
+    for curve in curves:
+        length = curve.seq_len
+        found = {k: np.zeros((length, 2)) for k in (1, 3, K_MAX)}
+        for batch in text().read(StreamPlan(length, 1, 1, seed=0), 100):
+            ids_1L = torch.from_numpy(batch.ids_BT[:, :-1])
+            documents_1L = document_numbers(ids_1L, 3)
+            full_LV = model(ids_1L, None, documents_1L)[0].softmax(-1)
+            for k, sums_L2 in found.items():
+                small_LV = model(ids_1L, k, documents_1L)[0].softmax(-1)
+                shared_L = 1 - (full_LV - small_LV).abs().sum(-1) / 2  # of two distributions
+                both_L2 = torch.stack((full_LV.argmax(-1) == small_LV.argmax(-1), shared_L), 1)
+                sums_L2 += both_L2.double().numpy() * batch.mask_BL[0][:, None]
+        for row in curve.rows:
+            expected = found[row.k].sum(0) / curve.predicted_tokens
+            assert (row.agreement, row.overlap) == pytest.approx(expected, abs=1e-6)
+        assert (curve.rows[-1].agreement, curve.rows[-1].overlap) == pytest.approx((1, 1))
+        assert curve.rows[0].overlap is not None
+        assert 0.1 < curve.rows[0].overlap < 0.999
+        ranges = [(0, 16), (16, 24)] if length == 24 else [(0, 16), (16, 32), (32, 48)]
+        assert [(at.k, at.first, at.end) for at in curve.positions] == [(k, *ends) for k in found for ends in ranges]
+        for at in curve.positions:
+            expected = found[at.k][at.first : at.end].sum(0) / at.tokens
+            assert (at.agreement, at.overlap) == pytest.approx(expected, abs=1e-6)
+        for row in curve.rows:
+            bits = sum(at.tokens * at.bits_per_token for at in curve.positions if at.k == row.k)
+            assert bits / curve.predicted_tokens == pytest.approx(row.bits_per_token, rel=1e-5)
+    show(Sweep("runs/x", 7, 24, curves))
+    shown = capsys.readouterr().out
+    assert "overlap" in shown
+    assert f"{curves[1].positions[-1].overlap:.3f}" in shown
+
+
 def quality(curves: list[BudgetCurve]) -> list[Any]:
     """What must not depend on the number of ranks."""
     return [
         [curve.data, curve.sequences, curve.best_unigram_bits_per_byte, curve.shape.area]
         + [value for row in curve.rows for value in (row.k, row.bits_per_byte, row.perplexity_low, row.perplexity_high)]
+        + [value for row in curve.rows for value in (row.agreement, row.overlap)]
         for curve in curves
     ]
+
+
+def whole_sweep(peers: Peers) -> list[BudgetCurve]:
+    model, texts = build_model(config(), 0), [text("a"), text("b", 130, 1)]
+    return with_overlap(sweep(model, texts, PLAN, TOKEN_BYTES, peers), model, texts, PLAN, peers)
 
 
 def swept_on_a_rank() -> tuple[list[Any], str]:
     torch.set_num_threads(1)
     peers = join_peers("cpu")
-    found = quality(sweep(build_model(config(), 0), [text("a"), text("b", 130, 1)], PLAN, TOKEN_BYTES, peers))
+    found = quality(whole_sweep(peers))
 
     def attempt() -> int:
         if not peers.is_main:
@@ -133,7 +181,7 @@ def swept_on_a_rank() -> tuple[list[Any], str]:
 
 @pytest.mark.ranks
 def test_ranks_divide_the_text_and_get_the_same(peers: Peers) -> None:
-    alone = quality(sweep(build_model(config(), 0), [text("a"), text("b", 130, 1)], PLAN, TOKEN_BYTES, peers))
+    alone = quality(whole_sweep(peers))
     for found, refusal in run_on_ranks(2, swept_on_a_rank):
         assert refusal == "rank 1 has another disk", "all ranks learn why one gave up"
         assert [curve[:2] for curve in found] == [curve[:2] for curve in alone]

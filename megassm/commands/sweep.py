@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megassm.cli.arguments import (
     Parser,
@@ -29,7 +29,7 @@ from megassm.cli.arguments import (
 from megassm.errors import UserError
 
 if TYPE_CHECKING:
-    from megassm.eval.sweep import BudgetRow, Sweep
+    from megassm.eval.sweep import BudgetCurve, BudgetRow, Sweep
     from megassm.eval.watch import SweepRequest
     from megassm.parallel.world import Peers
 
@@ -53,6 +53,8 @@ def parser() -> Parser:
     what = "prepared sets or their URLs (valid/ is scored), files or folders of text (default: the run's own set)"
     add("--data", nargs="+", default=[], metavar="PATH", help=what)
     add("--glob", metavar="PATTERN", help="files to take from folders of text (default: *.txt, *.jsonl, *.jsonl.gz)")
+    what = "also how often each budget's next token is that of full K, and what both share of their probability"
+    add("--agreement", action="store_true", help=what)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--plot", type=image_file, metavar="FILE.png", help="draw the curves of all runs there")
     add("--report", type=output_file, metavar="FILE.html", help="write the report of all runs there")
@@ -74,7 +76,13 @@ def main() -> None:
     from megassm.parallel.world import join_peers, leave_world
 
     request = SweepRequest(
-        arguments.budgets, arguments.seq_lens, arguments.sequences, arguments.data, arguments.glob, arguments.ema
+        arguments.budgets,
+        arguments.seq_lens,
+        arguments.sequences,
+        arguments.data,
+        arguments.glob,
+        arguments.ema,
+        arguments.agreement,
     )
     peers = join_peers(arguments.device)
     try:
@@ -136,7 +144,10 @@ def show(sweep: Sweep) -> None:
 
     for curve in sweep.curves:
         shape = curve.shape
-        print_table(f"{sweep.name}: {curve.data}, {curve.seq_len} tokens", [table_row(row) for row in curve.rows])
+        title = f"{sweep.name}: {curve.data}, {curve.seq_len} tokens"
+        print_table(title, [table_row(row) for row in curve.rows])
+        if curve.positions:
+            print_table(f"{title}, by position: bits a token / agreement / overlap", position_rows(curve))
         print(
             f"area under the curve {shape.area:.4f} {curve.bits}, {shape.area_gap_percent:.2f}% above full K; "
             f"near full from K={shape.near_full_k}; best unigram {curve.best_unigram_bits_per_byte:.3f}; "
@@ -178,7 +189,18 @@ def table_row(row: BudgetRow) -> TableRow:
         "prefill/s": row.prefill_tokens_per_s,
         "decode/s": row.decode_tokens_per_s,
         "MiB": row.peak_memory_mib,
+        **({} if row.agreement is None else {"agree": row.agreement, "overlap": row.overlap}),
     }
+
+
+def position_rows(curve: BudgetCurve) -> list[dict[str, Any]]:
+    """A row for each range of positions, a column for each budget."""
+    rows: dict[str, dict[str, Any]] = {}
+    for found in curve.positions:
+        name = f"{found.first}-{found.end - 1}"
+        figures = f"{found.bits_per_token:.3f} / {found.agreement:.3f} / {found.overlap:.3f}"
+        rows.setdefault(name, {"positions": name, "tokens": found.tokens})[f"K={found.k}"] = figures
+    return list(rows.values())
 
 
 def _quality(row: BudgetRow) -> TableRow:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from megassm.cli.progress import SILENT, Progress
@@ -18,15 +16,11 @@ from megassm.cost import forward_flops_per_token, parameters
 from megassm.data.stream import MicroBatch, StreamPlan
 from megassm.errors import UserError
 from megassm.eval.curve import Floats, Shape, interval, resample, shape
-from megassm.eval.measure import peak_tensor_bytes, timed_seconds
 from megassm.eval.score import Score, best_unigram, sequence_scores, token_counts
+from megassm.eval.speed import MeasuredCost, has_steps, measured_cost
 from megassm.eval.text import EvalText
 from megassm.model import LanguageModel, losses_at, truncate
 from megassm.parallel.world import Peers, barrier, gather_rows, together
-
-TIMED_REPEATS = 5
-DECODED_TOKENS = 16
-"""Steps that decoding is timed over."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +58,24 @@ class BudgetRow:
     prefill_tokens_per_s_high: float | None = None
     decode_tokens_per_s_low: float | None = None
     decode_tokens_per_s_high: float | None = None
+    agreement: float | None = None
+    """Share of the predictions whose most likely token is that at full K; None where it was not asked for."""
+    overlap: float | None = None
+    """What the predictions share of their probability with those at full K, on average."""
+
+
+@dataclass(frozen=True)
+class PositionRow:
+    """One budget over the predictions at some positions of all sequences."""
+
+    k: int
+    first: int
+    end: int
+    """One more than the last position."""
+    tokens: int
+    bits_per_token: float
+    agreement: float
+    overlap: float
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,8 @@ class BudgetCurve:
     """Of a model that knows only this text's token frequencies."""
     shape: Shape
     rows: list[BudgetRow]
+    positions: list[PositionRow] = field(default_factory=list)
+    """Where agreement was asked for."""
 
     @property
     def is_task(self) -> bool:
@@ -123,19 +137,6 @@ class SweepPlan:
     """What is scored are answers, whose accuracy is wanted."""
 
 
-@dataclass(frozen=True)
-class MeasuredCost:
-    """What of a budget's row is independent of the text; 0 on ranks that do not measure."""
-
-    prefill_tokens_per_s: float = 0.0
-    decode_tokens_per_s: float | None = 0.0
-    peak_memory_mib: float = 0.0
-    prefill_tokens_per_s_low: float | None = None
-    prefill_tokens_per_s_high: float | None = None
-    decode_tokens_per_s_low: float | None = None
-    decode_tokens_per_s_high: float | None = None
-
-
 def sweep(
     model: LanguageModel,
     texts: Sequence[EvalText],
@@ -165,7 +166,7 @@ def sweep(
     if beyond and peers.is_main:
         warnings.warn(beyond, stacklevel=2)
     keys = [(text, length) for length in plan.seq_lens for text in texts]
-    batches = together(lambda: [list(_batches(text, length, model, plan, peers)) for text, length in keys])
+    batches = together(lambda: [list(read_text(text, length, model, plan, peers)) for text, length in keys])
     scores: list[dict[int, Floats]] = [{} for _ in keys]
     costs: list[dict[int, MeasuredCost]] = [{} for _ in keys]
     counted = _counter(progress, len(budgets) * sum(len(of_text) for of_text in batches))
@@ -209,17 +210,7 @@ def _check(model: LanguageModel, plan: SweepPlan) -> None:
         )
 
 
-def has_steps(model: LanguageModel) -> bool:
-    """Whether the model can read a token at a time, and beyond the length it was trained at."""
-    if model.config.classes is not None:
-        return False
-    try:
-        return model.filterbank is None or model.filterbank.state_size > 0
-    except UserError:
-        return False
-
-
-def _batches(text: EvalText, length: int, model: LanguageModel, plan: SweepPlan, peers: Peers) -> Iterator[MicroBatch]:
+def read_text(text: EvalText, length: int, model: LanguageModel, plan: SweepPlan, peers: Peers) -> Iterator[MicroBatch]:
     """This rank's share of a text in sequences of `length`."""
     trained = model.config.seq_len
     rows = max(1, plan.micro_batch_sequences * trained // length)
@@ -259,35 +250,6 @@ def _cost(small: LanguageModel, k: int, batch: MicroBatch, peers: Peers) -> Meas
     cost = measured_cost(small, k, batch, peers.device) if peers.is_main else MeasuredCost()
     barrier()
     return cost
-
-
-def measured_cost(small: LanguageModel, k: int, batch: MicroBatch, device: torch.device) -> MeasuredCost:
-    """Of a model cut to k, on the inputs of `batch`."""
-    ids_BL = torch.from_numpy(batch.ids_BT[:, :-1]).to(device)
-    steps = has_steps(small)
-
-    @torch.no_grad()
-    def prefill() -> object:
-        return small.prefill(ids_BL, k) if steps else small(ids_BL, k)
-
-    def decode() -> None:
-        state = after
-        for _ in range(DECODED_TOKENS):
-            _, state = small.step(ids_BL[:, 0], state, k)
-
-    low, rate, high = _rates(ids_BL.numel(), timed_seconds(prefill, device, TIMED_REPEATS))
-    memory = peak_tensor_bytes([*small.parameters(), *small.buffers()], prefill, device)
-    decode_low, decode_rate, decode_high = None, None, None
-    if steps:
-        _, after = small.prefill(ids_BL, k)
-        seconds = timed_seconds(decode, device, TIMED_REPEATS)
-        decode_low, decode_rate, decode_high = _rates(DECODED_TOKENS * len(ids_BL), seconds)
-    return MeasuredCost(rate, decode_rate, memory / 2**20, low, high, decode_low, decode_high)
-
-
-def _rates(tokens: int, seconds: Sequence[float]) -> tuple[float, float, float]:
-    """Tokens a second of the slowest run, the median, the fastest."""
-    return tokens / max(seconds), tokens / statistics.median(seconds), tokens / min(seconds)
 
 
 def _unigram(batches: Sequence[MicroBatch], token_bytes: npt.NDArray[np.int64]) -> float:

@@ -23,6 +23,7 @@ from megassm.config.schema import Config
 from megassm.data.task import TaskTokenizer
 from megassm.data.tokenizer.base import Tokenizer
 from megassm.errors import UserError
+from megassm.eval.overlap import with_overlap
 from megassm.eval.sweep import Sweep, SweepPlan, sweep
 from megassm.eval.text import EvalText, open_texts
 from megassm.model import LanguageModel
@@ -49,6 +50,8 @@ class SweepRequest:
     glob: str | None = None
     averaged: bool = False
     """The running average of the weights."""
+    agreement: bool = False
+    """Also how often smaller budgets agree with the full one (`megassm.eval.overlap`)."""
 
     @property
     def is_plain(self) -> bool:
@@ -152,7 +155,10 @@ def _sweep(
     token_bytes = tokenizer.token_bytes()
     token_bytes.resize(config.model.vocab_size)  # zeros for ids of the model that the tokenizer has not
     with shown_progress(peers.is_main) as progress:
-        curves = sweep(model, texts[0], request.plan(config, tokenizer), token_bytes, peers, progress)
+        plan = request.plan(config, tokenizer)
+        curves = sweep(model, texts[0], plan, token_bytes, peers, progress)
+        if request.agreement:
+            curves = with_overlap(curves, model, texts[0], plan, peers)
     name += " (ema)" if request.averaged else ""
     return Sweep(name, checkpoint.manifest.step, config.model.seq_len, curves)
 

@@ -16,7 +16,7 @@ from megassm.cost import parameters, training_flops_per_token
 from megassm.data.stream import MicroBatch
 from megassm.eval.score import score
 from megassm.eval.session import open_session
-from megassm.eval.sweep import measured_cost
+from megassm.eval.speed import measured_cost
 from megassm.model import build_model, losses_at, truncate
 from megassm.run.directory import CONFIG
 from megassm.run.journal import Record, read_records

@@ -30,7 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megassm import __version__
-from megassm.checkpoint.format import NOTHING_HELD, check_room, leading
+from megassm.checkpoint.format import NOTHING_HELD, check_room
+from megassm.checkpoint.tensor_file import leading
 from megassm.config.model import ModelConfig
 from megassm.data.dataset import own_tokenizer
 from megassm.data.task import TASK_NAME, TaskTokenizer

@@ -30,6 +30,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from megassm import __version__
+from megassm.checkpoint.tensor_file import leading
 from megassm.config.model import ModelConfig
 from megassm.config.schema import Config
 from megassm.cost import parameters
@@ -182,19 +183,6 @@ def check_room(place: object, config: ModelConfig, size: int, bytes_each: float)
     least = int(bytes_each * parameters(config, config.num_channels))
     if size < least:
         raise UserError(f"{place}: says a model of {least:,} bytes at least, its weights have {size:,}; {AGAIN}")
-
-
-def leading(file: Any, key: str, whole: torch.Size, kept: torch.Size) -> Tensor:
-    """The leading part of shape `kept` of a tensor in an open safetensors file: nothing beyond it is read.
-
-    Raises:
-        ValueError: the tensor's shape is not `whole`.
-    """
-    stored = file.get_slice(key)
-    if (found := tuple(stored.get_shape())) != tuple(whole):
-        raise ValueError(f"{key} is {found}, expected {tuple(whole)}")
-    part: Tensor = stored[tuple(slice(size) for size in kept)]  # a view of the mapped file
-    return part.clone(memory_format=torch.contiguous_format)
 
 
 def tensor_key(name: str, kind: Kind) -> str:

@@ -1,4 +1,5 @@
-"""A safetensors file that is written piece by piece: its checksum is known with its last byte, and it grows on disk.
+"""A safetensors file, written piece by piece: its checksum is known with its last byte, and it grows on disk. Of a file
+that is read, leading parts of tensors.
 
 The package's own writer takes the whole file in one call: a checksum would need to read it again, and whether a slow
 disk still takes anything could not be seen.
@@ -11,6 +12,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,3 +68,16 @@ def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         raw = tensor.contiguous().flatten().view(torch.uint8).numpy().data
         for start in range(0, len(raw), BLOCK_BYTES):
             yield raw[start : start + BLOCK_BYTES]
+
+
+def leading(file: Any, key: str, whole: torch.Size, kept: torch.Size) -> Tensor:
+    """The leading part of shape `kept` of a tensor in an open safetensors file: nothing beyond it is read.
+
+    Raises:
+        ValueError: the tensor's shape is not `whole`.
+    """
+    stored = file.get_slice(key)
+    if (found := tuple(stored.get_shape())) != tuple(whole):
+        raise ValueError(f"{key} is {found}, expected {tuple(whole)}")
+    part: Tensor = stored[tuple(slice(size) for size in kept)]  # a view of the mapped file
+    return part.clone(memory_format=torch.contiguous_format)

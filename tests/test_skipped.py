@@ -167,7 +167,7 @@ def test_ranks_ask_about_a_signal_within_an_update_only_where_updates_are_long(
 
 @pytest.mark.parametrize(("seconds", "micro_steps", "stride"), [(1.0, 4, 40), (40.0, 4, 1), (40.0, 16, 4), (1e3, 2, 1)])
 def test_stop_stride(seconds: float, micro_steps: int, stride: int) -> None:
-    totals = SimpleNamespace(seconds_RP=[[0.1, 0.1], [seconds / 2, seconds / 2]])
+    totals = SimpleNamespace(slowest_s=seconds)
     assert loop.stop_stride(totals, micro_steps) == stride  # type: ignore[arg-type]
 
 

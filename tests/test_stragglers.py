@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import pytest
 from megassm.data.transport import DataCounters
 from megassm.parallel.phases import COMPUTE, StepPhase, Waits
 from megassm.parallel.watchdog import RankProgress
-from megassm.train.agreement import Message
+from megassm.train.agreement import Message, _answer
 from megassm.train.stragglers import WINDOW, Straggler, Stragglers
 
 USUAL = (0.01, 0.20, 0.40, 0.05)
@@ -91,3 +91,7 @@ def test_what_a_rank_tells_the_others_comes_out_as_it_went_in() -> None:
     numbers = message.packed()
     assert all(isinstance(number, float) for number in numbers)
     assert Message.unpacked(numbers) == message
+    slower = replace(message, seconds=(1.0, 2.0, 0.0, 0.0), grad_norm=2.0, tokens=5.0)
+    answer, data = _answer([message, message, slower, slower], tensor=2)
+    assert (answer.tokens, answer.slowest_s, answer.grad_norm, answer.stop) == (7.0, 3.0, float("inf"), 1.0)
+    assert (data.data_wait_s, data.data_fetched_bytes) == (0.25, 4 * counters.data_fetched_bytes)

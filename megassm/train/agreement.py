@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,14 +16,14 @@ from megassm.data.transport import DataCounters, total_counters
 from megassm.errors import UserError
 from megassm.eval.score import Score
 from megassm.parallel.phases import COMPUTE
-from megassm.parallel.world import gather_rows
+from megassm.parallel.world import from_first, gather_at_first
 from megassm.run.journal import peak_memory_bytes
 from megassm.train.setup import Run
 
 
 @dataclass(frozen=True)
 class Message:
-    """What one rank tells all others after an update. Packed as float64, which holds whole numbers up to 2^53."""
+    """What one rank tells the first after an update. Packed as float64, which holds whole numbers up to 2^53."""
 
     nll: float
     tokens: float
@@ -76,8 +77,10 @@ class Totals:
     stop: bool
     save_ready: bool
     """All ranks have done their part of the save that is under way."""
+    slowest_s: float
+    """What the slowest rank has computed in the update."""
     seconds_RP: list[list[float]]
-    """By rank and phase, what each did itself (`megassm.parallel.phases.COMPUTE`)."""
+    """By rank and phase, what each did itself (`megassm.parallel.phases.COMPUTE`); the first rank alone knows."""
     dropped: bool
     """The loss was a spike, and health.spike_action is not report."""
 
@@ -86,8 +89,24 @@ class Totals:
         return math.isfinite(self.score.loss) and math.isfinite(self.grad_norm)
 
 
+class Answer(NamedTuple):
+    """What the first rank tells all of their messages."""
+
+    nll: float = 0.0
+    tokens: float = 0.0
+    text_bytes: float = 0.0
+    grad_norm: float = 0.0
+    peak_memory_bytes: float = 0.0
+    stop: float = 0.0
+    save_ready: float = 0.0
+    slowest_s: float = 0.0
+    refusal: float = 0.0
+    """Bytes of the message that follows, where the ranks do not agree."""
+
+
 def agree(run: Run, step: int, budgets: list[int], tally: Tally, grad_norm: float) -> Totals:
-    """One small message between all ranks: sums the loss, and holds budgets, samples and start-up against each other.
+    """Sums the loss over all ranks, and holds budgets, samples and start-up against each other: every rank's numbers
+    go to the first by a tree, and what they come to goes back by one.
 
     Raises:
         UserError: ranks drew different K, read other samples than this step's, or run something else.
@@ -108,21 +127,50 @@ def agree(run: Run, step: int, budgets: list[int], tally: Tally, grad_norm: floa
         counters=run.stream.meter.take(),
         budgets=tuple(budgets),
     )
-    ranks = [Message.unpacked(row) for row in gather_rows(mine.packed())]
-    check_agreement(run, step, ranks)
-    # tensor ranks, which are neighbours, count the same tokens
-    readers = ranks[:: run.world.mesh.tensor]
-    data = total_counters([astuple(rank.counters) for rank in ranks])
+    rows = gather_at_first(mine.packed())
+    ranks = [] if rows is None else [Message.unpacked(row) for row in rows]
+    refusal = _refusal(run, step, ranks) if ranks else ""
+    answer, counters = _answer(ranks, run.world.mesh.tensor) if ranks and not refusal else (Answer(), DataCounters())
+    sent = [*answer._replace(refusal=len(refusal.encode())), *astuple(counters)]
+    received = from_first(sent if run.world.is_main else None, len(sent))
+    answer, counts = Answer(*received[: len(answer)]), received[len(answer) :]
+    if answer.refusal:
+        text = from_first([*refusal.encode()] if run.world.is_main else None, int(answer.refusal))
+        raise UserError(bytes(map(int, text)).decode())
     return Totals(
-        score=Score.total((rank.nll, rank.tokens, rank.text_bytes) for rank in readers),
-        grad_norm=max((rank.grad_norm for rank in ranks), key=lambda norm: (not math.isfinite(norm), norm)),
-        data=replace(data, data_wait_s=max(rank.data_wait_s for rank in ranks)),
-        peak_memory_bytes=int(max(rank.peak_memory_bytes for rank in ranks)),
-        stop=any(rank.stop for rank in ranks),
-        save_ready=all(rank.save_ready for rank in ranks),
+        score=Score(answer.nll, answer.tokens, answer.text_bytes),
+        grad_norm=answer.grad_norm,
+        data=DataCounters(counts[0], *map(int, counts[1:])),
+        peak_memory_bytes=int(answer.peak_memory_bytes),
+        stop=bool(answer.stop),
+        save_ready=bool(answer.save_ready),
+        slowest_s=answer.slowest_s,
         seconds_RP=[list(rank.seconds) for rank in ranks],
         dropped=tally.dropped,
     )
+
+
+def _answer(ranks: Sequence[Message], tensor: int) -> tuple[Answer, DataCounters]:
+    readers = ranks[::tensor]  # tensor ranks, which are neighbours, count the same tokens
+    score = Score.total((rank.nll, rank.tokens, rank.text_bytes) for rank in readers)
+    answer = Answer(
+        *score[:3],
+        grad_norm=max((rank.grad_norm for rank in ranks), key=lambda norm: (not math.isfinite(norm), norm)),
+        peak_memory_bytes=max(rank.peak_memory_bytes for rank in ranks),
+        stop=any(rank.stop for rank in ranks),
+        save_ready=all(rank.save_ready for rank in ranks),
+        slowest_s=max(sum(rank.seconds) for rank in ranks),
+    )
+    data = total_counters([astuple(rank.counters) for rank in ranks])
+    return answer, replace(data, data_wait_s=max(rank.data_wait_s for rank in ranks))
+
+
+def _refusal(run: Run, step: int, ranks: Sequence[Message]) -> str:
+    try:
+        check_agreement(run, step, ranks)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def check_agreement(run: Run, step: int, ranks: Sequence[Message]) -> None:

@@ -203,8 +203,7 @@ def stop_stride(totals: Totals, micro_steps: int) -> int:
 
     `agree` carries the flag at the end of every update; only an update longer than `STOP_CHECK_S` is interrupted.
     """
-    slowest_s = max(sum(seconds) for seconds in totals.seconds_RP)
-    return max(1, int(STOP_CHECK_S * micro_steps / max(slowest_s, 1e-9)))
+    return max(1, int(STOP_CHECK_S * micro_steps / max(totals.slowest_s, 1e-9)))
 
 
 def told_to_stop(run: Run) -> bool:

@@ -6,8 +6,16 @@ import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from megassm.config.schema import Config
+    from megassm.parallel.engine import Engine
+    from megassm.parallel.state import Kind, State
+    from megassm.parallel.world import World
 
 
 def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 400) -> list[Any]:
@@ -43,6 +51,31 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any,
             process.join(timeout=20)
             process.kill()
     return [answers[rank] for rank in range(world_size)]
+
+
+def whole_state(engine: Engine, kinds: Sequence[Kind]) -> State:
+    """`Engine.read_state` of all ranks, on every rank: of all parameters."""
+    import torch.distributed as dist
+
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, engine.read_state(kinds))
+    return {name: state for rank in ranks for name, state in rank.items()}
+
+
+def first_of(config: Config, size: int, device: torch.device) -> World:
+    """The first rank of a job whose others are not there: what they would send says nothing."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megassm.parallel.mesh import mesh_of
+    from megassm.parallel.world import World
+
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    mesh = mesh_of(config, size)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    kinds = (mesh.tensor_groups(), mesh.sequence_groups(), mesh.replica_groups(), mesh.reader_groups())
+    groups = [dist.new_group(next(group for group in kind if 0 in group)) for kind in kinds]
+    return World(0, device, mesh, *groups, b"")
 
 
 def _answer(message: tuple[int, bool, Any]) -> tuple[int, Any]:

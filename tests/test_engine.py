@@ -22,7 +22,7 @@ from megassm.parallel.state import _torch_optimizer
 from megassm.parallel.world import gather_rows, join_world, leave_world
 from megassm.train.loop import share_batch, step_budgets, train
 from megassm.train.setup import Run, set_up, stream_plan
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, whole_state
 
 Make = Callable[..., Config]
 STEPS = 20
@@ -58,7 +58,7 @@ def curves(configs: list[Config]) -> list[Curve]:
                     parts.append(((nll_BL.detach() * mask_BL).sum().item(), float(mask_BL.sum()), 0.0))
                 norms.append(engine.update(learning_rate(config.optim, config.train, step)))
                 losses.append(Score.total(gather_rows(Score.total(parts))[:: world.mesh.tensor]).loss)
-            weights = engine.read_state(["weight"], lambda name: True)
+            weights = whole_state(engine, ["weight"])
             sums = [float(state["weight"].double().abs().sum()) for _, state in sorted(weights.items())]
             results.append({"losses": losses, "norms": norms, "weights": sums})
     finally:

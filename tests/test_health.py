@@ -27,7 +27,7 @@ from megassm.train.channels import update_counts
 from megassm.train.health import Health
 from megassm.train.loop import train
 from megassm.train.setup import Run, set_up
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, whole_state
 
 SPIKE_STEP = 45
 SLOW_S = 0.03
@@ -44,8 +44,9 @@ def train_all(configs: list[Config]) -> list[dict[str, Any]]:
             if config.train.steps > SPIKE_STEP:
                 plant(run)
             train(run)
-            whole = run.engine.read_state(["weight"], lambda name: name.endswith("channels_KDD"))
-            norms = [state["weight"].double().flatten(1).norm(dim=1).tolist() for _, state in sorted(whole.items())]
+            whole = [state["weight"] for name, state in sorted(whole_state(run.engine, ["weight"]).items())
+                     if name.endswith("channels_KDD")]  # fmt: skip
+            norms = [weight.double().flatten(1).norm(dim=1).tolist() for weight in whole]
             seen.append({"updates": run.engine.applied_updates, "norms": norms})
             if run.journal is not None:
                 run.journal.close()

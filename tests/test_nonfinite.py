@@ -18,14 +18,14 @@ from megassm.parallel.world import join_world, leave_world
 from megassm.run.journal import read_records
 from megassm.train.loop import train
 from megassm.train.setup import Run, set_up
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, whole_state
 
 SICK_STEP = 3
 CASES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16")]
 
 
 def snapshot(engine: Engine) -> list[Tensor]:
-    kept = engine.read_state(KINDS, lambda name: True)
+    kept = whole_state(engine, KINDS)
     return [kept[name][kind] for name in sorted(kept) for kind in KINDS]
 
 

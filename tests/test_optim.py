@@ -15,7 +15,7 @@ from megassm.model import build_model, parameter_shapes
 from megassm.optim import build_optimizer, learning_rate, parameter_groups
 from megassm.parallel.engine import Engine
 from megassm.parallel.world import join_world, leave_world
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, whole_state
 
 Make = Callable[..., Config]
 
@@ -140,13 +140,13 @@ def largest_first_updates(configs: list[Config]) -> list[dict[str, float]]:
     try:
         for config in configs:
             engine = Engine(config, join_world(config))
-            before = engine.read_state(["weight"], lambda name: True)
+            before = whole_state(engine, ["weight"])
             ids = torch.randint(0, config.model.vocab_size, (config.train.micro_batch_sequences, 65))
             for _ in range(engine.micro_steps):
                 nll_BL = engine.losses(ids, config.model.num_channels)
                 engine.backward(nll_BL, torch.ones_like(nll_BL, dtype=torch.bool))
             engine.update(1e-2)
-            after = engine.read_state(["weight"], lambda name: True)
+            after = whole_state(engine, ["weight"])
             found.append({n: float((after[n]["weight"] - s["weight"]).abs().max()) for n, s in before.items()})
     finally:
         leave_world()

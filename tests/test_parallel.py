@@ -17,7 +17,7 @@ from megassm.config.model import ModelConfig
 from megassm.model import LanguageModel, build_model, initial_weights, losses_at, parameter_shapes
 from megassm.parallel.mesh import Mesh
 from megassm.parallel.sequence import split_sequence
-from megassm.parallel.tensor import build_split_model, gather_whole, weight_slices
+from megassm.parallel.tensor import WeightSlice, build_split_model, weight_slices
 from tests.ranks import run_on_ranks
 
 BASE: dict[str, Any] = {
@@ -30,7 +30,7 @@ ELASTIC: dict[str, Any] = {"d_ffn": 77, "ffn_elastic": {"knee_k": 3, "below": 16
 
 def gradients(config: ModelConfig, mesh: Mesh, budgets: list[int]) -> tuple[list[Any], dict[str, Any]]:
     """(losses (B, L) at each budget, whole gradients of their sum) computed by the ranks of `mesh`."""
-    model, ids_BT, rank, (tensor, sequence) = split(config, mesh)
+    model, ids_BT, _, (tensor, sequence) = split(config, mesh)
     parts = [losses_at(model, ids_BT, k) for k in budgets]
     torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
     losses = []
@@ -38,15 +38,30 @@ def gradients(config: ModelConfig, mesh: Mesh, budgets: list[int]) -> tuple[list
         pieces = [torch.empty_like(part) for _ in range(mesh.sequence)]
         dist.all_gather(pieces, part.detach(), group=sequence)
         losses.append(torch.cat(pieces, dim=1))
-    parts_here, shapes = weight_slices(config, mesh.tensor, mesh.coordinates(rank).tensor), parameter_shapes(config)
+    parts, shapes = (
+        [weight_slices(config, mesh.tensor, other) for other in range(mesh.tensor)],
+        parameter_shapes(config),
+    )
     whole = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         dist.all_reduce(parameter.grad, group=sequence)
-        whole[name] = gather_whole(parameter.grad, parts_here[name], shapes[name], tensor)
+        whole[name] = gathered(parameter.grad, [part[name] for part in parts], shapes[name], tensor)
     dist.destroy_process_group()
     # as arrays: a tensor in a queue needs its sender alive
     return [part.numpy() for part in losses], {name: value.numpy() for name, value in whole.items()}
+
+
+def gathered(part: Tensor, of: list[WeightSlice], shape: torch.Size, group: dist.ProcessGroup) -> Tensor:
+    """The whole of what each tensor rank has a part of."""
+    if of[0].axis is None:
+        return part
+    pieces: list[Any] = [None] * len(of)
+    dist.all_gather_object(pieces, part, group=group)
+    whole = part.new_empty(shape)
+    for piece, other in zip(pieces, of, strict=True):
+        other.of(whole).copy_(piece)
+    return whole
 
 
 def split(config: ModelConfig, mesh: Mesh) -> tuple[LanguageModel, Tensor, int, list[dist.ProcessGroup]]:

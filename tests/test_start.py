@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -14,14 +15,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megassm import model
+from megassm.config.load import load_config
 from megassm.config.schema import Config
+from megassm.eval.measure import peak_tensor_bytes
 from megassm.layers import initial
 from megassm.model import initial_weights, parameter_shapes
+from megassm.parallel import engine
 from megassm.parallel.engine import Engine
 from megassm.parallel.start import ALONE, fill, shared_out
 from megassm.parallel.tensor import WeightSlice, weight_slices
 from megassm.parallel.world import join_world, leave_world
-from tests.ranks import run_on_ranks
+from tests.conftest import ROOT
+from tests.ranks import first_of, run_on_ranks, whole_state
 
 Make = Callable[..., Config]
 SHAPES = st.lists(st.integers(1, 40), min_size=1, max_size=3)
@@ -86,7 +91,7 @@ def start(configs: list[Config]) -> list[tuple[dict[str, Tensor], int]]:
             drawn[0] = 0
             engine = Engine(config, join_world(config))
             numbers = drawn[0]
-            state = engine.read_state(["weight", "exp_avg"], lambda name: True)
+            state = whole_state(engine, ["weight", "exp_avg"])
             assert not any(kinds["exp_avg"].any() for kinds in state.values())
             for name, parameter in engine.model.named_parameters():
                 assert not parameter.is_meta, name
@@ -122,3 +127,26 @@ def test_every_mesh_starts_from_the_same_weights_and_draws_each_once(small_confi
         once = sum(shape.numel() for name, shape in shapes.items() if name not in alone)
         always = sum(shapes[name].numel() for name in alone)
         assert sum(rank[number][1] for rank in ranks) == tensor * once + 4 * always
+
+
+def started_alone(config: Config, ranks: int) -> int:
+    """The most bytes of tensors that live at a time while the first of many ranks makes its weights."""
+    world, peaks, whole = first_of(config, ranks, torch.device("cpu")), list[int](), engine.start_weights
+
+    def watched(*arguments: Any) -> None:  # the model stands on the meta device then
+        peaks.append(peak_tensor_bytes([], lambda: whole(*arguments), world.device))
+
+    engine.start_weights = watched
+    Engine(config, world)
+    return peaks[0]
+
+
+@pytest.mark.ranks
+def test_a_rank_of_many_holds_its_share_and_one_parameter() -> None:
+    ranks = 64
+    small = ("model.n_layers=4", "model.vocab_size=2000", "parallel.zero_stage=3", "train.device=cpu", "data.path=x")
+    config = load_config(ROOT / "configs/1b_hybrid.yaml", small, ranks)
+    numbers = [shape.numel() for shape in parameter_shapes(config.model).values()]
+    (peak,) = run_on_ranks(1, started_alone, config, ranks)
+    drawn = 40_000_000  # blocks of numbers in float32
+    assert 2 * max(numbers) < peak < 2 * (max(numbers) + sum(numbers) / ranks) + drawn

@@ -40,10 +40,8 @@ from megassm.checkpoint.space import pin
 from megassm.cli.arguments import error_text
 from megassm.config.schema import Config
 from megassm.errors import UserError
-from megassm.model import parameter_shapes
 from megassm.parallel import state
 from megassm.parallel.engine import Engine
-from megassm.parallel.start import shared_out
 from megassm.parallel.state import Kind, State
 from megassm.parallel.waiting import in_background, wait_for_all
 from megassm.parallel.world import gather_texts
@@ -74,7 +72,7 @@ class Saver:
         self._engine, self._config, self._fence = engine, config, fence
         self._fingerprint = data_fingerprint
         self._folder = Path(config.run.dir) / CHECKPOINTS
-        self._mine = _owned(engine)
+        self._mine = engine.collection.here
         self._copies: State = {}
         """Kept from save to save: new memory costs more than the copy."""
         self._work: Future[Any] | None = None
@@ -192,14 +190,8 @@ class Saver:
             self._not_told_s += seconds
 
     def _copy(self) -> None:
-        engine = self._engine
-
-        def reading(name: str) -> bool:
-            engine.world.progress.note("checkpoint, reading state")
-            return name in self._mine
-
-        engine.read_state(engine.kinds, reading, self._copies)
-        self._updates, self._written = engine.applied_updates, 0
+        self._engine.read_state(self._engine.kinds, self._copies)
+        self._updates, self._written = self._engine.applied_updates, 0
 
     def _wait(self) -> None:
         """Until the threads of all ranks have done their part."""
@@ -267,10 +259,3 @@ class Saver:
 
 def _failed(share: object) -> bool:
     return isinstance(share, str)
-
-
-def _owned(engine: Engine) -> list[str]:
-    """The parameters that this rank writes."""
-    sizes = {name: shape.numel() for name, shape in parameter_shapes(engine.config.model).items()}
-    owner = shared_out(sizes, engine.world.size)
-    return [name for name, rank in owner.items() if rank == engine.world.rank]

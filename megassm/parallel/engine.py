@@ -25,12 +25,13 @@ from megassm.model import LanguageModel, initial_rows, losses_at, parameter_shap
 from megassm.ops.documents import document_numbers
 from megassm.optim import LR_FACTOR, build_optimizer
 from megassm.parallel import state
+from megassm.parallel.collect import Collection, Piece
 from megassm.parallel.mesh import Mesh
 from megassm.parallel.sequence import split_sequence
 from megassm.parallel.slices import StoredTensor, read_flat
 from megassm.parallel.start import WeightSource, start_weights
 from megassm.parallel.state import Kind, State
-from megassm.parallel.tensor import gather_whole, split_model, weight_slices
+from megassm.parallel.tensor import split_model, weight_slices
 from megassm.parallel.world import Group, World
 
 StateSource = Callable[[str, Kind], StoredTensor]
@@ -117,7 +118,8 @@ class Engine:
         self.micro_steps = config.micro_steps(world.mesh.data)
         asked = asked or config.model.seq_len
         self._positions = config.train.micro_batch_sequences * asked / world.mesh.sequence
-        self._parts = weight_slices(config.model, world.mesh.tensor, world.coordinates.tensor)
+        parts = [weight_slices(config.model, world.mesh.tensor, rank) for rank in range(world.mesh.tensor)]
+        self._parts = parts[world.coordinates.tensor]
         self._shapes = parameter_shapes(config.model)
         deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
         model = self._start(deepspeed, weights or partial(initial_rows, config.model, config.run.seed))
@@ -136,6 +138,9 @@ class Engine:
             self.kinds += (state.AVERAGE,)
         self._updates = 0
         state.create_moments(self._engine, average=config.optim.ema is not None)
+        state.add_gradients_in_one_pass(self._engine)
+        pieces = {name: Piece(*state.piece(self._engine, each)) for name, each in self.model.named_parameters()}
+        self.collection = Collection(world, parts, self._shapes, pieces)
 
     def _start(self, deepspeed: Any, weights: WeightSource) -> LanguageModel:
         """This rank's part of the model with its weights: at stage 3 its share of that, from the first moment on."""
@@ -245,22 +250,26 @@ class Engine:
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine.destroy()
 
-    def read_state(self, kinds: Sequence[Kind], mine: Callable[[str], bool], into: State | None = None) -> State:
-        """Kinds of state of the parameters that are `mine`, whole, float32, on the CPU. All ranks must call it.
+    @torch.no_grad()
+    def read_state(self, kinds: Sequence[Kind], into: State | None = None) -> State:
+        """Kinds of state of the parameters whose home is this rank, whole, float32, on the CPU; those of all ranks
+        together are the model's. All ranks must call it.
 
-        One parameter at a time is put together, so that no device ever holds a second model. What an earlier call gave
-        for the same parameters can be written over: `into`.
+        One parameter travels at a time, so that nobody ever holds a second model. What an earlier call gave can be
+        written over: `into`.
         """
         kept: State = {} if into is None else into
+        here, pinned = set(self.collection.here), self.world.device.type == "cuda"
         for name, parameter in self.model.named_parameters():
+            self.world.progress.note("state of the parameters")
             for kind in kinds:
-                part = state.read(self._engine, parameter, kind)
-                whole = gather_whole(part, self._parts[name], self._shapes[name], self.world.tensor)
-                if mine(name):
+                whole = None
+                if name in here:
                     copies = kept.setdefault(name, {})
                     if kind not in copies:
-                        copies[kind] = torch.empty(self._shapes[name], dtype=torch.float32)
-                    copies[kind].copy_(whole)
+                        copies[kind] = torch.empty(self._shapes[name], dtype=torch.float32, pin_memory=pinned)
+                    whole = copies[kind]
+                self.collection.put_together(name, state.held(self._engine, parameter, kind), whole)
         return kept
 
     def write_state(self, source: StateSource, updates: int) -> None:

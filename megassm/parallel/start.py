@@ -75,6 +75,8 @@ def start_weights(
         return part
 
     coming = _ahead(made, [name for name in shapes if owner[name] == rank and name not in alone])
+    part: Tensor | None
+    given: Tensor | None = None
     for name in shapes:
         world.progress.note("weights")
         if name in alone:
@@ -86,6 +88,7 @@ def start_weights(
             )
             dist.broadcast(part.view(torch.uint8), group=world.replicas, group_src=owner[name])
         settle(set_parameter(model, name, part))
+        part = given = None  # before the next one is there
 
 
 def _ahead(made: Callable[[str], Tensor], names: Sequence[str]) -> Iterator[Tensor]:

@@ -154,22 +154,6 @@ def set_parameter(model: LanguageModel, name: str, value: Tensor) -> nn.Paramete
     return parameter
 
 
-def gather_whole(part: Tensor, of: WeightSlice, shape: torch.Size, group: Group) -> Tensor:
-    """The whole parameter, from the parts of all ranks of the group; every rank of it must call."""
-    if of.axis is None or group.size() == 1:
-        return part
-    parts = [_slice(of.axis, shape[of.axis], group.size(), rank, of.step > 1) for rank in range(group.size())]
-    widest = max(len(other.indices) for other in parts)
-    padded = part.new_zeros(*shape[: of.axis], widest, *shape[of.axis + 1 :])
-    padded.narrow(of.axis, 0, len(of.indices)).copy_(part)
-    pieces = [torch.empty_like(padded) for _ in parts]
-    dist.all_gather(pieces, padded, group=group)
-    whole = part.new_empty(shape)
-    for piece, other in zip(pieces, parts, strict=True):
-        other.of(whole).copy_(piece.narrow(of.axis, 0, len(other.indices)))
-    return whole
-
-
 def _connect(model: LanguageModel, link: Link) -> None:
     """Puts the collectives around the parts of a model."""
     model.vocabulary = SplitVocabulary(link, model.config)

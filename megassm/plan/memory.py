@@ -88,7 +88,7 @@ def host_memory(config: Config, mesh: Mesh) -> dict[str, float]:
     return {
         "start: weights made ahead": _number_bytes(config) * max(numbers / mesh.replicas, largest) + 3 * BLOCK_BYTES,
         "resume: a parameter": FLOAT32 * largest / mesh.replicas + BLOCK_BYTES,
-        "save: copy": FLOAT32 * kinds * max(total / mesh.size, largest_parameter(config, 1)),
+        "save: copy": FLOAT32 * kinds * (total / mesh.size + largest_parameter(config, 1)),
     }
 
 

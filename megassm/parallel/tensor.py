@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -36,8 +36,6 @@ from megassm.layers.vocabulary import Vocabulary
 from megassm.model import LanguageModel, parameter_shapes
 from megassm.parallel.collectives import (
     EnterMixer,
-    SplitCrossEntropy,
-    SplitDivergence,
     all_reduce,
     spread,
     summed,
@@ -245,6 +243,16 @@ class OneHead:
         return self.whole(query_BHLP, key_B1LP, value_B1LP, mask)
 
 
+@dataclass(frozen=True)
+class _OverRanks:
+    """A `megassm.ops.losses.Combine` over the group."""
+
+    link: Link
+
+    def __call__(self, sums: Tensor, of: Literal["max", "sum"]) -> Tensor:
+        return all_reduce(sums.clone(), self.link.group, dist.ReduceOp.MAX if of == "max" else dist.ReduceOp.SUM)
+
+
 class SplitVocabulary(Vocabulary):
     """This rank's rows of the embedding and the head; the logits of all ranks are never gathered."""
 
@@ -252,6 +260,7 @@ class SplitVocabulary(Vocabulary):
         self.link = link
         self.ids = bounds(config.vocab_size, link.size, link.rank)
         self.first_output, _ = bounds(config.outputs, link.size, link.rank)
+        self.combine = _OverRanks(link)
 
     def embed(self, ids: Tensor, embedding_VD: Tensor) -> Tensor:
         start, stop = self.ids
@@ -262,11 +271,6 @@ class SplitVocabulary(Vocabulary):
     def logits(self, x: Tensor, head_VD: Tensor) -> Tensor:
         return super().logits(spread(x, self.link.group), head_VD)
 
-    def losses(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
-        logits_NV, targets_N = logits_BLV.flatten(0, 1).float(), targets_BL.flatten() - self.first_output
-        losses: Tensor = SplitCrossEntropy.apply(logits_NV, targets_N, self.link.group)  # type: ignore[no-untyped-call]
-        return losses.view_as(targets_BL)
-
     @torch.no_grad()
     def hits(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
         group, start = self.link.group, self.first_output
@@ -276,8 +280,3 @@ class SplitVocabulary(Vocabulary):
         hit_BL, count_BL = all_reduce(torch.stack((hit_BL1[..., 0] & mine_BL, best_BLV.sum(-1))).float(), group)
         hits_BL: Tensor = hit_BL / count_BL
         return hits_BL
-
-    def divergences(self, logits_BLV: Tensor, teacher_BLV: Tensor, temperature: float) -> Tensor:
-        student_BLV, teacher_BLV = (part.float() / temperature for part in (logits_BLV, teacher_BLV))
-        divergences: Tensor = SplitDivergence.apply(student_BLV, teacher_BLV, self.link.group)  # type: ignore[no-untyped-call]
-        return temperature**2 * divergences

@@ -27,6 +27,7 @@ from megassm.layers.state import Continued, DecodingState, Extension
 from megassm.layers.vocabulary import Vocabulary
 from megassm.ops.documents import check_documents, document_numbers
 from megassm.ops.pooling import content_positions, pooled, separators
+from megassm.ops.transfer import to_device
 
 
 class Source(Protocol):
@@ -61,12 +62,7 @@ class LanguageModel(nn.Module):
             FilterBank(config.seq_len, config.num_channels, config.filterbank) if "S" in config.mixers else None
         )
 
-    def forward(
-        self,
-        ids_BL: Tensor,
-        k: int | None = None,
-        documents_BL: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, ids_BL: Tensor, k: int | None = None, documents_BL: Tensor | None = None) -> Tensor:
         """Logits (B, L, V) of the token after each; of a model with classes (B, 1, C).
 
         A split model's are its own part of the vocabulary's; `losses`, `hits` and `divergences` take them as they are.
@@ -228,10 +224,11 @@ class LanguageModel(nn.Module):
 
     def _apart(self, context: Context, documents_BL: Tensor) -> Context:
         """`context` with the documents kept apart."""
-        mask = None
+        device, mask = self.embedding_VD.device, None
+        segments = None if self.filterbank is None else self.filterbank.segments(documents_BL).to(device)
+        documents_BL = to_device(documents_BL, device)
         if "A" in self.config.mixers:
             mask = attention_mask(documents_BL.shape[1], self.config.window, documents_BL, self.embedding_VD)
-        segments = None if self.filterbank is None else self.filterbank.segments(documents_BL)
         return context._replace(mask=mask, segments=segments, documents_BL=documents_BL)
 
     def beyond_trained(self, length: int, k: int | None = None) -> str | None:
@@ -277,9 +274,10 @@ def losses_at(
     With `document_end`, the id of that name, no position sees another document. `forward` is what computes the model's
     logits where something is wrapped around the model. With `hits` it is (2, B, L): `LanguageModel.hits` besides.
     """
+    documents_BL = document_numbers(ids_BT[:, :-1], document_end)
+    ids_BT = to_device(ids_BT, model.embedding_VD.device)
     ids_BL = ids_BT[:, :-1]
-    call = model if forward is None else forward
-    logits_BLV: Tensor = call(ids_BL, k, document_numbers(ids_BL, document_end))
+    logits_BLV: Tensor = (model if forward is None else forward)(ids_BL, k, documents_BL)
     losses_BL = model.losses(ids_BL, logits_BLV, ids_BT[:, 1:])
     return torch.stack((losses_BL, model.hits(ids_BL, logits_BLV, ids_BT[:, 1:]))) if hits else losses_BL
 

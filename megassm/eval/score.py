@@ -20,8 +20,8 @@ from torch import Tensor
 from megassm.data.stream import MicroBatch
 
 Losses = Callable[[Tensor, int], Tensor]
-"""(ids (B, T), K) -> negative log-likelihood in nats (B, T - 1) of the tokens after the first; (2, B, T - 1) with what
-of each was predicted right."""
+"""(ids (B, T) in host memory, K) -> negative log-likelihood in nats (B, T - 1) of the tokens after the first; (2, B,
+T - 1) with what of each was predicted right."""
 
 
 class Score(NamedTuple):
@@ -98,7 +98,7 @@ def sequence_scores(
     """
     parts = [np.empty((0, 5))]
     for batch in batches:
-        found = losses(torch.from_numpy(batch.ids_BT).to(device), k)
+        found = losses(torch.from_numpy(batch.ids_BT), k)
         sums = (found.double() * torch.from_numpy(batch.mask_BL).to(device)).sum(-1).cpu().numpy()
         nll_B, hits_B = sums if found.dim() == 3 else (sums, np.zeros(len(sums)))
         bytes_B = (token_bytes[batch.ids_BT[:, 1:]] * batch.mask_BL).sum(1)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megassm.errors import UserError
+from megassm.ops.transfer import to_device
 
 
 class Segments(NamedTuple):
@@ -34,6 +35,14 @@ class Segments(NamedTuple):
     """True at the positions of the copy's own document."""
     places_P: tuple[Tensor, Tensor]
     """The same positions as (copy, position in its row)."""
+
+    def to(self, device: torch.device) -> Segments:
+        """The same on a device. To cut there would wait for it: how many copies there are is a value."""
+        copy_P, position_P = self.places_P
+        opening, closing, tail, copied, own, copy_P, position_P = (
+            to_device(tensor, device) for tensor in (*self[:5], copy_P, position_P)
+        )
+        return Segments(opening, closing, tail, copied, own, (copy_P, position_P))
 
     @property
     def has_copies(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from megassm.cli.arguments import print_line
 from megassm.errors import UserError
+from megassm.ops import transfer
 
 FILES_BESIDE_RANKS, FILES_A_RANK = 256, 2
 """Files and connections that a process holds open: gloo has two to every other rank (seen: 23 + 2 N); the rest is data,
@@ -49,10 +50,7 @@ def pick_device(device: Literal["auto", "cpu", "cuda"], local_rank: int, rank: i
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     """The array on the device; the process does not wait for the copy."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)  # torch keeps the pinned copy until it has been read
+    return transfer.to_device(torch.from_numpy(array), device)
 
 
 def shared_device(error: Exception, place: torch.device) -> UserError | None:

@@ -23,6 +23,7 @@ from megassm.config.schema import Config
 from megassm.cost import reduce_bucket_numbers
 from megassm.model import LanguageModel, initial_rows, losses_at, parameter_shapes
 from megassm.ops.documents import document_numbers
+from megassm.ops.transfer import to_device
 from megassm.optim import LR_FACTOR, build_optimizer
 from megassm.parallel import state
 from megassm.parallel.collect import Collection, Piece
@@ -173,8 +174,9 @@ class Engine:
         if budget.distill_weight == 0 or k == k_max:
             nll_BL = self.losses(ids_BT, k)
             return nll_BL, nll_BL
+        documents_BL = document_numbers(ids_BT[:, :-1], self.document_end)
+        ids_BT = to_device(ids_BT, self.world.device)
         ids_BL = ids_BT[:, :-1]
-        documents_BL = document_numbers(ids_BL, self.document_end)
         with torch.no_grad():
             teacher_BLV = self._engine(ids_BL, k_max, documents_BL)
         logits_BLV = self._engine(ids_BL, k, documents_BL)

@@ -177,7 +177,7 @@ def accumulate(run: Run, health: Health, budgets: list[int], stride: int) -> Tal
         if micro_step and micro_step % stride == 0 and told_to_stop(run):
             return None
         batch = next_batch(run, tally)
-        ids_BT, mask_BL = (to_device(array, run.world.device) for array in (batch.ids_BT, batch.mask_BL))
+        ids_BT, mask_BL = torch.from_numpy(batch.ids_BT), to_device(batch.mask_BL, run.world.device)
         note("forward pass", phase=StepPhase.FORWARD)
         nll_BL, objective_BL = engine.training_losses(ids_BT, k)
         tally.nll += (nll_BL.detach() * mask_BL).sum()

@@ -266,6 +266,7 @@ def _validated(
     device = next(net.parameters()).device
 
     def losses(ids_BT: Tensor, k: int) -> Tensor:
+        ids_BT = ids_BT.to(device)
         logits_BLV, nll_BL = predict(ids_BT, k)
         if not isinstance(net, LanguageModel):
             return nll_BL

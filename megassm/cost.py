@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from megassm.config.model import ModelConfig
+from megassm.config.model import Budget, ModelConfig
 from megassm.config.schema import Config
 
 FLOAT32 = 4
@@ -69,13 +69,15 @@ def _gate_parameters(config: ModelConfig, k: int) -> int:
     return (config.d_model + 1) * hidden + k * config.mixer_heads * (hidden + 1) if config.has_gate else 0
 
 
-def parameters(config: ModelConfig, k: int) -> int:
-    """Parameters of the model cut to k channels."""
+def parameters(config: ModelConfig, k: Budget) -> int:
+    """Parameters of the model cut to k channels, or to one K a layer."""
     d = config.d_model
-    block = 2 * d + _taps_parameters(config) + 3 * d * config.ffn_width(k)
-    mixers = sum(mixer_parameters(config, mixer, k) for mixer in config.mixers)
+    layers = sum(
+        mixer_parameters(config, mixer, each) + 2 * d + _taps_parameters(config) + 3 * d * config.ffn_width(each)
+        for mixer, each in zip(config.mixers, config.layer_budgets(k), strict=True)
+    )
     embeddings = (config.vocab_size + (config.outputs if config.has_head else 0)) * d
-    return embeddings + mixers + config.n_layers * block + d
+    return embeddings + layers + d
 
 
 def _taps_parameters(config: ModelConfig) -> int:
@@ -85,15 +87,16 @@ def _taps_parameters(config: ModelConfig) -> int:
 
 def rank_parameters(config: ModelConfig, tensor: int) -> int:
     """Parameters that the fullest of `tensor` ranks holds (`megassm.parallel.tensor`): norms and gates are on all."""
-    d, k = config.d_model, config.num_channels
+    d = config.d_model
     width, kv_ranks = d // config.n_heads, tensor if config.kv_heads >= tensor else 1
     attention = 2 * d * width * -(-config.n_heads // tensor) + 2 * d * width * -(-config.kv_heads // kv_ranks)
-    spectral = _spectral_columns(config, k) * -(-d // tensor) + _gate_parameters(config, k)
     head = -(-config.outputs // tensor) if config.has_head else 0
     embeddings = (-(-config.vocab_size // tensor) + head) * d
-    layers = sum(attention if mixer == "A" else spectral for mixer in config.mixers)
-    block = 2 * d + _taps_parameters(config) + 3 * d * -(-config.d_ffn // tensor)
-    return embeddings + layers + config.n_layers * block + d
+    layers = 0
+    for mixer, k in zip(config.mixers, config.channels_of_layers, strict=True):
+        spectral = _spectral_columns(config, k) * -(-d // tensor) + _gate_parameters(config, k)
+        layers += (attention if mixer == "A" else spectral) + 3 * d * -(-config.ffn_width(k) // tensor)
+    return embeddings + layers + config.n_layers * (2 * d + _taps_parameters(config)) + d
 
 
 def reduce_bucket_numbers(config: Config) -> int:
@@ -101,23 +104,28 @@ def reduce_bucket_numbers(config: Config) -> int:
     return min(REDUCE_BUCKET, parameters(config.model, config.model.num_channels))
 
 
-def forward_flops_per_token(config: ModelConfig, k: int, seq_len: int) -> float:
+def forward_flops_per_token(config: ModelConfig, k: Budget, seq_len: int) -> float:
     """Model FLOPs of a forward pass at budget k, a token, in sequences of `seq_len` tokens."""
     return sum(forward_flops_by_kind(config, k, seq_len).values())
 
 
-def forward_flops_by_kind(config: ModelConfig, k: int, seq_len: int) -> dict[LayerKind, float]:
+def forward_flops_by_kind(config: ModelConfig, k: Budget, seq_len: int) -> dict[LayerKind, float]:
     """`forward_flops_per_token`, all layers of a kind together; norms and the embedding have none."""
     d = config.d_model
     window = min(config.window or seq_len, seq_len)
     visible = window - window * (window - 1) / (2 * seq_len)  # positions a query sees, on average
-    spectral = 2.0 * d * _spectral_columns(config, k) + gate_flops_per_token(config, k)
-    attention = 2.0 * mixer_parameters(config, "A", k) + 4.0 * d * visible
+    budgets = config.layer_budgets(k)
+    spectral = sum(
+        2.0 * d * _spectral_columns(config, each) + gate_flops_per_token(config, each)
+        for mixer, each in zip(config.mixers, budgets, strict=True)
+        if mixer == "S"
+    )
+    attention = 2.0 * mixer_parameters(config, "A", 1) + 4.0 * d * visible
     predictions = 1.0 if config.classes is None else 1.0 / seq_len  # a class: once a sequence
     return {
-        "spectral mixer": config.mixers.count("S") * spectral,
+        "spectral mixer": spectral,
         "attention": config.mixers.count("A") * attention,
-        "feed-forward": config.n_layers * 6.0 * d * config.ffn_width(k),
+        "feed-forward": sum(6.0 * d * config.ffn_width(each) for each in budgets),
         "norm": 0.0,
         "embedding": 0.0,
         "head and loss": 2.0 * d * config.outputs * predictions,
@@ -135,10 +143,12 @@ def filterbank_flops_per_token(config: ModelConfig, k: int, work: Workload, back
     and backward: the features are made again there, and their gradients go to the inputs; the chunk states, the sums
     over earlier chunks by doubling, and their gradients."""
     inputs, size = work.chunk + work.state_size, work.state_size
-    products = 2.0 * k * inputs * (3 if backward else 1)
+    budgets = zip(config.mixers, config.layer_budgets(k), strict=True)
+    layers = [each for mixer, each in budgets if mixer == "S"]
+    products = 2.0 * sum(layers) * inputs * (3 if backward else 1)
     doublings = math.ceil(math.log2(work.chunks)) if size and work.chunks > 1 else 0
     states = 2.0 * size * (1 + size * doublings / work.chunk) * (2 if backward else 1)
-    return (products + states) * config.d_model * config.mixers.count("S")
+    return (products + states * len(layers)) * config.d_model
 
 
 def training_flops_per_token(config: ModelConfig, k: int, seq_len: int) -> float:
@@ -195,7 +205,8 @@ def activation_bytes(config: ModelConfig, k: int, work: Workload, recompute: boo
     if "A" in config.mixers:
         shared += _rope_bytes(config, work.length, FLOAT32) if n == FLOAT32 else 0
         shared += work.length**2 * n if config.window and config.window < work.length else 0
-    return ids + head + shared + sum(layer_activation_bytes(config, mixer, k, work) for mixer in config.mixers)
+    layers = zip(config.mixers, config.layer_budgets(k), strict=True)
+    return ids + head + shared + sum(layer_activation_bytes(config, mixer, each, work) for mixer, each in layers)
 
 
 def layer_activation_bytes(config: ModelConfig, mixer: str, k: int, work: Workload) -> int:

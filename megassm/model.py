@@ -10,21 +10,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Protocol, Self, cast
+from typing import Literal, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megassm.config.model import ModelConfig
-from megassm.errors import UserError
+from megassm.config.model import Budget, ModelConfig
 from megassm.layers.attention import attention_mask, rope_tables
 from megassm.layers.block import Block
 from megassm.layers.context import Context
-from megassm.layers.filterbank import FilterBank
 from megassm.layers.initial import initial_blocks
 from megassm.layers.state import Continued, DecodingState, Extension
 from megassm.layers.vocabulary import Vocabulary
+from megassm.layers.window import filter_bank
 from megassm.ops.documents import check_documents, document_numbers
 from megassm.ops.pooling import content_positions, pooled, separators
 from megassm.ops.transfer import to_device
@@ -55,21 +54,19 @@ class LanguageModel(nn.Module):
         self.part = (0, 1)
         """Which part of every sequence this model is given, and of how many (`megassm.parallel.sequence`)."""
         self.embedding_VD = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        self.blocks = nn.ModuleList(Block(config, sigma_scale) for sigma_scale in config.sigma_scales)
+        self.blocks = nn.ModuleList(Block(config.layer(n), scale) for n, scale in enumerate(config.sigma_scales))
         self.head_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head_VD = nn.Parameter(torch.empty(config.outputs, config.d_model)) if config.has_head else None
-        self.filterbank = (
-            FilterBank(config.seq_len, config.num_channels, config.filterbank) if "S" in config.mixers else None
-        )
+        self.filterbank = filter_bank(config)
 
-    def forward(self, ids_BL: Tensor, k: int | None = None, documents_BL: Tensor | None = None) -> Tensor:
+    def forward(self, ids_BL: Tensor, k: Budget | None = None, documents_BL: Tensor | None = None) -> Tensor:
         """Logits (B, L, V) of the token after each; of a model with classes (B, 1, C).
 
         A split model's are its own part of the vocabulary's; `losses`, `hits` and `divergences` take them as they are.
 
         Args:
             ids_BL: token ids.
-            k: the budget, 1 <= k <= K_max; None: K_max.
+            k: the budget, 1 <= k <= K_max, or one for each layer; None: K_max.
             documents_BL: the number of each position's document, which does not fall along a sequence: no position
                 then sees another document. Rotary positions run on. None: a sequence is one document.
 
@@ -105,7 +102,7 @@ class LanguageModel(nn.Module):
     def _where_asked(self, ids_BL: Tensor, values_BL: Tensor) -> Tensor:
         return values_BL if self.config.classes is None else values_BL * separators(ids_BL, self.config.classes)
 
-    def features(self, ids_BL: Tensor, k: int | None = None) -> Tensor:
+    def features(self, ids_BL: Tensor, k: Budget | None = None) -> Tensor:
         """The normed output of the last block (B, L, D): for callers that want logits at some positions only."""
         return self._hidden(ids_BL, self.context(0, ids_BL.shape[1], k))
 
@@ -114,11 +111,11 @@ class LanguageModel(nn.Module):
         classes = self.config.classes
         content_BL = None if classes is None else content_positions(ids_BL, classes)
         x_BLD = self.embed(ids_BL if content_BL is None else ids_BL.where(content_BL, cast(int, classes)))
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             if self.recompute and self.training:
-                x_BLD = checkpoint(block, x_BLD, context, use_reentrant=False)
+                x_BLD = checkpoint(block, x_BLD, context.of(number), use_reentrant=False)
             else:
-                x_BLD = block(x_BLD, context)
+                x_BLD = block(x_BLD, context.of(number))
         x_BLD = self.head_norm(x_BLD)
         return x_BLD if content_BL is None else pooled(x_BLD, content_BL)
 
@@ -137,7 +134,7 @@ class LanguageModel(nn.Module):
     def prefill(
         self,
         ids_BL: Tensor,
-        k: int | None = None,
+        k: Budget | None = None,
         counts: Sequence[int] | None = None,
         state: DecodingState | None = None,
     ) -> tuple[Tensor, DecodingState]:
@@ -151,7 +148,7 @@ class LanguageModel(nn.Module):
         return self.logits(self.head_norm(last_BD)), extension.keep(counts)
 
     @torch.no_grad()
-    def extend(self, ids_BL: Tensor, state: DecodingState | None, k: int | None = None) -> tuple[Tensor, Extension]:
+    def extend(self, ids_BL: Tensor, state: DecodingState | None, k: Budget | None = None) -> tuple[Tensor, Extension]:
         """Reads L more tokens of every text by the parallel form; from nothing where `state` is None.
 
         Returns:
@@ -164,60 +161,54 @@ class LanguageModel(nn.Module):
         x_BLD, extension = self._extended(ids_BL, state, k)
         return self.logits(self.head_norm(x_BLD)), extension
 
-    def _extended(self, ids_BL: Tensor, state: DecodingState | None, k: int | None) -> tuple[Tensor, Extension]:
+    def _extended(self, ids_BL: Tensor, state: DecodingState | None, k: Budget | None) -> tuple[Tensor, Extension]:
         batch, length = ids_BL.shape
         lengths = (0,) * batch if state is None else state.lengths
         context = self.context(0, length, k) if state is None else self._decoding_context(state, length, k)
         x_BLD = self.embed(ids_BL)
         layers: list[Continued] = []
         for number, block in enumerate(cast(list[Block], self.blocks)):
-            x_BLD, continued = block.extend(x_BLD, None if state is None else state.layers[number], context)
+            x_BLD, continued = block.extend(x_BLD, None if state is None else state.layers[number], context.of(number))
             layers.append(continued)
         return x_BLD, Extension(lengths, length, layers, None if self.source is None else context.filterbank)
 
     @torch.no_grad()
-    def step(self, ids_B: Tensor, state: DecodingState, k: int | None = None) -> tuple[Tensor, DecodingState]:
+    def step(self, ids_B: Tensor, state: DecodingState, k: Budget | None = None) -> tuple[Tensor, DecodingState]:
         """(logits (B, V) of the token after `ids_B`, the state after it); k may differ from step to step."""
         context = self._decoding_context(state, 1, k)
         x_BD = self.embed(ids_B)
         layers = []
-        for block, layer in zip(cast(list[Block], self.blocks), state.layers, strict=True):
-            x_BD, after = block.step(x_BD, layer, context)
+        for number, block in enumerate(cast(list[Block], self.blocks)):
+            x_BD, after = block.step(x_BD, state.layers[number], context.of(number))
             layers.append(after)
         lengths = tuple(seen + 1 for seen in state.lengths)
         bank = None if self.source is None else context.filterbank
         return self.logits(self.head_norm(x_BD)), DecodingState(lengths, layers, bank)
 
-    def _decoding_context(self, state: DecodingState, length: int, k: int | None) -> Context:
+    def _decoding_context(self, state: DecodingState, length: int, k: Budget | None) -> Context:
         """For `length` positions after those that each text has; rotary tables (L, P/2), or (B, L, P/2) for texts of
         different lengths. Whom a query may see is the caches' to say."""
-        bank, lengths = state.filterbank or self.filterbank, state.lengths
-        k = self._budget(state.filterbank.num_channels if k is None and state.filterbank is not None else k)
-        state.check_budget(k)
+        begun, lengths = state.filterbank, state.lengths
+        budgets = self.config.layer_budgets(begun.num_channels if k is None and begun is not None else k)
+        state.check_budget(max(budgets))
+        base = Context.at(budgets, begun or self.filterbank)
         if "A" not in self.config.mixers:
-            return Context(k, bank, None)
+            return base
         starts = lengths[:1] if len(set(lengths)) == 1 else lengths
         device = self.embedding_VD.device
         positions_BL = torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
-        return Context(k, bank, self._rope(positions_BL[0] if len(starts) == 1 else positions_BL))
+        return base._replace(rope=self._rope(positions_BL[0] if len(starts) == 1 else positions_BL))
 
-    def context(self, first: int, length: int, k: int | None) -> Context:
+    def context(self, first: int, length: int, k: Budget | None) -> Context:
         """For `length` positions from `first` on; a `k` of None is K_max."""
-        k = self._budget(k)
+        base = Context.at(self.config.layer_budgets(k), self.filterbank)
         if "A" not in self.config.mixers:
-            return Context(k, self.filterbank, None)
+            return base
         part, parts = self.part
         start = first + part * length
         positions_L = torch.arange(start, start + length, device=self.embedding_VD.device)
         mask = attention_mask(parts * length, self.config.window, None, self.embedding_VD)
-        return Context(k, self.filterbank, self._rope(positions_L), mask)
-
-    def _budget(self, k: int | None) -> int:
-        """K_max for None; UserError where it is out of range."""
-        k = self.config.num_channels if k is None else k
-        if not 1 <= k <= self.config.num_channels:
-            raise UserError(f"budget K = {k}: must be between 1 and this model's K_max = {self.config.num_channels}")
-        return k
+        return base._replace(rope=self._rope(positions_L), mask=mask)
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return rope_tables(positions, self.config.d_model // self.config.n_heads, self.config.rope_theta)
@@ -231,15 +222,22 @@ class LanguageModel(nn.Module):
             mask = attention_mask(documents_BL.shape[1], self.config.window, documents_BL, self.embedding_VD)
         return context._replace(mask=mask, segments=segments, documents_BL=documents_BL)
 
-    def beyond_trained(self, length: int, k: int | None = None) -> str | None:
+    def beyond_trained(self, length: int, k: Budget | None = None) -> str | None:
         """What is wrong with sequences of `length` at budget k, where the filters cannot be continued so far."""
-        k = self._budget(k)
+        k = max(self.config.layer_budgets(k))
         steady = k if self.filterbank is None else self.filterbank.steady_channels(length)
         if k <= steady:
             return None
         return (f"{length} positions at K = {k}: beyond the {self.config.seq_len} of the training the filters from "
-                f"channel {steady + 1} on grow without bound, and what they say is noise; take K <= {steady}, or stay "
-                f"within {self.config.seq_len}")  # fmt: skip
+                f"channel {steady + 1} on grow without bound, and what they say is noise; take K <= {steady}, stay "
+                f"within {self.config.seq_len}, or read by windows: --beyond window (model.beyond)")  # fmt: skip
+
+    def read_beyond(self, choice: Literal["continue", "window"]) -> None:
+        """Sets `ModelConfig.beyond`, which no weight depends on; states made before are of no use then."""
+        self.config = self.config.model_copy(update={"beyond": choice})
+        before, self.filterbank = self.filterbank, filter_bank(self.config)
+        if before is not None and self.filterbank is not None:
+            self.filterbank.take(before)
 
     def grow(self, k: int) -> Self:
         """Reads what budget k needs from where the model was opened (`open_model`), and is then of K_max = k.
@@ -251,7 +249,7 @@ class LanguageModel(nn.Module):
             UserError: the budget is out of range, or what it needs cannot be read.
         """
         if self.source is None:
-            self._budget(k)
+            self.config.layer_budgets(k)
         else:
             self.source.grow(self, k)
         return self
@@ -264,7 +262,7 @@ class LanguageModel(nn.Module):
 def losses_at(
     model: LanguageModel,
     ids_BT: Tensor,
-    k: int,
+    k: Budget,
     document_end: int | None = None,
     forward: Callable[..., Tensor] | None = None,
     hits: bool = False,
@@ -331,11 +329,11 @@ def _without_filters(config: ModelConfig, weights: Iterable[tuple[str, Tensor]],
 
 
 @torch.no_grad()
-def truncate(model: LanguageModel, k: int) -> LanguageModel:
-    """A smaller model that computes what `model` computes at budget k, and at every budget below.
+def truncate(model: LanguageModel, k: Budget) -> LanguageModel:
+    """A smaller model that computes what `model` computes at budget k, one K a layer too, and at every budget below.
 
     Raises:
-        UserError: k is not within 1..K_max.
+        UserError: k is out of range.
     """
     source, config = model.state_dict(), model.config.cut(k)
     leading = ((name, source[name][tuple(map(slice, shape))]) for name, shape in parameter_shapes(config).items())

@@ -23,6 +23,7 @@ SMALL = (
     "train.batch_sequences=4", "train.micro_batch_sequences=2", "eval.sequences=4", "eval.budgets=[1,2,8]",
     "log.wandb=disabled", "parallel.timeout_s=60", "log.peak_tflops=0.1",
     "model.mixer_heads=1", "model.gate=softmax", "model.sigma_scale=quarter_power", "model.input_taps=1",
+    "model.beyond=continue",
 )  # fmt: skip
 """configs/tiny.yaml made smaller still, with the layer of no choices: a training run takes seconds."""
 

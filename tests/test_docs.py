@@ -27,7 +27,7 @@ PAGES = (
     "cluster",
     "scaling",
 )
-OWN = "vocab_size|num_channels|mixer_heads|gate|sigma_scale|input_taps"
+OWN = "vocab_size|num_channels|mixer_heads|gate|sigma_scale|input_taps|beyond"
 """Of a model, what a page's is by its file."""
 SMALLER = {
     "configs/tiny.yaml": [text for text in SMALL if not re.match(f"model\\.({OWN})|.*budgets", text)],

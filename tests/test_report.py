@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from megassm.eval.curve import shape
-from megassm.eval.sweep import BudgetCurve, BudgetRow, Sweep
+from megassm.eval.swept import BudgetCurve, BudgetRow, Sweep
 from megassm.report.figures import plot_over_steps, save_charts
 from megassm.report.sweep_files import flat_rows, plot_steps, write_json_sweep, write_page, write_sweep
 from megassm.report.sweep_plots import charts

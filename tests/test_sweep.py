@@ -16,7 +16,8 @@ from megassm.data.stream import MicroBatch, StreamPlan
 from megassm.errors import UserError
 from megassm.eval.overlap import with_overlap
 from megassm.eval.score import score
-from megassm.eval.sweep import BudgetCurve, Sweep, SweepPlan, sweep
+from megassm.eval.sweep import SweepPlan, sweep
+from megassm.eval.swept import BudgetCurve, Sweep
 from megassm.eval.text import EvalText, token_batches
 from megassm.model import build_model, losses_at, truncate
 from megassm.ops.documents import document_numbers

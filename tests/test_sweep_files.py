@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megassm.commands.sweep import widest_spread
-from megassm.eval.sweep import BudgetCurve, Sweep
+from megassm.eval.swept import BudgetCurve, Sweep
 from megassm.report.sweep_files import plot_steps, sweep_stem, write_json_sweep, write_sweep
 from megassm.report.sweep_page import render_page
 from megassm.report.sweep_plots import charts

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megassm.checkpoint.format import StoredModel
 from megassm.layers.block import Block
-from megassm.layers.filterbank import FilterBank
+from megassm.layers.window import filter_bank
 from megassm.model import LanguageModel
 
 _ONE_AT_A_TIME = threading.Lock()
@@ -26,18 +26,17 @@ class Growing(NamedTuple):
         """See `LanguageModel.grow`. Whoever runs the model at the same time takes leading parts of either parameter,
         which are equal, and the filters that it began with."""
         with _ONE_AT_A_TIME:
-            config = self.stored.model_config().cut(k)
+            config = self.stored.model_config().cut(k).model_copy(update={"beyond": model.config.beyond})
             if k <= model.config.num_channels:
                 return
             read = dict(self.stored.weights(k, dict(model.named_parameters())))
-            bank = None
-            if model.filterbank is not None:
-                bank = FilterBank(config.seq_len, k, config.filterbank).to(model.embedding_VD.device)
-                bank.reset()
+            bank = filter_bank(config)
+            if bank is not None:
+                bank.to(model.embedding_VD.device).reset()
             for name, values in read.items():
                 _replace_parameter(model, name, values)
-            for block in cast(list[Block], model.blocks):
-                block.ffn.width = config.ffn_width
+            for number, block in enumerate(cast(list[Block], model.blocks)):
+                block.ffn.width = config.layer(number).ffn_width
             model.filterbank, model.config = bank, config  # the budget last: by then all is there
 
 

@@ -169,6 +169,12 @@ class Parser(argparse.ArgumentParser):
         refuse(f"{self.format_usage()}{self.prog}: {message}; --help has an example", 2)
 
 
+def add_beyond(parser: argparse.ArgumentParser) -> None:
+    """How texts longer than the trained length are read, where the model's own choice is not to count."""
+    what = "texts longer than the trained length: by the filters' continuation, or by windows of half of it to all"
+    parser.add_argument("--beyond", choices=("continue", "window"), help=f"{what} (default: model.beyond)")
+
+
 def tool_parser(description: str, example: str) -> Parser:
     """The parser of a tool under tools/: every one takes `--json FILE`."""
     parser = Parser(description, example)

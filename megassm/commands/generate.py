@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megassm.cli.arguments import Parser, add_ema, budget_list, print_line, tool_parser, write_json
+from megassm.cli.arguments import Parser, add_beyond, add_ema, budget_list, print_line, tool_parser, write_json
+from megassm.cli.mixtures import layers_text, mixture_of_layers
 from megassm.errors import visible
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ def parser() -> Parser:
     add_ema(result)
     result.add_argument("--prompt", required=True, metavar="TEXT")
     result.add_argument("--budgets", type=budget_list, metavar="LIST", help="K to sample at (default: K_max)")
+    result.add_argument(
+        "--mix", type=mixture_of_layers, nargs="+", default=[], metavar="K/K/..", help="one K a layer to sample at"
+    )
     result.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to draw (default: 64)")
     result.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     result.add_argument("--top-k", type=int, metavar="N", help="draw among the N likeliest tokens")
@@ -29,6 +33,7 @@ def parser() -> Parser:
     result.add_argument("--draft-k", type=draft_budget, metavar="K|auto", help=what)
     what = "drafts a round (default: 4); of auto the most there may be (default: 8)"
     result.add_argument("--draft-tokens", type=int, metavar="N", help=what)
+    add_beyond(result)
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return result
@@ -56,13 +61,17 @@ def main() -> None:
     from megassm.eval.sampling import Sampling
     from megassm.eval.session import open_for_text
 
-    k = most(arguments.budgets)
-    model, tokenizer, title = open_for_text(arguments.run, None, arguments.device, arguments.ema, k)
+    opened_at = most([*(arguments.budgets or []), *(each for layers in arguments.mix for each in layers)])
+    model, tokenizer, title = open_for_text(arguments.run, None, arguments.device, arguments.ema, opened_at)
+    if arguments.beyond:
+        model.read_beyond(arguments.beyond)
     sampling = Sampling(arguments.tokens, arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     rows = []
     print_line(title)
-    for k in arguments.budgets or [model.config.num_channels]:
-        print_line(f"\n--- K = {k}")
+    budgets = [*(arguments.budgets or []), *arguments.mix] or [model.config.num_channels]
+    for k in budgets:
+        shown_k = k if isinstance(k, int) else layers_text(k)
+        print_line(f"\n--- K = {shown_k}")
         show(arguments.prompt)
         stream = TextStream(tokenizer, show)
         told: dict[str, float | None] = {}
@@ -77,7 +86,7 @@ def main() -> None:
         if told:
             print_line("drafts: " + ", ".join(f"{name} {'-' if value is None else f'{value:.2f}'}"
                                               for name, value in told.items()))  # fmt: skip
-        rows.append({"k": k, "text": arguments.prompt + text, **told})
+        rows.append({"k": shown_k, "text": arguments.prompt + text, **told})
     write_json(rows, arguments.json)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from megassm.cli.arguments import (
     Parser,
     TableRow,
+    add_beyond,
     add_ema,
     budget_list,
     image_file,
@@ -26,10 +27,11 @@ from megassm.cli.arguments import (
     tool_parser,
     write_json,
 )
+from megassm.cli.mixtures import layers_text, mixture
 from megassm.errors import UserError
 
 if TYPE_CHECKING:
-    from megassm.eval.sweep import BudgetCurve, BudgetRow, Sweep
+    from megassm.eval.swept import BudgetCurve, BudgetRow, Sweep
     from megassm.eval.watch import SweepRequest
     from megassm.parallel.world import Peers
 
@@ -48,6 +50,12 @@ def parser() -> Parser:
     add_ema(result)
     add("--budgets", type=budget_list, metavar="LIST", help="K: 2,4,8 or 1-32 or 2-32:2 (default: eval.budgets)")
     add("--seq-lens", type=budget_list, metavar="LIST", help="sequence lengths, tokens (default: the training length)")
+    what = (
+        "one K a layer to measure besides, such as 16/8/4/8; or limits to search one under: parameters=N, mflops=N "
+        "(forward, a token), ms=N (a decoded token, here); the K of --budgets are what a layer may have"
+    )
+    add("--mix", type=mixture, nargs="+", default=[], metavar="K/K/..", help=what)
+    add_beyond(result)
     how_many = "sequences of the training length to score, of each text (default: eval.sequences)"
     add("--sequences", type=positive, metavar="N", help=how_many)
     what = "prepared sets or their URLs (valid/ is scored), files or folders of text (default: the run's own set)"
@@ -75,15 +83,10 @@ def main() -> None:
     from megassm.eval.watch import SweepRequest
     from megassm.parallel.world import join_peers, leave_world
 
-    request = SweepRequest(
-        arguments.budgets,
-        arguments.seq_lens,
-        arguments.sequences,
-        arguments.data,
-        arguments.glob,
-        arguments.ema,
-        arguments.agreement,
-    )
+    options = vars(arguments)
+    names = ("budgets", "seq_lens", "sequences", "data", "glob", "beyond", "agreement")
+    asked = {name: options[name] for name in names}
+    request = SweepRequest(**asked, averaged=arguments.ema, mixtures=arguments.mix)
     peers = join_peers(arguments.device)
     try:
         if arguments.watch:
@@ -162,6 +165,9 @@ def show(sweep: Sweep) -> None:
             print(f"cliff: {describe(step)}, {step.per_doubling:.3f} a doubling, {share}")
         for step in shape.rises:
             print(f"rise: {describe(step)}")
+        if curve.mixed:
+            rows = [{"K a layer": _mixture_text(row), **_without_k(row)} for row in curve.mixed]
+            print_table(f"{sweep.name}: {curve.data}, {curve.seq_len} tokens, one K a layer", rows)
 
 
 def widest_spread(rows: Sequence[BudgetRow]) -> float | None:
@@ -201,6 +207,14 @@ def position_rows(curve: BudgetCurve) -> list[dict[str, Any]]:
         figures = f"{found.bits_per_token:.3f} / {found.agreement:.3f} / {found.overlap:.3f}"
         rows.setdefault(name, {"positions": name, "tokens": found.tokens})[f"K={found.k}"] = figures
     return list(rows.values())
+
+
+def _mixture_text(row: BudgetRow) -> str:
+    return layers_text(row.layers or ()) + (f" ({row.limit})" if row.limit else "")
+
+
+def _without_k(row: BudgetRow) -> TableRow:
+    return {name: value for name, value in table_row(row).items() if name != "K"}
 
 
 def _quality(row: BudgetRow) -> TableRow:

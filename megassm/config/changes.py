@@ -25,6 +25,7 @@ _EFFECTS: dict[str, Effect] = {
     "run.dir": "record",
     "model.*": "refused",
     "model.filterbank": "form",
+    "model.beyond": "record",
     "model.channel_init_std": "start",
     "model.embed_init_std": "start",
     "model.gate_bias_init": "start",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer
@@ -21,6 +22,8 @@ MAX_CHANNELS = 128
 """Most spectral channels of a model: float64 knows fewer filters at any length."""
 SigmaScale = Literal["quarter_power", "none"]
 Gate = Literal["softmax", "sigmoid", "none", "equal"]
+Budget = int | Sequence[int]
+"""Channels K in use: one number for all layers, or one a layer."""
 
 
 class ElasticFfnConfig(Section):
@@ -56,6 +59,11 @@ class ModelConfig(Section):
     """Training sequence length L, tokens; also the length the filters are derived for."""
     num_channels: Size = 32
     """Spectral channels K_max; every budget is K <= K_max."""
+    layer_channels: (
+        Annotated[tuple[Size, ...], BeforeValidator(_as_tuple), Field(min_length=1, max_length=MAX_LAYERS)] | None
+    ) = None
+    """Channels of each layer, the largest being num_channels, of a model that was cut to one K a layer; null:
+    num_channels in every layer. A layer uses no more than it has at any budget."""
     sigma_scale: Annotated[tuple[SigmaScale, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("quarter_power",)
     """Weight of channel k: sigma_k^(1/4) as in the paper, or 1 (none); a list is tiled over the spectral layers."""
     input_taps: Annotated[int, Field(ge=1, le=CHUNK)] = 1
@@ -74,6 +82,9 @@ class ModelConfig(Section):
     """Standard deviation of the gate's matrices at the start times sqrt(inputs); the authors' is 0.577."""
     filterbank: Literal["auto", "direct", "fft", "flashfft", "chunked"] = "auto"
     """How the causal filter bank is computed; the results agree to rounding. auto is chunked."""
+    beyond: Literal["continue", "window"] = "continue"
+    """What is read in texts longer than seq_len: continue: the whole past, by the filters' continuation, in which high
+    ones grow without bound; window: the last seq_len / 2 to seq_len positions, as in training, by two states."""
     channel_init_std: Positive | None = None
     """Standard deviation of the channel matrices M_k at the start (the authors': 1e-3); null means 1/sqrt(inputs of a
     head), divided by sqrt(num_channels) where the weights do not add up to 1 (gate: sigmoid or none), and with one head
@@ -151,15 +162,66 @@ class ModelConfig(Section):
             return self.d_ffn
         return self.d_ffn - self.ffn_elastic.units(self.num_channels) + self.ffn_elastic.units(k)
 
-    def cut(self, k: int) -> ModelConfig:
-        """The model that is left of this one at budget k.
+    @property
+    def channels_of_layers(self) -> tuple[int, ...]:
+        """K_max of each layer.
 
         Raises:
-            UserError: k is not within 1..K_max.
+            UserError: layer_channels is not such a list; in a configuration that was not loaded by its rules.
         """
-        if not 1 <= k <= self.num_channels:
-            raise UserError(f"K = {k}: must be between 1 and this model's K_max = {self.num_channels}")
-        return self.model_copy(update={"num_channels": k, "d_ffn": self.ffn_width(k)})
+        own = self.layer_channels or (self.num_channels,) * self.n_layers
+        if len(own) != self.n_layers or max(own) != self.num_channels:
+            raise UserError(
+                f"model.layer_channels = {list(own)[:9]}: must be one number for each of the {self.n_layers} layers, "
+                f"the largest of them model.num_channels = {self.num_channels}"
+            )
+        return own
+
+    def layer(self, number: int) -> ModelConfig:
+        """What the layer of that number, from 0, is built by: a model of its channels alone."""
+        k = self.channels_of_layers[number]
+        return self.model_copy(update={"num_channels": k, "d_ffn": self.ffn_width(k), "layer_channels": None})
+
+    def layer_budgets(self, k: Budget | None) -> tuple[int, ...]:
+        """K of each layer at budget k; None is all there is.
+
+        Raises:
+            UserError: out of range, or a list of another length than the model's.
+        """
+        own = self.channels_of_layers
+        if k is None:
+            return own
+        if isinstance(k, int):
+            if not 1 <= k <= self.num_channels:
+                raise UserError(f"budget K = {k}: must be between 1 and this model's K_max = {self.num_channels}")
+            return tuple(min(k, most) for most in own)
+        if len(k) != len(own):
+            raise UserError(f"a budget of {len(k)} numbers, one K a layer: this model has {len(own)} layers")
+        wrong = [number for number, (each, most) in enumerate(zip(k, own, strict=True)) if not 1 <= each <= most]
+        if wrong:
+            first = wrong[0]
+            raise UserError(
+                f"budget K = {k[first]} of layer {first}: must be between 1 and that layer's {own[first]} channels"
+            )
+        return tuple(k)
+
+    def is_elastic_layer(self, number: int) -> bool:
+        """Whether the layer of that number changes with K."""
+        return self.mixers[number] == "S" or self.ffn_elastic is not None
+
+    def cut(self, k: Budget | None) -> ModelConfig:
+        """The model that is left of this one at budget k; None leaves it whole.
+
+        Raises:
+            UserError: k is out of range.
+        """
+        budgets = self.layer_budgets(k)
+        elastic = [each for number, each in enumerate(budgets) if self.is_elastic_layer(number)]
+        most = max(elastic or budgets)
+        budgets = tuple(min(most, each) for each in budgets)
+        mixed = any(each != most for number, each in enumerate(budgets) if self.is_elastic_layer(number))
+        update = {"num_channels": most, "d_ffn": self.ffn_width(most), "layer_channels": budgets if mixed else None}
+        return self.model_copy(update=update)
 
     @field_serializer("sigma_scale")
     def _one_sigma_scale_as_itself(self, scales: tuple[SigmaScale, ...]) -> SigmaScale | tuple[SigmaScale, ...]:

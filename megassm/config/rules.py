@@ -40,6 +40,13 @@ def _model_violations(model: ModelConfig) -> Iterator[Violation]:
             ("model.n_layers", "model.pattern"),
             f"a multiple of the pattern's length, {len(model.pattern)} for {model.pattern!r}",
         )
+    own = model.layer_channels
+    if own is not None and (len(own) != model.n_layers or max(own) != model.num_channels):
+        yield Violation(
+            ("model.layer_channels", "model.n_layers", "model.num_channels"),
+            f"null, or one number for each of the {model.n_layers} layers, the largest of them model.num_channels = "
+            f"{model.num_channels}",
+        )
     if model.ffn_width(1) < 1:
         yield Violation(
             ("model.ffn_elastic", "model.d_ffn", "model.num_channels"),

@@ -12,6 +12,7 @@ import math
 from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
+from megassm.config.model import Budget
 from megassm.errors import UserError
 from megassm.eval.costs import Costs, Kind
 from megassm.model import LanguageModel
@@ -49,10 +50,13 @@ class Drafting(NamedTuple):
         """Budget and number of drafts chosen from what is accepted and what it costs."""
         return cls("auto", most)
 
-    def check(self, k: int) -> None:
+    def check(self, k: Budget) -> None:
         """UserError naming the value and the rule; `k` is the budget that texts are to have."""
-        if self.k != "auto" and not (isinstance(self.k, int) and 1 <= self.k <= k):
-            raise UserError(f"draft_k = {self.k}: must be between 1 and the budget K = {k} of the text, or auto")
+        most = k if isinstance(k, int) else max(k)
+        if self.k != "auto" and not (isinstance(self.k, int) and 1 <= self.k <= most):
+            raise UserError(f"draft_k = {self.k}: must be between 1 and the budget K = {most} of the text, or auto")
+        if self.k == "auto" and not isinstance(k, int):
+            raise UserError("draft_k = auto: is for texts of one K in all layers; give a number")
         if self.tokens < 1:
             raise UserError(f"draft_tokens = {self.tokens}: must be at least 1")
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from megassm.config.model import Budget
 from megassm.data.tokenizer.base import Tokenizer
 from megassm.errors import UserError
 from megassm.eval.drafting import Drafting
@@ -20,8 +21,8 @@ from megassm.eval.speculate import Speculated, speculate
 from megassm.layers.state import DecodingState
 from megassm.model import LanguageModel
 
-Budget = int | Callable[[int], int]
-"""K, or the K at which the token at a position (from 0) is processed."""
+Budgets = Budget | Callable[[int], Budget]
+"""K, or the K at which the token at a position (from 0) is processed; K is one number, or one a layer."""
 
 
 UNFINISHED = "\ufffd"
@@ -33,7 +34,7 @@ DEFAULT_SAMPLING = Sampling()
 def generate(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
-    k: Budget | None = None,
+    k: Budgets | None = None,
     sampling: Sampling = DEFAULT_SAMPLING,
     drafting: Drafting | None = None,
 ) -> list[list[int]]:
@@ -43,7 +44,7 @@ def generate(
         model: in evaluation mode.
         prompts: ids; they may differ in length, and a prompt's continuation does not depend on the others but through
             the random draws.
-        k: the budget, or a function of the position; None: K_max.
+        k: the budget, one number or one for each layer, or a function of the position; None: K_max.
         sampling: how to draw.
         drafting: draft at a smaller budget first (`megassm.eval.speculate`): the same texts, sooner. What came of it
             `megassm.eval.speculate.speculate` tells.
@@ -64,7 +65,7 @@ def generate(
 
 
 def _step_by_step(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], budget: Budget, sampling: Sampling
+    model: LanguageModel, prompts: Sequence[Sequence[int]], budget: Budgets, sampling: Sampling
 ) -> list[list[int]]:
     device = model.embedding_VD.device
     generator = torch.Generator().manual_seed(sampling.seed)
@@ -85,14 +86,14 @@ def _step_by_step(
         logits_BV, state = model.step(ids_B.to(device), state, budget(state.position) if callable(budget) else budget)
 
 
-def sample_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, budget: Budget, sampling: Sampling) -> str:
+def sample_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, budget: Budgets, sampling: Sampling) -> str:
     """The prompt's continuation as text, up to the end of its document; `sampling.ended` sees it grow."""
     prompt_ids, sampling = _for_text(tokenizer, prompt, sampling)
     return _decoded(tokenizer, generate(model, [prompt_ids], budget, sampling)[0])
 
 
 def draft_text(
-    model: LanguageModel, tokenizer: Tokenizer, prompt: str, k: int, sampling: Sampling, drafting: Drafting
+    model: LanguageModel, tokenizer: Tokenizer, prompt: str, k: Budget, sampling: Sampling, drafting: Drafting
 ) -> tuple[str, Speculated]:
     """`sample_text`, with drafts at a smaller budget, and how well they did."""
     prompt_ids, sampling = _for_text(tokenizer, prompt, sampling)
@@ -101,7 +102,7 @@ def draft_text(
     return _decoded(tokenizer, found.texts[0]), found
 
 
-def _warn_beyond(model: LanguageModel, prompts: Sequence[Sequence[int]], k: int, sampling: Sampling) -> None:
+def _warn_beyond(model: LanguageModel, prompts: Sequence[Sequence[int]], k: Budget, sampling: Sampling) -> None:
     """A warning to the caller's caller where the texts become longer than the filters carry."""
     if sampling.max_tokens > 0 and prompts:
         warning = model.beyond_trained(max(map(len, prompts)) + sampling.max_tokens, k)
@@ -146,7 +147,7 @@ class TextStream:
 
 
 def _read_step_by_step(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], budget: Callable[[int], int]
+    model: LanguageModel, prompts: Sequence[Sequence[int]], budget: Callable[[int], Budget]
 ) -> tuple[Tensor, DecodingState]:
     """`read_prompts` at a budget that changes, of what all prompts have: their tokens up to the end of the shortest."""
     common = min(len(prompt) for prompt in prompts)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from megassm.eval.curve import Floats
-from megassm.eval.sweep import BudgetCurve, PositionRow, SweepPlan, read_text
+from megassm.eval.sweep import SweepPlan, read_text
+from megassm.eval.swept import BudgetCurve, PositionRow
 from megassm.eval.text import EvalText
 from megassm.model import LanguageModel
 from megassm.ops.documents import document_numbers

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megassm.config.model import Budget
 from megassm.errors import UserError
 from megassm.layers.state import DecodingState
 from megassm.model import LanguageModel
@@ -72,7 +73,7 @@ def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
         raise UserError("the prompt is empty; give at least one character")
 
 
-def read_prompts(model: LanguageModel, prompts: Sequence[Sequence[int]], k: int) -> tuple[Tensor, DecodingState]:
+def read_prompts(model: LanguageModel, prompts: Sequence[Sequence[int]], k: Budget) -> tuple[Tensor, DecodingState]:
     """(logits (B, V) after each prompt, the state there): all prompts at once, whatever their lengths."""
     counts = [len(prompt) for prompt in prompts]
     padded = [[*prompt, *[0] * (max(counts) - len(prompt))] for prompt in prompts]

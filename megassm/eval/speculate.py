@@ -21,6 +21,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from megassm.config.model import Budget
 from megassm.eval.drafting import Chooser, Drafting, Round, chooser_of
 from megassm.eval.sampling import Sampling, Text, check_prompts, draw, probabilities, read_prompts
 from megassm.layers.state import DecodingState
@@ -47,7 +48,7 @@ class Speculated(NamedTuple):
 class _Batch:
     """Texts that still grow."""
 
-    def __init__(self, model: LanguageModel, k: int, sampling: Sampling) -> None:
+    def __init__(self, model: LanguageModel, k: Budget, sampling: Sampling) -> None:
         self.model, self.k, self.sampling = model, k, sampling
         self.generator = torch.Generator().manual_seed(sampling.seed)
         self.last_B = torch.empty(0, dtype=torch.long)
@@ -99,7 +100,7 @@ class _Batch:
 
 @torch.no_grad()
 def speculate(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], k: int, sampling: Sampling, drafting: Drafting
+    model: LanguageModel, prompts: Sequence[Sequence[int]], k: Budget, sampling: Sampling, drafting: Drafting
 ) -> Speculated:
     """`generate` at budget k with drafts at a smaller one.
 
@@ -116,7 +117,7 @@ def speculate(
     sampling.check()
     drafting.check(k)
     check_prompts(prompts)
-    chooser = chooser_of(model, k) if drafting.k == "auto" else None
+    chooser = chooser_of(model, cast(int, k)) if drafting.k == "auto" else None
     batch, texts = _Batch(model, k, sampling), [Text(sampling) for _ in prompts]
     for text, tokens in zip(texts, batch.begin(prompts), strict=True):
         text.add(tokens)

@@ -1,4 +1,4 @@
-"""What a model costs where it runs: speed of prefill and decoding, and memory."""
+"""How fast a model reads and decodes, and what memory it takes: what of a budget's row no text decides."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class MeasuredCost:
     decode_tokens_per_s: float | None = 0.0
     peak_memory_mib: float = 0.0
     prefill_tokens_per_s_low: float | None = None
+    """The slowest of the runs that a speed is the median of, and the fastest; None where it was not measured."""
     prefill_tokens_per_s_high: float | None = None
     decode_tokens_per_s_low: float | None = None
     decode_tokens_per_s_high: float | None = None
@@ -68,3 +69,17 @@ def measured_cost(small: LanguageModel, k: int, batch: MicroBatch, device: torch
 def _rates(tokens: int, seconds: Sequence[float]) -> tuple[float, float, float]:
     """Tokens a second of the slowest run, the median, the fastest."""
     return tokens / max(seconds), tokens / statistics.median(seconds), tokens / min(seconds)
+
+
+def decoding_seconds(model: LanguageModel, texts: int = 1) -> float:
+    """To decode a token of each of so many texts, at all of the model's channels; the median of a few runs."""
+    device = model.embedding_VD.device
+    ids_B1 = torch.zeros(texts, 1, dtype=torch.long, device=device)
+    _, begun = model.prefill(ids_B1)
+
+    def decode() -> None:
+        state = begun
+        for _ in range(DECODED_TOKENS):
+            _, state = model.step(ids_B1[:, 0], state)
+
+    return statistics.median(timed_seconds(decode, device, TIMED_REPEATS)) / DECODED_TOKENS

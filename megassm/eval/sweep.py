@@ -3,120 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from megassm.cli.mixtures import Limit
 from megassm.cli.progress import SILENT, Progress
 from megassm.cost import forward_flops_per_token, parameters
 from megassm.data.stream import MicroBatch, StreamPlan
 from megassm.errors import UserError
-from megassm.eval.curve import Floats, Shape, interval, resample, shape
+from megassm.eval.curve import Floats, interval, resample, shape
+from megassm.eval.mix import Mixture, cost_function, search, shared_timings
 from megassm.eval.score import Score, best_unigram, sequence_scores, token_counts
 from megassm.eval.speed import MeasuredCost, has_steps, measured_cost
+from megassm.eval.swept import BudgetCurve, BudgetRow
 from megassm.eval.text import EvalText
 from megassm.model import LanguageModel, losses_at, truncate
 from megassm.parallel.world import Peers, barrier, gather_rows, together
-
-
-@dataclass(frozen=True)
-class BudgetRow:
-    """One budget's line in the table; `low` and `high` enclose the bootstrap's 95%, None for a single sequence."""
-
-    k: int
-    parameters: int
-    bits_per_byte: float
-    bits_per_byte_low: float | None
-    bits_per_byte_high: float | None
-    bits_per_token: float
-    perplexity: float
-    """Per token."""
-    perplexity_low: float | None
-    perplexity_high: float | None
-    gap_percent: float
-    """Bits per byte above those at full K, in percent of them."""
-    gap_percent_low: float | None
-    gap_percent_high: float | None
-    """Of the same resamples at both: what all budgets find hard does not widen it."""
-    forward_flops_per_token: float
-    prefill_tokens_per_s: float
-    """Of one rank alone, a micro-batch at a time."""
-    decode_tokens_per_s: float | None
-    """... one token of each of its sequences at a time, after them; None where the filters have no steps."""
-    peak_memory_mib: float
-    """Weights, and all that the prefill keeps besides."""
-    accuracy: float | None = None
-    """Of a task: share of the answers that are the most likely of all tokens or classes; None for text."""
-    accuracy_low: float | None = None
-    accuracy_high: float | None = None
-    prefill_tokens_per_s_low: float | None = None
-    """The slowest of the runs that a speed is the median of, and the fastest; None where it was not measured."""
-    prefill_tokens_per_s_high: float | None = None
-    decode_tokens_per_s_low: float | None = None
-    decode_tokens_per_s_high: float | None = None
-    agreement: float | None = None
-    """Share of the predictions whose most likely token is that at full K; None where it was not asked for."""
-    overlap: float | None = None
-    """What the predictions share of their probability with those at full K, on average."""
-
-
-@dataclass(frozen=True)
-class PositionRow:
-    """One budget over the predictions at some positions of all sequences."""
-
-    k: int
-    first: int
-    end: int
-    """One more than the last position."""
-    tokens: int
-    bits_per_token: float
-    agreement: float
-    overlap: float
-
-
-@dataclass(frozen=True)
-class BudgetCurve:
-    """One text at one sequence length."""
-
-    data: str
-    seq_len: int
-    """Tokens."""
-    sequences: int
-    predicted_tokens: int
-    best_unigram_bits_per_byte: float
-    """Of a model that knows only this text's token frequencies."""
-    shape: Shape
-    rows: list[BudgetRow]
-    positions: list[PositionRow] = field(default_factory=list)
-    """Where agreement was asked for."""
-
-    @property
-    def is_task(self) -> bool:
-        """What was scored are answers: bits per byte are then bits per answer."""
-        return self.rows[0].accuracy is not None
-
-    @property
-    def bits(self) -> str:
-        """The unit of its bits, in words."""
-        return "bits per answer" if self.is_task else "bits per byte"
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What one checkpoint gives."""
-
-    run: str
-    step: int
-    trained_seq_len: int
-    curves: list[BudgetCurve]
-
-    @property
-    def name(self) -> str:
-        return f"{self.run}, step {self.step}"
 
 
 @dataclass(frozen=True)
@@ -135,6 +42,9 @@ class SweepPlan:
     """The id that ends a document, for a model that keeps documents apart."""
     is_task: bool = False
     """What is scored are answers, whose accuracy is wanted."""
+    mixtures: Sequence[Mixture | Limit] = ()
+    """One K a layer to measure besides, or a limit to search one under (`megassm.eval.mix`), with the budgets as the K
+    that a layer may have."""
 
 
 def sweep(
@@ -167,20 +77,63 @@ def sweep(
         warnings.warn(beyond, stacklevel=2)
     keys = [(text, length) for length in plan.seq_lens for text in texts]
     batches = together(lambda: [list(read_text(text, length, model, plan, peers)) for text, length in keys])
-    scores: list[dict[int, Floats]] = [{} for _ in keys]
-    costs: list[dict[int, MeasuredCost]] = [{} for _ in keys]
-    counted = _counter(progress, len(budgets) * sum(len(of_text) for of_text in batches))
-    for k in budgets:
+    scores: list[dict[Key, Floats]] = [{} for _ in keys]
+    costs: list[dict[Key, MeasuredCost]] = [{} for _ in keys]
+    mixtures = _mixtures(model, (*keys[0], plan), batches[0], peers, progress)
+    every: list[Key] = [*budgets, *mixtures]
+    counted = _counter(progress, len(every) * sum(len(of_text) for of_text in batches))
+    for k in every:
         small = truncate(model, k).to(peers.device).eval()
         for place in range(len(keys)):
             mine = _scores(small, counted(batches[place]), token_bytes, peers, plan)
             scores[place][k] = _gathered(mine)
-            first = place % len(texts) == 0
-            costs[place][k] = _cost(small, k, batches[place][0], peers) if first else costs[place - 1][k]
-    return [
-        _curve(model, (text.name, length, plan), scores[place], costs[place], _unigram(batches[place], token_bytes))
-        for place, (text, length) in enumerate(keys)
-    ]
+            costs[place][k] = costs[place - 1][k] if place % len(texts) else _cost(small, batches[place][0], peers)
+    curves = []
+    for place, (text, length) in enumerate(keys):
+        rows = _rows(model, (length, plan), scores[place], costs[place])
+        unigram = _unigram(batches[place], token_bytes)
+        curves.append(_curve((text.name, length, unigram), scores[place], rows, mixtures))
+    return curves
+
+
+def _mixtures(
+    model: LanguageModel,
+    key: tuple[EvalText, int, SweepPlan],
+    scored: Sequence[MicroBatch],
+    peers: Peers,
+    progress: Progress,
+) -> dict[Mixture, str | None]:
+    """One K a layer, as given or as found for the limits, and what limit it was found under. Searched on the sequences
+    that follow those to be scored, or on these where the text has no more."""
+    text, length, plan = key
+    config = model.config
+    given: dict[Mixture, str | None] = {}
+    searched: Sequence[MicroBatch] = scored
+    if any(isinstance(mixture, Limit) for mixture in plan.mixtures):
+        model.to(peers.device).eval()
+        more = replace(plan, sequences=2 * plan.sequences)
+        read = together(lambda: list(read_text(text, length, model, more, peers)))
+        searched = read[len(scored) :] or scored
+
+    def loss(layers: Mixture) -> float:
+        def losses(ids_BT: Tensor, k: int) -> Tensor:
+            return losses_at(model, ids_BT, layers, plan.document_end)
+
+        uncounted = np.zeros(config.vocab_size, dtype=np.int64)  # bytes
+        mine_N5 = sequence_scores(losses, searched, config.num_channels, uncounted, peers.device)
+        nll, tokens = _gathered(mine_N5)[:, :2].sum(0).tolist()
+        return float(nll / max(1.0, tokens))
+
+    for mixture in plan.mixtures:
+        if isinstance(mixture, Limit):
+            with progress.busy(f"search for one K a layer under {mixture}"):
+                table = shared_timings(model, plan.budgets, peers) if mixture.what == "ms" else {}
+                found = search(config, mixture.most, plan.budgets, cost_function(config, mixture, table), loss)
+            earlier = given.get(found.layers)
+            given[found.layers] = str(mixture) if earlier is None else f"{earlier}, {mixture}"
+        else:
+            given[config.layer_budgets(mixture)] = None
+    return given
 
 
 def _counter(progress: Progress, total: int) -> Callable[[Sequence[MicroBatch]], Iterator[MicroBatch]]:
@@ -245,9 +198,9 @@ def _gathered(mine_N5: Floats) -> Floats:
     return np.asarray(rows[np.argsort(rows[:, 0], kind="stable"), 1:])
 
 
-def _cost(small: LanguageModel, k: int, batch: MicroBatch, peers: Peers) -> MeasuredCost:
+def _cost(small: LanguageModel, batch: MicroBatch, peers: Peers) -> MeasuredCost:
     """Measured by rank 0 while the others wait."""
-    cost = measured_cost(small, k, batch, peers.device) if peers.is_main else MeasuredCost()
+    cost = measured_cost(small, small.config.num_channels, batch, peers.device) if peers.is_main else MeasuredCost()
     barrier()
     return cost
 
@@ -258,47 +211,61 @@ def _unigram(batches: Sequence[MicroBatch], token_bytes: npt.NDArray[np.int64]) 
     return best_unigram(counts, token_bytes).bits_per_byte
 
 
+Key = int | Mixture
 _FIGURES = ("bits_per_byte", "perplexity", "gap_percent", "accuracy")
 _INTERVALS = [f"{name}_{end}" for name in _FIGURES for end in ("low", "high")]
 
 
-def _curve(
+def _rows(
     model: LanguageModel,
-    key: tuple[str, int, SweepPlan],
-    scores: dict[int, Floats],
-    costs: dict[int, MeasuredCost],
-    unigram: float,
-) -> BudgetCurve:
-    data, length, plan = key
+    what: tuple[int, SweepPlan],
+    scores: Mapping[Key, Floats],
+    costs: Mapping[Key, MeasuredCost],
+) -> dict[Key, BudgetRow]:
+    """By budget, one number or one K a layer."""
+    length, plan = what
     config, k_max = model.config, model.config.num_channels
     totals = {k: Score(*found_N4.sum(0).tolist()) for k, found_N4 in scores.items()}
-    sequences = len(scores[k_max])
-    resampled = {k: resample(found_N4) for k, found_N4 in scores.items()} if sequences > 1 else None
-    bits = {k: _bits_per_byte(sums_R4) for k, sums_R4 in resampled.items()} if resampled else None
-    rows = []
+    resampled = {k: resample(found_N4) for k, found_N4 in scores.items()} if len(scores[k_max]) > 1 else None
+    rows = {}
     for k, total in totals.items():
         intervals: dict[str, Any] = dict.fromkeys(_INTERVALS)
-        if resampled and bits:
+        if resampled:
+            bits_R, full_R = _bits_per_byte(resampled[k]), _bits_per_byte(resampled[k_max])
             perplexity_R = np.exp(np.minimum(resampled[k][:, 0] / resampled[k][:, 1], 700.0))
-            values = [bits[k], perplexity_R, 100 * (bits[k] / bits[k_max] - 1)]
+            values = [bits_R, perplexity_R, 100 * (bits_R / full_R - 1)]
             values += [resampled[k][:, 3] / resampled[k][:, 1]] if plan.is_task else []
             intervals |= dict(zip(_INTERVALS, (end for value_R in values for end in interval(value_R)), strict=False))
-        rows.append(
-            BudgetRow(
-                k=k,
-                parameters=parameters(config, k),
-                bits_per_byte=total.bits_per_byte,
-                bits_per_token=total.loss / np.log(2).item(),
-                perplexity=total.perplexity,
-                gap_percent=100 * (total.bits_per_byte / totals[k_max].bits_per_byte - 1),
-                accuracy=total.accuracy if plan.is_task else None,
-                forward_flops_per_token=forward_flops_per_token(config, k, length),
-                **intervals,
-                **vars(costs[k]),
-            )
+        rows[k] = BudgetRow(
+            k=k if isinstance(k, int) else max(k),
+            layers=None if isinstance(k, int) else k,
+            parameters=parameters(config, k),
+            bits_per_byte=total.bits_per_byte,
+            bits_per_token=total.loss / np.log(2).item(),
+            perplexity=total.perplexity,
+            gap_percent=100 * (total.bits_per_byte / totals[k_max].bits_per_byte - 1),
+            accuracy=total.accuracy if plan.is_task else None,
+            forward_flops_per_token=forward_flops_per_token(config, k, length),
+            **intervals,
+            **vars(costs[k]),
         )
-    found = shape({k: total.bits_per_byte for k, total in totals.items()}, bits)
-    return BudgetCurve(data, length, sequences, int(totals[k_max].tokens), unigram, found, rows)
+    return rows
+
+
+def _curve(
+    what: tuple[str, int, float],
+    scores: Mapping[Key, Floats],
+    rows: Mapping[Key, BudgetRow],
+    mixtures: Mapping[Mixture, str | None],
+) -> BudgetCurve:
+    data, length, unigram = what
+    single = {k: scores_N4 for k, scores_N4 in scores.items() if isinstance(k, int)}
+    full_N4 = single[max(single)]
+    bits = {k: _bits_per_byte(resample(scores_N4)) for k, scores_N4 in single.items()} if len(full_N4) > 1 else None
+    found = shape({k: rows[k].bits_per_byte for k in single}, bits)
+    mixed = [replace(rows[layers], limit=limit) for layers, limit in mixtures.items()]
+    tokens = int(full_N4[:, 1].sum())
+    return BudgetCurve(data, length, len(full_N4), tokens, unigram, found, [rows[k] for k in single], mixed=mixed)
 
 
 def _bits_per_byte(sums_R4: Floats) -> Floats:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from megassm.checkpoint.format import (
     MANIFEST,
@@ -18,13 +19,16 @@ from megassm.checkpoint.format import (
     with_average,
 )
 from megassm.cli.arguments import print_line
+from megassm.cli.mixtures import Limit
 from megassm.cli.progress import shown_progress
 from megassm.config.schema import Config
 from megassm.data.task import TaskTokenizer
 from megassm.data.tokenizer.base import Tokenizer
 from megassm.errors import UserError
+from megassm.eval.mix import Mixture
 from megassm.eval.overlap import with_overlap
-from megassm.eval.sweep import Sweep, SweepPlan, sweep
+from megassm.eval.sweep import SweepPlan, sweep
+from megassm.eval.swept import Sweep
 from megassm.eval.text import EvalText, open_texts
 from megassm.model import LanguageModel
 from megassm.parallel.world import Peers, gather_texts, together
@@ -52,11 +56,21 @@ class SweepRequest:
     """The running average of the weights."""
     agreement: bool = False
     """Also how often smaller budgets agree with the full one (`megassm.eval.overlap`)."""
+    mixtures: Sequence[Mixture | Limit] = ()
+    """One K a layer, or a limit to search one under."""
+    beyond: Literal["continue", "window"] | None = None
+    """How texts longer than the trained length are read; None is the model's own choice."""
 
     @property
     def is_plain(self) -> bool:
         """Whether it is of the run's own data at the length that it was trained at."""
         return not self.data and self.seq_lens is None
+
+    def model(self, checkpoint: Checkpoint) -> LanguageModel:
+        model = load_model(checkpoint)
+        if self.beyond is not None:
+            model.read_beyond(self.beyond)
+        return model
 
     def plan(self, config: Config, tokenizer: Tokenizer) -> SweepPlan:
         is_task = isinstance(tokenizer, TaskTokenizer)
@@ -71,6 +85,7 @@ class SweepRequest:
             micro_batch_sequences=config.train.micro_batch_sequences,
             document_end=tokenizer.eod if config.data.isolate_documents else None,
             is_task=is_task,
+            mixtures=self.mixtures,
         )
 
     def open(self, checkpoint: Checkpoint) -> tuple[list[EvalText], Tokenizer]:
@@ -98,7 +113,7 @@ def sweep_path(path: Path, request: SweepRequest, peers: Peers) -> tuple[Sweep, 
     folder = together(lambda: str(find_checkpoint(path, request.averaged).folder) if peers.is_main else "")
     checkpoint = read_checkpoint(Path(gather_texts(folder)[0]))
     checkpoint = with_average(checkpoint) if request.averaged else checkpoint
-    model = together(lambda: load_model(checkpoint))
+    model = together(lambda: request.model(checkpoint))
     texts = together(lambda: request.open(checkpoint))
     return _sweep(str(path), (checkpoint, model), texts, request, peers), result_folder(
         run_directory(checkpoint), request.averaged
@@ -128,7 +143,7 @@ def watch(run_dir: Path, request: SweepRequest, peers: Peers) -> Iterator[Sweep]
             continue
         seen.add(folder)
         try:
-            checkpoint, model = together(partial(_open, Path(folder), request.averaged))
+            checkpoint, model = together(partial(_open, Path(folder), request))
         except UserError as error:
             if peers.is_main:
                 print_line(f"passed over {folder}: {error}")
@@ -163,9 +178,9 @@ def _sweep(
     return Sweep(name, checkpoint.manifest.step, config.model.seq_len, curves)
 
 
-def _open(folder: Path, averaged: bool) -> tuple[Checkpoint, LanguageModel]:
-    checkpoint = find_checkpoint(folder, averaged)
-    return checkpoint, load_model(checkpoint)
+def _open(folder: Path, request: SweepRequest) -> tuple[Checkpoint, LanguageModel]:
+    checkpoint = find_checkpoint(folder, request.averaged)
+    return checkpoint, request.model(checkpoint)
 
 
 def _check_run_directory(run_dir: Path) -> None:

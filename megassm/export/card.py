@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megassm.checkpoint.exported import ModelFolder
+from megassm.cli.mixtures import layers_text
 from megassm.data.task import Task
 from megassm.errors import install_hint
 
@@ -66,6 +67,9 @@ class ExportedModel:
     """One file, as measured."""
 
     k: int
+    """Channels; the largest number where each layer has its own."""
+    layers: tuple[int, ...] | None
+    """... of each layer then."""
     parameters: int
     file_bytes: int
     bits_per_byte: float
@@ -97,10 +101,13 @@ def model_card(model: ModelFolder, family: Sequence[ExportedModel], origin: Orig
     classifies = config.classes is not None
     what, call = ("classifier", "model(..., k=1)") if classifies else ("language model", "model.generate(..., k=1)")
     task = "" if origin.task is None else f" on the task {origin.task.name}"
+    own = config.layer_channels
+    k = f"{config.num_channels}" if own is None else layers_text(own)
+    channels = k if own is None else f"{k}, one number a layer,"
     parts = [
         FRONT_MATTER.format(pipeline="text-classification" if classifies else "text-generation"),
-        f"# {origin.run}, K = {config.num_channels}\n",
-        f"An elastic spectral {what}, trained once{task} and cut to {config.num_channels} spectral channels, without "
+        f"# {origin.run}, K = {k}\n",
+        f"An elastic spectral {what}, trained once{task} and cut to {channels} spectral channels, without "
         f"retraining (run {origin.run}, step {origin.step:,}). Layers {config.mixers}, width {config.d_model}, "
         f"vocabulary {config.vocab_size:,}, sequences of {config.seq_len:,} tokens. It serves every smaller budget "
         f"too: `{call}`.\n",
@@ -140,7 +147,7 @@ def family_table(family: Sequence[ExportedModel]) -> str:
     for model in family:
         kept = model.trained_filters_bits_per_byte
         cells = [
-            f"{model.k}",
+            f"{model.k}" if model.layers is None else layers_text(model.layers),
             f"{model.parameters:,}",
             f"{model.file_bytes / 1e6:.2f}",
             *([f"{model.accuracy:.4f}"] if model.accuracy is not None else []),

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from megassm.checkpoint.exported import WEIGHTS, is_model_folder, open_model_folder, write_model_folder
 from megassm.checkpoint.format import load_model
+from megassm.cli.mixtures import Limit
 from megassm.cli.progress import SILENT, Progress, tracked
-from megassm.config.model import ModelConfig
+from megassm.config.model import Budget, ModelConfig
 from megassm.data.stream import MicroBatch
 from megassm.errors import UserError
+from megassm.eval.mix import Mixture, cost_function, search, timings
 from megassm.eval.score import Score, score
 from megassm.eval.session import Session
 from megassm.export.card import ExportedModel, Origin, model_card
@@ -31,6 +33,10 @@ from megassm.model import LanguageModel, losses_at, truncate
 TOLERANCE = 1e-5
 """Largest difference of a logit: weights are copied; the filters, derived anew for fewer channels, agree to less."""
 CHECKED_SEQUENCES = 2
+
+
+Key = int | Mixture
+"""What a model is cut to."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +53,13 @@ class ExportPlan:
 
 
 def export_models(
-    session: Session, folders: Mapping[int, Path], plan: ExportPlan, progress: Progress = SILENT
+    session: Session, folders: Mapping[Key, Path], plan: ExportPlan, progress: Progress = SILENT
 ) -> list[ExportedModel]:
     """Writes the model cut to each budget into its folder, with a card.
 
     Args:
         session: the trained model and its data.
-        folders: by K; what an earlier export left there is replaced.
+        folders: by K, one number or one for each layer; what an earlier export left there is replaced.
         plan: how.
         progress: advanced by each model.
 
@@ -74,10 +80,11 @@ def export_models(
             found = load_model(open_model_folder(partial))
             difference = _check(session, whole, found, k)
             quality = _measured(session, found, batches)
-            kept = _with_trained_filters(session, found, k, batches) if plan.seq_len else None
+            kept = _with_trained_filters(session, found, batches) if plan.seq_len else None
             exported.append(
                 ExportedModel(
-                    k=k,
+                    k=found.config.num_channels,
+                    layers=found.config.layer_channels,
                     parameters=sum(parameter.numel() for parameter in found.parameters()),
                     file_bytes=(partial / WEIGHTS).stat().st_size,
                     bits_per_byte=quality.bits_per_byte,
@@ -96,8 +103,31 @@ def export_models(
     return exported
 
 
+def mixture_under(session: Session, limit: Limit, ladder: Sequence[int], sequences: int) -> Mixture:
+    """One K a layer under a limit, by `megassm.eval.mix`, on the validation sequences that follow the first
+    `sequences`, by which an export is measured; on these where there are no more.
+
+    Raises:
+        UserError: nothing is within the limit, no validation text, or time is asked of a model that cannot decode.
+    """
+    model = session.model.to(session.device)
+    batches = session.validation(2 * sequences)
+    held = batches[len(session.validation(sequences)) :] or batches
+    if not held:
+        raise UserError("no validation text to search on: prepare the data with a --valid-fraction")
+
+    def loss(layers: Mixture) -> float:
+        def losses(ids_BT: Tensor, k: int) -> Tensor:
+            return losses_at(model, ids_BT, layers, session.document_end)
+
+        return score(losses, held, model.config.num_channels, session.token_bytes, session.device).loss
+
+    table = timings(model, ladder) if limit.what == "ms" else {}
+    return search(model.config, limit.most, ladder, cost_function(model.config, limit, table), loss).layers
+
+
 def _text_to_check_with(
-    session: Session, folders: Mapping[int, Path], sequences: int, seq_len: int
+    session: Session, folders: Mapping[Key, Path], sequences: int, seq_len: int
 ) -> Sequence[MicroBatch]:
     """Validation text, after everything that can be said before a file is written has been checked."""
     if session.task is not None and seq_len != session.task.length:
@@ -112,23 +142,25 @@ def _text_to_check_with(
     return batches
 
 
-def resized(config: ModelConfig, k: int, seq_len: int) -> ModelConfig:
-    """The same model with k channels, for sequences of `seq_len`.
+def resized(config: ModelConfig, k: Budget | None, seq_len: int) -> ModelConfig:
+    """The same model with k channels, None being all, for sequences of `seq_len`.
 
     Raises:
         UserError: k is out of range, or seq_len is smaller than k.
     """
     cut = config.cut(k)
-    if seq_len < k:
-        raise UserError(f"--seq-len {seq_len}: must be at least K = {k}: there are no more filters than positions")
+    if seq_len < cut.num_channels:
+        raise UserError(
+            f"--seq-len {seq_len}: must be at least K = {cut.num_channels}: there are no more filters than positions"
+        )
     return cut.model_copy(update={"seq_len": seq_len})
 
 
 @torch.no_grad()
-def rederived(model: LanguageModel, k: int, seq_len: int) -> LanguageModel:
-    """The weights of `model` cut to k, with the filters derived for that many channels and `seq_len`."""
+def rederived(model: LanguageModel, k: Budget | None, seq_len: int) -> LanguageModel:
+    """The weights of `model` cut to k, None being all, with the filters derived for what is left and `seq_len`."""
     small = LanguageModel(resized(model.config, k, seq_len)).to(model.embedding_VD.dtype)
-    small.load_state_dict(truncate(model, k).state_dict())
+    small.load_state_dict((model if k is None else truncate(model, k)).state_dict())
     small.to(model.embedding_VD.device).reset_filters()
     return small.eval()
 
@@ -138,18 +170,18 @@ def _in_float64(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
     return copy.deepcopy(model).cpu().to(dtype).double()
 
 
-def _check(session: Session, whole: LanguageModel, found: LanguageModel, k: int) -> float:
+def _check(session: Session, whole: LanguageModel, found: LanguageModel, k: Budget) -> float:
     """The largest difference of a logit between the file, at the trained length, and the whole model at budget k.
 
     Raises:
         UserError: it is too large.
     """
-    small = rederived(found.double(), k, whole.config.seq_len)
+    small = rederived(found.double(), None, whole.config.seq_len)
     found.float()
     (batch, *_) = session.validation(CHECKED_SEQUENCES)
     ids_BL = torch.from_numpy(batch.ids_BT[:CHECKED_SEQUENCES, :-1])
     with torch.no_grad():
-        difference = float((whole(ids_BL, k) - small(ids_BL, k)).abs().max())
+        difference = float((whole(ids_BL, k) - small(ids_BL)).abs().max())
     if not difference <= TOLERANCE:
         raise UserError(
             f"K = {k}: logits of the written file differ from the model's by {difference:.2g}, more than "
@@ -158,12 +190,10 @@ def _check(session: Session, whole: LanguageModel, found: LanguageModel, k: int)
     return difference
 
 
-def _with_trained_filters(
-    session: Session, found: LanguageModel, k: int, batches: Sequence[MicroBatch]
-) -> float | None:
+def _with_trained_filters(session: Session, found: LanguageModel, batches: Sequence[MicroBatch]) -> float | None:
     """Bits per byte of the same weights with the filters they were trained with, continued where the text is longer;
     None where they have no continuation."""
-    kept = rederived(found, k, session.config.model.seq_len)
+    kept = rederived(found, None, session.config.model.seq_len)
     try:
         return _measured(session, kept, batches).bits_per_byte
     except UserError:

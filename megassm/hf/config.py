@@ -53,8 +53,8 @@ class MegaSSMConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ("past_key_values", "cache")
     megassm: dict[str, Any] | None = None
     use_cache: bool = True
-    k: int | None = None
-    """The budget where a call gives none; None is the model's K."""
+    k: int | list[int] | None = None
+    """The budget where a call gives none, or one for each layer; None is the model's K."""
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from megassm.config.model import Budget
 from megassm.hf.cache import CACHE, MegaSSMCache, cache_field
 from megassm.hf.config import MegaSSMConfig
 from megassm.hf.model import MegaSSMModel, MegaSSMPreTrainedModel
@@ -46,7 +47,7 @@ class MegaSSMForCausalLM(MegaSSMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        k: int | None = None,
+        k: Budget | None = None,
         cache: MegaSSMCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:

@@ -23,6 +23,7 @@ from megassm.layers.context import Context
 from megassm.layers.ffn import FeedForward, is_plain, leading
 from megassm.layers.filterbank import SentState
 from megassm.layers.spectral import SpectralGate, SpectralMixer
+from megassm.layers.spectral_state import SpectralState
 from megassm.ops.mixing import gate_features, mix_channels
 
 
@@ -58,14 +59,14 @@ class LinearMixer(SpectralMixer):
         features_BLKD = context.filterbank(u_BLD, context.k, context.segments)
         return self._mixed_features(features_BLKD, weights_BLHK).to(u_BLD.dtype)
 
-    def _mixed_from(self, state_BSD: Tensor, u_BLD: Tensor, context: Context) -> Tensor:
+    def _mixed_from(self, state: SpectralState, u_BLD: Tensor, context: Context) -> Tensor:
         assert context.filterbank is not None
         weights_BLHK = self._weights(u_BLD, context)
         if is_plain(self.channels):
-            return context.filterbank.mix_from(state_BSD, u_BLD, weights_BLHK, self._channels(context.k))
+            return context.filterbank.mix_from(u_BLD, state, weights_BLHK, self._channels(context.k))
         features = []
         for u_BD in u_BLD.unbind(1):
-            features_BKD, state_BSD = context.filterbank.step(u_BD, state_BSD, context.k)
+            features_BKD, state = context.filterbank.step(u_BD, state, context.k)
             features.append(features_BKD)
         return self._by_linear(torch.stack(features, dim=1), weights_BLHK).to(u_BLD.dtype)
 

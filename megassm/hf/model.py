@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from megassm.checkpoint.exported import is_model_folder, open_model_folder, write_code
+from megassm.config.model import Budget
 from megassm.errors import UserError
 from megassm.hf.cache import MegaSSMCache, cache_field, padding_mask
 from megassm.hf.config import MegaSSMConfig
@@ -28,6 +29,7 @@ from megassm.layers.attention import rope_tables
 from megassm.layers.context import Context
 from megassm.layers.filterbank import FilterBank
 from megassm.layers.state import DecodingState, LayerState
+from megassm.layers.window import filter_bank
 from megassm.model import initial_weights
 
 LEAST_BYTES = 1 / 16
@@ -113,11 +115,9 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
         super().__init__(config)
         model = config.model
         self.embed_tokens = nn.Embedding(model.vocab_size, model.d_model)
-        self.blocks = nn.ModuleList(HubBlock(model, sigma_scale) for sigma_scale in model.sigma_scales)
+        self.blocks = nn.ModuleList(HubBlock(model.layer(n), scale) for n, scale in enumerate(model.sigma_scales))
         self.head_norm = nn.RMSNorm(model.d_model, eps=model.norm_eps)
-        self.filterbank = (
-            FilterBank(model.seq_len, model.num_channels, model.filterbank) if "S" in model.mixers else None
-        )
+        self.filterbank = filter_bank(model)
         self.shape = model
         """The network's sizes; the vocabulary's may have changed since."""
         self.gradient_checkpointing = False
@@ -142,7 +142,7 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
-        k: int | None = None,
+        k: Budget | None = None,
         cache: MegaSSMCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -158,7 +158,7 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
             output_hidden_states: return what each block reads, and the output; numbers are of those that are wanted.
             output_attentions: return the weights (B, H, L, T) of the attention layers, over the positions their window
                 reaches; spectral layers have none.
-            k: the budget; None is `config.k`, or the model's K.
+            k: the budget, or one for each layer; None is `config.k`, or the model's K.
             kwargs: `return_dict=False` returns a tuple; others are not looked at.
 
         Raises:
@@ -194,14 +194,14 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
             return self._continue(x_BLD, real_BL, base, cache)
         return self._read(x_BLD, real_BL, _documents(position_ids, real_BL, x_BLD.shape[0]), base, cache)
 
-    def _base(self, k: int | None, output_attentions: bool | None) -> Context:
+    def _base(self, k: Budget | None, output_attentions: bool | None) -> Context:
         """What of a context is the same for all parts of a call; weights that are formed but not shown are not kept."""
         shown = bool(self.config.output_attentions if output_attentions is None else output_attentions)
         by_weights = shown or self.config._attn_implementation == "eager"
         attentions: deque[Tensor] | None = (
             deque(maxlen=None if shown else 0) if by_weights and "A" in self.shape.mixers else None
         )
-        return Context(self.budget(k), self.filterbank, None, attentions=attentions)
+        return Context.at(self.budgets(k), self.filterbank)._replace(attentions=attentions)
 
     def _cache(self, cache: MegaSSMCache | None, use_cache: bool | None) -> MegaSSMCache | None:
         """What is to be continued and filled: a new one where a cache is wanted, none where an empty one is not."""
@@ -214,13 +214,9 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
             )
         return None if use_cache is False and cache.state is None else cache
 
-    def budget(self, k: int | None) -> int:
-        """Raises UserError for one that this model has not."""
-        k = getattr(self.config, "k", None) if k is None else k
-        k = self.shape.num_channels if k is None else k
-        if not 1 <= k <= self.shape.num_channels:
-            raise UserError(f"budget K = {k}: must be between 1 and this model's K_max = {self.shape.num_channels}")
-        return k
+    def budgets(self, k: Budget | None) -> tuple[int, ...]:
+        """K of each layer; raises UserError for what this model has not."""
+        return self.shape.layer_budgets(getattr(self.config, "k", None) if k is None else k)
 
     def _wants_cache(self, use_cache: bool | None) -> bool:
         if self.training and (use_cache is None or self.gradient_checkpointing):
@@ -250,11 +246,11 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
             context = self._apart(context, documents_BL, x_BLD)
         states = [x_BLD]
         layers: list[LayerState] = []
-        for block in cast(list[HubBlock], self.blocks):
+        for number, block in enumerate(cast(list[HubBlock], self.blocks)):
             if cache is None:
-                x_BLD = block(x_BLD, context)
+                x_BLD = block(x_BLD, context.of(number))
             else:
-                x_BLD, continued = block.extend(x_BLD, None, context)
+                x_BLD, continued = block.extend(x_BLD, None, context.of(number))
                 layers.append(continued.keep([length] * len(x_BLD)))
             states.append(x_BLD)
         if cache is not None:
@@ -284,12 +280,13 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
             context = context._replace(mask=bias_BT.masked_fill_(~real_BT, -torch.inf)[:, None, None])
         states = [x_BLD]
         layers: list[LayerState] = []
-        for block, layer in zip(cast(list[HubBlock], self.blocks), cache.state.layers, strict=True):
+        for number, block in enumerate(cast(list[HubBlock], self.blocks)):
+            layer, own = cache.state.layers[number], context.of(number)
             if length == 1:
-                x_BD, after = block.step(x_BLD[:, 0], layer, context)
+                x_BD, after = block.step(x_BLD[:, 0], layer, own)
                 x_BLD = x_BD[:, None]
             else:
-                x_BLD, continued = block.extend(x_BLD, layer, context)
+                x_BLD, continued = block.extend(x_BLD, layer, own)
                 after = continued.keep([length] * batch)
             layers.append(after)
             states.append(x_BLD)

@@ -73,7 +73,7 @@ class SentState(NamedTuple):
 
 
 class FilterBank(nn.Module):
-    """The K leading spectral filters applied to every channel of u, in the way `method` says."""
+    """The K leading spectral filters applied to every channel of u, in the way `method` says; a state is (B, S, D)."""
 
     filters_LK: Tensor
     scale_K: Tensor
@@ -240,7 +240,7 @@ class FilterBank(nn.Module):
         return sent.states_BNSD + powers_MSS[:count].to(dtype) @ before_BSD[:, None]
 
     @without_autocast
-    def step(self, u_BD: Tensor, state_BSD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def step(self, u_BD: Tensor, state_BSD: Any, k: int) -> tuple[Tensor, Any]:
         """(features (B, k, D) of one position, the state after it) from the state before it: any K at any position."""
         dtype = state_BSD.dtype
         u_B1D = u_BD.to(dtype)[:, None]
@@ -250,7 +250,7 @@ class FilterBank(nn.Module):
         return features_BKD, state_BSD + change_BSD
 
     @without_autocast
-    def mix_from(self, state_BSD: Tensor, u_BLD: Tensor, weights_BLHK: Tensor, channels_KDE: Tensor) -> Tensor:
+    def mix_from(self, u_BLD: Tensor, state_BSD: Any, weights_BLHK: Tensor, channels_KDE: Tensor) -> Tensor:
         """`mix` of L positions that follow those of a state: one short chunk of all, or whole chunks."""
         length, k = weights_BLHK.shape[1], weights_BLHK.shape[3]
         if u_BLD.device.type == "cpu":
@@ -267,7 +267,7 @@ class FilterBank(nn.Module):
         return _mix_rows(z_NID, rows_CKI, weights_BLHK, channels_KDE, None)
 
     @without_autocast
-    def advance(self, u_BLD: Tensor, state_BSD: Tensor | None) -> Tensor:
+    def advance(self, u_BLD: Tensor, state_BSD: Any) -> Any:
         """The state (B, S, D) after L more positions, in at least float32: all that later ones need, at any budget."""
         assert self.state_size
         dtype = torch.promote_types(u_BLD.dtype, torch.float32)

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from megassm.config.model import Gate, SigmaScale
 from megassm.layers.context import Context
 from megassm.layers.filterbank import FilterBank, SentState
+from megassm.layers.spectral_state import SpectralState, WindowState, concatenated, taken_spectral
 from megassm.layers.state import LayerState
 from megassm.ops.mixing import gate_weights, mix_channels, open_weights
 
@@ -93,18 +94,21 @@ class ContinuedSpectral(NamedTuple):
 
     filterbank: FilterBank
     u_BLD: Tensor
-    state_BSD: Tensor | None
+    state: SpectralState | None
 
-    def keep(self, counts: Sequence[int]) -> Tensor:
+    def keep(self, counts: Sequence[int]) -> SpectralState:
         if len(set(counts)) == 1:
-            return self.filterbank.advance(self.u_BLD[:, : counts[0]], self.state_BSD)
-        kept: dict[int, Tensor] = {}
+            after: SpectralState = self.filterbank.advance(self.u_BLD[:, : counts[0]], self.state)
+            return after
+        order: list[int] = []
+        kept: list[SpectralState] = []
         for count in set(counts):
             rows = [row for row, other in enumerate(counts) if other == count]
-            before = None if self.state_BSD is None else self.state_BSD[rows]
-            after_BSD = self.filterbank.advance(self.u_BLD[rows, :count], before)
-            kept.update(zip(rows, after_BSD, strict=True))
-        return torch.stack([kept[row] for row in range(len(counts))])
+            index = torch.tensor(rows, device=self.u_BLD.device)
+            before = None if self.state is None else taken_spectral(self.state, index)
+            kept.append(self.filterbank.advance(self.u_BLD[rows, :count], before))
+            order += rows
+        return taken_spectral(concatenated(kept), torch.tensor(order, device=self.u_BLD.device).argsort())
 
 
 class SpectralMixer(nn.Module):
@@ -175,22 +179,22 @@ class SpectralMixer(nn.Module):
     def extend(self, u_BLD: Tensor, state: LayerState | None, context: Context) -> tuple[Tensor, ContinuedSpectral]:
         """(y (B, L, D) of L positions that follow those of `state`, what a state is kept from)."""
         assert context.filterbank is not None
-        assert state is None or isinstance(state, Tensor)
+        assert state is None or isinstance(state, (Tensor, WindowState))
         if state is None:
             y_BLD = self(u_BLD, context)
         else:
             y_BLD = self._direct(u_BLD) + self._out(self._mixed_from(state, u_BLD, context))
         return y_BLD, ContinuedSpectral(context.filterbank, u_BLD, state)
 
-    def step(self, u_BD: Tensor, state_BSD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def step(self, u_BD: Tensor, state: SpectralState, context: Context) -> tuple[Tensor, SpectralState]:
         """(y (B, D) of one position, the state after it)."""
         assert context.filterbank is not None
         u_B1D = u_BD[:, None]
-        features_BKD, state_BSD = context.filterbank.step(u_BD, state_BSD, context.k)
+        features_BKD, state = context.filterbank.step(u_BD, state, context.k)
         weights_B1HK = self._weights(u_B1D, context)
         mixed_B1D = self._mixed_features(features_BKD[:, None], weights_B1HK)
         y_B1D = self._out(mixed_B1D) + self._direct(u_B1D)
-        return y_B1D[:, 0], state_BSD
+        return y_B1D[:, 0], state
 
     def constant_divisor(self, k: int) -> int:
         """1/alpha of each of k channels without a gate."""
@@ -201,10 +205,10 @@ class SpectralMixer(nn.Module):
         channels_KDP = self.channels_KDD[: context.k]
         return context.filterbank.mix(u_BLD, weights_BLHK, channels_KDP, context.segments, sent)
 
-    def _mixed_from(self, state_BSD: Tensor, u_BLD: Tensor, context: Context) -> Tensor:
+    def _mixed_from(self, state: SpectralState, u_BLD: Tensor, context: Context) -> Tensor:
         assert context.filterbank is not None
         channels_KDP = self.channels_KDD[: context.k]
-        return context.filterbank.mix_from(state_BSD, u_BLD, self._weights(u_BLD, context), channels_KDP)
+        return context.filterbank.mix_from(u_BLD, state, self._weights(u_BLD, context), channels_KDP)
 
     def _mixed_features(self, features_BLKD: Tensor, weights_BLHK: Tensor) -> Tensor:
         return mix_channels(features_BLKD, weights_BLHK, self.channels_KDD[: features_BLKD.shape[2]])

@@ -94,7 +94,8 @@ class SpectralLayer(nn.Module):
             UserError: so many filters at so short a `seq_len` have no state.
         """
         self._check_width(x_BLD, 3)
-        return self.filterbank.advance(_as_autocast(x_BLD), state_BSD)
+        after_BSD: Tensor = self.filterbank.advance(_as_autocast(x_BLD), state_BSD)
+        return after_BSD
 
     def step(self, x_BD: Tensor, state_BSD: Tensor | None = None, k: int | None = None) -> tuple[Tensor, Tensor]:
         """(y (B, D) of one position, the state after it); k may differ from step to step.
@@ -106,8 +107,9 @@ class SpectralLayer(nn.Module):
         if state_BSD is None:
             dtype = torch.promote_types(x_BD.dtype, torch.float32)
             state_BSD = x_BD.new_zeros(len(x_BD), self.filterbank.state_size, x_BD.shape[1], dtype=dtype)
-        y_BD, state_BSD = self.mixer.step(x_BD, state_BSD, self._context(k))
-        return y_BD.to(x_BD.dtype), state_BSD
+        y_BD, after_BSD = self.mixer.step(x_BD, state_BSD, self._context(k))
+        assert isinstance(after_BSD, Tensor)
+        return y_BD.to(x_BD.dtype), after_BSD
 
     @torch.no_grad()
     def truncate(self, k: int) -> SpectralLayer:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megassm.errors import UserError
+from megassm.layers.spectral_state import SpectralState, WindowState, concatenated
 
 if TYPE_CHECKING:
     from megassm.layers.filterbank import FilterBank
@@ -163,8 +164,8 @@ class SeparateCaches(NamedTuple):
         return sum(cache.nbytes for cache in self.caches)
 
 
-MixerState = Tensor | KeyValueCache | SeparateCaches
-"""(B, S, D) of a spectral layer; keys and values of attention."""
+MixerState = SpectralState | KeyValueCache | SeparateCaches
+"""Of a spectral layer; keys and values of attention."""
 
 
 class TapsState(NamedTuple):
@@ -233,7 +234,7 @@ class DecodingState(NamedTuple):
         """Says that no state that came after this one will be used again: continuing from here costs no copy then."""
         for layer in self.layers:
             mixer = layer.mixer if isinstance(layer, TapsState) else layer
-            if not isinstance(mixer, Tensor):
+            if isinstance(mixer, (KeyValueCache, SeparateCaches)):
                 mixer.rewind()
 
     def where(self, own_B: Tensor, other: DecodingState) -> DecodingState:
@@ -274,6 +275,9 @@ def _chosen(own_B: Tensor, mine: LayerState, theirs: LayerState) -> LayerState:
     if isinstance(mine, SeparateCaches):
         assert isinstance(theirs, SeparateCaches)
         return mine.where(own_B, theirs)
+    if isinstance(mine, WindowState):
+        assert isinstance(theirs, WindowState)
+        return mine.where(own_B, theirs)
     assert isinstance(theirs, Tensor)
     return torch.where(own_B[:, None, None], mine, theirs)
 
@@ -294,9 +298,9 @@ def _joined(layers: Sequence[LayerState]) -> LayerState:
         mixer = _joined([layer.mixer for layer in taps])
         assert not isinstance(mixer, TapsState)
         return TapsState(torch.cat([layer.past_BTD for layer in taps]), mixer)
-    tensors = [layer for layer in layers if isinstance(layer, Tensor)]
-    if tensors:
-        return torch.cat(tensors)
+    spectral = [layer for layer in layers if isinstance(layer, (Tensor, WindowState))]
+    if spectral:
+        return concatenated(spectral)
     caches: list[KeyValueCache] = []
     for layer in layers:
         if isinstance(layer, SeparateCaches):

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from megassm.cli.arguments import MAX_BUDGET
 from megassm.errors import UserError, visible
-from megassm.eval.sweep import Sweep
+from megassm.eval.swept import Sweep
 from megassm.files import write_atomically
 from megassm.guarded import Described, read_json
 from megassm.report.figures import plot_over_steps, save_charts
@@ -31,11 +31,11 @@ STEP_FILE = re.compile(r"step-[0-9]{8,18}\.json")
 
 
 def flat_rows(sweep: Sweep) -> list[dict[str, Any]]:
-    """One object for each text, length and K."""
+    """One object for each text, length and K; those of one K a layer, which have `layers`, last."""
     return [
         {"run": sweep.run, "step": sweep.step, "data": curve.data, "seq_len": curve.seq_len} | asdict(row)
         for curve in sweep.curves
-        for row in curve.rows
+        for row in (*curve.rows, *curve.mixed)
     ]
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from megassm.cli.mixtures import layers_text
 from megassm.eval.curve import CLIFF_LOSS, CLIFF_SHARE, CONFIDENCE, NEAR_FULL, RESAMPLES, RISE_TOLERANCE, describe
-from megassm.eval.sweep import BudgetCurve, BudgetRow, Sweep
+from megassm.eval.swept import BudgetCurve, BudgetRow, Sweep
 from megassm.report.html import Cell, definitions, document, findings, folded, number, plots, table, words
 from megassm.report.sweep_plots import charts
 
@@ -41,7 +42,8 @@ def render_page(sweeps: Sequence[Sweep]) -> str:
     curves = [(sweep, curve) for sweep in sweeps for curve in sweep.curves]
     summary = [_summary_cells(sweep, curve) for sweep, curve in curves]
     bits = "/".join(sorted({curve.bits.rpartition(" ")[2] for _, curve in curves}, reverse=True))  # byte, or answer
-    every = [_labels(sweep, curve) | _cells(row, f"bits/{bits}") for sweep, curve in curves for row in curve.rows]
+    every = [_labels(sweep, curve) | _cells(row, f"bits/{bits}") for sweep, curve in curves
+             for row in (*curve.rows, *curve.mixed)]  # fmt: skip
     sections = {
         "Findings": findings(_findings(curves)),
         "Curves": table(summary, alarms=("cliff", "rise"), more=MORE_OF_A_CURVE),
@@ -143,7 +145,7 @@ def _cells(row: BudgetRow, bits: str) -> dict[str, Cell]:
         "95%   ": _interval(row.accuracy_low, row.accuracy_high, ".4f"),
     }
     return {
-        "K": number(row.k, "d"),
+        "K": number(row.k, "d") if row.layers is None else words(layers_text(row.layers)),
         "parameters": number(row.parameters, ",d"),
         **(answers if "answer" in bits else {}),
         bits: number(row.bits_per_byte, ".4f"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from megassm.eval.speed import TIMED_REPEATS
-from megassm.eval.sweep import BudgetCurve, Sweep
+from megassm.eval.swept import BudgetCurve, Sweep
 from megassm.report.charts import Chart, Line, Values, budget_ticks, places
 
 MAX_LINES = 6

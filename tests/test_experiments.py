@@ -17,15 +17,18 @@ import torch
 from megassm.config.load import load_config
 from megassm.config.schema import Config
 from megassm.cost import parameters, training_flops_per_token
+from megassm.data.task import load_task
 from megassm.errors import UserError
+from megassm.eval.score import score
 from megassm.eval.session import open_session
 from megassm.model import build_model, losses_at
 from megassm.run.journal import read_records
 from tests.conftest import ROOT, SMALL, run_python
 from tools.experiments import peers, runner
 from tools.experiments.arms import Arm, Recipe
-from tools.experiments.definitions import EXPERIMENTS, FAMILY, TEXT, Experiment, equal_width
-from tools.experiments.measure import Point, plain_points
+from tools.experiments.definitions import EXPERIMENTS, FAMILY, LOOKUP, TEXT, Experiment, equal_width
+from tools.experiments.lookup import LOOKUPS, examples
+from tools.experiments.measure import Point, plain_points, position_points
 from tools.experiments.online import HIGH, LOW, POLICIES, Reading, read
 from tools.experiments.peers import build_peer, peer_parameters, peer_sizes, state_space_duality
 from tools.experiments.plain import nested_passes, train_plain
@@ -225,6 +228,15 @@ def test_a_recipe_is_paid_by_the_row(data_path: Path, tmp_path: Path, small_conf
     assert cost.y == pytest.approx(paid / 1e15)
 
 
+def test_accuracy_is_to_be_high(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(
+        runner, "carry_out", lambda job: [Point("accuracy", "", 2, 1 - abs(math.log(job.config.optim.lr / 4e-3)))]
+    )
+    with ThreadPoolExecutor(1) as pool:
+        found = run_experiment("recall", Options([0], tmp_path, arms=("taps",)), "command", pool)
+    assert found.arms["transformer with taps"][-1] == "optim.lr=0.004"
+
+
 def test_every_arm_goes_on_at_its_best_rate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def measured(job: Job) -> list[Point]:
         best = {"transformer with taps": 8e-3, "Mamba-2": 4e-3}[job.arm.name]
@@ -251,7 +263,7 @@ def test_experiments_run(tmp_path: Path, data_path: Path, monkeypatch: pytest.Mo
             text = experiment.config in (TEXT, FAMILY)
             own = SMALL if text else SMALL_TASK
             own += SMALL_FAMILY if experiment.config == FAMILY else ()
-            data = data_path if text else small_task(Path(experiment.config).stem, tmp_path)
+            data = data_path if text else small_task(name, Path(experiment.config).stem, tmp_path)
             options = Options([0], tmp_path / "runs", None, (*own, f"data.path={data}", "train.steps=3"), rates=())
             found = run_experiment(name, options, "command", pool)
             runs += len(found.arms)
@@ -265,7 +277,54 @@ def test_experiments_run(tmp_path: Path, data_path: Path, monkeypatch: pytest.Mo
     )
 
 
-def small_task(name: str, folder: Path) -> Path:
+def small_task(name: str, task: str, folder: Path) -> Path:
+    """A set as the experiment wants it, of few examples."""
     size = ("--examples", "40", "--valid-examples", "8")
-    run_python("tools/make_task.py", name, "--output", str(folder / name), *size)
+    arguments = LOOKUPS[name].arguments.split() if name in LOOKUPS else [task]
+    run_python("tools/make_task.py", *arguments, "--output", str(folder / name), *size)
     return folder / name
+
+
+def test_what_is_looked_up_is_in_the_set_trained_on(tmp_path: Path) -> None:
+    """The commands of the README make the sets that the experiments are about, and every size fits them."""
+    readme = (ROOT / "tools/experiments/README.md").read_text(encoding="utf-8")
+    for name, lookup in LOOKUPS.items():
+        config = load_config(ROOT / LOOKUP, EXPERIMENTS[name].settings)
+        assert f"make_task.py {lookup.arguments} --output {config.data.path} " in readme
+        folder = small_task(name, "", tmp_path)
+        task = load_task(folder / "task.json").task
+        assert task == lookup.made.task(None)
+        assert task.length == config.model.seq_len
+        assert task.first_symbol + len(task.symbols) <= config.model.vocab_size
+        for cell in lookup.cells:
+            (batch,) = examples(cell.made, task, count=5)
+            assert batch.mask_BL.sum(1).tolist() == [task.asked] * 5
+            asked = batch.ids_BT[:, 1:][batch.mask_BL]
+            assert bool((asked < len(task.answers)).all())
+
+
+def test_models_that_look_up_have_equal_parameters() -> None:
+    config = load_config(ROOT / LOOKUP)
+    for arm in EXPERIMENTS["recall"].arms(config):
+        model = load_config(ROOT / LOOKUP, arm.overrides).model
+        wanted = parameters(config.model, config.model.num_channels)
+        assert parameters(model, model.num_channels) == pytest.approx(wanted, rel=0.005), arm.name
+
+
+def test_bits_by_position_are_those_of_the_parts(trained: Path) -> None:
+    """The first trained length is the text's own beginning; all positions together are the score of the long text."""
+    session = open_session(trained, None, "cpu")
+    length = session.config.model.seq_len
+    found = {(point.series, point.x): point.y for point in position_points(trained, 2)}
+    assert {x for _, x in found} == {0.25, 0.5, 1, 2}
+    assert {series for series, _ in found} == {f"K={k}, {way}" for k in (1, 2, 8) for way in ("continued", "windows")}
+    batches = session.validation(max(1, session.config.eval.sequences // 2), 2 * length)
+    beginnings = [batch.span(0, 2) for batch in batches]
+    for k in (1, 8):
+        whole = score(partial(losses_at, session.model), beginnings, k, session.token_bytes, session.device)
+        bytes_L = sum((session.token_bytes[b.ids_BT[:, 1:]] * b.mask_BL).sum(0) for b in beginnings)
+        quarter, half = length // 4, length // 2
+        shares = [bytes_L[:quarter].sum(), bytes_L[quarter:half].sum(), bytes_L[half:].sum()]
+        together = sum(share * found[f"K={k}, continued", x] for share, x in zip(shares, (0.25, 0.5, 1), strict=True))
+        assert together / sum(shares) == pytest.approx(whole.bits_per_byte, rel=1e-4)
+        assert found[f"K={k}, continued", 1] == pytest.approx(found[f"K={k}, windows", 1], rel=1e-4)

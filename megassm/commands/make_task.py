@@ -1,8 +1,9 @@
-"""Makes the data set of a task with labels: drawn (recall, high_frequency, listops), or from your files."""
+"""Makes the data set of a task with labels: drawn (recall, listops and others), or from your files."""
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,9 @@ EXAMPLE = """python tools/make_task.py recall --output data/recall --pairs 16 --
 COUNTS: dict[str, Any] = {"examples": 20_000, "valid_examples": 2_000}
 FILES: dict[str, Any] = {"input": None, "valid_input": None, "valid_fraction": 0.1, "labels": None}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "recall": {"pairs": 8, "queries": 4, "keys": 64, "values": 16} | COUNTS,
+    "recall": {"pairs": 8, "queries": 4, "keys": 64, "values": 16, "gap": 0, "haystack": 0} | COUNTS,
+    "tracking": {"chains": 4, "hops": (0, 3), "queries": 4, "keys": 64, "values": 16, "haystack": 0} | COUNTS,
+    "frequent": {"words": 16, "shown": (16, 64)} | COUNTS,
     "high_frequency": {"signals": 1, "noise": 1.0, "levels": 16, "periods": "2-8"} | COUNTS,
     "listops": {"min_length": 500, "max_length": 2000, "max_args": 10, "max_depth": 10}
     | {"examples": 96_000, "valid_examples": 2_000},
@@ -29,6 +32,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pathfinder": FILES,
 }
 """The options of each task, with their defaults."""
+SIZES = ("pairs", "gap", "haystack", "chains", "hops", "shown")
+"""Options that may be the least and the most of what is drawn for each example."""
 COMMON = ("task", "output", "json", "seed", "length")
 
 
@@ -55,13 +60,17 @@ def main() -> None:
 def _drawn(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[Task, Splits]:
     from megassm.data.dataset import TRAIN, VALID
     from megassm.data.tasks.listops import ListOps
-    from megassm.data.tasks.synthetic import HighFrequency, Recall, drawn
+    from megassm.data.tasks.synthetic import Frequent, HighFrequency, Recall, Tracking, drawn
 
     counts = [options.pop(name) for name in COUNTS]
-    made: Recall | HighFrequency | ListOps
+    made: Recall | Tracking | Frequent | HighFrequency | ListOps
     match arguments.task:
         case "recall":
             made = Recall(**options)
+        case "tracking":
+            made = Tracking(**options)
+        case "frequent":
+            made = Frequent(**options)
         case "high_frequency":
             options["first"], options["last"] = _periods(options.pop("periods"))
             made = HighFrequency(**options)
@@ -121,13 +130,30 @@ def _parser() -> argparse.ArgumentParser:
     for name, value in COUNTS.items():
         add(_flag(name), type=positive, metavar="N", help=f"drawn tasks (default: {value}; listops: "
             f"{OPTIONS['listops'][name]})")  # fmt: skip
-    for task in ("recall", "high_frequency", "listops"):
+    known = set(COUNTS)
+    for task in (name for name, options in OPTIONS.items() if options is not FILES):
         group = parser.add_argument_group(task)
         for name, value in OPTIONS[task].items():
-            if name not in COUNTS:
-                kind: Any = positive if isinstance(value, int) else type(value)
-                group.add_argument(_flag(name), type=kind, metavar="N", help=f"(default: {value})")
+            if name not in known:
+                group.add_argument(_flag(name), **_argument(name, value))
+                known.add(name)  # tasks that have an option of one name have it once, with one default
     return parser
+
+
+def _argument(name: str, value: Any) -> dict[str, Any]:
+    if name not in SIZES:
+        kind: Any = positive if isinstance(value, int) else type(value)
+        return {"type": kind, "metavar": "N", "help": f"(default: {value})"}
+    shown = value if isinstance(value, int) else f"{value[0]}-{value[1]}"
+    what = f"a number, or the least and the most of it (default: {shown})"
+    return {"type": _size, "metavar": "N[-N]", "help": what}
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    found = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r}: give a number, or the least and the most, such as 4-16")
+    return int(found[1]) if found[2] is None else (int(found[1]), int(found[2]))
 
 
 def _fraction(text: str) -> float:

@@ -10,12 +10,14 @@ from pathlib import Path
 from megassm.config.schema import Config
 from megassm.cost import parameters
 from tools.experiments.arms import Arm, width_of_size
-from tools.experiments.family import family_arms
-from tools.experiments.measure import Point, cost_points, family_points, journal_points, length_points
+from tools.experiments.family import family_arms, position_arms
+from tools.experiments.lookup import lookup_arms, lookup_points, lookup_settings
+from tools.experiments.measure import Point, cost_points, family_points, journal_points, length_points, position_points
 from tools.experiments.online import online_points
 
 TEXT = "configs/experiment.yaml"
 FAMILY = "configs/family.yaml"
+LOOKUP = "configs/lookup.yaml"
 MEASURED_COST = ("model.d_model=256", "model.n_layers=4", "model.seq_len=1024", "model.d_ffn=768")
 
 
@@ -34,6 +36,8 @@ class Experiment:
     rates: tuple[float, ...] = ()
     """Peak learning rates: each arm is trained at all of them at the first seed, and at the others at its best."""
     x_label: str = "budget K (spectral channels)"
+    settings: tuple[str, ...] = ()
+    """`section.key=value` of every arm, before those of the command line."""
 
 
 ELASTIC = Arm("elastic")
@@ -74,6 +78,19 @@ def equal_width(config: Config, pattern: str) -> int:
     spectral = config.model.model_copy(update={**layers, "pattern": "S"})
     wanted = parameters(spectral, spectral.num_channels)
     return width_of_size(config.model.model_copy(update={**layers, "pattern": pattern}), wanted)
+
+
+def _lookup(name: str, question: str) -> Experiment:
+    return Experiment(
+        question,
+        "Left open: recall.",
+        lookup_arms,
+        measure=partial(lookup_points, name=name),
+        config=LOOKUP,
+        rates=(2e-3, 4e-3, 8e-3),
+        x_label="budget K, or what the table says",
+        settings=lookup_settings(name),
+    )
 
 
 EXPERIMENTS = {
@@ -167,4 +184,16 @@ EXPERIMENTS = {
         config=FAMILY,
         trains=False,
     ),
+    "position": Experiment(
+        "Up to 16 times the trained length, how good is a model at each position, over K, read in either way?",
+        "Left open: length generalisation.",
+        position_arms,
+        measure=partial(position_points, factor=16),
+        config=FAMILY,
+        x_label="end of the positions over the trained length",
+    ),
+    "recall": _lookup("recall", "How many pairs are looked up, over how many ids that mean nothing, over K?"),
+    "needle": _lookup("needle", "Is one pair, or one of four, found in a haystack of the trained length, over K?"),
+    "tracking": _lookup("tracking", "Are values followed along chains of variables, over K?"),
+    "frequent": _lookup("frequent", "Is the most frequent word known, over K?"),
 }

@@ -27,27 +27,34 @@ def family_arms(config: Config) -> list[Arm]:
     sizes = {k: parameters(config.model, k) for k in config.eval_budgets()}
     full = sizes[max(sizes)]
     arms = [Arm("elastic"), _channels_only(Arm("elastic, channels only"))]
-    arms += [_hybrid(config, full), _channels_only(_hybrid(config, full, "elastic hybrid (SA), channels only"))]
-    arms += [_paper(config, full)]
+    arms += [hybrid(config, full), _channels_only(hybrid(config, full, "elastic hybrid (SA), channels only"))]
+    arms += [paper_layer(config, full)]
     *smaller, largest = sizes
     arms += [_alone(config, k) for k in smaller] + [_alone(config, k, channels_only=True) for k in smaller]
     arms += [_alone(config, largest)._replace(curves=(ALONE, ALONE_CHANNELS))]
-    hybrid = _hybrid(config, full, "hybrid (SA) alone")
-    arms += [hybrid._replace(overrides=(*hybrid.overrides, *_overrides(**_fixed(max(sizes)))))]
+    alone = hybrid(config, full, "hybrid (SA) alone")
+    arms += [alone._replace(overrides=(*alone.overrides, *overridden(**fixed(max(sizes)))))]
     arms += [
-        _transformer(config, f"transformer of K={k}'s size", size)._replace(curves=("transformer of each size",), at=k)
+        transformer(config, f"transformer of K={k}'s size", size)._replace(curves=("transformer of each size",), at=k)
         for k, size in sizes.items()
     ]
     taps = {"input_taps": config.model.input_taps}
-    arms += [_transformer(config, "transformer with taps", full, **taps)] if config.model.input_taps > 1 else []
+    arms += [transformer(config, "transformer with taps", full, **taps)] if config.model.input_taps > 1 else []
     return [*arms, _elastic_width(config, sizes), _early_exit(config, full), _mamba2(config, full)]
+
+
+def position_arms(config: Config) -> list[Arm]:
+    """Of the family at full size: spectral, hybrid, transformer, whose trainings are the family's."""
+    largest = max(config.eval_budgets())
+    names = ["elastic, channels only", "elastic hybrid (SA), channels only", f"transformer of K={largest}'s size"]
+    return [arm._replace(curves=()) for arm in family_arms(config) if arm.name in names]
 
 
 def _channels_only(arm: Arm) -> Arm:
     return arm._replace(overrides=(*arm.overrides, "model.ffn_elastic=null"))
 
 
-def _overrides(**values: Any) -> tuple[str, ...]:
+def overridden(**values: Any) -> tuple[str, ...]:
     return tuple(f"{name.replace('__', '.')}={value}" for name, value in values.items())
 
 
@@ -55,12 +62,12 @@ def _updated(config: Config, **values: Any) -> Any:
     return config.model.model_copy(update=values)
 
 
-def _hybrid(config: Config, size: int, name: str = "elastic hybrid (SA)") -> Arm:
+def hybrid(config: Config, size: int, name: str = "elastic hybrid (SA)") -> Arm:
     width = width_of_size(_updated(config, pattern="SA"), size)
-    return Arm(name, _overrides(model__pattern="SA", model__d_ffn=width))
+    return Arm(name, overridden(model__pattern="SA", model__d_ffn=width))
 
 
-def _paper(config: Config, size: int) -> Arm:
+def paper_layer(config: Config, size: int) -> Arm:
     """The paper's layer: K dense matrices, a softmax gate, sigma^(1/4); so much narrower that the size is the same."""
     paper = {"mixer_heads": 1, "gate": "softmax", "sigma_scale": ("quarter_power",), "input_taps": 1}
 
@@ -68,8 +75,8 @@ def _paper(config: Config, size: int) -> Arm:
         return width_of_size(_updated(config, d_model=d_model, **paper), size)
 
     # the widest whose feed-forward layer still has twice its width
-    d_model = max(d for d in range(8, config.model.d_model + 1, 8) if width(d) >= 2 * d)
-    settings = _overrides(
+    d_model = max((d for d in range(8, config.model.d_model + 1, 8) if width(d) >= 2 * d), default=8)
+    settings = overridden(
         model__mixer_heads=1, model__gate="softmax", model__sigma_scale="quarter_power", model__input_taps=1,
         model__d_model=d_model, model__d_ffn=width(d_model),
     )  # fmt: skip
@@ -80,36 +87,36 @@ def _alone(config: Config, k: int, channels_only: bool = False) -> Arm:
     """The model that is left at K, trained at K; with `channels_only` of the family whose width stays."""
     width = config.model.d_ffn if channels_only else config.model.cut(k).d_ffn
     of = ", channels only" if channels_only else ""
-    overrides = _overrides(model__num_channels=k, model__d_ffn=width, model__ffn_elastic="null", **_fixed(k))
+    overrides = overridden(model__num_channels=k, model__d_ffn=width, model__ffn_elastic="null", **fixed(k))
     return Arm(f"spectral K={k}{of} alone", overrides, curves=(ALONE_CHANNELS if channels_only else ALONE,), at=k)
 
 
-def _fixed(k: int) -> Mapping[str, Any]:
+def fixed(k: int) -> Mapping[str, Any]:
     return {"budget__strategy": "fixed", "budget__budgets": f"[{k}]", "eval__budgets": f"[{k}]"}
 
 
-def _transformer(config: Config, name: str, size: int, **more: Any) -> Arm:
+def transformer(config: Config, name: str, size: int, **more: Any) -> Arm:
     update = {"pattern": "A", "num_channels": 1, "input_taps": 1, **more}
     width = width_of_size(_updated(config, **update), size)
     settings = {f"model__{key}": value for key, value in {**update, "d_ffn": width, "ffn_elastic": "null"}.items()}
-    return Arm(name, _overrides(**settings, **_fixed(1)))
+    return Arm(name, overridden(**settings, **fixed(1)))
 
 
 def _elastic_width(config: Config, sizes: Mapping[int, int]) -> Arm:
     """A transformer whose budgets cut the feed-forward width alone, from the smallest of `sizes` to the largest."""
     k_max, k_min = max(sizes), min(sizes)
-    transformer = _updated(config, pattern="A", input_taps=1)
-    widest = width_of_size(transformer, sizes[k_max])
-    narrowest = max(8, width_of_size(transformer, sizes[k_min]))
+    attention = _updated(config, pattern="A", input_taps=1)
+    widest = width_of_size(attention, sizes[k_max])
+    narrowest = max(8, width_of_size(attention, sizes[k_min]))
     units = max(8, round((widest - narrowest) / (k_max - k_min) / 8) * 8)
     widest = max(widest, units * k_max)
     elastic = f"{{knee_k: {k_max}, below: {units}, above: {units}}}"
-    overrides = _overrides(model__pattern="A", model__input_taps=1, model__d_ffn=widest, model__ffn_elastic=elastic)
+    overrides = overridden(model__pattern="A", model__input_taps=1, model__d_ffn=widest, model__ffn_elastic=elastic)
     return Arm("transformer, elastic width", overrides)
 
 
 def _early_exit(config: Config, size: int) -> Arm:
-    arm = _transformer(config, "transformer, early exit", size, n_layers=EXIT_LAYERS)
+    arm = transformer(config, "transformer, early exit", size, n_layers=EXIT_LAYERS)
     return arm._replace(peer="early_exit")
 
 
@@ -123,4 +130,4 @@ def _mamba2(config: Config, size: int) -> Arm:
     d_model = min(range(16, 2 * config.model.d_model, 8), key=lambda d: abs(count(d) - size))
     width = {"model__d_model": d_model, "model__pattern": "A", "model__n_heads": 1, "model__mixer_heads": 1,
              "model__num_channels": 1, "model__input_taps": 1, "model__ffn_elastic": "null"}  # fmt: skip
-    return Arm("Mamba-2", _overrides(**width, **_fixed(1)), peer="mamba2")
+    return Arm("Mamba-2", overridden(**width, **fixed(1)), peer="mamba2")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from megassm.data.stream import MicroBatch
 from megassm.eval.score import score
 from megassm.eval.session import open_session
 from megassm.eval.speed import measured_cost
-from megassm.model import build_model, losses_at, truncate
+from megassm.model import LanguageModel, build_model, losses_at, truncate
 from megassm.run.directory import CONFIG
 from megassm.run.journal import Record, read_records
 from tools.experiments.arms import Arm
@@ -29,6 +30,11 @@ ACCURACY = "validation accuracy"
 BY_SIZE = " by size"
 """Ends the names of metrics over parameters, whose x are these."""
 TRAINING = "training, PFLOPs"
+
+
+def more_is_better(metric: str) -> bool:
+    """Whether a learning rate is chosen for the most of it."""
+    return "accuracy" in metric
 
 
 class Point(NamedTuple):
@@ -94,6 +100,42 @@ def length_points(run_dir: Path, factors: Sequence[int]) -> list[Point]:
             found = score(losses, batches, k, session.token_bytes, session.device)
             points.append(Point(BITS, f"K={k}", factor, found.bits_per_byte))
     return points
+
+
+def position_points(run_dir: Path, factor: int) -> list[Point]:
+    """Bits per byte by position in texts of `factor` trained lengths; a curve for each K and way to read beyond one."""
+    session = open_session(run_dir, None, "auto")
+    model, length = session.model.eval(), session.config.model.seq_len
+    batches = session.validation(max(1, session.config.eval.sequences // factor), factor * length)
+    ends = [length * 2**octave // 4 for octave in range((4 * factor).bit_length())]
+    ways: dict[str, Literal["continue", "window"]] = {"": model.config.beyond}
+    if "S" in model.config.mixers:
+        ways = {", continued": "continue", ", windows": "window"}
+    points = []
+    for way, beyond in ways.items():
+        model.read_beyond(beyond)
+        for k in session.config.eval_budgets():
+            bits_L, bytes_L = _by_position(model, batches, k, session.token_bytes)
+            for first, end in zip([0, *ends], ends, strict=False):
+                mean = bits_L[first:end].sum() / max(1.0, bytes_L[first:end].sum())
+                points.append(Point(f"{BITS}, by position", f"K={k}{way}", end / length, float(mean)))
+    return points
+
+
+@torch.no_grad()
+def _by_position(
+    model: LanguageModel, batches: Sequence[MicroBatch], k: int, token_bytes: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """(L,) bits of what is predicted at each position, and its bytes; two texts at a time, for they are long."""
+    bits_L, bytes_L = np.zeros(batches[0].mask_BL.shape[1]), np.zeros(batches[0].mask_BL.shape[1])
+    device = model.embedding_VD.device
+    for batch in batches:
+        for first in range(0, len(batch.ids_BT), 2):
+            ids_BT, mask_BL = batch.ids_BT[first : first + 2], batch.mask_BL[first : first + 2]
+            nll_BL = losses_at(model, torch.from_numpy(ids_BT).to(device), k).double().cpu().numpy()
+            bits_L += (nll_BL * mask_BL).sum(0) / np.log(2)
+            bytes_L += (token_bytes[ids_BT[:, 1:]] * mask_BL).sum(0)
+    return bits_L, bytes_L
 
 
 def cost_points(run_dir: Path) -> list[Point]:

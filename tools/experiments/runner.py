@@ -28,7 +28,7 @@ from megassm.run.opening import open_run_directory, write_config
 from megassm.train.loop import pretrain
 from tools.experiments.arms import Arm
 from tools.experiments.definitions import EXPERIMENTS
-from tools.experiments.measure import BY_SIZE, Point, plain_points
+from tools.experiments.measure import BY_SIZE, Point, more_is_better, plain_points
 from tools.experiments.results import Results
 
 LOG = "train.log"
@@ -113,7 +113,7 @@ def _curves(jobs: Sequence[Job], found: Sequence[list[Point]], seeds: Sequence[i
 
 
 def _tuned(name: str, arms: Sequence[Arm], options: Options, pool: Executor) -> dict[str, tuple[str, ...]]:
-    """By arm, the override of its best learning rate at the first seed: the least mean over the arm's curve.
+    """By arm, the override of its best learning rate at the first seed: by the mean over the arm's first curve.
 
     Empty where there are no rates to choose from.
     """
@@ -123,7 +123,8 @@ def _tuned(name: str, arms: Sequence[Arm], options: Options, pool: Executor) -> 
             for arm, rate in trials]  # fmt: skip
     best: dict[str, tuple[float, str]] = {}
     for (arm, rate), points in zip(trials, _all_done(f"{name}, learning rates", jobs, pool), strict=True):
-        curve = [point.y for point in points if point.metric == points[0].metric]
+        metric = points[0].metric
+        curve = [-point.y if more_is_better(metric) else point.y for point in points if point.metric == metric]
         best[arm.name] = min(best.get(arm.name, (math.inf, "")), (sum(curve) / len(curve), rate))
     return {arm: (rate,) for arm, (_, rate) in best.items()}
 
@@ -142,8 +143,9 @@ def _all_done(what: str, jobs: Sequence[Job], pool: Executor) -> list[list[Point
 
 
 def _config(name: str, options: Options, overrides: tuple[str, ...]) -> Config:
-    path = options.config or Path(EXPERIMENTS[name].config)
-    return load_config(path, (*options.overrides, *overrides))
+    experiment = EXPERIMENTS[name]
+    path = options.config or Path(experiment.config)
+    return load_config(path, (*experiment.settings, *options.overrides, *overrides))
 
 
 def _job(name: str, options: Options, arm: Arm, seed: int) -> Job:

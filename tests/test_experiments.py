@@ -122,10 +122,11 @@ def test_a_policy_takes_its_share() -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_has_arms_that_are_configurations(name: str) -> None:
     experiment = EXPERIMENTS[name]
-    base = load_config(ROOT / experiment.config)
+    base = load_config(ROOT / experiment.config, experiment.settings)
     arms = experiment.arms(base)
-    configs = {load_config(ROOT / experiment.config, arm.overrides).model_dump_json() for arm in arms}
-    assert len(configs) == len(arms) >= 1
+    settings = [load_config(ROOT / experiment.config, (*experiment.settings, *arm.overrides)) for arm in arms]
+    trainings = {(own.model_dump_json(), arm.basis) for own, arm in zip(settings, arms, strict=True)}
+    assert len(trainings) == len(arms) >= 1
     assert experiment.question.endswith("?")
 
 

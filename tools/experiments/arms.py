@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from megassm.config.model import ModelConfig
 from megassm.cost import parameters
+from tools.experiments.bases import Basis
 from tools.experiments.peers import Peer
 
 
@@ -27,10 +28,17 @@ class Arm(NamedTuple):
     """Instead of the package's own model, one of `tools.experiments.peers` of the configured width and depth."""
     recipe: Recipe | None = None
     """Instead of the configuration's draws; trainings in the plain loop only."""
+    basis: Basis | None = None
+    """Other filters than the configuration's; trainings in the plain loop only."""
     curves: tuple[str, ...] = ()
     """The curves that this arm is one point of, beside other arms: each a model of one size; empty: one of its own."""
     at: float = 0.0
     """Its x on those curves."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether only the plain loop of `tools.experiments.plain` trains it."""
+        return bool(self.peer or self.recipe or self.basis)
 
 
 def width_of_size(model: ModelConfig, wanted: int) -> int:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from megassm.config.schema import Config
 from megassm.cost import parameters
 from tools.experiments.arms import Arm, width_of_size
+from tools.experiments.bases import Basis
 from tools.experiments.family import family_arms, position_arms
 from tools.experiments.lookup import lookup_arms, lookup_points, lookup_settings
 from tools.experiments.measure import Point, cost_points, family_points, journal_points, length_points, position_points
@@ -90,6 +92,22 @@ def _lookup(name: str, question: str) -> Experiment:
         rates=(2e-3, 4e-3, 8e-3),
         x_label="budget K, or what the table says",
         settings=lookup_settings(name),
+    )
+
+
+def _filters(config: str, *settings: str) -> Experiment:
+    """Every kind of filters, with their weights and without; the right ones without are what the others are held to."""
+    arms = [
+        Arm(f"{basis}{', sigma^(1/4)' * (scale != 'none')}", (f"model.sigma_scale={scale}",), basis=basis)
+        for scale in ("none", "quarter_power")
+        for basis in get_args(Basis)
+    ]
+    return Experiment(
+        "From which K on does it matter which filters there are: right, float32's, random, exponentials, learned?",
+        "Published with float32 filters, of which about the first 10 are right.",
+        _arms(*arms),
+        config=config,
+        settings=settings,
     )
 
 
@@ -196,4 +214,7 @@ EXPERIMENTS = {
     "needle": _lookup("needle", "Is one pair, or one of four, found in a haystack of the trained length, over K?"),
     "tracking": _lookup("tracking", "Are values followed along chains of variables, over K?"),
     "frequent": _lookup("frequent", "Is the most frequent word known, over K?"),
+    "filters_text": _filters(FAMILY, "model.ffn_elastic=null", "model.input_taps=1"),
+    "filters_recall": _filters(LOOKUP, *lookup_settings("recall"), "model.input_taps=1"),
+    "filters_high_frequency": _filters("configs/tasks/high_frequency.yaml"),
 }

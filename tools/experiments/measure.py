@@ -65,7 +65,7 @@ def family_points(run_dir: Path) -> list[Point]:
 def plain_points(config: Config, arm: Arm, device: torch.device) -> list[Point]:
     """The same of a training in the plain loop (`tools.experiments.plain`), done if that is not done yet."""
     passes = nested_passes(config, arm.recipe) if arm.recipe else drawn_passes(config)
-    found = train_plain(config, arm.peer, device, None if arm.peer else passes)
+    found = train_plain(config, arm.peer, device, None if arm.peer else passes, arm.basis)
     by_accuracy = any(score.hits for score in found.values()) and not any(score.text_bytes for score in found.values())
     metric = ACCURACY if by_accuracy else BITS
     curve = [Point(metric, "", k, score.accuracy if by_accuracy else score.bits_per_byte) for k, score in found.items()]

@@ -30,6 +30,7 @@ from megassm.ops.documents import document_numbers
 from megassm.optim import LR_FACTOR, build_optimizer, learning_rate
 from megassm.train.loop import step_budgets
 from tools.experiments.arms import Recipe
+from tools.experiments.bases import Basis, use_basis
 from tools.experiments.peers import Peer, build_peer, peer_sizes
 
 MEASURED = "plain.json"
@@ -64,7 +65,11 @@ class Batches(NamedTuple):
 
 
 def train_plain(
-    config: Config, peer: Peer | None, device: torch.device, passes: Passes | None = None
+    config: Config,
+    peer: Peer | None,
+    device: torch.device,
+    passes: Passes | None = None,
+    basis: Basis | None = None,
 ) -> dict[int, Score]:
     """Validation scores by budget (by size k of a peer); trained if that is not done yet."""
     path = Path(config.run.dir) / MEASURED
@@ -72,7 +77,10 @@ def train_plain(
         path.parent.mkdir(parents=True, exist_ok=True)
         data = open_dataset(config)
         if peer is None:
-            net: nn.Module = build_model(config.model, config.run.seed)
+            model = build_model(config.model, config.run.seed)
+            if basis is not None:
+                use_basis(model, basis)
+            net: nn.Module = model
             sizes = list(config.eval_budgets())
         else:
             net, sizes = build_peer(peer, config.model, config.run.seed), peer_sizes(peer, config.model)

@@ -150,8 +150,8 @@ def _config(name: str, options: Options, overrides: tuple[str, ...]) -> Config:
 
 def _job(name: str, options: Options, arm: Arm, seed: int) -> Job:
     runs = options.runs
-    if arm.peer or arm.recipe or options.device:
-        runs = runs / "plain" / (arm.peer or "") / ("" if arm.recipe is None else repr(arm.recipe))
+    if arm.is_plain or options.device:
+        runs = runs / "plain" / (arm.peer or arm.basis or "") / ("" if arm.recipe is None else repr(arm.recipe))
     return Job(name, arm, seed, placed(_config(name, options, arm.overrides), runs, seed), options.device)
 
 
@@ -173,7 +173,7 @@ def carry_out(job: Job) -> list[Point]:
     """Trains a job, if that is not done yet, and measures it."""
     experiment = EXPERIMENTS[job.experiment]
     run_dir = Path(job.config.run.dir)
-    if experiment.trains and (job.arm.peer or job.arm.recipe or job.device):
+    if experiment.trains and (job.arm.is_plain or job.device):
         return plain_points(job.config, job.arm, torch.device(job.device or "cpu"))
     if experiment.trains:
         train_to_end(job.config)

@@ -1,0 +1,96 @@
+"""Other filters than the spectral ones, for the experiments `filters`: from which K on does it matter which they are?
+
+    true           those of `megassm.ops.hankel`
+    float32        what a float32 subspace iteration returns for them, and its eigenvalues clamped at 1e-12: the paper's
+                   code (docs/results/filters.md); beyond about the 10th they are an orthonormal basis of nothing
+    random         orthonormal, white
+    exponentials   r^t of norm 1, time constants from 1 to L: a leading few spread over them all, as evenly as they can
+    learned        free, from the true ones on
+    alternating    by turns a true filter and the same with signs (-1)^t, which hears what alternates
+    hankel_l       eigenvectors of the matrix for decays of both signs, [(-1)^(i+j) + 1] 8 / ((i+j+3)(i+j-1)(i+j+1))
+
+The weights sigma^(1/4), where a model has them, are the true ones but for `float32`. All but `learned` go through one
+Toeplitz product, and have no steps and nothing beyond the trained length.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from megassm.errors import UserError
+from megassm.model import LanguageModel
+from megassm.ops.hankel import Array, spectral_filters
+from tools.bench.filters import FLOOR, solvers
+
+Basis = Literal["true", "float32", "random", "exponentials", "learned", "alternating", "hankel_l"]
+SEED = 0
+"""One random basis for all trainings, as there is one of each other kind."""
+
+
+def basis(name: Basis, seq_len: int, count: int) -> tuple[Array, Array]:
+    """(sigma (K,), phi (L, K)), every filter of norm 1."""
+    sigma_K, phi_LK = spectral_filters(seq_len, count)
+    match name:
+        case "float32":
+            _, sigma_K, phi_LK = next(solvers(seq_len, count))
+            return np.maximum(sigma_K, FLOOR), phi_LK
+        case "random":
+            return sigma_K, np.linalg.qr(np.random.default_rng(SEED).standard_normal((seq_len, count)))[0]
+        case "exponentials":
+            time_K = float(seq_len) ** _spread(count)
+            decay_LK = np.exp(-np.arange(seq_len)[:, None] / time_K)
+            return sigma_K, decay_LK / np.linalg.norm(decay_LK, axis=0)
+        case "alternating":
+            signs_LK = np.where(np.arange(count) % 2, -1.0, 1.0) ** np.arange(seq_len)[:, None]
+            return sigma_K[np.arange(count) // 2], signs_LK * phi_LK[:, np.arange(count) // 2]
+        case "hankel_l":
+            return _hankel_l(seq_len, count)
+        case "true" | "learned":
+            return sigma_K, phi_LK
+
+
+def _hankel_l(seq_len: int, count: int) -> tuple[Array, Array]:
+    """By LAPACK, which knows about as many of either parity as it does of the true ones (docs/results/filters.md)."""
+    place_L = np.arange(1.0, seq_len + 1)
+    sum_LL = place_L[:, None] + place_L
+    matrix_LL = np.where(sum_LL % 2, 0.0, 16 / ((sum_LL + 3) * (sum_LL - 1) * (sum_LL + 1)))
+    sigma_L, phi_LL = np.linalg.eigh(matrix_LL)
+    return np.maximum(sigma_L[::-1][:count], FLOOR), np.ascontiguousarray(phi_LL[:, ::-1][:, :count])
+
+
+def _spread(count: int) -> Array:
+    """Numbers of [0, 1], each far from those before it: 1, 0, 1/2, 1/4, 3/4, 1/8, .."""
+    found = [1.0, 0.0]
+    parts = 2
+    while len(found) < count:
+        found += [odd / parts for odd in range(1, parts, 2)]
+        parts *= 2
+    return np.array(found[:count])
+
+
+@torch.no_grad()
+def use_basis(model: LanguageModel, name: Basis) -> None:
+    """Gives a model these filters, before its optimizer is made: learned ones are a parameter from here on.
+
+    Raises:
+        UserError: it has no spectral layer.
+    """
+    bank = model.filterbank
+    if bank is None:
+        raise UserError(f"filters {name!r}: the model has no spectral layer, pattern {model.config.pattern!r}")
+    sigma_K, phi_LK = basis(name, bank.seq_len, bank.num_channels)
+    bank.reset()
+    bank.scale_K = torch.from_numpy(sigma_K**0.25).to(bank.scale_K.device)
+    filters_LK = torch.from_numpy(phi_LK).to(bank.filters_LK.device)
+    bank.transition_SS = torch.empty(0, 0, dtype=torch.float64)  # no state of the true ones
+    if name == "learned":
+        bank.method = "fft"  # the only way that hands filters a gradient
+        del bank.filters_LK
+        bank.filters_LK = nn.Parameter(filters_LK.float())
+    else:
+        bank.method = "direct"
+        bank.filters_LK = filters_LK

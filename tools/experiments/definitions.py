@@ -16,6 +16,7 @@ from tools.experiments.family import family_arms, position_arms
 from tools.experiments.lookup import lookup_arms, lookup_points, lookup_settings
 from tools.experiments.measure import Point, cost_points, family_points, journal_points, length_points, position_points
 from tools.experiments.online import online_points
+from tools.experiments.scaling import scaling_arms
 
 TEXT = "configs/experiment.yaml"
 FAMILY = "configs/family.yaml"
@@ -217,4 +218,11 @@ EXPERIMENTS = {
     "filters_text": _filters(FAMILY, "model.ffn_elastic=null", "model.input_taps=1"),
     "filters_recall": _filters(LOOKUP, *lookup_settings("recall"), "model.input_taps=1"),
     "filters_high_frequency": _filters("configs/tasks/high_frequency.yaml"),
+    "scaling": Experiment(
+        "What does a model of N parameters and K channels reach after D bytes, and what does elasticity cost it?",
+        "Left open: a scaling law.",
+        scaling_arms,
+        measure=family_points,
+        config=FAMILY,
+    ),
 }

@@ -15,6 +15,7 @@ from megassm.config.load import load_config
 from megassm.config.schema import Config
 from megassm.cost import parameters, training_flops_per_token
 from megassm.data.stream import MicroBatch
+from megassm.errors import UserError
 from megassm.eval.score import score
 from megassm.eval.session import open_session
 from megassm.eval.speed import measured_cost
@@ -107,6 +108,8 @@ def position_points(run_dir: Path, factor: int) -> list[Point]:
     session = open_session(run_dir, None, "auto")
     model, length = session.model.eval(), session.config.model.seq_len
     batches = session.validation(max(1, session.config.eval.sequences // factor), factor * length)
+    if not batches:
+        raise UserError(f"{session.config.data.path}: no {factor * length} tokens of validation text to read in one")
     ends = [length * 2**octave // 4 for octave in range((4 * factor).bit_length())]
     ways: dict[str, Literal["continue", "window"]] = {"": model.config.beyond}
     if "S" in model.config.mixers:

@@ -275,6 +275,14 @@ def test_defaults_of_a_site_stand_below_the_command_line_and_the_last_request(
     assert "mail-user" not in again
     assert "#SBATCH --requeue\n" in again
     (site / "slurm.yaml").unlink()
+    newest = tmp_path / "run/jobs/0002/job.json"
+    facts = json.loads(newest.read_text(encoding="utf-8"))
+    both = facts | {"again": [*facts["again"], "--container apptainer:my image.sif"]}
+    newest.write_text(json.dumps(both), encoding="utf-8")
+    done = slurm("resume", str(tmp_path / "run"), **environment)
+    assert f"--setup {site}/site.sh and --container 'apptainer:my image.sif', which is not taken" in done.stderr
+    assert "give --setup and --container again, or --setup '' --container '' to do without" in done.stderr
+    newest.write_text(json.dumps(facts), encoding="utf-8")
     done = slurm("resume", str(tmp_path / "run"), **environment)
     assert done.returncode == 1
     assert "which is not taken from its folder; give --setup again, or --setup '' to do without" in done.stderr

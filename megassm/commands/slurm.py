@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -151,15 +152,21 @@ def submit(arguments: argparse.Namespace, path: Path, before: KnownJob | None) -
 
 def check_given_again(before: KnownJob | None, request: JobRequest, arguments: argparse.Namespace) -> None:
     """What decides what a job runs is not taken from a run directory, which may be another's."""
+    missing: dict[str, str] = {}
     for option in before.again if before else ():
         name, _, value = option.removeprefix("--").partition(" ")
         if name in NOT_KEPT and not getattr(request, name) and getattr(arguments, name) is None:
-            raise UserError(
-                f"--{name}: the run was submitted with {value!r}, which is not taken from its folder; give --{name} "
-                f"again, or --{name} '' to do without"
-            )
+            missing[name] = value
         if name not in NOT_KEPT and value not in getattr(request, name, ()):
             print_line(f"note: {option} was given before and is not taken over; give it again where it is wanted")
+    if missing:
+        before_it = " and ".join(f"--{name} {shlex.quote(value)}" for name, value in missing.items())
+        names = " and ".join(f"--{name}" for name in missing)
+        without = " ".join(f"--{name} ''" for name in missing)
+        raise UserError(
+            f"the run was submitted with {before_it}, which is not taken from its folder; give {names} again, or "
+            f"{without} to do without"
+        )
 
 
 def queue(script: Path, jobs: int) -> list[str]:

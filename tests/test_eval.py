@@ -14,7 +14,7 @@ from megassm.errors import UserError
 from megassm.eval.generate import generate, sample_text
 from megassm.eval.measure import peak_tensor_bytes
 from megassm.eval.sampling import Sampling, probabilities
-from megassm.eval.score import Score, best_unigram, score, sequence_scores, token_counts
+from megassm.eval.score import Score, best_unigram, by_sequence, ratio_error, score, sequence_scores, token_counts
 from megassm.model import build_model, losses_at
 from tests.test_model import config
 
@@ -61,6 +61,24 @@ def test_scores_of_sequences_add_up_to_the_score() -> None:
 
 def test_scores_add_up() -> None:
     assert Score.total([Score(1, 2, 3), (10, 20, 30, 4)]) == Score(11, 22, 33, 4)
+
+
+def test_the_standard_error_of_a_ratio_is_that_of_drawing_again() -> None:
+    generator = np.random.default_rng(0)
+    bottom_N = generator.integers(50, 500, 400).astype(np.float64)
+    top_N = bottom_N * (1.5 + generator.normal(0, 0.3, 400))
+    drawn = [generator.integers(0, 400, 400) for _ in range(4000)]
+    again = [top_N[places].sum() / bottom_N[places].sum() for places in drawn]
+    assert ratio_error(top_N, bottom_N) == pytest.approx(np.std(again), rel=0.05)
+    alike = np.full(400, 2.0)
+    assert ratio_error(top_N, alike) == pytest.approx(np.std(top_N, ddof=1) / 20 / 2)
+    assert ratio_error(2 * bottom_N, bottom_N) == 0
+    assert ratio_error(top_N[:1], alike[:1]) is ratio_error(top_N[:0], alike[:0]) is None
+
+
+def test_parts_of_a_sequence_are_added_up() -> None:
+    rows = np.array([[7, 1, 2, 3, 0], [-1, 9, 9, 9, 9], [3, 1, 1, 1, 1], [7, 10, 20, 30, 0]], dtype=np.float64)
+    assert by_sequence(rows).tolist() == [[3, 1, 1, 1, 1], [7, 11, 22, 33, 0]]
 
 
 def test_best_unigram_is_the_entropy_of_the_tokens() -> None:

@@ -23,6 +23,7 @@ from megassm.run import records
 from megassm.run.directory import METRICS
 from megassm.run.events import read_events
 from megassm.run.journal import read_records
+from megassm.run.lines import Known, Line
 from megassm.train.channels import update_counts
 from megassm.train.health import Health
 from megassm.train.loop import train
@@ -147,13 +148,13 @@ def test_a_resumed_run_knows_from_the_journals_end_what_all_of_it_says(
             file.write(json.dumps(row) + "\n")
     Path(config.run.dir).mkdir()
     (tmp_path / "run.jsonl").rename(Path(config.run.dir) / METRICS)
-    parsed, parse_record = [0], records.parse_record
+    parsed, read_line = [0], records.read_line
 
-    def counting(line: bytes) -> records.TableRow | None:
+    def counting(line: bytes, is_known: Known) -> Line:
         parsed[0] += 1
-        return parse_record(line)
+        return read_line(line, is_known)
 
-    monkeypatch.setattr(records, "parse_record", counting)
+    monkeypatch.setattr(records, "read_line", counting)
     run.done_steps = 1000
     resumed = Health(run)
     assert resumed._updates_K.tolist() == never_stopped._updates_K.tolist() == counts_K.tolist()

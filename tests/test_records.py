@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megassm.run import records
+from megassm.run.lines import Known, Line
 from megassm.run.records import RecordFile, cut_after, iterate_records, newest_record, records_newest_first
 
 
@@ -107,14 +108,14 @@ def test_rows_are_read_from_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_only_the_end_of_a_long_journal_is_read_to_cut_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, parsed, parse_record = tmp_path / "m", [0], records.parse_record
+    path, parsed, read_line = tmp_path / "m", [0], records.read_line
     path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 20_001)))
 
-    def counting(line: bytes) -> records.TableRow | None:
+    def counting(line: bytes, is_known: Known) -> Line:
         parsed[0] += 1
-        return parse_record(line)
+        return read_line(line, is_known)
 
-    monkeypatch.setattr(records, "parse_record", counting)
+    monkeypatch.setattr(records, "read_line", counting)
     cut_after(path, 19_990)
     assert parsed[0] == 11
     monkeypatch.undo()

@@ -49,6 +49,10 @@ def test_the_page_compares_runs_and_asks_nothing_of_a_network(run_dir: Path, oth
         "model FLOPs utilisation", "where an update's time goes (run)", "wait for data", "peak memory",
         "learning rate", "gradient norm before clipping", "budget K (largest of the update)",
     ]  # fmt: skip
+    newest = shown["newest validation over K, bits per byte (lower is better)"]["lines"][0]
+    assert (newest["low"], newest["high"]) == (pytest.approx([2.3608, 2.2804]), pytest.approx([2.4392, 2.3196]))
+    assert "Validation after step 40: 2.3000 \u00b1 0.0100 bits per byte at K=8" in text
+    assert table_after(text, "Quality")[1] == ["run", "40", "2.4000 \u00b1 0.0200", "2.3000 \u00b1 0.0100"]
     losses = shown["training loss, nats a token"]["lines"]
     assert [line["label"] for line in losses] == ["run", "other"]
     assert {axis: values[-1] for axis, values in losses[0]["x"].items()} == {
@@ -110,7 +114,7 @@ def test_what_the_figures_say_stands_first(run_dir: Path, other: Path, tmp_path:
     findings = text.split("<h2>Findings</h2>")[1].split("<h2>")[0]
     for sentence in (
         "40% done, 0m12s of updates left, 10,240 tokens, 0.00 hours inside updates.",
-        "Validation after step 40: 2.3000 bits per byte at K=8, 2.4000 at K=2 (+4.3%).",
+        "Validation after step 40: 2.3000 \u00b1 0.0100 bits per byte at K=8, 2.4000 at K=2 (+4.3%).",
         '<span class="alarm">At K=8 it was best after step 20: 2.2500; it has risen since.</span>',
         "1,000 tokens/s (90%: 1,000 to 1,000; median of the newest 40 updates), 40.0% of the peak rate.",
         "It waits: 5% of its time on data and 5% of its time on communication.",
@@ -123,8 +127,11 @@ def test_what_the_figures_say_stands_first(run_dir: Path, other: Path, tmp_path:
         assert sentence in findings, sentence
     assert "loss, median of newest 40" in text
     newest = table_after(text, "Quality")
-    assert newest == [["bits per byte, newest validation", "step", "K=2", "K=8"], ["run", "40", "2.4000", "2.3000"],
-                      ["other", "6", "2.6000", "2.0600"]]  # fmt: skip
+    assert newest == [
+        ["bits per byte, newest validation", "step", "K=2", "K=8"],
+        ["run", "40", "2.4000 \u00b1 0.0200", "2.3000 \u00b1 0.0100"],
+        ["other", "6", "2.6000", "2.0600"],
+    ]
     at_8 = next(chart for chart in drawn(render([load_run(run_dir, "run"), load_run(other, "other")]))
                 if chart["words"].startswith("validation at K=8"))  # fmt: skip
     assert [line["y"] for line in at_8["lines"]] == [[2.25, 2.3], [2.01, 2.02, 2.03, 2.04, 2.05, 2.06]]

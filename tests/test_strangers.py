@@ -40,7 +40,8 @@ from megassm.report.terminal import frame
 from megassm.run.events import append_event, read_events
 from megassm.run.failures import check_failures
 from megassm.run.left_out import read_left_out
-from megassm.run.records import RecordFile, cut_after, newest_record, parse_record, read_records
+from megassm.run.lines import read_line
+from megassm.run.records import RecordFile, cut_after, is_record, newest_record, read_records
 from tests.conftest import ROOT
 
 
@@ -353,7 +354,7 @@ def test_damaged_files_end_in_a_message(data: st.DataObject) -> None:
 
 KINDS: dict[str, tuple[Callable[[bytes], object], bytes]] = {
     "json": (lambda raw: parse_json(raw, "x"), b'{"a": [1, 2.5, {"b": "c\\u1234"}], "d": null}'),
-    "row": (lambda raw: parse_record(raw), ROWS[1]),
+    "row": (lambda raw: read_line(raw, is_record), ROWS[1]),
     "yaml": (lambda raw: parse_yaml(raw.decode("latin-1")), b"a: &x [1, 2]\nb: *x\nc: {d: !!int 3, e: 'f'}\n"),
     "npz": (lambda raw: load_columns(raw, DTYPES, "x"), npz(shard=np.zeros(3, "<u4"), offset=np.zeros(3, "<u8"))),
     "tar": (lambda raw: check_tar(io.BytesIO(raw), len(raw)), packed(b"abc") + packed(b"", pax_headers={"a": "b"})),

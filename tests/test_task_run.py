@@ -29,7 +29,7 @@ SIZES = (
     "model.vocab_size=16", "model.seq_len=128", "train.batch_sequences=8", "eval.sequences=64",
     "optim.lr=0.01", "eval.every_steps=null",
 )  # fmt: skip
-EXACT = ("loss", "grad_norm", "valid_loss", "valid_accuracy", "k")
+EXACT = ("loss", "grad_norm", "valid_loss", "valid_accuracy", "valid_error", "k")
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,7 @@ def test_every_mesh_is_the_same(small_config: Make, task_path: Path, tmp_path: P
             assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), config.run.dir
             if "valid_loss" in row:
                 assert row["valid_loss"] == pytest.approx(expected["valid_loss"], abs=1e-5)
+                assert row["valid_error"] == pytest.approx(expected["valid_error"], rel=1e-3)
                 assert row["valid_accuracy"] == pytest.approx(expected["valid_accuracy"], abs=1e-6)
 
 

@@ -29,7 +29,7 @@ from megassm.report.history import History
 from megassm.report.live import LiveRun
 from megassm.report.run_page import load_run, summary
 from megassm.report.terminal import OVERVIEW, PAGES, frame
-from megassm.run.records import cut_after
+from megassm.run.records import cut_after, is_record
 from tests.conftest import ROOT, run_python
 
 KNOBS = {"train": {"steps": 100}, "optim": {"lr": 0.001}, "run": {"dir": "x"}}
@@ -59,6 +59,7 @@ def run_dir(tmp_path: Path) -> Path:
     (folder / "environment.json").write_text(json.dumps(facts), encoding="utf-8")
     rows = [row(step, phases_s=PHASES) for step in range(1, 41)]
     rows[19]["valid"], rows[39]["valid"] = {"2": 2.5, "8": 2.25}, {"2": 2.4, "8": 2.3}
+    rows[39]["valid_error"] = {"2": 0.02, "8": 0.01}
     rows[29] |= {"skipped": True, "loss": None, "bits_per_byte": None, "grad_norm": None}
     write(folder / "metrics.jsonl", rows)
     events = [{"time": 1.7e9, "step": 30, "kind": "skipped", "text": "an update <b>[bold]</b> is skipped"}]
@@ -81,7 +82,7 @@ def steps(objects: list[dict[str, Any]]) -> list[int]:
 
 def test_a_tail_reads_what_is_new_and_notices_a_cut(tmp_path: Path) -> None:
     path = tmp_path / "m"
-    tail = FollowedFile(path)
+    tail = FollowedFile(path, is_record)
     assert tail.read() == (False, []), "no file yet"
     write(path, [row(1), row(2)])
     assert steps(tail.read()[1]) == [1, 2]
@@ -103,7 +104,7 @@ def test_a_tail_reads_what_is_new_and_notices_a_cut(tmp_path: Path) -> None:
 def test_a_long_file_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follow, "READ_BYTES", 1000)
     write(tmp_path / "m", [row(step) for step in range(1, 31)])
-    tail = FollowedFile(tmp_path / "m")
+    tail = FollowedFile(tmp_path / "m", is_record)
     seen = steps(tail.read()[1])
     assert 0 < tail.share < 1
     while tail.share < 1:

@@ -22,6 +22,7 @@ from megassm.config.schema import Config
 from megassm.run.journal import read_records
 from megassm.run.opening import open_run_directory
 from tests.conftest import ROOT, SMALL, run_python
+from tests.jobs import Job
 
 LONG = (*SMALL, "model.pattern=SA", "train.steps=40", "checkpoint.every_steps=5", "checkpoint.keep=2")
 EXACT = ("step", "tokens", "loss", "bits_per_byte", "k", "k_micro", "lr", "grad_norm", "valid")
@@ -104,7 +105,8 @@ def test_journal_rows(finished: Path) -> None:
         for name in ("lr", "grad_norm", "tokens_per_s", "mfu", "step_s", "peak_memory_bytes"):
             assert row[name] > 0, name
         assert row["data_wait_s"] >= 0
-    assert set(rows[-1]["valid"]) == {"1", "2", "8"}
+    assert set(rows[-1]["valid"]) == set(rows[-1]["valid_error"]) == {"1", "2", "8"}
+    assert all(0.001 < error < 0.5 for error in rows[-1]["valid_error"].values()), "of four sequences"
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
@@ -243,6 +245,23 @@ def test_a_refused_start_changes_nothing(copied: Path, data_path: Path) -> None:
     assert "nothing to do" in said
     assert "has done 12 of 7 steps" in said
     assert (copied / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.ranks
+@pytest.mark.end_to_end
+def test_ctrl_c_twice_under_deepspeed_saves(tmp_path: Path, data_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    overrides = [*LONG, f"data.path={data_path}", "train.steps=100000", "checkpoint.every_steps=100000"]
+    with Job(run_dir, 1, overrides, launcher="deepspeed") as job:
+        job.wait_until(lambda: job.rows >= 3)
+        for _ in range(2):  # a terminal sends it to all of its foreground
+            job.end(signal.SIGINT, whole=True)
+            time.sleep(0.2)
+        job.wait_for_ranks(but=None, within_s=60)
+    checkpoint, _ = newest_checkpoint(run_dir)
+    assert checkpoint is not None, job.said
+    assert checkpoint.manifest.step == read_records(run_dir)[-1]["step"] < 100000
+    assert "stopped by a signal" in job.said or "its launcher ended" in job.said
 
 
 @pytest.mark.end_to_end

@@ -10,10 +10,13 @@ import csv
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from megassm.cli.arguments import Parser, output_file, path_argument
 from megassm.errors import UserError
+
+if TYPE_CHECKING:
+    from megassm.run.lines import Unread
 
 
 def parser() -> Parser:
@@ -40,7 +43,12 @@ def main() -> None:
 
 
 def write(journal: Path, file: IO[str]) -> int:
-    """Writes all records that are there now; returns how many. Read twice, for any of them may bring a column."""
+    """Writes all records that are there now; returns how many. Read twice, for any of them may bring a column.
+
+    Lines that are not whole are told once, on stderr.
+    """
+    from megassm.run.lines import Unread
+
     columns: dict[str, None] = {}
     count = 0
     for row in _rows(journal):
@@ -48,15 +56,15 @@ def write(journal: Path, file: IO[str]) -> int:
         count += 1
     table = csv.DictWriter(file, list(columns), extrasaction="ignore", lineterminator="\n")
     table.writeheader()
-    for row, _ in zip(_rows(journal), range(count), strict=False):
+    for row, _ in zip(_rows(journal, Unread(journal)), range(count), strict=False):
         table.writerow(row)
     return count
 
 
-def _rows(journal: Path) -> Iterator[dict[str, Any]]:
+def _rows(journal: Path, unread: Unread | None = None) -> Iterator[dict[str, Any]]:
     from megassm.run.records import iterate_records
     from megassm.run.tracker import flat
 
-    for record in iterate_records(journal):
+    for record in iterate_records(journal, unread):
         lists = {name: " ".join(map(str, value)) for name, value in record.items() if isinstance(value, list)}
         yield flat(record) | lists

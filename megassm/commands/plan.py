@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megassm.cli.arguments import Parser, TableRow, positive, print_table, tool_parser, write_json
+from megassm.cli.progress import LineProgress
 from megassm.config.load import load_config, load_config_or_exit
 from megassm.config.schema import Config
 from megassm.config.source import ConfigError
@@ -79,7 +80,9 @@ def main() -> None:
     from megassm.plan.estimate import plan_run
     from megassm.plan.search import fitting_plans
 
-    cluster, filters = cluster_of(arguments, config), filters_of(config)
+    cluster = cluster_of(arguments, config)
+    with LineProgress().busy(f"deriving the filters of model.seq_len = {config.model.seq_len:,}"):
+        filters = filters_of(config)
     report: dict[str, list[TableRow]] = {"cluster": [cluster._asdict()]}
     if mistakes:
         print("\n".join(mistakes) + f"\nthe mesh does not suit {world_size} GPUs as it is; what does:")

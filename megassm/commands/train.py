@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from megassm.cli.arguments import Parser, error_text, positive, run_tool
+from megassm.cli.arguments import Parser, error_text, is_rank_zero, positive, run_tool
+from megassm.cli.progress import LineProgress
 from megassm.config.load import dump_config, world_size_from_environment
 from megassm.errors import UserError
 from megassm.run.directory import FAILURE
@@ -72,13 +73,14 @@ def main() -> None:
     from megassm.data.mixture import check_repeats
     from megassm.run.events import append_event
 
-    data = open_dataset(config)
-    check_repeats(data.train, config)
-    lock = open_run_directory(config)
-    run_dir = Path(config.run.dir)
-    if lock is not None:
-        leave_when_told(lambda text: append_event(run_dir, "stop", 0, text, {}))
-    from megassm.train.loop import pretrain
+    with LineProgress().busy("opening the data and loading torch") if is_rank_zero() else contextlib.nullcontext():
+        data = open_dataset(config)
+        check_repeats(data.train, config)
+        lock = open_run_directory(config)
+        run_dir = Path(config.run.dir)
+        if lock is not None:
+            leave_when_told(lambda text: append_event(run_dir, "stop", 0, text, {}))
+        from megassm.train.loop import pretrain
 
     try:
         pretrain(config, data)

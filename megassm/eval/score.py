@@ -84,6 +84,26 @@ def best_unigram(counts: npt.NDArray[np.int64], token_bytes: npt.NDArray[np.int6
     return Score(nll, tokens, float((counts * token_bytes).sum()))
 
 
+def ratio_error(top_N: npt.NDArray[np.float64], bottom_N: npt.NDArray[np.float64]) -> float | None:
+    """The standard error of `top_N.sum() / bottom_N.sum()` over N sequences that were drawn alike, such as of nats a
+    byte; None for fewer than two."""
+    count, bottom = len(top_N), bottom_N.sum()
+    if count < 2 or bottom <= 0:
+        return None
+    off_N = top_N - bottom_N * (top_N.sum() / bottom)
+    return float(math.sqrt(count / (count - 1) * np.square(off_N).sum()) / bottom)
+
+
+def by_sequence(rows_N5: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Rows of `sequence_scores` with the parts of each sequence added up, and those without one left out."""
+    known_N5 = rows_N5[rows_N5[:, 0] >= 0]
+    numbers, place_N = np.unique(known_N5[:, 0], return_inverse=True)
+    whole = np.zeros((len(numbers), 5))
+    np.add.at(whole, place_N, known_N5)
+    whole[:, 0] = numbers
+    return whole
+
+
 @torch.no_grad()
 def sequence_scores(
     losses: Losses,

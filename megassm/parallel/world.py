@@ -86,8 +86,10 @@ def join_peers(device: Literal["auto", "cpu", "cuda"]) -> Peers:
     return Peers(rank, dist.get_world_size(), place)
 
 
-def join_world(config: Config) -> World:
+def join_world(config: Config, progress: RankProgress | None = None) -> World:
     """Joins the process group that the launcher's environment describes; alone without a launcher.
+
+    `progress` is where this rank notes what it is at, if it does so already.
 
     Raises:
         UserError: CUDA is asked for and absent, two ranks have the same device, or a tensor group would span machines.
@@ -103,7 +105,7 @@ def join_world(config: Config) -> World:
         for groups in (mesh.tensor_groups(), mesh.sequence_groups(), mesh.replica_groups(), mesh.reader_groups())
     )
     secret = bytes(map(int, gather_rows([*secrets.token_bytes(32)])[0]))
-    return World(rank, device, mesh, tensor, sequence, replicas, readers, secret)
+    return World(rank, device, mesh, tensor, sequence, replicas, readers, secret, progress or RankProgress())
 
 
 def _check_machines(mesh: Mesh) -> None:

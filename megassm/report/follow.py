@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 from megassm.files import open_given
-from megassm.guarded import parse_object
-from megassm.run.records import Record
+from megassm.run.lines import Known, Record, Unread, read_line
 
 READ_BYTES = 4 * 2**20
 """At most at a time, so that a view of a long run appears at once."""
@@ -16,28 +15,31 @@ MARK_BYTES = 256
 
 
 class FollowedFile:
-    """The whole lines of `path`; a file that is not there yet is empty."""
+    """The objects of `path`, of its whole lines, that `is_known` takes; a file that is not there yet is empty."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._place = 0
-        self._mark = b""
+    def __init__(self, path: Path, is_known: Known) -> None:
+        self._path, self._is_known = path, is_known
+        self._restart()
         self.share = 1.0
         """How much of the file is read."""
+
+    def _restart(self) -> None:
+        self._place, self._line, self._mark = 0, 1, b""
+        self.unread = Unread(self._path)
 
     def read(self) -> tuple[bool, list[Record]]:
         """(whether what was read before no longer holds, the objects that follow)."""
         try:
             file = open_given(self._path)
         except FileNotFoundError:
-            restarted = self._place > 0
-            self._place, self._mark, self.share = 0, b"", 1.0
+            restarted, self.share = self._place > 0, 1.0
+            self._restart()
             return restarted, []
         with file:
             file.seek(self._place - len(self._mark))
             restarted = file.read(len(self._mark)) != self._mark
             if restarted:
-                self._place, self._mark = 0, b""
+                self._restart()
                 file.seek(0)
             data = file.read(READ_BYTES)
             size = os.fstat(file.fileno()).st_size
@@ -47,4 +49,15 @@ class FollowedFile:
         self._place += len(whole)
         self._mark = (self._mark + whole)[-MARK_BYTES:]
         self.share = 1.0 if len(data) < READ_BYTES else self._place / max(1, size)
-        return restarted, [record for line in whole.splitlines() if (record := parse_object(line)) is not None]
+        return restarted, self._objects(whole)
+
+    def _objects(self, whole: bytes) -> list[Record]:
+        lines = whole.split(b"\n")
+        objects = []
+        for number, raw in enumerate(lines, start=self._line):
+            line = read_line(raw, self._is_known)
+            if not line.whole:
+                self.unread.add(number)
+            objects += [record for record, _ in line.found]
+        self._line += len(lines) - 1
+        return objects

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megassm.run.records import Record
+from megassm.run.lines import Record
 
 SPANS = 500
 RECENT = 50
@@ -74,6 +74,8 @@ class History:
         self.recent: deque[Record] = deque(maxlen=RECENT)
         self.validations: list[tuple[int, int, dict[int, float]]] = []
         """(step, tokens, what is `validated` by K)."""
+        self.errors: dict[int, float] = {}
+        """Standard errors of the newest validation by K, over its sequences; older journals have none."""
         self.validated = BITS
         self.records = self.skipped = 0
         self.seconds = 0.0
@@ -99,6 +101,8 @@ class History:
             self.validated = ANSWERS
         by_k = record.get("valid") or record.get("valid_loss") or {}
         if valid := {int(k): value for k, value in by_k.items() if value is not None}:
+            errors = record.get("valid_error") or {}
+            self.errors = {int(k): value for k, value in errors.items() if value is not None}
             self.validations.append((record["step"], record.get("tokens", 0), valid))
             if len(self.validations) > VALIDATIONS:
                 self.validations = self.validations[:-1:2] + self.validations[-1:]

@@ -12,7 +12,8 @@ from megassm.report.history import History
 from megassm.report.run_files import age_s, failure, planned_steps, read_environment, read_knobs
 from megassm.run.directory import CONFIG, EVENTS, METRICS
 from megassm.run.events import is_event
-from megassm.run.records import Record, is_record
+from megassm.run.lines import Record, Unread
+from megassm.run.records import is_record
 
 EVENTS_KEPT = 200
 STALL_MIN_S = 60.0
@@ -31,7 +32,8 @@ class LiveRun:
         self.events: deque[Record] = deque(maxlen=EVENTS_KEPT)
         self.knobs: dict[str, Any] = {}
         self.environment: dict[str, Any] = {}
-        self._records, self._happened = FollowedFile(run_dir / METRICS), FollowedFile(run_dir / EVENTS)
+        self._records = FollowedFile(run_dir / METRICS, is_record)
+        self._happened = FollowedFile(run_dir / EVENTS, is_event)
         self._looked = 0.0
 
     def look(self) -> LiveRun:
@@ -39,11 +41,11 @@ class LiveRun:
         restarted, records = self._records.read()
         if restarted:
             self.history = History()
-        self.history.extend(record for record in records if is_record(record))
+        self.history.extend(records)
         restarted, events = self._happened.read()
         if restarted:
             self.events.clear()
-        self.events.extend(event for event in events if is_event(event))
+        self.events.extend(events)
         self.knobs, self.environment = read_knobs(self.run_dir), read_environment(self.run_dir)
         self._looked = time.time()
         return self
@@ -51,6 +53,11 @@ class LiveRun:
     @property
     def read_share(self) -> float:
         return self._records.share
+
+    @property
+    def unread(self) -> list[Unread]:
+        """Of the journal and the events, where a line of them is not whole."""
+        return [file.unread for file in (self._records, self._happened) if file.unread.numbers]
 
     @property
     def steps(self) -> int | None:

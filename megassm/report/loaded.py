@@ -16,9 +16,10 @@ from megassm.report.run_files import (
     tokenizer_mark,
 )
 from megassm.run.console import duration
-from megassm.run.directory import METRICS
+from megassm.run.directory import EVENTS, METRICS
 from megassm.run.events import LIFE, WARNINGS, read_events
-from megassm.run.records import Record, iterate_records
+from megassm.run.lines import Record, Unread
+from megassm.run.records import iterate_records
 
 EVENTS_SHOWN = 200
 """Of each run, the newest."""
@@ -38,6 +39,8 @@ class LoadedRun(NamedTuple):
     failure: str
     tokenizer: str
     """Equal where nats a token are comparable."""
+    unread: list[str]
+    """What the journal and the events hold that could not be read, in words."""
 
     @property
     def state(self) -> str:
@@ -61,14 +64,16 @@ def load_run(run_dir: Path, name: str) -> LoadedRun:
     """
     check_run_directory(run_dir)
     journal = run_dir / METRICS
-    history = History().extend(iterate_records(journal) if journal.exists() else ())
+    rows, happened = Unread(journal), Unread(run_dir / EVENTS)
+    history = History().extend(iterate_records(journal, rows) if journal.exists() else ())
     newest: deque[Record] = deque(maxlen=EVENTS_SHOWN)
     kinds: Counter[str] = Counter()
     count = 0
-    for count, event in enumerate(read_events(run_dir), start=1):  # noqa: B007
+    for count, event in enumerate(read_events(run_dir, happened), start=1):  # noqa: B007
         newest.append(event)
         if (kind := event.get("kind")) in (*LIFE, *WARNINGS):
             kinds[str(kind)] += 1
     knobs, environment = read_knobs(run_dir), read_environment(run_dir)
     mark = tokenizer_mark(run_dir, knobs)
-    return LoadedRun(name, history, knobs, environment, list(newest), count, kinds, failure(run_dir), mark)
+    unread = [lost.told for lost in (rows, happened) if lost.told]
+    return LoadedRun(name, history, knobs, environment, list(newest), count, kinds, failure(run_dir), mark, unread)

@@ -16,7 +16,7 @@ from megassm.report.braille import bar, curve, sparkline
 from megassm.report.history import BITS
 from megassm.report.live import LiveRun
 from megassm.report.run_files import event_text, event_time
-from megassm.run.records import Record
+from megassm.run.lines import Record
 
 PHASE_COLOURS = ("cyan", "blue", "magenta", "yellow", "red", "white")
 WORST_BAR = 0.15

@@ -14,7 +14,7 @@ from ruamel.yaml.error import YAMLError
 from megassm.errors import UserError, visible
 from megassm.guarded import LINE_BYTES, TOKENIZER_BYTES, YAML_BYTES, parse_object, parse_yaml, read_bytes
 from megassm.run.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, FAILURE, METRICS, TOKENIZER
-from megassm.run.records import Record
+from megassm.run.lines import Record
 
 TOKENIZER_FILES = 10
 """Looked at, of a run's tokenizer."""

@@ -45,9 +45,10 @@ def _quality(history: History) -> Iterator[Finding]:
     step, _, scores = history.validations[-1]
     full, small = max(scores), min(scores)
     cost = f", {scores[small]:.4f} at K={small} ({scores[small] / scores[full] - 1:+.1%})" if small < full else ""
-    yield f"Validation after step {step:,}: {scores[full]:.4f} {history.validated} at K={full}{cost}.", False
+    error = f" \u00b1 {history.errors[full]:.4f}" if full in history.errors else ""
+    yield f"Validation after step {step:,}: {scores[full]:.4f}{error} {history.validated} at K={full}{cost}.", False
     best, best_step = min((scores[full], step) for step, _, scores in history.validations if full in scores)
-    if best_step != step:
+    if best < scores[full]:
         yield f"At K={full} it was best after step {best_step:,}: {best:.4f}; it has risen since.", True
     for cliff in cliffs(history):
         yield f"Cliff at {describe(cliff)}: do not cut below K={cliff.next_k}.", True
@@ -81,6 +82,8 @@ def _health(run: LoadedRun) -> Iterator[Finding]:
     warned = {kind: run.event_kinds[kind] for kind in WARNINGS if run.event_kinds[kind]}
     if warned:
         yield f"Warnings: {', '.join(f'{count:,} x {kind}' for kind, count in warned.items())}; see Events.", False
+    for told in run.unread:
+        yield f"{told}.", True
 
 
 def _comparison(runs: Sequence[LoadedRun]) -> Iterator[Finding]:

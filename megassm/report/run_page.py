@@ -34,7 +34,8 @@ MEANINGS = {
     "from the smallest to the largest. Noisy curves are drawn faintly behind their running mean.",
     "median of newest": "Of the newest updates, at most 50; 90%: their middle part.",
     "validation": "Bits per byte of the validation text (negative log-likelihood in bits over UTF-8 bytes); of a task, "
-    "nats an answer.",
+    "nats an answer. \u00b1: its standard error over sequences, as if they were drawn at random; the difference of "
+    "two runs on one text is known better.",
     "MFU": "Model FLOPs of the K in use over the peak rate of the environment table, all ranks.",
     "tokens/s, MFU of the summary": "Medians over the curve's points.",
     "hours": "Time inside updates: without start-up, validation and saving.",
@@ -125,11 +126,15 @@ def _by_budget(runs: Sequence[LoadedRun]) -> Markup:
         rows = []
         for run in own:
             step, _, scores = run.history.validations[-1]
-            cells = {f"K={k}": number(scores.get(k), ".4f") for k in budgets}
+            cells = {f"K={k}": _with_error(scores.get(k), run.history.errors.get(k)) for k in budgets}
             rows.append({f"{unit}, newest validation": words(run.name), "step": number(step, ",d")} | cells)
         spread = {budgets[round(place * (len(budgets) - 1))] for place in places(BUDGETS_SHOWN)}
         parts.append(table(rows, more=[f"K={k}" for k in budgets if k not in spread]))
     return Markup("").join(parts)
+
+
+def _with_error(score: float | None, error: float | None) -> Cell:
+    return number(score, ".4f", "" if score is None or error is None else f" \u00b1 {error:.4f}")
 
 
 def _typical(history: History, field: str) -> float | None:

@@ -14,6 +14,8 @@ LOG_FROM = 30
 """Largest over smallest value from which on a logarithmic axis says more."""
 BUDGET = "budget K (spectral channels)"
 BITS_LABEL, NATS_LABEL = "bits per byte", "nats a token"
+TWO_SIDED = 1.96
+INTERVAL = "95% interval over the validation's sequences"
 BEHIND = "smallest to largest of the updates behind a point"
 
 Histories = Mapping[str, History]
@@ -142,13 +144,10 @@ def _training_by_budget(history: History, of: str) -> Chart:
 
 
 def _validations(runs: Histories, unit: str, named: bool) -> list[Chart]:
-    newest = [
-        Line(f"{name}, step {step:,}", {BUDGET: sorted(scores)}, [scores[k] for k in sorted(scores)])
-        for name, history in runs.items()
-        for step, _, scores in history.validations[-1:]
-    ]
+    newest = [_over_budgets(name, history) for name, history in runs.items()]
     budgets = sorted({k for history in runs.values() for k in history.validations[-1][2]})
-    chosen = [Chart(f"newest validation over K, {unit} (lower is better)", unit, newest, ticks=budget_ticks(budgets))]
+    title = f"newest validation over K, {unit} (lower is better)"
+    chosen = [Chart(title, unit, newest, INTERVAL * any(line.low for line in newest), ticks=budget_ticks(budgets))]
     if len(runs) > 1:
         shared = sorted(set.intersection(*(set(history.validations[-1][2]) for history in runs.values())))
         for k in dict.fromkeys((*shared[-1:], *shared[:1])):
@@ -163,6 +162,17 @@ def _validations(runs: Histories, unit: str, named: bool) -> list[Chart]:
             ]  # fmt: skip
             chosen.append(Chart(f"validation by K, {unit}{f' ({name})' if named else ''}", unit, lines))
     return chosen
+
+
+def _over_budgets(name: str, history: History) -> Line:
+    """The newest validation, with its interval where the journal has one for each K."""
+    step, _, scores = history.validations[-1]
+    budgets = sorted(scores)
+    line = Line(f"{name}, step {step:,}", {BUDGET: budgets}, [scores[k] for k in budgets])
+    if not all(k in history.errors for k in budgets):
+        return line
+    low, high = ([scores[k] + ends * history.errors[k] for k in budgets] for ends in (-TWO_SIDED, TWO_SIDED))
+    return line._replace(low=low, high=high)
 
 
 def _validated(history: History, k: int, label: str, place: float | None = None) -> Line:

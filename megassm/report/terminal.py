@@ -70,6 +70,8 @@ def _head(run: LiveRun, width: int) -> RenderableType:
     first.append(str(run.run_dir), "bold").append("  ").append(_state(run), COLOURS.get(run.state, "yellow"))
     if run.read_share < 1:
         first.append(f"  reading the journal: {run.read_share:.0%}", "dim")
+    for unread in run.unread:
+        first.append(f"  {unread.short}", "bold yellow")
     if newest is None:
         return Group(first, Text(""))
     step = newest["step"]

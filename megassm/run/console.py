@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megassm.run.records import Record
+from megassm.run.lines import Record
 
 WORTH_SAYING = 0.05
 """Share of an update spent waiting from which on a line has it."""

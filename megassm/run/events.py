@@ -6,7 +6,6 @@ writes. Nothing is ever removed: an update that is made again after a resume lea
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -16,11 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megassm.cli.arguments import print_line
-from megassm.files import open_given, open_own
-from megassm.guarded import parse_object
+from megassm.files import open_own
 from megassm.run.directory import EVENTS
 from megassm.run.fence import Fence
-from megassm.run.records import Record, RecordFile, ends_amid_a_line, lines_of
+from megassm.run.lines import Record, Unread, read_lines
+from megassm.run.records import RecordFile, ends_amid_a_line
 
 Kind = Literal[
     "start", "resume", "checkpoint", "passed over", "left over", "disk", "stop", "end", "failure", "straggler",
@@ -60,14 +59,16 @@ def _event(kind: Kind, step: int, text: str, figures: Mapping[str, Any]) -> Reco
     return {"time": time.time(), "step": step, "kind": kind, "text": text, "figures": dict(figures)}
 
 
-def read_events(run_dir: Path) -> Iterator[Record]:
-    """A run's events, oldest first, one at a time; without lines that a kill cut in half."""
-    with contextlib.suppress(FileNotFoundError), open_given(run_dir / EVENTS) as file:
-        yield from (
-            event
-            for event in map(parse_object, lines_of(file))
-            if event is not None and isinstance(event.get("kind"), str) and is_event(event)
-        )
+def read_events(run_dir: Path, unread: Unread | None = None) -> Iterator[Record]:
+    """A run's events, oldest first, one at a time; `unread` as in `megassm.run.lines.read_lines`."""
+    try:
+        yield from read_lines(run_dir / EVENTS, _is_known, unread)
+    except FileNotFoundError:
+        return
+
+
+def _is_known(event: Record) -> bool:
+    return isinstance(event.get("kind"), str) and is_event(event)
 
 
 def is_event(event: Record) -> bool:

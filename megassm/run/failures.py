@@ -16,7 +16,8 @@ from megassm.files import write_atomically
 from megassm.guarded import LINE_BYTES, parse_object, read_bytes
 from megassm.run.directory import FAILURES
 from megassm.run.events import append_event
-from megassm.run.records import Record, newest_record
+from megassm.run.lines import Record
+from megassm.run.records import newest_record
 
 KILLED = 0.5
 """A job that was killed counts so much: machines are taken away, and most often nothing is wrong with the step."""

@@ -22,7 +22,8 @@ from megassm.cost import PEAK_TFLOPS
 from megassm.run.console import format_record, is_validated
 from megassm.run.directory import METRICS
 from megassm.run.fence import Fence
-from megassm.run.records import Record, RecordFile, cut_after, read_records
+from megassm.run.lines import Record
+from megassm.run.records import RecordFile, cut_after, newest_record, read_records
 from megassm.run.tensorboard_log import TensorBoardSink
 from megassm.run.tracker import Tracker
 from megassm.run.wandb_log import WandbSink
@@ -39,6 +40,7 @@ class Journal:
         self._fence = fence
         path = Path(config.run.dir) / METRICS
         cut_after(path, done_steps)
+        _tell_gap(path, done_steps)
         self._file = RecordFile(path, _warn)
         self._trackers: list[Tracker] = []
         if config.log.wandb != "disabled":
@@ -74,6 +76,15 @@ class Journal:
         self._file.close()
         for tracker in self._trackers:
             tracker.close()
+
+
+def _tell_gap(path: Path, done_steps: int) -> None:
+    """Says which updates a journal lacks, though a checkpoint holds them: a job was killed while its disk was full."""
+    newest = newest_record(path)
+    last = newest["step"] if newest else 0
+    if last < done_steps:
+        which = f"update {done_steps}" if last + 1 == done_steps else f"updates {last + 1:,} to {done_steps:,}"
+        _warn(f"{path}: has no record of {which}, which the checkpoint holds; curves have a gap there")
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -18,7 +18,8 @@ from megassm.errors import UserError
 from megassm.guarded import LINE_BYTES, read_bytes
 from megassm.run.directory import FAILURE, METRICS
 from megassm.run.events import ENDS, LIFE, read_events, write_event
-from megassm.run.records import Record, newest_record
+from megassm.run.lines import Record
+from megassm.run.records import newest_record
 
 
 def note_last_end(run_dir: Path) -> None:

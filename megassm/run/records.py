@@ -1,4 +1,4 @@
-"""metrics.jsonl and events.jsonl, one record a line: a full disk loses none of them, and half a line is passed over.
+"""metrics.jsonl and events.jsonl, one record a line: a full disk loses none of them. `megassm.run.lines` reads them.
 
 Needs no torch.
 """
@@ -6,19 +6,21 @@ Needs no torch.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Annotated, Any, Required
+from typing import IO, Annotated, Required
 
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from megassm.files import commit, open_given, open_own, open_temporary
-from megassm.guarded import LINE_BYTES, parse_object
+from megassm.guarded import LINE_BYTES
 from megassm.run.directory import METRICS
+from megassm.run.lines import Record, Unread, line_number, read_line, read_lines
 
 WAITING_BYTES = 64 * 2**20
 """Records kept in memory at most while they cannot be written; about 100,000."""
@@ -26,9 +28,6 @@ WAITING_BYTES = 64 * 2**20
 COPIED_BYTES = 2**24
 BLOCK_BYTES = 2**18
 """What is read at a time of a file that is read from its end."""
-
-Record = dict[str, Any]
-
 
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Figure = Annotated[float, Field(ge=-1e30, le=1e30)] | None
@@ -60,6 +59,7 @@ class KnownFigures(TypedDict, total=False):
     valid: Annotated[ByBudget, Field(max_length=1000)]
     valid_loss: Annotated[ByBudget, Field(max_length=1000)]
     valid_accuracy: Annotated[ByBudget, Field(max_length=1000)]
+    valid_error: Annotated[ByBudget, Field(max_length=1000)]
     phases_s: Seconds
 
 
@@ -151,18 +151,15 @@ def cut_after(path: Path, step: int) -> None:
     try:
         with open_given(path) as file, copy:
             while missing := end - copy.tell():
-                copy.write(file.read(min(COPIED_BYTES, missing)))
+                block = file.read(min(COPIED_BYTES, missing))
+                copy.write(block)
+            if end and not block.endswith(b"\n"):  # the rest of its line is dropped
+                copy.write(b"\n")
             commit(copy, path)
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(copy.name)
         os.truncate(path, end)
-
-
-def parse_record(line: bytes) -> Record | None:
-    """A record of the journal; None if the line is not one, or a figure of it has another type than the journal's."""
-    record = parse_object(line)
-    return record if record is not None and is_record(record) else None
 
 
 def is_record(record: Record) -> bool:
@@ -179,8 +176,9 @@ def newest_record(path: Path) -> Record | None:
     return next((record for record, _ in records_newest_first(path)), None)
 
 
-def records_newest_first(path: Path) -> Iterator[tuple[Record, int]]:
-    """(record, where its line ends in the file) of every whole record, from the end on; reads no more than is asked."""
+def records_newest_first(path: Path, unread: Unread | None = None) -> Iterator[tuple[Record, int]]:
+    """(record, where it or its line ends in the file) of every whole record, from the end on; reads no more than is
+    asked. `unread` gets the lines on which something is lost."""
     if not path.exists():
         return
     with open_given(path) as file:
@@ -194,25 +192,20 @@ def records_newest_first(path: Path) -> Iterator[tuple[Record, int]]:
             rest, end = block[:first], start + len(block)
             if len(rest) > LINE_BYTES:
                 rest = b""  # no record is so long
-            for line in reversed(block[first:].splitlines(keepends=True)):
-                record = parse_record(line) if line.endswith(b"\n") else None
-                if record is not None:
-                    yield record, end
-                end -= len(line)
+            for raw in reversed(io.BytesIO(block[first:]).readlines()):
+                end -= len(raw)
+                line = read_line(raw, is_record) if raw.endswith(b"\n") else None
+                if line is not None and not line.whole and unread is not None:
+                    unread.add(line_number(file, end))
+                for record, place in reversed(line.found if line is not None else ()):
+                    yield record, end + place
 
 
-def read_records(run_dir: Path) -> list[Record]:
-    """A run's journal, oldest update first."""
-    return list(iterate_records(run_dir / METRICS))
+def read_records(run_dir: Path, unread: Unread | None = None) -> list[Record]:
+    """A run's journal, oldest update first; `unread` as in `read_lines`."""
+    return list(iterate_records(run_dir / METRICS, unread))
 
 
-def iterate_records(path: Path) -> Iterator[Record]:
-    """The records of a file, one at a time."""
-    with open_given(path) as file:
-        yield from (record for record in map(parse_record, lines_of(file)) if record is not None)
-
-
-def lines_of(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a file, in pieces where one is longer than any record."""
-    while line := file.readline(LINE_BYTES):
-        yield line
+def iterate_records(path: Path, unread: Unread | None = None) -> Iterator[Record]:
+    """The records of a file, one at a time; `unread` as in `read_lines`."""
+    return read_lines(path, is_record, unread)

@@ -10,7 +10,7 @@ from typing import Any
 from megassm.config.schema import Config
 from megassm.errors import install_hint
 from megassm.run.directory import TENSORBOARD
-from megassm.run.records import Record
+from megassm.run.lines import Record
 from megassm.run.tracker import flat
 
 FLUSH_S = 20

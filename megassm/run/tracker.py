@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megassm.run.directory import METRICS
-from megassm.run.records import Record
+from megassm.run.lines import Record
 
 CLOSE_TIMEOUT_S = 100
 """What is still to be sent when training is done may take so long."""
@@ -119,4 +119,5 @@ def flat(record: Record) -> Record:
         plain |= {f"channels/{name}_k{k:02d}": value for k, value in enumerate(means, start=1)}
     for name in ("valid_loss", "valid_accuracy"):
         plain |= {f"valid/{name.removeprefix('valid_')}_k{k}": value for k, value in record.get(name, {}).items()}
+    plain |= {f"valid/error_k{k}": value for k, value in record.get("valid_error", {}).items()}
     return plain | {f"valid/bits_per_byte_k{k}": value for k, value in record.get("valid", {}).items()}

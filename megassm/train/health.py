@@ -20,7 +20,8 @@ from megassm.parallel.phases import StepPhase
 from megassm.parallel.world import gather_rows, gather_texts, sum_rows
 from megassm.run.directory import METRICS
 from megassm.run.left_out import leave_out, read_left_out
-from megassm.run.records import Record, records_newest_first
+from megassm.run.lines import Record, Unread
+from megassm.run.records import records_newest_first
 from megassm.train.agreement import Tally, Totals
 from megassm.train.channels import OSCILLATION_RECORDS, GateMass, spectral_mixers, update_counts, warnings_of
 from megassm.train.setup import Run
@@ -99,7 +100,8 @@ class Health:
         recent: list[Record] = []
         counted = "S" not in self._run.config.model.mixers
         counts_K = np.zeros_like(self._updates_K)
-        for record, _ in records_newest_first(journal):
+        unread = Unread(journal)
+        for record, _ in records_newest_first(journal, unread):
             if len(recent) < OSCILLATION_RECORDS:
                 recent.append(record)
             elif counted:
@@ -109,6 +111,7 @@ class Health:
                 counted = True
             elif not counted and not record["skipped"]:
                 counts_K += update_counts([record["k_micro"]], len(counts_K))
+        unread.warn()
         self._spikes = self._new_spikes(recent[-1]["step"] - 1 if recent else 0)
         for record in reversed(recent):
             self._remember(record)

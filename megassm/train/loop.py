@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from megassm.budget import budget_at
@@ -24,11 +25,12 @@ from megassm.data.dataset import Dataset
 from megassm.data.stream import MicroBatch
 from megassm.data.task import Task
 from megassm.errors import UserError
-from megassm.eval.score import Score, score, text_bytes
+from megassm.eval.score import Score, by_sequence, ratio_error, sequence_scores, text_bytes
 from megassm.optim import learning_rate
 from megassm.parallel.device import to_device
 from megassm.parallel.phases import StepPhase
-from megassm.parallel.watchdog import Watchdog
+from megassm.parallel.starting import told_until_first_update
+from megassm.parallel.watchdog import RankProgress, Watchdog
 from megassm.parallel.world import (
     World,
     any_rank,
@@ -52,6 +54,7 @@ from megassm.train.setup import Run, set_up
 STOP_CHECK_S = 10.0
 """Longest that a stop signal waits for the end of an update, seconds of computation."""
 
+Rows = npt.NDArray[np.float64]
 End = Literal["done", "stopped", "rewound"]
 """All updates are done; a signal came, and what was done is saved; the loss jumped, and an older checkpoint waits."""
 
@@ -61,8 +64,16 @@ def pretrain(config: Config, data: Dataset) -> None:
 
     Exits with code 1 after one message if there is an error; with `STOPPED` if it was told to stop, and has saved.
     """
+    progress = RankProgress()
+    with told_until_first_update(progress):
+        _pretrain(config, data, progress)
+
+
+def _pretrain(config: Config, data: Dataset, progress: RankProgress) -> None:
     try:
-        world = join_world(config)
+        progress.note("its set-up, meeting the other ranks")
+        world = join_world(config, progress)
+        progress.note("its set-up")
         watchdog = Watchdog(
             (world.rank, world.size),
             world.progress,
@@ -297,29 +308,36 @@ def update_flops_per_token(config: Config, k: int) -> float:
 def validation(run: Run) -> Record:
     """The scores by K, and what the channels of the whole model do at the largest of these K."""
     *smaller, largest = run.config.eval_budgets()
-    scores = {k: validate(run, k) for k in smaller}
+    rows = {k: validate(run, k) for k in smaller}
     with gate_masses(run.engine.model) as masses:
-        scores[largest] = validate(run, largest)
-    return validation_record(scores, run.data.task) | channels(run, masses)
+        rows[largest] = validate(run, largest)
+    return validation_record(rows, run.data.task) | channels(run, masses)
 
 
-def validation_record(scores: dict[int, Score], task: Task | None) -> Record:
+def validation_record(rows: dict[int, Rows], task: Task | None) -> Record:
     """What the journal has of a validation, by K."""
+    scores = {str(k): Score.total(rank[:, 1:].sum(0).tolist() for rank in ranks_RN5) for k, ranks_RN5 in rows.items()}
+    whole = {str(k): by_sequence(ranks_RN5.reshape(-1, 5)) for k, ranks_RN5 in rows.items()}
     if task is None:
-        return {"valid": {str(k): score.bits_per_byte for k, score in scores.items()}}
+        nats = {k: ratio_error(found[:, 1], found[:, 3]) for k, found in whole.items()}
+        errors = {k: None if error is None else error / math.log(2) for k, error in nats.items()}
+        return {"valid": {k: score.bits_per_byte for k, score in scores.items()}, "valid_error": errors}
     return {
-        "valid_loss": {str(k): score.loss for k, score in scores.items()},
-        "valid_accuracy": {str(k): score.accuracy for k, score in scores.items()},
+        "valid_loss": {k: score.loss for k, score in scores.items()},
+        "valid_accuracy": {k: score.accuracy for k, score in scores.items()},
+        "valid_error": {k: ratio_error(found[:, 1], found[:, 2]) for k, found in whole.items()},
     }
 
 
-def validate(run: Run, k: int) -> Score:
-    """The validation score at budget k, over all ranks."""
+def validate(run: Run, k: int) -> Rows:
+    """What validation at budget k has found: (R, N, 5), the rows of `sequence_scores` of all ranks with texts or parts
+    of texts of their own."""
 
     def losses(ids_BT: torch.Tensor, k: int) -> torch.Tensor:
         run.world.progress.note(f"validation at K={k}")
         return run.engine.eval_losses(ids_BT, k, hits=run.data.task is not None)
 
-    mine = score(losses, run.valid, k, run.token_bytes, run.world.device)
+    mine_N5 = sequence_scores(losses, run.valid, k, run.token_bytes, run.world.device)
     run.world.progress.note("validation, all ranks' scores")
-    return Score.total(gather_rows(mine)[:: run.world.mesh.tensor])
+    all_R = gather_rows(mine_N5.ravel().tolist())[:: run.world.mesh.tensor]
+    return np.array(all_R).reshape(len(all_R), -1, 5)

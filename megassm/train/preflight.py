@@ -7,17 +7,46 @@ from pathlib import Path
 
 import torch
 
+from megassm.cli.arguments import print_line
+from megassm.config.model import CHUNK
 from megassm.config.schema import Config
+from megassm.errors import UserError
 from megassm.ops.mixing import GROUP_BYTES
 from megassm.parallel.world import World, gather_rows, local_ranks
-from megassm.plan.cluster import filters_of
+from megassm.plan.cluster import Filters, filters_of
 from megassm.plan.memory import host_memory, rank_memory
+
+LONG = 2**18
+"""Positions from which on filters take seconds, and more memory than anybody expects."""
+DERIVING_COPIES, DERIVING_S = 8, 7e-8
+"""What deriving filters takes at once of their own size, and seconds a byte of them; seen at 2^18 and 2^20."""
+HOPELESS = 4
+"""Times what there is; plans are up to 1.8 times too high."""
 
 
 def preflight(config: Config, world: World) -> str:
-    """Why the job may be ended for its memory, as planned; empty where it should fit. All ranks call it."""
+    """Why the job may be ended for its memory, as planned; empty where it should fit. All ranks call it.
+
+    Raises:
+        UserError: it needs many times what there is. A long sequence is refused before its filters are derived.
+    """
+    model = config.model
+    if "S" in model.mixers and model.seq_len >= LONG:
+        table_bytes = 8 * model.seq_len * model.num_channels
+        _shortage(config, world, Filters(CHUNK, 1, table_bytes))
+        what = f"deriving {model.num_channels} filters of model.seq_len = {model.seq_len:,}"
+        if world.is_main:
+            size = DERIVING_COPIES * table_bytes / 1e9
+            print_line(f"{what}: {size:.1f} GB of this host's memory, about {DERIVING_S * table_bytes:.0f} s")
+        world.progress.note(f"its set-up, {what}")
+    filters = filters_of(config)
+    world.progress.note("its set-up")
+    return _shortage(config, world, filters)
+
+
+def _shortage(config: Config, world: World, filters: Filters) -> str:
     cuda = world.device.type == "cuda"
-    memory = rank_memory(config, world.mesh, filters_of(config), GROUP_BYTES[world.device.type], fused=cuda)
+    memory = rank_memory(config, world.mesh, filters, GROUP_BYTES[world.device.type], fused=cuda)
     host = host_memory(config, world.mesh)
     copy = host["save: copy"] if config.checkpoint.asynchronous else 0.0
     needed = sum(memory.values()) + (0.0 if cuda else copy)
@@ -30,11 +59,16 @@ def preflight(config: Config, world: World) -> str:
     largest = sorted(memory.items(), key=lambda item: -item[1])[:2]
     kinds = " and ".join(f"{size / 1e9:.1f} GB of {kind}" for kind, size in largest)
     where = "its device" if cuda else f"its share of the host ({local_ranks(world.size)} ranks there)"
-    return (
+    plan = (
         f"rank {short[0]} is planned to need {needed / 1e9:.1f} GB at full K, {kinds} among them, and {where} has "
-        f"{has / 1e9:.1f} GB free: the job may be ended without a word. Lower train.micro_batch_sequences, set "
-        "train.recompute or a higher parallel.zero_stage, or take more ranks; tools/plan.py has all figures"
+        f"{has / 1e9:.1f} GB free"
     )
+    ways = "set train.recompute or a higher parallel.zero_stage, or take more ranks; tools/plan.py has all figures"
+    if needed > HOPELESS * has:
+        size = f"model.seq_len = {config.model.seq_len:,}, d_model = {config.model.d_model:,}"
+        micro_batch = f"train.micro_batch_sequences = {config.train.micro_batch_sequences}"
+        raise UserError(f"{size}, {micro_batch}: {plan}, which is not enough by far. Lower them, {ways}")
+    return f"{plan}: the job may be ended without a word. Lower train.micro_batch_sequences, {ways}"
 
 
 def device_bytes(device: torch.device) -> float:

@@ -21,6 +21,7 @@ from megassm.run.tensorboard_log import TensorBoardSink
 from megassm.run.tracker import Sink, Tracker
 from megassm.run.wandb_log import WandbSink, run_id
 from tests.conftest import run_python
+from tests.wandb_server import wandb_server
 
 Make = Callable[..., Config]
 
@@ -90,6 +91,38 @@ def test_wandb_has_one_run_after_five_restarts(small_config: Make, tmp_path: Pat
     own = json.loads((run_dir / WANDB_RUN).read_text(encoding="utf-8"))["id"]
     assert set(runs) == {(own, "us", "trials", ("a", "b"))}
     assert losses == list(TRUTH.items()), "each update once, in order, as the checkpoints have it"
+
+
+ONLINE = """
+import sys
+from megassm.config.schema import Config
+from megassm.run.wandb_log import WandbSink
+from tests.test_trackers import live
+config = Config.model_validate_json(sys.argv[1])
+print(live(lambda done: WandbSink(config, done, print)))
+"""
+
+
+@pytest.mark.parametrize("rewinds", [True, False])
+def test_wandb_online_is_one_run_after_five_restarts(small_config: Make, tmp_path: Path, rewinds: bool) -> None:
+    """In a process of its own: wandb remembers a key."""
+    config = small_config("log.wandb=online", "log.wandb_group=trials", "log.wandb_tags=[a,b]", "log.wandb_entity=us")
+    run_dir = Path(config.run.dir)
+    run_dir.mkdir()
+    with wandb_server(rewinds) as (told, address):
+        given = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40, "HOME": str(tmp_path)}
+        said = run_python("-c", ONLINE, config.model_dump_json(), **given)
+    assert said.stdout == "[]\n", said
+    own = json.loads((run_dir / WANDB_RUN).read_text(encoding="utf-8"))["id"]
+    assert list(told.history) == [own]
+    groups = [(one["groupName"], one["tags"]) for one in told.upserts if one["groupName"]]  # later ones are changes
+    assert groups == [("trials", ["a", "b"])] * len(groups)
+    assert len(groups) >= len(STARTS)
+    lines = list(map(json.loads, told.history[own]))
+    assert [line["_step"] for line in lines] == list(TRUTH)
+    if rewinds:
+        assert [line["loss"] for line in lines] == list(TRUTH.values()), "as the checkpoints have it"
+    assert told.operations.count("RewindRun") == sum(done > 0 for done, *_ in STARTS)
 
 
 def test_tensorboard_reads_one_curve_after_five_restarts(small_config: Make) -> None:

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,15 @@ from megassm.errors import UserError
 from megassm.files import write_atomically
 from megassm.guarded import LINE_BYTES, Described, read_json
 from megassm.run.directory import WANDB_RUN
-from megassm.run.records import Record
+from megassm.run.lines import Record
 from megassm.run.tracker import first_line, flat
 
 INIT_TIMEOUT_S = 30
 """A server that does not answer is given up after this, and 10 s that wandb adds."""
 FINISH_TIMEOUT_S = 60
 """Uploads may take so long when training is done."""
+IN_USE, ATTEMPTS, RELEASE_S = "is in use", 5, 1.0
+"""What wandb says of a run's id that the refused request still holds for a moment."""
 PRIVATE: dict[str, Any] = {
     "x_disable_meta": True,  # sys.argv, in which data.path may hold a password; host, user, program
     "x_disable_machine_info": True,
@@ -109,14 +112,24 @@ class WandbSink:
 
     def _continued(self, wandb: Any) -> Any:
         """An online run: cut at the checkpoint where the server can, else continued after what it has."""
-        arguments = self._arguments(wandb)
         if self._done_steps:
+            cut = self._arguments(wandb)
+            cut["resume_from"] = f"{cut.pop('id')}?_step={self._done_steps}"
             try:
-                cut = arguments | {"resume_from": f"{arguments['id']}?_step={self._done_steps}"}
-                return wandb.init(mode="online", **{name: value for name, value in cut.items() if name != "id"})
+                return wandb.init(mode="online", **cut)
             except Exception:  # a server that cannot, or a run that it does not have
                 wandb.teardown()
-        return wandb.init(mode="online", resume="allow", **arguments)
+        return self._resumed(wandb, ATTEMPTS)
+
+    def _resumed(self, wandb: Any, attempts: int) -> Any:
+        try:  # other arguments than before: wandb writes what it is asked for into the settings that it is given
+            return wandb.init(mode="online", resume="allow", **self._arguments(wandb))
+        except Exception as error:
+            if IN_USE not in str(error) or attempts == 1:
+                raise
+        wandb.teardown()
+        time.sleep(RELEASE_S)
+        return self._resumed(wandb, attempts - 1)
 
     def _arguments(self, wandb: Any) -> dict[str, Any]:
         config, log = self._config, self._config.log

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -117,8 +118,16 @@ TIMED_TOKENS = (16, 256)
 
 
 @torch.no_grad()
-def measured_costs(model: LanguageModel, budgets: Sequence[int], places: int, repeats: int = 5) -> Costs:
+def measured_costs(
+    model: LanguageModel,
+    budgets: Sequence[int],
+    places: int,
+    repeats: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Costs:
     """Times steps of 1, 2, 4, ... texts, up to `places`, and the reading of prompts, at each budget.
+
+    `clock` gives seconds, and is to be the scheduler's where that has one of its own.
 
     Raises:
         UserError: a budget out of range.
@@ -130,8 +139,8 @@ def measured_costs(model: LanguageModel, budgets: Sequence[int], places: int, re
             for size in sizes:
                 ids_B1 = torch.zeros(size, 1, dtype=torch.long, device=device)
                 _, state = model.prefill(ids_B1, k)
-                costs.add("step", k, size, seconds_of(partial(model.step, ids_B1[:, 0], state, k), device))
+                costs.add("step", k, size, seconds_of(partial(model.step, ids_B1[:, 0], state, k), device, clock))
             for size in TIMED_TOKENS:
                 ids_1L = torch.zeros(1, size, dtype=torch.long, device=device)
-                costs.add("read", k, size, seconds_of(partial(model.prefill, ids_1L, k), device))
+                costs.add("read", k, size, seconds_of(partial(model.prefill, ids_1L, k), device, clock))
     return costs

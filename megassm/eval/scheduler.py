@@ -91,7 +91,7 @@ class Scheduler:
         model: in evaluation mode.
         policy: which K each text gets; None: its own largest.
         limits: how much is done at once.
-        clock: seconds, for deadlines.
+        clock: seconds, for deadlines and for what passes take.
     """
 
     def __init__(
@@ -178,18 +178,18 @@ class Scheduler:
                 return
             if text.read == len(prompt):
                 continue
-            count, k, started = min(left, len(prompt) - text.read), budgets[text.number], time.perf_counter()
+            count, k, started = min(left, len(prompt) - text.read), budgets[text.number], self._clock()
             ids_1L = self._tensor([list(prompt[text.read : text.read + count])])
             logits_1V, text.state = self._model.prefill(ids_1L, k, state=text.state)
             text.read += count
             left -= count
             if text.read == len(prompt):
                 yield self._drawn(text, logits_1V, k)
-            self._policy.read(k, count, time.perf_counter() - started)
+            self._policy.read(k, count, self._clock() - started)
 
     def _step_together(self, texts: Sequence[_Running], k: int) -> list[News]:
         """One pass for texts of one K."""
-        started = time.perf_counter()
+        started = self._clock()
         states = [text.state for text in texts if text.state is not None]
         state = states[0] if len(texts) == 1 else DecodingState.joined(states)
         logits_BV, state = self._model.step(self._tensor([text.last for text in texts]), state, k)
@@ -197,7 +197,7 @@ class Scheduler:
         for row, (text, own) in enumerate(zip(texts, [state] if len(texts) == 1 else state.parts(), strict=True)):
             text.state = own
             news.append(self._drawn(text, logits_BV[row : row + 1], k))
-        self._policy.stepped(k, len(texts), time.perf_counter() - started)
+        self._policy.stepped(k, len(texts), self._clock() - started)
         return news
 
     def _drawn(self, text: _Running, logits_1V: Tensor, k: int) -> News:

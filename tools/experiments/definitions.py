@@ -12,6 +12,8 @@ from megassm.config.schema import Config
 from megassm.cost import parameters
 from tools.experiments.arms import Arm, width_of_size
 from tools.experiments.bases import Basis
+from tools.experiments.control import control_points
+from tools.experiments.deadline import deadline_points
 from tools.experiments.family import family_arms, position_arms
 from tools.experiments.lookup import lookup_arms, lookup_points, lookup_settings
 from tools.experiments.measure import Point, cost_points, family_points, journal_points, length_points, position_points
@@ -22,6 +24,15 @@ TEXT = "configs/experiment.yaml"
 FAMILY = "configs/family.yaml"
 LOOKUP = "configs/lookup.yaml"
 MEASURED_COST = ("model.d_model=256", "model.n_layers=4", "model.seq_len=1024", "model.d_ffn=768")
+DECODED = (
+    "model.d_model=256", "model.n_layers=3", "model.d_ffn=512", "budget.strategy=log_uniform", "budget.min_k=2",
+    "train.batch_sequences=1", "train.micro_batch_sequences=1", "optim.lr=1e-3", "model.seq_len=1024",
+)  # fmt: skip
+"""Wide enough for a step's time to follow K; 32 filters of 1,024 have a state of 43 numbers, of 256 one of 255."""
+CONTROLLER = (
+    "model.vocab_size=1", "model.d_model=256", "model.d_ffn=256", "budget.strategy=log_uniform", "budget.min_k=2",
+    "train.batch_sequences=4", "train.micro_batch_sequences=4", "optim.lr=1e-3", "model.seq_len=1024",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -186,6 +197,21 @@ EXPERIMENTS = {
         _arms(ELASTIC),
         measure=online_points,
         x_label="average K",
+    ),
+    "deadline": Experiment(
+        "Does K by the load keep deadlines in a burst that full K cannot serve, and at what price in quality?",
+        "Left open: online budgets.",
+        _arms(Arm("elastic, d=256", DECODED)),
+        measure=deadline_points,
+        x_label="arrivals in the burst over what full K serves",
+    ),
+    "control": Experiment(
+        "Does K by the time there is keep a controller's deadlines, and its return?",
+        "Left open: online, closed-loop budgets.",
+        _arms(Arm("controller", CONTROLLER)),
+        measure=control_points,
+        trains=False,
+        x_label="mean compute of a step over full K's",
     ),
     "family": Experiment(
         "Does one elastic training replace a family of models, each trained at its size alone?",

@@ -171,6 +171,9 @@ class Workload(NamedTuple):
     """S, `FilterBank.state_size`; 0 where it is computed directly."""
     tensor: int = 1
     """Ranks among which a layer's inner width is divided (`megassm.parallel.tensor`)."""
+    fused: bool = False
+    """Whether norms, gates and, in 16 bits, losses and SwiGLU are single kernels, as on CUDA: they keep what they are
+    given, no float32 copy of it."""
 
     def share(self, size: int) -> int:
         """The largest rank's part of an inner width."""
@@ -190,10 +193,18 @@ class Workload(NamedTuple):
         return self.batch * self.chunks * self.chunk
 
 
+def _loss_gradient_bytes(work: Workload) -> int:
+    """Of a prediction, while its gradient is made, beside what is kept of it."""
+    n = work.number_bytes
+    if n == FLOAT32:
+        return 2 * n
+    return n if work.fused else n + 2 * FLOAT32
+
+
 def activation_bytes(config: ModelConfig, k: int, work: Workload, recompute: bool = False) -> int:
     """Bytes that autograd keeps from the forward pass to the backward pass at budget k, the loss included.
 
-    What torch keeps on a CPU; CUDA's fused norm keeps less. K enters through 12 bytes a position and head of gate
+    K enters through 12 bytes a position and head of gate
     weights, the filters' matrices, which do not grow with the batch, and an elastic feed-forward width: no feature is
     kept.
     """
@@ -211,21 +222,27 @@ def activation_bytes(config: ModelConfig, k: int, work: Workload, recompute: boo
 
 def layer_activation_bytes(config: ModelConfig, mixer: str, k: int, work: Workload) -> int:
     """Of `activation_bytes`, what one block with the mixer "S" or "A" keeps."""
-    norm = work.positions * _norm_bytes(config.d_model, work.number_bytes)
+    norm = work.positions * _norm_bytes(config.d_model, work)
     mixing = _attention_bytes(config, work) if mixer == "A" else _spectral_bytes(config, k, work)
     taps = work.batch * (work.length + config.input_taps - 1) if config.input_taps > 1 else 0  # u after zeros
     return norm + taps * config.d_model * work.number_bytes + mixing + _feed_forward_bytes(config, k, work)
 
 
 def _feed_forward_bytes(config: ModelConfig, k: int, work: Workload) -> int:
-    hidden = 4 * work.number_bytes * work.share(config.ffn_width(k))
-    return work.positions * (_norm_bytes(config.d_model, work.number_bytes) + hidden)
+    kept = 3 if work.fused and work.number_bytes < FLOAT32 else 4  # gate and up, its silu, their product
+    hidden = kept * work.number_bytes * work.share(config.ffn_width(k))
+    return work.positions * (_norm_bytes(config.d_model, work) + hidden)
 
 
 def _head_bytes(config: ModelConfig, work: Workload) -> int:
-    """The last norm, and the predictions' log-probabilities."""
-    predictions = _predictions(config, work) * FLOAT32 * work.share(config.outputs)
-    return work.positions * _norm_bytes(config.d_model, work.number_bytes) + predictions
+    """The last norm, and the predictions' log-probabilities, or their logits."""
+    predictions = _predictions(config, work) * _kept_loss_bytes(work) * work.share(config.outputs)
+    return work.positions * _norm_bytes(config.d_model, work) + predictions
+
+
+def _kept_loss_bytes(work: Workload) -> int:
+    """Of a prediction, from the forward to the backward pass."""
+    return work.number_bytes if work.fused else FLOAT32
 
 
 def _predictions(config: ModelConfig, work: Workload) -> int:
@@ -233,15 +250,18 @@ def _predictions(config: ModelConfig, work: Workload) -> int:
     return work.positions if config.classes is None else work.batch
 
 
-def _norm_bytes(d: int, n: int) -> int:
-    """A position of RMSNorm: its input and the normalised input in float32, the factor, the output."""
-    return 2 * FLOAT32 * d + FLOAT32 + n * d
+def _norm_bytes(d: int, work: Workload) -> int:
+    """A position of RMSNorm: its input and the normalised input in float32, or its input as it is; the factor, the
+    output."""
+    n = work.number_bytes
+    return (n if work.fused else 2 * FLOAT32) * d + FLOAT32 + n * d
 
 
 def _spectral_bytes(config: ModelConfig, k: int, work: Workload) -> int:
     n, inputs, heads = work.number_bytes, work.chunk + work.state_size, config.mixer_heads
     rescaled = FLOAT32 * (k + 3) if config.gate == "softmax" and config.gate_rescale else 0
-    gate = 2 * n * max(1, config.d_model // 2) + heads * (FLOAT32 * k + rescaled)
+    scores = n * k if work.fused else FLOAT32 * k + rescaled
+    gate = 2 * n * max(1, config.d_model // 2) + heads * scores
     kept = work.positions * gate if config.has_gate else 0
     kept += work.chunked_positions * FLOAT32 * k * heads  # the weights as the products take them
     own = work.positions * n * work.share(config.d_model)
@@ -285,7 +305,7 @@ def peak_activation_bytes(
         rest += layer_activation_bytes(config, mixer, k, work)
     logits = _predictions(config, work) * work.share(config.outputs)
     peaks = [
-        kept + logits * (2 * FLOAT32 if n == FLOAT32 else n + 2 * FLOAT32),
+        kept + logits * _loss_gradient_bytes(work),
         rest + work.positions * n * (2 * work.share(config.ffn_width(k)) + d),
     ]
     if mixer == "S":

@@ -45,7 +45,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, int], capa
 
 
 def programs(dtype: str) -> dict[str, tuple[Any, dict[str, str], dict[str, int], int, int]]:
-    from megassm.ops import losses_triton, mixing_triton, states_triton
+    from megassm.ops import gates_triton, losses_triton, mixing_triton, states_triton, swiglu_triton, taps_triton
 
     wide, exact = f"*{dtype}", "*fp32"
     tile = {"BLOCK_X": mixing_triton.BLOCK_X, "BLOCK_D": mixing_triton.BLOCK_D, "BLOCK_I": 128}
@@ -54,13 +54,34 @@ def programs(dtype: str) -> dict[str, tuple[Any, dict[str, str], dict[str, int],
     states = {"change_ptr": exact, "input_ptr": wide}
     chunk = {"C": 64, "BLOCK_S": 64, "BLOCK_D": states_triton.BLOCK_D}
     stages, own = mixing_triton.STAGES, states_triton.WARPS
-    losses = {"logits_ptr": wide, "targets_ptr": "*i64", "nll_ptr": exact, "total_ptr": exact}
+    losses = {"logits_ptr": wide, "targets_ptr": "*i64", "target_logits_ptr": exact, "total_ptr": exact}
     rows = {"BLOCK_V": losses_triton.BLOCK_V}
     losses_backward = {**losses, "dnll_ptr": exact, "dlogits_ptr": wide}
-    del losses_backward["nll_ptr"]
+    del losses_backward["target_logits_ptr"]
+    divergence = {"student_ptr": wide, "teacher_ptr": wide, "sums_ptr": exact, "scale": "fp32"}
+    divergence_backward = {**divergence, "dkl_ptr": exact, "dstudent_ptr": wide}
+    scores = {"scores_ptr": wide, "alpha_ptr": exact, "root": "fp32", "floor": "fp32"}
+    few = {"GATE": 2, "BLOCK_R": 64, "BLOCK_K": 32}
+    scores_backward = {"scores_ptr": wide, "dalpha_ptr": exact, "dscores_ptr": wide, "root": "fp32", "floor": "fp32"}
+    hidden = {"gate_ptr": wide, "up_ptr": wide, "out_ptr": wide}
+    hidden_backward = {"gate_ptr": wide, "up_ptr": wide, "dout_ptr": wide, "dgate_ptr": wide, "dup_ptr": wide}
+    block, swiglu_warps = {"BLOCK": swiglu_triton.BLOCK}, swiglu_triton.WARPS
+    taps = {"u_ptr": wide, "weight_ptr": wide, "v_ptr": wide}
+    taps_backward = {"u_ptr": wide, "weight_ptr": wide, "dv_ptr": wide, "du_ptr": wide, "dweight_ptr": exact}
+    four = {"N": 4, "BLOCK_T": taps_triton.BLOCK_T, "BLOCK_D": taps_triton.BLOCK_D}
     return {
-        "loss": (losses_triton._forward_kernel, losses, rows, losses_triton.WARPS, 3),
-        "loss backward": (losses_triton._backward_kernel, losses_backward, rows, losses_triton.WARPS, 3),
+        "taps": (taps_triton._forward_kernel, taps, four, taps_triton.WARPS, 3),
+        "taps backward": (taps_triton._backward_kernel, taps_backward, four, taps_triton.WARPS, 3),
+        "swiglu": (swiglu_triton._forward_kernel, hidden, block, swiglu_warps, 3),
+        "swiglu backward": (swiglu_triton._backward_kernel, hidden_backward, block, swiglu_warps, 3),
+        "gate": (gates_triton._forward_kernel, scores, few, gates_triton.WARPS, 3),
+        "gate backward": (gates_triton._backward_kernel, scores_backward, few, gates_triton.WARPS, 3),
+        "loss": (losses_triton._sums_kernel, losses, rows, losses_triton.WARPS, 3),
+        "loss backward": (losses_triton._gradient_kernel, losses_backward, rows, losses_triton.WARPS, 3),
+        "loss, divergence": (losses_triton._divergence_kernel, divergence, rows, losses_triton.WARPS, 3),
+        "loss, divergence backward": (
+            losses_triton._divergence_gradient_kernel, divergence_backward, rows, losses_triton.WARPS, 3
+        ),
         "gated": (mixing_triton._forward_kernel, gated | {"out_ptr": wide}, tile, mixing_triton.FORWARD_WARPS, stages),
         "gated backward": (mixing_triton._backward_kernel, backward, tile, mixing_triton.BACKWARD_WARPS, stages),
         "states": (states_triton._forward_kernel, states | {"u_ptr": wide, "z_ptr": wide}, chunk, own, 3),
@@ -74,6 +95,16 @@ def programs(dtype: str) -> dict[str, tuple[Any, dict[str, str], dict[str, int],
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
+        ("taps", "bf16"),
+        ("taps backward", "bf16"),
+        ("swiglu", "bf16"),
+        ("swiglu backward", "bf16"),
+        ("gate", "bf16"),
+        ("gate backward", "bf16"),
+        ("loss", "bf16"),
+        ("loss backward", "bf16"),
+        ("loss, divergence", "bf16"),
+        ("loss, divergence backward", "bf16"),
         ("gated", "bf16"),
         ("gated backward", "bf16"),
         ("states", "bf16"),
@@ -86,5 +117,5 @@ def test_no_spills_and_tensor_cores(name: str, dtype: str, capability: int, tmp_
         pytest.skip("nine registers are spilled there: float32 is not what a B200 trains in")
     found = compiled(*programs(dtype)[name][:3], capability, *programs(dtype)[name][3:], tmp_path)  # type: ignore[misc]
     assert found["spilled"] == 0, found
-    assert (found["tensor cores"] > 0) == (not name.startswith("loss")), found
+    assert (found["tensor cores"] > 0) == (name.split()[0].strip(",") not in ("loss", "gate", "swiglu", "taps")), found
     assert found["shared"] <= SHARED_BYTES[capability], found

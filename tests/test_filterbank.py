@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megassm.errors import UserError
 from megassm.layers.filterbank import FilterBank
-from megassm.ops.filterbank import check_flashfft, direct_filterbank, fft_filterbank
+from megassm.ops.filterbank import ChunkTables, MadeTables, check_flashfft, direct_filterbank, fft_filterbank
 from megassm.ops.mixing import mix_channels
 
 WAYS = ("direct", "fft", "chunked")
@@ -174,3 +174,22 @@ def test_filters_that_explode_beyond_their_length_are_known(seq_len: int, k: int
     impulse[:, 0] = 1
     largest_K = bank(impulse, k)[0, seq_len:, :, 0].abs().amax(0) / bank.filters_LK.abs().amax(0)
     assert largest_K[:steady].max() <= 2 < largest_K[steady]
+
+
+def test_tables_are_made_once_until_the_filters_change() -> None:
+    made = MadeTables()
+    bank, other = (FilterBank(256, count, "chunked") for count in (4, 3))
+    for each in (bank, other):
+        each.reset()
+
+    def ask(of: FilterBank, k: int) -> ChunkTables:
+        return made.get(of.transition_SS, (torch.float32, k), lambda: of.tables(torch.float32, k))
+
+    with torch.inference_mode():
+        first = ask(bank, 2)
+    assert not first.rows_CKI.is_inference()
+    assert ask(bank, 2) is first
+    assert ask(bank, 3) is not first
+    assert ask(bank, 2) is first
+    assert ask(other, 2) is not first
+    assert torch.equal(ask(bank, 2).rows_CKI, first.rows_CKI)

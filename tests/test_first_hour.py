@@ -15,13 +15,18 @@ from tools.bench.gpu.plan import Plan, Section, sections
 
 def test_sections_leave_their_results(tmp_path: Path) -> None:
     done = run_python("tools/bench/first_hour.py", "--device", "cpu", "--quick", "--out", str(tmp_path), "--jobs", "2",
-                      "--only", "kernels,data,train_zero1")  # fmt: skip
+                      "--only", "kernels,elementwise,data,train_zero1")  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / first_hour.RESULTS).read_text().splitlines()]
-    assert {row["section"]: row["ok"] for row in rows} == {"kernels": True, "data": True, "train_zero1": True}
+    assert {row["section"]: row["ok"] for row in rows} == {
+        "kernels": True,
+        "elementwise": True,
+        "data": True,
+        "train_zero1": True,
+    }
     (trained,) = (row for row in rows if row["section"] == "train_zero1")
     assert trained["resumed_off"] == 0
     assert len(trained["loss"]) == 12
-    assert "3 sections, 0 failed" in done.stdout
+    assert "4 sections, 0 failed" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -339,7 +339,7 @@ def test_tool_plans_and_suggests(tmp_path: Path) -> None:
 def test_the_page_has_what_the_tool_finds() -> None:
     from megassm.commands.plan import cluster_of, parser, row
 
-    lines = []
+    lines, starts = [], []
     for name in ("125m", "350m_hybrid", "1b_hybrid", "3b_hybrid", "7b_hybrid", "30b_hybrid"):
         config = shipped(name)
         filters = filters_of(config)
@@ -352,6 +352,9 @@ def test_the_page_has_what_the_tool_finds() -> None:
                 cells[2:5] = facts["data_x_sequence_x_tensor"], facts["zero_stage"], facts["micro_batch"]
                 cells[5:7] = f"{facts['memory_GB']} GB", f"{facts['step_s']} s"
                 cells[7:] = f"{facts['tokens_per_s']:,}", f"{facts['run_GPU_hours']:,}"
+                parts = (plans[0].start_bytes, *plans[0].host.values())
+                starts.append(f"| `{name}` | {8 * nodes:,} | {' | '.join(f'{size / 1e9:.2f}' for size in parts)} |")
             lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    lines += starts
     page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
     assert [line for line in lines if line not in page] == [], "\n".join(lines)

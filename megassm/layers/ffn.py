@@ -12,6 +12,8 @@ from typing import ClassVar, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megassm.ops.swiglu import swiglu
+
 
 class LeadingLinear(nn.Linear):
     """x (..., i) -> (..., outputs) by the leading rows and columns of a matrix; all rows where `outputs` is None."""
@@ -47,7 +49,7 @@ class FeedForward(nn.Module):
     def forward(self, x_BLD: Tensor, k: int) -> Tensor:
         """y (B, L, D) by the leading `width(k)` hidden units."""
         width = self.width(k)
-        hidden_BLF = F.silu(leading(self.gate, x_BLD, width)) * leading(self.up, x_BLD, width)
+        hidden_BLF = swiglu(leading(self.gate, x_BLD, width), leading(self.up, x_BLD, width))
         return leading(self.down, hidden_BLF, x_BLD.shape[-1])
 
 

@@ -23,20 +23,20 @@ from megassm.errors import UserError
 from megassm.ops.documents import Segments, cut_into_rows
 from megassm.ops.filterbank import (
     ChunkTables,
+    MadeTables,
     check_flashfft,
     chunk_inputs,
     chunk_powers,
     chunk_states,
     chunked,
     chunked_filterbank,
-    copied_inputs,
     direct_filterbank,
     fft_filterbank,
     flashfft_filterbank,
     toeplitz_rows,
 )
 from megassm.ops.hankel import spectral_filters
-from megassm.ops.mixing import gated_product, mix_channels
+from megassm.ops.mixing import mix_channels, mix_rows
 from megassm.ops.precision import without_autocast
 from megassm.ops.realize import realize
 
@@ -89,6 +89,7 @@ class FilterBank(nn.Module):
         self.seq_len, self.num_channels = seq_len, num_channels
         self.method = method
         self.carry: Carry | None = None
+        self._made = MadeTables()
         for name in BUFFERS:  # sizes follow from the filters: see `reset`
             self.register_buffer(name, torch.empty(0, dtype=torch.float64), persistent=False)
 
@@ -229,7 +230,7 @@ class FilterBank(nn.Module):
             tables = self.tables(u_BLD.dtype, k)
             states_BNSD = None if sent is None else self._received(sent)
             z_NID, rows_CKI = chunk_inputs(u_BLD, tables, segments, states_BNSD), tables.rows_CKI
-        return _mix_rows(z_NID, rows_CKI, weights_BLHK, channels_KDE, segments)
+        return mix_rows(z_NID, rows_CKI, weights_BLHK, channels_KDE, segments)
 
     def _received(self, sent: SentState) -> Tensor:
         """The chunk states of this part, with what came before it."""
@@ -264,7 +265,7 @@ class FilterBank(nn.Module):
             powers_NSS = chunk_powers(self.transition_SS, own_BNSD.shape[1]).to(state_BSD.dtype)
             states_BNSD = own_BNSD.to(state_BSD.dtype) + powers_NSS @ states_BNSD
             z_NID, rows_CKI = chunk_inputs(u_BLD, tables, None, states_BNSD), tables.rows_CKI
-        return _mix_rows(z_NID, rows_CKI, weights_BLHK, channels_KDE, None)
+        return mix_rows(z_NID, rows_CKI, weights_BLHK, channels_KDE, None)
 
     @without_autocast
     def advance(self, u_BLD: Tensor, state_BSD: Any) -> Any:
@@ -291,11 +292,17 @@ class FilterBank(nn.Module):
         return state_BSD + (power_SS - self._identity()).to(state_BSD.dtype) @ state_BSD
 
     def _identity(self) -> Tensor:
-        return torch.eye(self.state_size, dtype=torch.float64, device=self.filters_LK.device)
+        return torch.eye(len(self.transition_SS), dtype=torch.float64, device=self.filters_LK.device)
 
     def tables(self, dtype: torch.dtype, k: int) -> ChunkTables:
-        """The chunk's matrices for k filters in `dtype`."""
-        return ChunkTables(self.transition_SS, self.input_SC.to(dtype), self.rows_CKI[:, :k].to(dtype))
+        """The chunk's matrices for k filters in `dtype`; on a GPU made once, for every layer and update."""
+        if self.transition_SS.is_cuda and not torch.compiler.is_compiling():
+            return self._made.get(self.transition_SS, (dtype, k), lambda: self._tables(dtype, k))
+        return self._tables(dtype, k)
+
+    def _tables(self, dtype: torch.dtype, k: int) -> ChunkTables:
+        change_SS = (self.transition_SS - self._identity()).float() if self.transition_SS.is_cuda else None
+        return ChunkTables(self.transition_SS, self.input_SC.to(dtype), self.rows_CKI[:, :k].to(dtype), change_SS)
 
     def filters(self, u_BLD: Tensor) -> Tensor:
         """At least L rows of the filters, continued beyond the length they were made for, in u's dtype."""
@@ -326,20 +333,6 @@ class FilterBank(nn.Module):
             rows.append((self.step_output_KS @ (power_SS @ response_SC)).t())
             response_SC = self.transition_SS @ response_SC
         return torch.cat(rows)[:count]
-
-
-def _mix_rows(
-    z_NID: Tensor, rows_CKI: Tensor, weights_BLHK: Tensor, channels_KDE: Tensor, segments: Segments | None
-) -> Tensor:
-    """`FilterBank.mix`, (B, L, H*E), from what the rows are multiplied with: N rows of C positions each."""
-    (batch, length, heads, k), positions = weights_BLHK.shape, rows_CKI.shape[0]
-    padding = -length % positions
-    weights_NCHK = F.pad(weights_BLHK, (0, 0, 0, 0, 0, padding)).reshape(-1, positions, heads, k)
-    mixed_NCE = gated_product(z_NID, rows_CKI, weights_NCHK, channels_KDE)
-    if segments is not None and segments.has_copies:
-        z_XID, weights_XCHK = copied_inputs(z_NID, segments), weights_NCHK[segments.copied_X]
-        mixed_NCE = segments.join(mixed_NCE, gated_product(z_XID, rows_CKI, weights_XCHK, channels_KDE))
-    return mixed_NCE.reshape(batch, length + padding, -1)[:, :length]
 
 
 @lru_cache

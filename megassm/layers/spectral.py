@@ -34,6 +34,7 @@ from megassm.layers.context import Context
 from megassm.layers.filterbank import FilterBank, SentState
 from megassm.layers.spectral_state import SpectralState, WindowState, concatenated, taken_spectral
 from megassm.layers.state import LayerState
+from megassm.ops import gates
 from megassm.ops.mixing import gate_weights, mix_channels, open_weights
 
 
@@ -68,10 +69,18 @@ class SpectralGate(nn.Module):
         for bias in (self.hidden.bias, self.score_bias_K):
             nn.init.zeros_(bias)
 
+    @property
+    def _gate(self) -> gates.Gate:
+        if not self.normalised:
+            return gates.Gate.OPEN
+        return gates.Gate.RESCALED if self.rescale else gates.Gate.SOFTMAX
+
     def forward(self, u_BLD: Tensor, k: int) -> Tensor:
         """alpha (B, L, H, k) of the k leading channels, in at least float32."""
         hidden_BLF = F.gelu(self.hidden(u_BLD))
         scores_BLX = self._scores(hidden_BLF, k * self.heads)
+        if gates.kernel_serves(scores_BLX, self.heads):
+            return gates.weights(scores_BLX, self.heads, self._gate)
         scores_BLHK = torch.unflatten(scores_BLX, -1, (k, self.heads)).transpose(-1, -2)
         return gate_weights(scores_BLHK, self.rescale) if self.normalised else open_weights(scores_BLHK)
 

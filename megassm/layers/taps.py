@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megassm.layers.context import Context
+from megassm.ops import taps
 
 
 class Before(Protocol):
@@ -26,16 +27,18 @@ class Before(Protocol):
 class InputTaps(nn.Module):
     """u (B, L, D) -> v (B, L, D)."""
 
-    def __init__(self, d_model: int, taps: int) -> None:
+    def __init__(self, d_model: int, count: int) -> None:
         super().__init__()
-        self.taps = taps
+        self.taps = count
         self.before: Before | None = None
         # a vector to the optimizer, as gains and biases are; tap by tap
-        self.weight_ND = nn.Parameter(torch.empty(taps * d_model))
+        self.weight_ND = nn.Parameter(torch.empty(count * d_model))
 
     def forward(self, u_BLD: Tensor, context: Context, past_BTD: Tensor | None = None) -> Tensor:
         """`past_BTD` is what `before` would tell, where it is known already."""
         if past_BTD is None:
+            if self.before is None and context.documents_BL is None and taps.kernel_serves(u_BLD):
+                return taps.causal_taps(u_BLD, self.weight_ND.view(self.taps, -1))
             past_BTD = self._nothing(u_BLD)
             if self.before is not None:
                 past_BTD = self.before(u_BLD[:, u_BLD.shape[1] - self.taps + 1 :])

@@ -16,6 +16,7 @@ Shapes: B batch, L length, D channels, K filters, C chunk, S states, I = C + S, 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -40,6 +41,25 @@ class ChunkTables(NamedTuple):
     """B."""
     rows_CKI: Tensor
     """[T | Q]: output position, filter; then input position or state."""
+    change_SS: Tensor | None = None
+    """A - 1 in float32, where it is wanted more than once."""
+
+
+class MadeTables:
+    """Tables made once for each dtype and budget, until they are asked of other filters or on another device."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[torch.dtype, int], ChunkTables] = {}
+        self._of: Tensor | None = None
+
+    def get(self, of: Tensor, key: tuple[torch.dtype, int], make: Callable[[], ChunkTables]) -> ChunkTables:
+        """Those of the filters whose transition is `of`, the very tensor."""
+        if self._of is not of:
+            self._made, self._of = {}, of
+        if key not in self._made:
+            with torch.inference_mode(False):  # they are used in training too
+                self._made[key] = make()
+        return self._made[key]
 
 
 def direct_filterbank(u_BLD: Tensor, filters_LK: Tensor, k: int) -> Tensor:
@@ -134,7 +154,7 @@ def chunk_inputs(
 ) -> Tensor:
     """[U_c ; x_c] (N, I, D) of every chunk: its own inputs, zero beyond the end, and the state it starts from."""
     if segments is None and states_BNSD is None and states.kernel_serves(u_BLD, tables.input_SC):
-        return states.chunk_inputs(u_BLD, tables.transition_SS, tables.input_SC)
+        return states.chunk_inputs(u_BLD, tables.transition_SS, tables.input_SC, tables.change_SS)
     u_BNCD = chunked(u_BLD, tables.input_SC.shape[1])
     if states_BNSD is None:
         states_BNSD = chunk_states(u_BNCD, tables, segments)

@@ -20,7 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from megassm.ops.documents import Segments
+from megassm.ops.filterbank import copied_inputs
 from megassm.ops.precision import without_autocast
 
 NORM_FLOOR = 1e-6
@@ -80,6 +83,22 @@ def gated_product(z_NID: Tensor, rows_CKI: Tensor, weights_NCHK: Tensor, channel
     """
     mixed: Tensor = _GatedProduct.apply(z_NID, rows_CKI, weights_NCHK, channels_KDE)  # type: ignore[no-untyped-call]
     return mixed
+
+
+def mix_rows(
+    z_NID: Tensor, rows_CKI: Tensor, weights_BLHK: Tensor, channels_KDE: Tensor, segments: Segments | None
+) -> Tensor:
+    """`mix_channels` (B, L, H*E) of features that are products with rows of C positions each; see `gated_product`."""
+    (batch, length, heads, k), positions = weights_BLHK.shape, rows_CKI.shape[0]
+    padding = -length % positions
+    if padding or not weights_BLHK.is_contiguous():  # to pad is to copy
+        weights_BLHK = F.pad(weights_BLHK, (0, 0, 0, 0, 0, padding))
+    weights_NCHK = weights_BLHK.reshape(-1, positions, heads, k)
+    mixed_NCE = gated_product(z_NID, rows_CKI, weights_NCHK, channels_KDE)
+    if segments is not None and segments.has_copies:
+        z_XID, weights_XCHK = copied_inputs(z_NID, segments), weights_NCHK[segments.copied_X]
+        mixed_NCE = segments.join(mixed_NCE, gated_product(z_XID, rows_CKI, weights_XCHK, channels_KDE))
+    return mixed_NCE.reshape(batch, length + padding, -1)[:, :length]
 
 
 def gated_features(z_NID: Tensor, rows_XI: Tensor, weights_NX: Tensor) -> Tensor:

@@ -26,10 +26,12 @@ def kernel_serves(u_BLD: Tensor, input_SC: Tensor) -> bool:
     )  # fmt: skip
 
 
-def chunk_inputs(u_BLD: Tensor, transition_SS: Tensor, input_SC: Tensor) -> Tensor:
-    """[U_c ; x_c] (N, I, D); `transition` is A in float64."""
-    one_SS = torch.eye(len(transition_SS), dtype=transition_SS.dtype, device=transition_SS.device)
-    inputs: Tensor = _ChunkInputs.apply(u_BLD, (transition_SS - one_SS).float(), input_SC)  # type: ignore[no-untyped-call]
+def chunk_inputs(u_BLD: Tensor, transition_SS: Tensor, input_SC: Tensor, change_SS: Tensor | None = None) -> Tensor:
+    """[U_c ; x_c] (N, I, D); `transition` is A in float64, `change` A - 1 in float32 where it is known already."""
+    if change_SS is None:
+        one_SS = torch.eye(len(transition_SS), dtype=transition_SS.dtype, device=transition_SS.device)
+        change_SS = (transition_SS - one_SS).float()
+    inputs: Tensor = _ChunkInputs.apply(u_BLD, change_SS, input_SC)  # type: ignore[no-untyped-call]
     return inputs
 
 

@@ -8,7 +8,7 @@ weights of W bytes (4 in fp32, 2 in bf16); master weights and moments are float3
     1, fp32           4P           4P                     12P/R              4b     b: `reduce_bucket_numbers`
     1, bf16           2P           4P + one layer's       12P/R              -      accumulated in float32, and whole
     2                 WP           4P/R + one layer's     12P/R              Wb
-    3                 WP/R         4P/R + one layer's     12P/R              Wb + gathered weights
+    3                 WP/R         4P/R + one layer's     12P/R              Wb + gathered weights, 4b in bf16
 
 The peak is in the backward pass, or in the reduction or update after it, when activations are gone.
 """
@@ -34,21 +34,22 @@ KEPT_GATHERED = 550_000_000
 each is passed twice, and its prefetch bucket. Read, not measured."""
 
 
-def workload(config: Config, mesh: Mesh, filters: Filters) -> Workload:
-    """What one rank computes in a micro-step."""
+def workload(config: Config, mesh: Mesh, filters: Filters, fused: bool = True) -> Workload:
+    """What one rank computes in a micro-step; `fused` as on CUDA."""
     length = config.model.seq_len // mesh.sequence
     chunk = filters.chunk if filters.state_size else length
     number_bytes = _number_bytes(config)
-    return Workload(config.train.micro_batch_sequences, length, number_bytes, chunk, filters.state_size, mesh.tensor)
+    sequences = config.train.micro_batch_sequences
+    return Workload(sequences, length, number_bytes, chunk, filters.state_size, mesh.tensor, fused)
 
 
 def rank_memory(config: Config, mesh: Mesh, filters: Filters, group_bytes: int, fused: bool = True) -> dict[str, float]:
-    """Bytes of one rank by kind, at full budget; `fused` is the optimizer, as it is on CUDA."""
+    """Bytes of one rank by kind, at full budget; `fused` are optimizer, norms and losses, as on CUDA."""
     model, stage, w = config.model, config.parallel.zero_stage, _number_bytes(config)
     replicas, numbers = mesh.replicas, rank_parameters(config.model, mesh.tensor)
     share = numbers / replicas
     largest = largest_parameter(config, mesh.tensor)
-    work = workload(config, mesh, filters)
+    work = workload(config, mesh, filters, fused)
     memory: dict[str, float] = {
         "weights": w * (share if stage == 3 else numbers),
         "gradients": _gradient_bytes(config, numbers, share) + _layer_gradient_bytes(config, largest),
@@ -114,8 +115,11 @@ def _bucket_numbers(config: Config, replicas: int, numbers: int, largest: int) -
     stage = config.parallel.zero_stage
     if stage == 0 or (stage == 1 and config.train.precision == "bf16"):
         return 0
+    bucket = reduce_bucket_numbers(config)
     gathered = min(numbers, KEPT_GATHERED + largest) if stage == 3 and replicas > 1 else 0
-    return reduce_bucket_numbers(config) + gathered
+    # between ranks gradients are summed in float32: a copy of the bucket, or of a parameter larger than that
+    summed = FLOAT32 / _number_bytes(config) * max(bucket, largest) if replicas > 1 and stage == 3 else 0
+    return bucket + gathered + (summed if config.train.precision == "bf16" else 0)
 
 
 def _after_backward_bytes(config: Config, replicas: int, numbers: int, fused: bool) -> float:

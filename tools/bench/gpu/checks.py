@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from megassm.config.model import ModelConfig
 from megassm.layers.filterbank import FilterBank
 from megassm.model import LanguageModel, build_model, losses_at
-from megassm.ops import losses, mixing, states
+from megassm.ops import gates, losses, mixing, states, swiglu
 from megassm.ops.filterbank import ChunkTables, chunk_inputs
 from tools.bench.gpu.plan import Found, Plan
 
@@ -99,6 +99,54 @@ def fused(plan: Plan, _folder: Path) -> Iterator[Found]:
         for what, mine, true in zip(("z", "du", "nll", "dlogits"), found, truth, strict=True):
             errors[f"{name} {what}"], bounds[f"{name} {what}"] = off(mine, true), BOUND[name]
     yield _hold(errors, bounds)
+
+
+def elementwise(plan: Plan, _folder: Path) -> Iterator[Found]:
+    """The gate's softmax, SwiGLU and the divergence by one kernel each way: whether it is taken, and its errors."""
+    device = torch.device(plan.device)
+    errors: dict[str, float] = {}
+    bounds: dict[str, float] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        noise = torch.Generator().manual_seed(3)
+        scores, up, dalpha, dy = (3 * torch.randn(2, 300, 96, generator=noise) for _ in range(4))
+        student, teacher = (4 * torch.randn(50, 32_000, generator=noise) for _ in range(2))
+        dkl = torch.randn(50, generator=noise)
+        ways: dict[str, tuple[Callable[..., Tensor], Tensor, list[Tensor], Tensor]] = {
+            "gate": (_gate, scores, [], dalpha.view(2, 300, 3, 32)),
+            "swiglu": (swiglu.swiglu, scores, [up], dy),
+            "divergence": (_divergence, student, [teacher], dkl),
+        }
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            taken = gates.kernel_serves(scores.to(device, dtype), 3)
+            for what, (way, x, others, gradient) in ways.items():
+                own, rest = x.to(dtype), [other.to(dtype) for other in others]
+                mine = _grads(partial(_after, way, [other.to(device) for other in rest]), own.to(device),
+                              gradient.to(device))  # fmt: skip
+                true = _grads(partial(_after, way, [other.double() for other in rest]), own.double(), gradient.double())
+                for part, a, b in zip(("", " gradient"), mine, true, strict=True):
+                    errors[f"{name} {what}{part}"] = off(a, b)
+                    bounds[f"{name} {what}{part}"] = BOUND[name]
+        yield {f"gate_{name}": taken, f"warnings_{name}": [str(warning.message) for warning in said]}
+    yield _hold(errors, bounds)
+
+
+def _after(way: Callable[..., Tensor], others: Sequence[Tensor], x: Tensor) -> Tensor:
+    return way(x, *others)
+
+
+def _gate(scores: Tensor) -> Tensor:
+    if gates.kernel_serves(scores, 3):
+        return gates.weights(scores, 3, gates.Gate.RESCALED)
+    return mixing.gate_weights(torch.unflatten(scores, -1, (-1, 3)).transpose(-1, -2), True)
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    if student.dtype == torch.float64:
+        log_p, log_q = (teacher / 2).log_softmax(-1), (student / 2).log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return losses.divergences(student, teacher, 2.0)
 
 
 def _inputs(tables: ChunkTables, u: Tensor) -> Tensor:

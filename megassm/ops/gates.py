@@ -1,0 +1,109 @@
+"""`mixing.gate_weights` and `open_weights` by one Triton kernel each way, on devices where it is and is right.
+
+torch's way is up to seven kernels forward and more backward, over numbers so few that launching them takes longer.
+
+Shapes: B batch, L length, H heads, K channels within the budget, X = K H scores, channel by channel.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from enum import IntEnum
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megassm.ops.mixing import gate_weights, open_weights
+
+MOST_CHANNELS = 128
+
+
+class Gate(IntEnum):
+    """How weights come from scores."""
+
+    OPEN = 0
+    """2 sigmoid."""
+    SOFTMAX = 1
+    RESCALED = 2
+    """The softmax of scores whose root mean square is 1."""
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Of the norm, for `_is_right`: that of the rounded gradient."""
+
+
+def kernel_serves(scores_BLX: Tensor, heads: int) -> bool:
+    """Whether `weights` computes these."""
+    return (
+        scores_BLX.device.type == "cuda"
+        and scores_BLX.shape[-1] <= MOST_CHANNELS * heads
+        and not torch.compiler.is_compiling()
+        and _is_right(scores_BLX.device, scores_BLX.dtype)
+    )
+
+
+def weights(scores_BLX: Tensor, heads: int, gate: Gate) -> Tensor:
+    """alpha (B, L, H, K) float32, of each head's scores."""
+    alpha: Tensor = _Weights.apply(scores_BLX, heads, gate)  # type: ignore[no-untyped-call]
+    return alpha
+
+
+class _Weights(torch.autograd.Function):
+    """Nothing but the scores is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, scores_BLX: Tensor, heads: int, gate: Gate) -> Tensor:
+        from megassm.ops import gates_triton
+
+        scores_BLX = scores_BLX.contiguous()
+        ctx.save_for_backward(scores_BLX)
+        ctx.heads, ctx.gate = heads, gate
+        return gates_triton.weights(scores_BLX, heads, gate)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        from megassm.ops import gates_triton
+
+        (scores_BLX,) = ctx.saved_tensors
+        gradient = gates_triton.weights_backward(scores_BLX, grads[0].contiguous(), ctx.heads, ctx.gate)
+        return gradient, None, None
+
+
+@lru_cache
+def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels agree with torch on this device, forward and backward: asked once."""
+    if importlib.util.find_spec("triton") is None or dtype not in TOLERANCE:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    for heads, k, gate in ((1, 32, Gate.RESCALED), (4, 5, Gate.RESCALED), (2, 24, Gate.SOFTMAX), (8, 16, Gate.OPEN)):
+        scores_BLX = (3 * torch.randn(2, 70, k * heads, generator=generator)).to(device, dtype)
+        dalpha = torch.randn(2, 70, heads, k, generator=generator).to(device)
+        truth = _both(_truth, scores_BLX, heads, gate, dalpha)
+        try:
+            found = _both(weights, scores_BLX, heads, gate, dalpha)
+        except Exception as error:  # a compiler's refusal has many types
+            warnings.warn(f"Triton's gate does not run here ({error}); torch's is used", stacklevel=2)
+            return False
+        for mine, other in zip(found, truth, strict=True):
+            off = float((mine.double() - other.double()).norm() / other.double().norm())
+            if not off < TOLERANCE[dtype]:
+                warnings.warn(f"Triton's gate is off by {off:.1e} here; torch's is used", stacklevel=2)
+                return False
+    return True
+
+
+def _truth(scores_BLX: Tensor, heads: int, gate: Gate) -> Tensor:
+    scores_BLHK = torch.unflatten(scores_BLX, -1, (-1, heads)).transpose(-1, -2)
+    return open_weights(scores_BLHK) if gate == Gate.OPEN else gate_weights(scores_BLHK, gate == Gate.RESCALED)
+
+
+@torch.enable_grad()
+def _both(way: Any, scores_BLX: Tensor, heads: int, gate: Gate, dalpha: Tensor) -> tuple[Tensor, Tensor]:
+    """(the weights, the gradient of the scores)."""
+    scores_BLX = scores_BLX.detach().requires_grad_()
+    alpha = way(scores_BLX, heads, gate)
+    (gradient,) = torch.autograd.grad(alpha, scores_BLX, dalpha)
+    return alpha.detach(), gradient

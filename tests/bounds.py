@@ -7,6 +7,7 @@ everything and read nothing.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import multiprocessing
 import os
@@ -80,6 +81,8 @@ def _run(told: Connection, call: Callable[..., Any], arguments: tuple[Any, ...])
     from megassm.config.source import ConfigError
     from megassm.errors import UserError
 
+    for module in PRELOADED:  # a server that an earlier test started has not imported them
+        importlib.import_module(module)
     torch.set_num_threads(1)
     refusal, fault, said = None, "", io.StringIO()
     before, began = _memory(reset=True), time.process_time()

@@ -316,7 +316,7 @@ BOMBS: dict[str, Bomb] = {
     "deep labels": Bomb(write("x.jsonl", DEEP), labelled("text", "x.jsonl"), r"x\.jsonl:1: "),
     # tasks of the harness
     "a task's line of 3 GB": Bomb(
-        write("hellaswag.jsonl.gz", gzip.compress(b'{"a": "') + MANY * 192), bombs.local_task, "64 MiB"
+        write("hellaswag.jsonl.gz", gzip.compress(b'{"a": "') + MANY * 192), bombs.local_task, "16 MiB"
     ),
     "a task that is no gzip": Bomb(write("hellaswag.jsonl.gz", b"junk"), bombs.local_task, "damaged gzip"),
     "a deep task of the harness": Bomb(

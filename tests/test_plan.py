@@ -323,8 +323,8 @@ def test_tool_plans_and_suggests(tmp_path: Path) -> None:
     planned = next(row for row in rows if row["table"] == "plan")
     peak = next(row["GB"] for row in rows if row["table"] == "memory" and row["kind"] == "peak")
     assert planned["memory_GB"] == pytest.approx(peak, abs=0.05)
-    tight = run_python(*base, "--gpu-memory", "7").stdout
-    assert "why ZeRO 3: the lowest stage that is as fast, to 2%, as the fastest" in tight
+    tight = run_python(*base, "--gpu-memory", "5").stdout
+    assert "why ZeRO 1: the lowest stage that is as fast, to 2%, as the fastest" in tight
     assert "it does not fit; what does:" in tight
     assert "that fit" in tight
     wrong = run_python(*base, "--nodes", "512").stdout

@@ -39,7 +39,8 @@ def train(run_dir: Path, data_path: Path, mode: str, first: str = "", *more: str
     own = (f"run.dir={run_dir}", f"data.path={data_path}", *FINISHED, f"log.wandb={mode}", *more)
     home = str(run_dir.parent)  # no key there
     arguments = ("-c", first + LAUNCH, "--config", "configs/tiny.yaml", *SMALL, *own)
-    return run_python(*arguments, **{"HOME": home, "NETRC": f"{home}/none"} | environment).stderr
+    inherited = {"WANDB_SERVICE": "of the process that started this one"}
+    return run_python(*arguments, **{"HOME": home, "NETRC": f"{home}/none"} | inherited | environment).stderr
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ class WandbSink:
     def open(self) -> bool:
         """Starts, or continues, the run. It never asks."""
         os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.pop("WANDB_SERVICE", None)  # that of a process that started this one never lets go of a run's id
         logging.raiseExceptions = False  # its log files print a page a line where the disk is full
         import wandb
 

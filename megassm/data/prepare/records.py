@@ -93,18 +93,18 @@ def first_object(start: bytes) -> Any:
         return None
 
 
-def lines_of(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
+def lines_of(path: Path, stream: io.BufferedReader, most_bytes: int = MOST_RECORD_BYTES) -> Iterator[tuple[int, bytes]]:
     """(number, line) of a file, from 1. UserError for a line that is too long to hold."""
     number = 0
-    while line := stream.readline(MOST_RECORD_BYTES):
+    while line := stream.readline(most_bytes):
         number += 1
-        if len(line) == MOST_RECORD_BYTES and not line.endswith(b"\n"):
-            raise too_long(f"{path}:{number}")
+        if len(line) == most_bytes and not line.endswith(b"\n"):
+            raise too_long(f"{path}:{number}", most_bytes)
         yield number, line
 
 
-def too_long(place: str) -> UserError:
-    rule = f"longer than the {MOST_RECORD_BYTES >> 20} MiB of one record"
+def too_long(place: str, most_bytes: int = MOST_RECORD_BYTES) -> UserError:
+    rule = f"longer than the {most_bytes >> 20} MiB of one record"
     return UserError(f"{place}: {rule}; divide it, or give its text as a file of its own")
 
 

@@ -15,6 +15,8 @@ from megassm.eval.task_fields import as_asked
 from megassm.files import open_given
 from megassm.guarded import parse_json
 
+EXAMPLE_BYTES = 16 << 20
+
 
 def load(file: str, task: str, **_: object) -> dict[str, Any]:
     """{"test": the examples of a .jsonl.gz, or of the .jsonl beside it}, as the task's templates ask them.
@@ -30,7 +32,7 @@ def load(file: str, task: str, **_: object) -> dict[str, Any]:
     path = packed if packed.is_file() else plain
     rows = []
     with open_given(path) as raw, open_unpacked(path, "gzip" if packed.is_file() else None, raw) as stream:
-        for number, line in lines_of(path, stream):
+        for number, line in lines_of(path, stream, EXAMPLE_BYTES):
             place = f"{path}:{number}"
             if line.strip():
                 rows.append(as_asked(task, parse_json(line, place, "a file has an example a line"), place))

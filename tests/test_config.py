@@ -219,6 +219,17 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
     ]
 
 
+def test_mistakes_beside_a_name_that_is_no_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text((ROOT / "configs/tiny.yaml").read_text(encoding="utf-8") + '"\\udcc3odel": 1\n', encoding="utf-8")
+    with pytest.raises(ConfigError) as refusal:
+        load_config(path, ["\udcc3odel.pattern=S", "model.pattern=X", "train.steps=0"])
+    said = str(refusal.value)
+    assert "the names of sections and knobs are ASCII" in said
+    assert "model.pattern = 'X': must be text of the form ^[SA]+$" in said
+    assert "train.steps = 0: must be at least 1" in said
+
+
 @pytest.mark.parametrize("text", ["", "- a\n", "run: [", "run: 3\n", "\tx: 1\n", "run: {dir: !foo x}\n"])
 def test_what_is_no_configuration_at_all(tmp_path: Path, text: str) -> None:
     assert all(line.startswith("c.yaml:") for line in mistakes(tmp_path, text))

@@ -96,17 +96,21 @@ def _build(source: Source) -> tuple[Config, set[str]]:
     Building what can be built lets the rules that span knobs be reported together with the simple mistakes;
     a rule that involves a stand-in is not judged.
     """
-    try:
-        return Config.model_validate(source.values), set()
-    except ValidationError as error:
-        bad: set[str] = set()
-        for problem in error.errors():
-            knob = re.sub(r"(\.\d+)+$", "", ".".join(map(str, problem["loc"])))  # an item of a list: the list
-            if knob not in bad:
-                bad.update((knob, ".".join(knob.split(".")[:2])))  # the knob itself, and where in it
-                _report(source, knob, problem)
-    bad.update(knob for knob in _knobs(Config) if knob.partition(".")[0] in bad)
-    return Config.model_validate(_repaired(Config, source.values, bad)), bad
+    bad: set[str] = set()
+    values = source.values
+    while True:  # a name that is no UTF-8 hides the mistakes beside it from the first round
+        try:
+            return Config.model_validate(values), bad
+        except ValidationError as error:
+            known = len(bad)
+            for problem in error.errors():
+                knob = re.sub(r"(\.\d+)+$", "", ".".join(map(str, problem["loc"])))  # an item of a list: the list
+                if knob not in bad:
+                    bad.update((knob, ".".join(knob.split(".")[:2])))  # the knob itself, and where in it
+                    _report(source, knob, problem)
+            assert len(bad) > known, "stand-ins are well formed"
+        bad.update(knob for knob in _knobs(Config) if knob.partition(".")[0] in bad)
+        values = _repaired(Config, source.values, bad)
 
 
 def _repaired(model: type[BaseModel], values: Tree, bad: set[str], prefix: str = "") -> Tree:

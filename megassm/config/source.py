@@ -123,6 +123,9 @@ def _scalar(node: ScalarNode) -> Any:
 def apply_override(source: Source, override: str) -> None:
     place = f"command line {redacted(override)!r}"
     knob, equals, text = override.partition("=")
+    if not knob.isascii():
+        source.mistakes.append((place, "the names of sections and knobs are ASCII; type it again"))
+        return
     if knob == "preset" and equals:
         for preset_knob, value in _preset(source, text, place):
             _set(source, preset_knob, value, place)

@@ -92,7 +92,8 @@ def print_line(message: str, stream: TextIO | None = None) -> None:
     A full disk or a closed terminal behind the stream does not end a job.
     """
     with contextlib.suppress(OSError):
-        print(visible(as_started(message)), file=stream or sys.stdout, flush=True)
+        # with its end in one write: another thread may print between two
+        print(f"{visible(as_started(message))}\n", end="", file=stream or sys.stdout, flush=True)
 
 
 def refuse(message: str, code: int) -> NoReturn:

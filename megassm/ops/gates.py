@@ -7,15 +7,14 @@ Shapes: B batch, L length, H heads, K channels within the budget, X = K H scores
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
 from enum import IntEnum
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megassm.ops.kernel_check import agrees, has_triton
 from megassm.ops.mixing import gate_weights, open_weights
 
 MOST_CHANNELS = 128
@@ -75,23 +74,17 @@ class _Weights(torch.autograd.Function):
 @lru_cache
 def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels agree with torch on this device, forward and backward: asked once."""
-    if importlib.util.find_spec("triton") is None or dtype not in TOLERANCE:
+    if not has_triton() or dtype not in TOLERANCE:
         return False
     generator = torch.Generator().manual_seed(0)
     for heads, k, gate in ((1, 32, Gate.RESCALED), (4, 5, Gate.RESCALED), (2, 24, Gate.SOFTMAX), (8, 16, Gate.OPEN)):
         scores_BLX = (3 * torch.randn(2, 70, k * heads, generator=generator)).to(device, dtype)
         dalpha = torch.randn(2, 70, heads, k, generator=generator).to(device)
-        truth = _both(_truth, scores_BLX, heads, gate, dalpha)
-        try:
-            found = _both(weights, scores_BLX, heads, gate, dalpha)
-        except Exception as error:  # a compiler's refusal has many types
-            warnings.warn(f"Triton's gate does not run here ({error}); torch's is used", stacklevel=2)
+        own = scores_BLX, heads, gate, dalpha
+        if not agrees(
+            partial(_both, weights, *own), partial(_both, _truth, *own), TOLERANCE[dtype], "gate", "torch's is"
+        ):
             return False
-        for mine, other in zip(found, truth, strict=True):
-            off = float((mine.double() - other.double()).norm() / other.double().norm())
-            if not off < TOLERANCE[dtype]:
-                warnings.warn(f"Triton's gate is off by {off:.1e} here; torch's is used", stacklevel=2)
-                return False
     return True
 
 

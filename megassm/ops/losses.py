@@ -12,8 +12,6 @@ Shapes: N positions, V vocabulary, or this rank's part of it.
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal, Protocol
@@ -23,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megassm.ops import losses_torch
+from megassm.ops.kernel_check import agrees, has_triton
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Of the norm, for `_is_right`: that of the rounded gradient."""
@@ -123,7 +122,7 @@ def _ways(logits_NV: Tensor) -> Ways:
 @lru_cache
 def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels agree with torch on this device, forward and backward: asked once."""
-    if importlib.util.find_spec("triton") is None or dtype not in TOLERANCE:
+    if not has_triton() or dtype not in TOLERANCE:
         return False
     from megassm.ops import losses_triton
 
@@ -131,18 +130,10 @@ def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
     logits_NV, teacher_NV = ((4 * torch.randn(7, 5001, generator=generator)).to(device, dtype) for _ in range(2))
     targets_N = torch.tensor([0, 5000, 17, 4095, 4096, -1, 5001], device=device)
     gradient_N = torch.randn(7, generator=generator).to(device)
-    truth = _both(losses_torch, logits_NV, teacher_NV, targets_N, gradient_N)
-    try:
-        found = _both(losses_triton, logits_NV, teacher_NV, targets_N, gradient_N)
-    except Exception as error:  # a compiler's refusal has many types
-        warnings.warn(f"Triton's loss does not run here ({error}); torch's is used", stacklevel=2)
-        return False
-    for mine, other in zip(found, truth, strict=True):
-        off = float((mine.double() - other.double()).norm() / other.double().norm())
-        if not off < TOLERANCE[dtype]:
-            warnings.warn(f"Triton's loss is off by {off:.1e} here; torch's is used", stacklevel=2)
-            return False
-    return True
+    own = logits_NV, teacher_NV, targets_N, gradient_N
+    return agrees(
+        lambda: _both(losses_triton, *own), lambda: _both(losses_torch, *own), TOLERANCE[dtype], "loss", "torch's is"
+    )
 
 
 @torch.enable_grad()

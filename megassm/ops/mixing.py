@@ -13,8 +13,6 @@ I inputs and states of a chunk, N chunks of all sequences, M = H N, Q = N C.
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +22,7 @@ from torch.nn import functional as F
 
 from megassm.ops.documents import Segments
 from megassm.ops.filterbank import copied_inputs
+from megassm.ops.kernel_check import agrees, has_triton
 from megassm.ops.precision import without_autocast
 
 NORM_FLOOR = 1e-6
@@ -181,7 +180,7 @@ def _kernels(z_NID: Tensor) -> tuple[Any, Any]:
 @lru_cache
 def _triton_is_right(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the Triton kernels agree with torch on this device: asked once, before anything relies on them."""
-    if importlib.util.find_spec("triton") is None or dtype not in TRITON_TOLERANCE:
+    if not has_triton() or dtype not in TRITON_TOLERANCE:
         return False
     from megassm.ops import mixing_triton
 
@@ -192,24 +191,15 @@ def _triton_is_right(device: torch.device, dtype: torch.dtype) -> bool:
 
     z_NID, rows_XI = noise(3, 108, 200).to(dtype), (noise(96, 108) / 10).to(dtype)
     weights_NX, dgated_NXD = noise(3, 96), noise(3, 96, 200).to(dtype)
-    try:
-        found = (
-            mixing_triton.gated_features(z_NID, rows_XI, weights_NX),
-            *mixing_triton.gated_features_backward(z_NID, rows_XI, weights_NX, dgated_NXD.clone()),
-        )
-    except Exception as error:  # a compiler's refusal has many types
-        warnings.warn(f"Triton's kernels do not run here ({error}); torch's products are used", stacklevel=2)
-        return False
-    truth = (
-        gated_features(z_NID, rows_XI, weights_NX),
-        *gated_features_backward(z_NID, rows_XI, weights_NX, dgated_NXD.clone()),
-    )
-    for mine, other in zip(found, truth, strict=True):
-        off = float((mine.float() - other.float()).norm() / other.float().norm())
-        if not off < TRITON_TOLERANCE[dtype]:
-            warnings.warn(f"Triton's kernels are off by {off:.1e} here; torch's products are used", stacklevel=2)
-            return False
-    return True
+    own = z_NID, rows_XI, weights_NX
+    return agrees(
+        lambda: (
+            mixing_triton.gated_features(*own),
+            *mixing_triton.gated_features_backward(*own, dgated_NXD.clone()),
+        ),
+        lambda: (gated_features(*own), *gated_features_backward(*own, dgated_NXD.clone())),
+        TRITON_TOLERANCE[dtype], "kernels", "torch's products are", plural=True,
+    )  # fmt: skip
 
 
 def _heads_first(x_XD: Tensor, heads: int) -> Tensor:

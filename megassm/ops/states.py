@@ -5,13 +5,13 @@ Shapes: B sequences, L length, D channels, N chunks of all sequences, C chunk, S
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megassm.ops.kernel_check import agrees, has_triton
 
 MOST_STATES = 128
 """Whose recurrence fits the registers and the shared memory of a CUDA core."""
@@ -57,7 +57,7 @@ class _ChunkInputs(torch.autograd.Function):
 @lru_cache
 def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels agree with torch on this device, forward and backward: asked once."""
-    if importlib.util.find_spec("triton") is None or dtype not in TOLERANCE:
+    if not has_triton() or dtype not in TOLERANCE:
         return False
     generator = torch.Generator().manual_seed(0)
     states, chunk = 44, 64
@@ -66,17 +66,11 @@ def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
     u_BLD = torch.randn(2, 300, 40, generator=generator).to(device, dtype)
     dz_NID = torch.randn(10, chunk + states, 40, generator=generator).to(device, dtype)
     tables = (near_one.diag().to(device), inputs_SC.to(device, dtype))
-    try:
-        found = _both(chunk_inputs, u_BLD, tables, dz_NID)
-    except Exception as error:  # a compiler's refusal has many types
-        warnings.warn(f"Triton's recurrence does not run here ({error}); torch's products are used", stacklevel=2)
-        return False
-    for mine, other in zip(found, _both(_truth, u_BLD.double(), tables, dz_NID.double()), strict=True):
-        off = float((mine.double() - other).norm() / other.norm())
-        if not off < TOLERANCE[dtype]:
-            warnings.warn(f"Triton's recurrence is off by {off:.1e} here; torch's products are used", stacklevel=2)
-            return False
-    return True
+    return agrees(
+        lambda: _both(chunk_inputs, u_BLD, tables, dz_NID),
+        lambda: _both(_truth, u_BLD.double(), tables, dz_NID.double()),
+        TOLERANCE[dtype], "recurrence", "torch's products are",
+    )  # fmt: skip
 
 
 @torch.enable_grad()

@@ -8,14 +8,14 @@ Shapes: any, the same of gate and up.
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from megassm.ops.kernel_check import agrees, has_triton
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Of the norm, for `_is_right`; torch rounds silu(gate) before it multiplies."""
@@ -54,22 +54,15 @@ class _Swiglu(torch.autograd.Function):
 @lru_cache
 def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels agree with torch on this device, forward and backward: asked once."""
-    if importlib.util.find_spec("triton") is None or dtype not in TOLERANCE:
+    if not has_triton() or dtype not in TOLERANCE:
         return False
     generator = torch.Generator().manual_seed(0)
     gate, up, gradient = ((3 * torch.randn(3, 1500, generator=generator)).to(device, dtype) for _ in range(3))
-    truth = _both(_truth, gate, up, gradient)
-    try:
-        found = _both(_Swiglu.apply, gate, up, gradient)
-    except Exception as error:  # a compiler's refusal has many types
-        warnings.warn(f"Triton's SwiGLU does not run here ({error}); torch's is used", stacklevel=2)
-        return False
-    for mine, other in zip(found, truth, strict=True):
-        off = float((mine.double() - other.double()).norm() / other.double().norm())
-        if not off < TOLERANCE[dtype]:
-            warnings.warn(f"Triton's SwiGLU is off by {off:.1e} here; torch's is used", stacklevel=2)
-            return False
-    return True
+    return agrees(
+        lambda: _both(_Swiglu.apply, gate, up, gradient),
+        lambda: _both(_truth, gate, up, gradient),
+        TOLERANCE[dtype], "SwiGLU", "torch's is",
+    )  # fmt: skip
 
 
 @torch.enable_grad()

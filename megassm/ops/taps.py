@@ -7,14 +7,14 @@ Shapes: B batch, L length, D width, N taps.
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from megassm.ops.kernel_check import agrees, has_triton
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Of the norm, for `_is_right`; torch rounds after every tap."""
@@ -52,23 +52,16 @@ class _CausalTaps(torch.autograd.Function):
 @lru_cache
 def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels agree with torch on this device, forward and backward: asked once."""
-    if importlib.util.find_spec("triton") is None or dtype not in TOLERANCE:
+    if not has_triton() or dtype not in TOLERANCE:
         return False
     generator = torch.Generator().manual_seed(0)
     u_BLD, dv_BLD = (torch.randn(2, 150, 70, generator=generator).to(device, dtype) for _ in range(2))
     weight_ND = torch.randn(4, 70, generator=generator).to(device, dtype)
-    truth = _both(_truth, u_BLD.float(), weight_ND.float(), dv_BLD.float())
-    try:
-        found = _both(causal_taps, u_BLD, weight_ND, dv_BLD)
-    except Exception as error:  # a compiler's refusal has many types
-        warnings.warn(f"Triton's taps do not run here ({error}); torch's are used", stacklevel=2)
-        return False
-    for mine, other in zip(found, truth, strict=True):
-        off = float((mine.double() - other.double()).norm() / other.double().norm())
-        if not off < TOLERANCE[dtype]:
-            warnings.warn(f"Triton's taps are off by {off:.1e} here; torch's are used", stacklevel=2)
-            return False
-    return True
+    return agrees(
+        lambda: _both(causal_taps, u_BLD, weight_ND, dv_BLD),
+        lambda: _both(_truth, u_BLD.float(), weight_ND.float(), dv_BLD.float()),
+        TOLERANCE[dtype], "taps", "torch's are", plural=True,
+    )  # fmt: skip
 
 
 def _truth(u_BLD: Tensor, weight_ND: Tensor) -> Tensor:

@@ -1,0 +1,42 @@
+"""Whether Triton's kernels may be relied on here: there is a Triton, and they agree with torch on this device."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+Computed = Callable[[], Sequence[Tensor]]
+
+
+def has_triton() -> bool:
+    """Whether the package is installed; it is for Linux alone."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def agrees(found: Computed, truth: Computed, tolerance: float, kernel: str, instead: str, plural: bool = False) -> bool:
+    """Whether what Triton computes is within `tolerance` of torch's, each tensor by its norm; warns where it is not.
+
+    Args:
+        found: by the kernel.
+        truth: by torch.
+        tolerance: largest norm of a difference, over the norm of the truth.
+        kernel: its name in a warning, such as "gate".
+        instead: what is used where it is wrong, such as "torch's is".
+        plural: of the name.
+    """
+    try:
+        mine = found()
+    except Exception as error:  # a compiler's refusal has many types
+        does = "do" if plural else "does"
+        warnings.warn(f"Triton's {kernel} {does} not run here ({error}); {instead} used", stacklevel=3)
+        return False
+    for one, true in zip(mine, truth(), strict=True):
+        off = float((one.double() - true.double()).norm() / true.double().norm())
+        if not off < tolerance:
+            are = "are" if plural else "is"
+            warnings.warn(f"Triton's {kernel} {are} off by {off:.1e} here; {instead} used", stacklevel=3)
+            return False
+    return True

@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from megassm.checkpoint.exported import is_model_folder, open_model_folder, write_code
 from megassm.config.model import Budget
+from megassm.cost import parameters
 from megassm.errors import UserError
 from megassm.hf.cache import MegaSSMCache, cache_field, padding_mask
 from megassm.hf.config import MegaSSMConfig
@@ -34,6 +35,8 @@ from megassm.model import initial_weights
 
 LEAST_BYTES = 1 / 16
 """Of a parameter in a file, far less than any quantized one has."""
+SMALL_MODEL = 16_000_000
+"""Parameters up to which any file will do: transformers fills what it lacks, and says so."""
 
 
 class MegaSSMPreTrainedModel(PreTrainedModel):
@@ -93,10 +96,12 @@ class MegaSSMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As transformers does, where a folder's files are not far too small for the model of its config."""
+        """As transformers does, where a folder's files are not far too small for the large model of its config."""
         folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
         if is_model_folder(folder):
-            open_model_folder(folder).check_size(LEAST_BYTES)
+            stored = open_model_folder(folder)
+            if parameters(stored.config, stored.config.num_channels) > SMALL_MODEL:
+                stored.check_size(LEAST_BYTES)
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @classmethod

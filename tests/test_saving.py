@@ -213,7 +213,8 @@ def test_a_signal_waits_for_the_save_that_is_under_way(tmp_path: Path, whole: Pa
         release.touch()
         job.wait_for_ranks(but=None, within_s=60)
     done = len(read_records(run_dir))
-    assert 13 <= done <= 15
-    assert {path.name for path in run_dir.glob("checkpoints/*")} == {step_name(step) for step in (5, 10, done)}
+    assert 13 <= done <= 16  # the save at 15 waits for that at 10: a signal in that time is heard with the next update
+    saved = {5, 10, done} | ({15} if done > 15 else set())
+    assert {path.name for path in run_dir.glob("checkpoints/*")} == {step_name(step) for step in saved}
     assert f"continuing after step {done}" in run_to_end(run_dir, data_path, 2, *RUN)
     assert exact(run_dir) == exact(whole)

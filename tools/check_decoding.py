@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 CHECKS = ("requests", "greedy", "memory")
 BUDGETS = (2, 4, 8, 16, 32)
+LOUDER = 2.0
+"""Weights of blocks over those of a start: a text that does not repeat itself, of whose drafts some are refused."""
 
 
 def parser() -> Parser:
@@ -93,7 +95,7 @@ def check_greedy(pattern: str, tokens: int, width: int) -> TableRow:
     from megassm.eval.sampling import Sampling
     from megassm.eval.speculate import speculate
 
-    model, started = _model(pattern, width, 16_384), time.perf_counter()
+    model, started = _model(pattern, width, 16_384, LOUDER), time.perf_counter()
     sampling = Sampling(tokens, temperature=0)
     plain = generate(model, [[1, 2, 3]], 32, sampling)[0]
     found = speculate(model, [[1, 2, 3]], 32, sampling, Drafting(8, 4))
@@ -103,9 +105,10 @@ def check_greedy(pattern: str, tokens: int, width: int) -> TableRow:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
         "check": f"greedy {pattern}",
-        "holds": same == tokens,
+        "holds": same == tokens and found.acceptance < 0.99,
         "tokens": tokens,
-        "result": f"{parameters / 1e6:.1f}M parameters, equal up to token {same}, acceptance {found.acceptance:.2f}",
+        "result": f"{parameters / 1e6:.1f}M parameters, {len({*plain})} ids, equal up to token {same}, "
+        f"acceptance {found.acceptance:.2f}",
         "s": time.perf_counter() - started,
     }
 
@@ -130,14 +133,17 @@ def check_memory(tokens: int) -> TableRow:
     }
 
 
-def _model(pattern: str, width: int, seq_len: int) -> LanguageModel:
+def _model(pattern: str, width: int, seq_len: int, gain: float = 1.0) -> LanguageModel:
     from megassm import ModelConfig, build_model
 
     config = ModelConfig(
         vocab_size=257, d_model=width, n_layers=2, n_heads=4, seq_len=seq_len, num_channels=32, d_ffn=2 * width,
-        pattern=pattern, embed_init_std=0.5,
+        pattern=pattern, embed_init_std=0.5, tie_embeddings=gain == 1,
     )  # fmt: skip
-    return build_model(config, 0).eval()
+    model = build_model(config, 0).eval().requires_grad_(False)
+    for parameter in model.blocks.parameters():
+        parameter.mul_(gain)
+    return model
 
 
 def _process_mib() -> float:

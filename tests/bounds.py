@@ -13,10 +13,12 @@ import multiprocessing
 import os
 import re
 import resource
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,23 +49,46 @@ class Cost(NamedTuple):
 
 def cost_of(call: Callable[..., Any], *arguments: Any) -> Cost:
     """Runs `call`, which the process must be able to import, with `arguments`."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(there, call, arguments), daemon=True)
-    process.start()
+    nursery = _nursery()
+    nursery.send((call, arguments))
+    found: Cost = nursery.recv()
+    return found
+
+
+@lru_cache
+def _nursery() -> Connection:
+    """To the process that is forked; multiprocessing's server of forks is whoever's asked first, with their imports."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=_fork_for_each, args=(there,), daemon=True).start()
     there.close()
+    return here
+
+
+def _fork_for_each(asked: Connection) -> None:
+    for module in PRELOADED:
+        importlib.import_module(module)
+    while True:
+        call, arguments = asked.recv()
+        here, there = multiprocessing.Pipe(duplex=False)
+        child = os.fork()
+        if not child:
+            _run(there, call, arguments)
+        there.close()
+        asked.send(_told(here, child))
+
+
+def _told(here: Connection, child: int) -> Cost:
+    found, fault = None, f"did not end within {PATIENCE_S} s"
     try:
-        if not here.poll(PATIENCE_S):
-            return Cost(None, f"did not end within {PATIENCE_S} s", PATIENCE_S, 0)
-        found: Cost = here.recv()
-        return found
+        if here.poll(PATIENCE_S):
+            found = here.recv()
     except EOFError:
-        process.join()
-        return Cost(None, f"the process ended with code {process.exitcode}", 0.0, 0)
-    finally:
-        process.kill()
-        process.join()
+        fault = ""
+    os.kill(child, signal.SIGKILL)  # what has ended by itself keeps its code
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    here.close()
+    return found or Cost(None, fault or f"the process ended with code {code}", 0.0, 0)
 
 
 def command(main: Callable[[], None], *words: str) -> None:
@@ -81,8 +106,6 @@ def _run(told: Connection, call: Callable[..., Any], arguments: tuple[Any, ...])
     from megassm.config.source import ConfigError
     from megassm.errors import UserError
 
-    for module in PRELOADED:  # a server that an earlier test started has not imported them
-        importlib.import_module(module)
     torch.set_num_threads(1)
     refusal, fault, said = None, "", io.StringIO()
     before, began = _memory(reset=True), time.process_time()

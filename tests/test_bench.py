@@ -157,7 +157,7 @@ def test_drafting_tool(trained: Path, tmp_path: Path) -> None:
         assert row["speed_up"] == pytest.approx(tokens * row["plain_ms"] / round_ms)
         if row["break_even"] is not None:
             at_even = sum(row["break_even"] ** count for count in range(row["drafts"] + 1))
-            assert at_even * row["plain_ms"] == pytest.approx(round_ms)
+            assert at_even * row["plain_ms"] == pytest.approx(max(round_ms, row["plain_ms"]))
     refused = run_python("tools/bench_drafting.py", "--run", str(trained), check=False)
     assert refused.returncode == 2
 

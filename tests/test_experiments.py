@@ -23,7 +23,8 @@ from megassm.eval.score import score
 from megassm.eval.session import open_session
 from megassm.model import build_model, losses_at
 from megassm.run.journal import read_records
-from tests.conftest import ROOT, SMALL, run_python
+from tests.conftest import ROOT, SMALL
+from tests.small_sets import small_task
 from tools.experiments import peers, runner, scaling
 from tools.experiments.arms import Arm, Recipe
 from tools.experiments.definitions import EXPERIMENTS, FAMILY, LOOKUP, TEXT, Experiment, equal_width
@@ -235,7 +236,9 @@ def test_accuracy_is_to_be_high(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     )
     with ThreadPoolExecutor(1) as pool:
         found = run_experiment("recall", Options([0], tmp_path, arms=("taps",)), "command", pool)
+        named = run_experiment("recall", Options([0], tmp_path, arms=("transformer", "K_max")), "command", pool)
     assert found.arms["transformer with taps"][-1] == "optim.lr=0.004"
+    assert list(named.arms) == ["K_max only", "hybrid (SA), K_max only", "transformer"], "whole names, or parts"
 
 
 def test_every_arm_goes_on_at_its_best_rate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -278,15 +281,6 @@ def test_experiments_run(tmp_path: Path, data_path: Path, monkeypatch: pytest.Mo
     assert len(list((tmp_path / "runs").iterdir())) == runs - 4 - 6, (
         "static_elastic, ablations, sampling, online share one; the families too; the plain loop has one for its seven"
     )
-
-
-def small_task(name: str, task: str, folder: Path) -> Path:
-    """A set as the experiment wants it, of few examples."""
-    size = ("--examples", "40", "--valid-examples", "8")
-    lookup = LOOKUPS.get(name.removeprefix("filters_"))
-    arguments = [task] if lookup is None else lookup.arguments.split()
-    run_python("tools/make_task.py", *arguments, "--output", str(folder / name), *size)
-    return folder / name
 
 
 def test_what_is_looked_up_is_in_the_set_trained_on(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "high_frequency": {"signals": 1, "noise": 1.0, "levels": 16, "periods": "2-8"} | COUNTS,
     "listops": {"min_length": 500, "max_length": 2000, "max_args": 10, "max_depth": 10}
     | {"examples": 96_000, "valid_examples": 2_000},
+    "paths": {"size": 16, "dashes": 5, "distractors": 2} | COUNTS,
     "text": FILES,
     "image": FILES,
     "pathfinder": FILES,
@@ -60,10 +61,11 @@ def main() -> None:
 def _drawn(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[Task, Splits]:
     from megassm.data.dataset import TRAIN, VALID
     from megassm.data.tasks.listops import ListOps
+    from megassm.data.tasks.paths import Paths
     from megassm.data.tasks.synthetic import Frequent, HighFrequency, Recall, Tracking, drawn
 
     counts = [options.pop(name) for name in COUNTS]
-    made: Recall | Tracking | Frequent | HighFrequency | ListOps
+    made: Recall | Tracking | Frequent | HighFrequency | Paths | ListOps
     match arguments.task:
         case "recall":
             made = Recall(**options)
@@ -74,6 +76,8 @@ def _drawn(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[Task
         case "high_frequency":
             options["first"], options["last"] = _periods(options.pop("periods"))
             made = HighFrequency(**options)
+        case "paths":
+            made = Paths(**options)
         case _:
             made = ListOps(**options)
     task = made.task(arguments.length)

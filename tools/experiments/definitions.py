@@ -10,6 +10,7 @@ from typing import get_args
 
 from megassm.config.schema import Config
 from megassm.cost import parameters
+from tools.experiments.arena import ARENA, arena_arms, arena_settings
 from tools.experiments.arms import Arm, width_of_size
 from tools.experiments.bases import Basis
 from tools.experiments.control import control_points
@@ -104,6 +105,17 @@ def _lookup(name: str, question: str) -> Experiment:
         rates=(2e-3, 4e-3, 8e-3),
         x_label="budget K, or what the table says",
         settings=lookup_settings(name),
+    )
+
+
+def _arena(name: str) -> Experiment:
+    return Experiment(
+        ARENA[name].question,
+        "Evaluated on Long Range Arena at full size.",
+        arena_arms,
+        config=LOOKUP,
+        rates=(2e-3, 4e-3, 8e-3),
+        settings=arena_settings(name),
     )
 
 
@@ -244,6 +256,7 @@ EXPERIMENTS = {
     "filters_text": _filters(FAMILY, "model.ffn_elastic=null", "model.input_taps=1"),
     "filters_recall": _filters(LOOKUP, *lookup_settings("recall"), "model.input_taps=1"),
     "filters_high_frequency": _filters("configs/tasks/high_frequency.yaml"),
+    **{name: _arena(name) for name in ARENA},
     "scaling": Experiment(
         "What does a model of N parameters and K channels reach after D bytes, and what does elasticity cost it?",
         "Left open: a scaling law.",

@@ -18,7 +18,7 @@ def parser() -> Parser:
     add("names", nargs="+", metavar="NAME", help="experiments, or `all`; tools/experiments/README.md has the list")
     add("--seeds", type=positive, default=3, metavar="N", help="trainings of each arm, seeds 0..N-1 (default: 3)")
     add("--jobs", type=positive, default=1, metavar="N", help="trainings side by side (default: 1)")
-    add("--arms", nargs="+", default=[], metavar="TEXT", help="only the arms with one of these in their name")
+    add("--arms", nargs="+", default=[], metavar="TEXT", help="only arms of these names, or with one in theirs")
     what = "peak learning rates to choose from by arm (default: the experiment's own)"
     add("--rates", type=float, nargs="*", metavar="LR", help=what)
     add(

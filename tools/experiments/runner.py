@@ -46,7 +46,7 @@ class Options:
     overrides: tuple[str, ...] = ()
     """`section.key=value` of every arm."""
     arms: tuple[str, ...] = ()
-    """Names, or parts of names, of the arms to run; empty for all."""
+    """Whole names, or parts of names, of the arms to run; empty for all."""
     rates: tuple[float, ...] | None = None
     """Peak learning rates to choose from, instead of the experiment's own."""
     device: str | None = None
@@ -78,7 +78,7 @@ def run_experiment(name: str, options: Options, command: str, pool: Executor) ->
     """
     experiment = EXPERIMENTS[name]
     base = _config(name, options, ())
-    arms = [arm for arm in experiment.arms(base) if not options.arms or any(part in arm.name for part in options.arms)]
+    arms = _chosen(experiment.arms(base), options.arms)
     if not arms:
         raise UserError(f"no arm of {name} has {' or '.join(options.arms)} in its name; "
                         f"there are {', '.join(arm.name for arm in experiment.arms(base))}")  # fmt: skip
@@ -97,6 +97,16 @@ def run_experiment(name: str, options: Options, command: str, pool: Executor) ->
         config=base.model_dump(mode="json"),
         points=points,
     )
+
+
+def _chosen(arms: Sequence[Arm], texts: Sequence[str]) -> list[Arm]:
+    """Those with one of the texts in their name; of a text that is a whole name that arm alone. Without texts all."""
+    names = {arm.name for arm in arms}
+
+    def fits(arm: Arm, text: str) -> bool:
+        return arm.name == text if text in names else text in arm.name
+
+    return [arm for arm in arms if not texts or any(fits(arm, text) for text in texts)]
 
 
 def _curves(jobs: Sequence[Job], found: Sequence[list[Point]], seeds: Sequence[int]) -> dict[str, list[list[Point]]]:

@@ -1,4 +1,4 @@
-"""Tasks that are drawn: recall, chains of it, the most frequent word, periods under noise. (ListOps: `listops`.)
+"""Tasks that are drawn: recall, chains of it, the most frequent word, periods under noise. (More: `listops`, `paths`.)
 
 Example i of a split is a function of (seed, split, i): more examples never change the first ones.
 """

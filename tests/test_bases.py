@@ -47,6 +47,10 @@ def test_kinds_are_what_they_are_called() -> None:
     found_K, _ = basis("float32", L, K)
     assert found_K[-1] > 1e3 * sigma_K[-1], "and too loud after it"
     assert errors("random").min() > 0.5
+    tail = errors("random_tail")
+    assert tail[:8].max() == 0
+    assert tail[8:].min() > 0.5
+    np.testing.assert_array_equal(basis("random_tail", L, 6)[1], basis("true", L, K)[1][:, :6])
     assert errors("true").max() == 0
     _, phi_LK = basis("exponentials", L, 5)
     times = -1 / np.log(phi_LK[1] / phi_LK[0])
@@ -74,7 +78,7 @@ def test_a_model_computes_with_them(name: Basis) -> None:
     use_basis(model, name)
     after = model(torch.arange(24)[None])
     if name != "float32":  # the signs of these are as they come
-        assert torch.allclose(before, after, atol=1e-4) == (name in ("true", "learned"))
+        assert torch.allclose(before, after, atol=1e-4) == (name in ("true", "learned", "random_tail"))  # K is 4
     bank = model.filterbank
     assert bank is not None
     u_BLD, weights_BLHK, channels_KDE = torch.randn(2, 24, 8), torch.rand(2, 24, 2, 4), torch.randn(4, 8, 4)

@@ -4,6 +4,7 @@
     float32        what a float32 subspace iteration returns for them, and its eigenvalues clamped at 1e-12: the paper's
                    code (docs/results/filters.md); beyond about the 10th they are an orthonormal basis of nothing
     random         orthonormal, white
+    random_tail    the first 8 right, the others random, all orthonormal: what float32 leaves of them at 4,096 positions
     exponentials   r^t of norm 1, time constants from 1 to L: a leading few spread over them all, as evenly as they can
     learned        free, from the true ones on
     alternating    by turns a true filter and the same with signs (-1)^t, which hears what alternates
@@ -26,9 +27,11 @@ from megassm.model import LanguageModel
 from megassm.ops.hankel import Array, spectral_filters
 from tools.bench.filters import FLOOR, solvers
 
-Basis = Literal["true", "float32", "random", "exponentials", "learned", "alternating", "hankel_l"]
+Basis = Literal["true", "float32", "random", "random_tail", "exponentials", "learned", "alternating", "hankel_l"]
 SEED = 0
 """One random basis for all trainings, as there is one of each other kind."""
+RIGHT = 8
+"""True filters before a random tail."""
 
 
 def basis(name: Basis, seq_len: int, count: int) -> tuple[Array, Array]:
@@ -39,7 +42,11 @@ def basis(name: Basis, seq_len: int, count: int) -> tuple[Array, Array]:
             _, sigma_K, phi_LK = next(solvers(seq_len, count))
             return np.maximum(sigma_K, FLOOR), phi_LK
         case "random":
-            return sigma_K, np.linalg.qr(np.random.default_rng(SEED).standard_normal((seq_len, count)))[0]
+            return sigma_K, _white(seq_len, count)
+        case "random_tail":
+            basis_LK = np.linalg.qr(np.hstack((phi_LK[:, :RIGHT], _white(seq_len, max(0, count - RIGHT)))))[0]
+            basis_LK[:, :RIGHT] = phi_LK[:, :RIGHT]  # not those with the other sign
+            return sigma_K, basis_LK
         case "exponentials":
             time_K = float(seq_len) ** _spread(count)
             decay_LK = np.exp(-np.arange(seq_len)[:, None] / time_K)
@@ -51,6 +58,11 @@ def basis(name: Basis, seq_len: int, count: int) -> tuple[Array, Array]:
             return _hankel_l(seq_len, count)
         case "true" | "learned":
             return sigma_K, phi_LK
+
+
+def _white(seq_len: int, count: int) -> Array:
+    found: Array = np.linalg.qr(np.random.default_rng(SEED).standard_normal((seq_len, count)))[0]
+    return found
 
 
 def _hankel_l(seq_len: int, count: int) -> tuple[Array, Array]:

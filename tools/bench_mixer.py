@@ -21,7 +21,7 @@ def parser() -> Parser:
     result.add_argument(
         "--methods",
         metavar="LIST",
-        help="among authors,authors_by_filter,fft,direct,chunked,flashfft,attention,mamba2,gated_deltanet",
+        help="among authors,authors_by_input,fft,direct,chunked,flashfft,attention,mamba2,gated_deltanet",
     )
     result.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     result.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def _with_ratio(row: MixerRow, rows: list[MixerRow]) -> TableRow:
-    """The row, and how many times as fast forward+backward is as the authors' formulation in the same run."""
+    """The row, and how many times as fast forward+backward is as the published form in the same run."""
     same = [other for other in rows if (other.length, other.k, other.method) == (row.length, row.k, "authors")]
     ratio = same[0].forward_backward_s / row.forward_backward_s if same else None
     return asdict(row) | {"speed_over_authors": ratio}

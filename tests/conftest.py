@@ -8,14 +8,17 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import pytest
 
 from megassm.config.load import load_config
 from megassm.config.schema import Config
-from tests import hub_mixins
+from tests import hub_mixins, nursery
 
 ROOT = Path(__file__).parents[1]
+TIMEOUT_S = 480
+"""Of a program that a test starts."""
 
 SMALL = (
     "model.vocab_size=257", "model.d_model=32", "model.n_layers=2", "model.seq_len=64", "model.num_channels=8",
@@ -81,15 +84,27 @@ def small_config(tmp_path: Path, data_path: Path) -> Callable[..., Config]:
 
 
 def run_python(*arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the project's Python from its root, as a user would."""
+    """Runs the project's Python from its root, as a user would; a program in its usual environment in a fork."""
+    if not environment and nursery.serves(arguments):
+        return _forked(arguments, check)
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=480,
+        timeout=TIMEOUT_S,
         check=False,
     )
-    assert not check or done.returncode == 0, f"{arguments} -> {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return _checked(done, check)
+
+
+def _forked(arguments: tuple[str, ...], check: bool) -> subprocess.CompletedProcess[str]:
+    with NamedTemporaryFile("r", encoding="utf-8") as out, NamedTemporaryFile("r", encoding="utf-8") as err:
+        code = nursery.run(arguments, Path(out.name), Path(err.name), TIMEOUT_S)
+        return _checked(subprocess.CompletedProcess(arguments, code, out.read(), err.read()), check)
+
+
+def _checked(done: subprocess.CompletedProcess[str], check: bool) -> subprocess.CompletedProcess[str]:
+    assert not check or done.returncode == 0, f"{done.args} -> {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

@@ -72,6 +72,7 @@ class _Weights(torch.autograd.Function):
 
 
 @lru_cache
+@torch.inference_mode(False)
 def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels agree with torch on this device, forward and backward: asked once."""
     if not has_triton() or dtype not in TOLERANCE:

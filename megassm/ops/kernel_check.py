@@ -1,4 +1,7 @@
-"""Whether Triton's kernels may be relied on here: there is a Triton, and they agree with torch on this device."""
+"""Whether Triton's kernels may be relied on here: there is a Triton, and they agree with torch on this device.
+
+Each module asks once, outside of torch's inference mode, where the first use may be: no gradient is made in it.
+"""
 
 from __future__ import annotations
 

@@ -120,6 +120,7 @@ def _ways(logits_NV: Tensor) -> Ways:
 
 
 @lru_cache
+@torch.inference_mode(False)
 def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels agree with torch on this device, forward and backward: asked once."""
     if not has_triton() or dtype not in TOLERANCE:

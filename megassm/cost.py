@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from megassm.config.model import Budget, ModelConfig
+from megassm.config.model import FUSED_HEAD_WIDTH, FUSED_INPUTS, Budget, ModelConfig
 from megassm.config.schema import Config
 
 FLOAT32 = 4
@@ -293,9 +293,9 @@ def peak_activation_bytes(
     """The most that one forward and backward pass holds besides weights and their gradients.
 
     It is reached in the loss (logits and their gradient), or in the backward pass of the last block, when what the loss
-    kept is free again: in its feed-forward layer, or in its spectral mixer by a group of gated features and their
-    gradients, each of `group_bytes` (`megassm.ops.mixing.GROUP_BYTES`) or of one filter. In a hybrid the last spectral
-    block is taken for the last of all.
+    kept is free again: in its feed-forward layer, or in its spectral mixer, where features are written by a group of
+    gated ones and their gradients, each of `group_bytes` (`megassm.ops.mixing.GROUP_BYTES`) or of one filter. In a
+    hybrid the last spectral block is taken for the last of all.
     """
     n, d = work.number_bytes, config.d_model
     kept = activation_bytes(config, k, work, recompute)
@@ -309,12 +309,26 @@ def peak_activation_bytes(
         rest + work.positions * n * (2 * work.share(config.ffn_width(k)) + d),
     ]
     if mixer == "S":
-        one = work.chunked_positions * work.share(d) * n
-        filters = max(1, min(k, group_bytes // one))
-        group, rows = filters * one, filters * n * work.chunk * (work.chunk + work.state_size)
-        inputs = work.batch * work.chunks * (work.chunk + work.state_size) * work.share(d)
-        # gradients of input, output, both paths around, gate
-        sums = FLOAT32 * inputs + work.positions * (3 * d * n + FLOAT32 * k * config.mixer_heads)
-        sums += n * (inputs + work.positions * d) if config.mixer_heads > 1 else 0  # inputs and gradients head by head
-        peaks.append(rest - _feed_forward_bytes(config, k, work) + 2 * group + rows + sums)
+        peaks.append(rest - _feed_forward_bytes(config, k, work) + _mixing_bytes(config, k, work, group_bytes))
     return max(peaks)
+
+
+def _mixing_bytes(config: ModelConfig, k: int, work: Workload, group_bytes: int) -> int:
+    """Of a spectral mixer's backward pass, beside what it kept: features, and gradients of inputs, output, both paths
+    around and gate."""
+    n, d, heads = work.number_bytes, config.d_model, config.mixer_heads
+    inputs = work.batch * work.chunks * (work.chunk + work.state_size) * work.share(d)
+    around, weights = work.positions * 3 * d * n, work.positions * FLOAT32 * k * heads
+    if _writes_no_feature(config, work):
+        return n * inputs + around + 2 * weights
+    one = work.chunked_positions * work.share(d) * n
+    filters = max(1, min(k, group_bytes // one))
+    group, rows = filters * one, filters * n * work.chunk * (work.chunk + work.state_size)
+    apart = n * (inputs + work.positions * d) if heads > 1 else 0  # inputs and gradients head by head
+    return 2 * group + rows + FLOAT32 * inputs + around + weights + apart
+
+
+def _writes_no_feature(config: ModelConfig, work: Workload) -> bool:
+    """Whether its mixers are those of `megassm.ops.head_mixing`."""
+    narrow = config.d_model // config.mixer_heads <= FUSED_HEAD_WIDTH and work.number_bytes < FLOAT32
+    return work.fused and narrow and work.chunk + work.state_size <= FUSED_INPUTS

@@ -72,21 +72,33 @@ def launched(kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool =
     Launches.number += 1
     Launches.bad_grids += not 0 < grid[0] < 2**31 or any(not 0 < size < 2**16 for size in grid[1:])
     Launches.nbytes += sum(tensor.nbytes * (1 + (name in TWICE)) for name, tensor in tensors.items())
-    if "rows_ptr" in tensors:
+    if "channels_ptr" in tensors or "dchannels_ptr" in tensors:  # megassm.ops.head_mixing
+        Launches.flops += mixing_flops(tensors)
+    elif "rows_ptr" in tensors:
         Launches.flops += 2.0 * tensors["rows_ptr"].shape[0] * tensors["z_ptr"].numel()
     if "change_ptr" in tensors:
         chunks, _, width = (tensors["z_ptr"] if "z_ptr" in tensors else tensors["dz_ptr"]).shape
         Launches.flops += 2.0 * (tensors["change_ptr"].numel() + tensors["input_ptr"].numel()) * chunks * width
 
 
+def mixing_flops(tensors: dict[str, Tensor]) -> float:
+    """Of the products of one of the three kernels of `megassm.ops.head_mixing_triton`."""
+    positions, channels, _ = tensors["rows_ptr"].shape
+    chunks, inputs, width = tensors["z_ptr"].shape
+    outputs = (tensors["channels_ptr"] if "channels_ptr" in tensors else tensors["dchannels_ptr"]).shape[-1]
+    features = 2 * inputs if "dz_ptr" in tensors else inputs  # made, and the gradient carried back
+    return 2.0 * chunks * positions * channels * width * (features + outputs)
+
+
 def prepare() -> None:
     """Makes this process run where values mean nothing: no kernel is asked whether it is right."""
     import triton
 
-    from megassm.ops import gates, losses, mixing, states, swiglu, taps
+    from megassm.ops import gates, head_mixing, losses, mixing, states, swiglu, taps
 
     triton.runtime.jit.JITFunction.run = launched
     mixing._triton_is_right = lambda device, dtype: True
+    head_mixing._is_right = lambda device, dtype, width, outputs: True
     for module in (gates, losses, states, swiglu, taps):
         module._is_right = lambda device, dtype: True
     from megassm.train import health

@@ -16,6 +16,9 @@ SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
 """Most that a block may have (CUDA C programming guide, table of compute capabilities)."""
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA|HMMA", 100: "UTC[A-Z]*MMA|HMMA"}
 
+ALIGNED = ("D", "P", "E", "R")
+"""Sizes that are multiples of 16."""
+
 
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, int], capability: int, warps: int, stages: int,
              folder: Path) -> dict[str, Any]:  # fmt: skip
@@ -27,7 +30,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, int], capa
     names = list(kernel.arg_names)
     signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
-               if signature[name].startswith("*") or name == "D"}  # fmt: skip
+               if signature[name].startswith("*") or name in ALIGNED}  # fmt: skip
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     options = {"num_warps": warps, "num_stages": stages}
     program = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -116,6 +119,27 @@ def test_no_spills_and_tensor_cores(name: str, dtype: str, capability: int, tmp_
     if (name, dtype, capability) == ("states", "fp32", 100):
         pytest.skip("nine registers are spilled there: float32 is not what a B200 trains in")
     found = compiled(*programs(dtype)[name][:3], capability, *programs(dtype)[name][3:], tmp_path)  # type: ignore[misc]
+    hold(found, capability, name.split()[0].strip(",") not in ("loss", "gate", "swiglu", "taps"))
+
+
+@pytest.mark.parametrize(("width", "capability"), [(16, 80), (128, 90), (128, 100), (256, 80), (256, 90), (256, 100)])
+def test_products_of_heads(width: int, capability: int, tmp_path: Path) -> None:
+    """Of `tiny`, `350m_hybrid` and `1b_hybrid`."""
+    from megassm.ops import head_mixing, head_mixing_triton
+
+    usual, own = head_mixing.tiles(width, width), head_mixing.inputs_tiles(width, width, capability)
+    for kernel, tiles in (
+        (head_mixing_triton._forward_kernel, usual),
+        (head_mixing_triton._inputs_kernel, own),
+        (head_mixing_triton._channels_kernel, usual),
+    ):
+        exact = ("weights_ptr", "dweights_ptr", "dchannels_ptr")
+        types = {name: "*fp32" if name in exact else "*bf16" for name in kernel.arg_names if name.endswith("_ptr")}
+        sizes = {"BLOCK_C": 64, "BLOCK_I": 128, "BLOCK_P": tiles.p, "BLOCK_E": tiles.e}
+        hold(compiled(kernel, types, sizes, capability, tiles.warps, head_mixing_triton.STAGES, tmp_path), capability)
+
+
+def hold(found: dict[str, Any], capability: int, tensor_cores: bool = True) -> None:
     assert found["spilled"] == 0, found
-    assert (found["tensor cores"] > 0) == (name.split()[0].strip(",") not in ("loss", "gate", "swiglu", "taps")), found
+    assert (found["tensor cores"] > 0) == tensor_cores, found
     assert found["shared"] <= SHARED_BYTES[capability], found

@@ -11,7 +11,8 @@ from megassm.cost import forward_flops_by_kind, forward_flops_per_token
 from megassm.plan.cluster import filters_of
 from tests.conftest import ROOT, run_python
 from tests.test_nullcuda import PAPERS
-from tools.bench.roofline import MEMORY_TB_S, Shapes, attention_flops, micro_step, rows, seconds
+from tools.bench.roofline import MEMORY_TB_S, attention_flops, micro_step, mixer_ways, rows, seconds
+from tools.bench.roofline_mixer import Shapes
 
 COUNTED = json.loads((ROOT / "docs/results/nullcuda.json").read_text(encoding="utf-8"))
 SIZES: dict[str, tuple[str, ...]] = {
@@ -42,9 +43,10 @@ def test_flops_and_bytes_are_those_of_the_code(name: str) -> None:
 
 
 def test_products_of_the_forward_pass_are_the_models() -> None:
-    """`megassm.cost` counts them apart: a micro-step's are three times as many, beside the filters'."""
+    """`megassm.cost` counts them apart: a micro-step's are three times as many, beside the filters', which have kernels
+    of their own where features are written."""
     config = load_config(ROOT / "configs/1b_hybrid.yaml")
-    shapes = Shapes(config, filters_of(config), 8)
+    shapes = Shapes(config, filters_of(config), 8, fused=False)
     flops = sum(k.launches * k.flops for k in micro_step(shapes) if k.kind not in ("filter bank", "attention"))
     model = config.model
     attention = forward_flops_by_kind(model, 8, model.seq_len)["attention"]
@@ -66,9 +68,25 @@ def test_a_kernel_takes_the_longer_of_its_two_times() -> None:
     assert found[2]["roofline_ms"] > found[0]["roofline_ms"]
 
 
+def test_a_mixer_without_features_moves_less() -> None:
+    """Its FLOPs are more by one product with the filters' rows; wide heads have the other way alone."""
+    config = load_config(ROOT / "configs/1b_hybrid.yaml")
+    for row in mixer_ways(config, [2, 8, 16], "H100"):
+        own = Shapes(config, filters_of(config), int(row["K"]))
+        again = 2.0 * own.chunks * own.filters.chunk * own.k * own.inputs * config.model.d_model / 1e12
+        assert row["TFLOP_at_once"] == pytest.approx(row["TFLOP_groups"] + again)
+        assert row["GB_at_once"] < row["GB_groups"] / 2
+        assert 0 < row["expected_ms_at_once"] < row["expected_ms_groups"]
+        assert row["share_needed"] < 0.79
+    (wide,) = mixer_ways(load_config(ROOT / "configs/7b_hybrid.yaml"), [2], "H100")
+    assert "GB_at_once" not in wide
+
+
 def test_the_command() -> None:
-    done = run_python("tools/bench_roofline.py", "--config", "configs/125m.yaml", "--budgets", "2", "--kinds", "H100")
+    done = run_python("tools/bench_roofline.py", "--config", "configs/125m.yaml", "--budgets", "2", "--kinds", "H100",
+                      "--mixer", "H100")  # fmt: skip
     assert "mixer products" in done.stdout
+    assert "a mixer on one H100" in done.stdout
     for wrong, said in (
         (("--cards", "TPU"), "TPU"),
         (("--budgets", "25"), "K_max = 16"),

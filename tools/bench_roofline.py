@@ -15,6 +15,7 @@ def parser() -> Parser:
     result.add_argument("--budgets", type=budget_list, metavar="LIST", help="K (default: 2, 8 and all channels)")
     result.add_argument("--cards", default="A100,H100,H200,B200", metavar="LIST", help="cards, by name")
     result.add_argument("--kinds", metavar="CARD", help="also the kinds of kernels on one card")
+    result.add_argument("--mixer", metavar="CARD", help="also one spectral mixer on one card, features written or not")
     result.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
     return result
 
@@ -22,10 +23,10 @@ def parser() -> Parser:
 def main() -> None:
     arguments = parser().parse_intermixed_args()
     config = load_config_or_exit(arguments.config, arguments.overrides, 1)
-    from tools.bench.roofline import MEMORY_TB_S, kinds, rows
+    from tools.bench.roofline import MEMORY_TB_S, kinds, mixer_ways, rows
 
     budgets, cards = arguments.budgets or sorted({2, 8, config.model.num_channels}), arguments.cards.split(",")
-    for card in (*cards, *([arguments.kinds] if arguments.kinds else [])):
+    for card in (*cards, *filter(None, (arguments.kinds, arguments.mixer))):
         if card not in MEMORY_TB_S:
             raise UserError(f"{card}: no such card is known here; there are {', '.join(MEMORY_TB_S)}")
     config.model.cut(budgets[-1])  # raises where it has not so many channels
@@ -33,6 +34,8 @@ def main() -> None:
     print_table("a micro-step, by budget and card", found)
     for k in budgets if arguments.kinds else ():
         print_table(f"kinds of kernels at K = {k} on one {arguments.kinds}", kinds(config, k, arguments.kinds))
+    if arguments.mixer:
+        print_table(f"a mixer on one {arguments.mixer}", mixer_ways(config, budgets, arguments.mixer))
     write_json(found, arguments.json)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megassm.ops import head_mixing
 from megassm.ops.documents import Segments
 from megassm.ops.filterbank import copied_inputs
 from megassm.ops.kernel_check import agrees, has_triton
@@ -72,7 +73,8 @@ def gated_product(z_NID: Tensor, rows_CKI: Tensor, weights_NCHK: Tensor, channel
     """`mix_channels(rows @ z, weights, channels)` (N, C, H*E) that keeps no feature: they are made again in backward.
 
     Features are formed, gated and multiplied in groups of filters, forward and backward, so that memory is O(N I D)
-    whatever K is, and the cost of K filters is that of K products.
+    whatever K is, and the cost of K filters is that of K products. On CUDA narrow heads form none outside of registers
+    (`head_mixing`).
 
     Args:
         z_NID: a chunk's inputs and states (`chunk_inputs`).
@@ -80,6 +82,8 @@ def gated_product(z_NID: Tensor, rows_CKI: Tensor, weights_NCHK: Tensor, channel
         weights_NCHK: alpha_k sigma_k^(1/4).
         channels_KDE: M_k.
     """
+    if head_mixing.kernel_serves(z_NID, rows_CKI, weights_NCHK, channels_KDE):
+        return head_mixing.gated_product(z_NID, rows_CKI, weights_NCHK, channels_KDE)
     mixed: Tensor = _GatedProduct.apply(z_NID, rows_CKI, weights_NCHK, channels_KDE)  # type: ignore[no-untyped-call]
     return mixed
 

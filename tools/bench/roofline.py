@@ -13,155 +13,33 @@ states, I = C + S, N chunks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megassm.cli.arguments import TableRow
 from megassm.config.schema import Config
 from megassm.cost import PEAK_TFLOPS, parameters, training_flops_per_token
-from megassm.ops.mixing import GROUP_BYTES
-from megassm.plan.cluster import Filters, filters_of
+from megassm.plan.cluster import filters_of
+from tools.bench.roofline_mixer import (
+    FLOAT32,
+    Kernel,
+    Shapes,
+    W,
+    linear_backward,
+    mixed_at_once,
+    mixed_at_once_backward,
+    mixed_in_groups,
+    mixed_in_groups_backward,
+    passes,
+    product,
+    spectral_backward,
+    spectral_forward,
+)
 
 MEMORY_TB_S = {"A100": 2.039, "H100": 3.35, "H200": 4.8, "B200": 8.0}
 """The vendors' data sheets: the SXM modules, A100 of 80 GB."""
 PRODUCT_SHARE, MEMORY_SHARE = 0.79, 0.9
 """Of those rates, as an H100 reached them: 779 of 989 TFLOP/s in a large product, 3.0 of 3.35 TB/s in a copy."""
-W, FLOAT32, FLOAT64 = 2, 4, 8
-
-
-class Kernel(NamedTuple):
-    """One launch of a micro-step, or several alike."""
-
-    kind: str
-    name: str
-    flops: float
-    nbytes: float
-    launches: int = 1
-
-
-def product(kind: str, name: str, rows: int, inner: int, columns: int) -> Kernel:
-    """A matrix product (rows, inner) @ (inner, columns) of bf16 numbers."""
-    nbytes = W * (rows * inner + inner * columns + rows * columns)
-    return Kernel(kind, name, 2.0 * rows * inner * columns, nbytes)
-
-
-def linear_backward(kind: str, name: str, rows: int, inner: int, columns: int) -> Iterator[Kernel]:
-    """The gradients of the inputs and of the matrix."""
-    yield product(kind, f"{name}, inputs' gradient", rows, columns, inner)
-    yield product(kind, f"{name}, matrix's gradient", inner, rows, columns)
-
-
-def passes(kind: str, name: str, numbers: float, count: float, size: int = W) -> Kernel:
-    """Elementwise work: `count` times so many numbers are read or written."""
-    return Kernel(kind, name, 0.0, numbers * count * size)
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Sizes of a micro-step at a budget."""
-
-    config: Config
-    filters: Filters
-    k: int
-
-    @property
-    def tokens(self) -> int:
-        return self.config.train.micro_batch_sequences * self.config.model.seq_len
-
-    @property
-    def chunks(self) -> int:
-        return self.config.train.micro_batch_sequences * math.ceil(self.config.model.seq_len / self.filters.chunk)
-
-    @property
-    def inputs(self) -> int:
-        return self.filters.chunk + self.filters.state_size
-
-    @property
-    def head_width(self) -> int:
-        return self.config.model.d_model // self.config.model.mixer_heads
-
-    def groups(self) -> list[int]:
-        """Filters of each group (`megassm.ops.mixing`)."""
-        one = self.chunks * self.filters.chunk * self.config.model.d_model * W
-        size = max(1, min(self.k, GROUP_BYTES["cuda"] // one))
-        return [min(size, self.k - first) for first in range(0, self.k, size)]
-
-
-def heads_product(name: str, tokens: int, filters: int, s: Shapes) -> Kernel:
-    """Each head's features of some filters by its own matrices, forward or either gradient."""
-    d, p = s.config.model.d_model, s.head_width
-    nbytes = W * (tokens * filters * d + filters * d * p + tokens * d)
-    return Kernel("mixer products", name, 2.0 * tokens * filters * d * p, nbytes)
-
-
-def spectral_forward(s: Shapes) -> Iterator[Kernel]:
-    model = s.config.model
-    t, d, hidden, k, heads = s.tokens, model.d_model, max(1, model.d_model // 2), s.k, model.mixer_heads
-    n, c, i, states = s.chunks, s.filters.chunk, s.inputs, s.filters.state_size
-    groups, apart = s.groups(), heads > 1
-    if model.has_gate:
-        yield product("gate", "hidden layer", t, d, hidden)
-        yield passes("gate", "gelu", t * hidden, 2)
-        yield product("gate", "scores", t, hidden, k * heads)
-        yield passes("gate", "weights of the channels", t * k * heads, 3.5 + 2 * apart, FLOAT32)
-    yield Kernel("filter bank", "states of the chunks", 2.0 * n * states * (states + c) * d, W * (t * d + n * i * d))
-    if apart:
-        yield passes("filter bank", "heads apart", n * i * d, 2)
-    for size in groups:
-        x = c * size
-        nbytes = W * (n * i * d + x * i + n * x * d) + FLOAT32 * n * x * heads
-        yield Kernel("filter bank", "gated features", 2.0 * n * x * i * d, nbytes)
-        if apart:
-            yield passes("mixer products", "matrices of the heads", size * d * s.head_width, 2)
-        yield heads_product("channels M", t, size, s)
-        if len(groups) > 1:
-            yield passes("mixer products", "sum of the groups", t * d, 2.5, FLOAT32)
-    if len(groups) > 1:
-        yield passes("mixer products", "sum of the groups, begun and rounded", t * d, 2.5, FLOAT32)
-    if apart:
-        yield passes("mixer products", "heads together", t * d, 2)
-        yield product("mixer products", "output O", t, d, d)
-    yield product("mixer products", "direct D", t, d, d)
-    yield passes("elementwise", "sum of both", t * d, 3)
-
-
-def spectral_backward(s: Shapes) -> Iterator[Kernel]:
-    model = s.config.model
-    t, d, hidden, k, heads = s.tokens, model.d_model, max(1, model.d_model // 2), s.k, model.mixer_heads
-    n, c, i, states = s.chunks, s.filters.chunk, s.inputs, s.filters.state_size
-    groups, apart = s.groups(), heads > 1
-    yield from linear_backward("mixer products", "direct D", t, d, d)
-    if apart:
-        yield from linear_backward("mixer products", "output O", t, d, d)
-        yield passes("filter bank", "heads apart again, and together", n * i * d, 4)
-    for size in groups:
-        x = c * size
-        if apart:
-            yield passes("mixer products", "matrices of the heads", size * d * s.head_width, 2)
-        yield heads_product("channels M, inputs' gradient", t, size, s)
-        nbytes = W * (n * i * d + x * i + 3 * n * x * d) + 2 * FLOAT32 * n * x * heads
-        yield Kernel("filter bank", "gated features again, gradients", 2.0 * n * x * i * d, nbytes)
-        yield heads_product("channels M, matrix's gradient", t, size, s)
-        copies = 2 + 2 * apart
-        yield passes("mixer products", "channels M, a group's gradient in place", size * d * s.head_width, copies)
-        nbytes = W * (x * i + n * x * d + n * i * d)
-        yield Kernel("filter bank", "inputs' gradient", 2.0 * n * i * x * d, nbytes)
-        if len(groups) > 1:
-            yield passes("filter bank", "sum of the groups", n * i * d, 2.5, FLOAT32)
-    if len(groups) > 1:
-        yield passes("filter bank", "sum of the groups, begun and rounded", n * i * d, 2.5, FLOAT32)
-    yield Kernel("filter bank", "states, gradient", 2.0 * n * states * (states + c) * d, W * (t * d + n * i * d))
-    if model.has_gate:
-        yield passes("gate", "weights of the channels, gradient", t * k * heads, 4 + 4 * apart, FLOAT32)
-        yield from linear_backward("gate", "scores", t, hidden, k * heads)
-        yield passes("gate", "gelu, gradient; biases'", t * hidden, 4)
-        yield from linear_backward("gate", "hidden layer", t, d, hidden)
-        yield passes("elementwise", "gate's gradient added", t * d, 3)
-        yield passes("gradient sums", "scores beyond K", hidden * heads, k + model.num_channels)
-    yield passes("elementwise", "sum of two gradients", t * d, 3)
-    yield passes("gradient sums", "channels M beyond K", d * s.head_width, k + model.num_channels)
 
 
 def attention_forward(s: Shapes) -> Iterator[Kernel]:
@@ -314,3 +192,32 @@ def kinds(config: Config, k: int, card: str) -> list[TableRow]:
             "expected_ms": 1e3 * times.expected,
         })  # fmt: skip
     return sorted(found, key=lambda row: -row["expected_ms"])
+
+
+def mixer_ways(config: Config, budgets: Sequence[int], card: str) -> list[TableRow]:
+    """One spectral layer's features and M_k, forward and backward, with features written and, where heads are narrow
+    enough, without: a row a budget.
+
+    `share_needed` is that of the card's product rate at which the kernels that write none are as fast as the others are
+    expected to be.
+    """
+    found: list[TableRow] = []
+    for k in budgets:
+        s = Shapes(config, filters_of(config), k)
+        ways = {"groups": [*mixed_in_groups(s), *mixed_in_groups_backward(s)]}
+        if s.writes_no_feature:
+            ways["at_once"] = [*mixed_at_once(s), *mixed_at_once_backward(s)]
+        row: dict[str, Any] = {"K": k, "head": s.head_width}
+        for way, kernels in ways.items():
+            row |= {
+                f"TFLOP_{way}": sum(kernel.flops for kernel in kernels) / 1e12,
+                f"GB_{way}": sum(kernel.nbytes for kernel in kernels) / 1e9,
+                f"expected_ms_{way}": 1e3 * seconds(kernels, card).expected,
+            }
+        if s.writes_no_feature:
+            rest = seconds([kernel for kernel in ways["at_once"] if not kernel.flops], card).expected
+            flops = sum(kernel.flops for kernel in ways["at_once"])
+            needed = seconds(ways["groups"], card).expected - rest
+            row["share_needed"] = flops / needed / PEAK_TFLOPS[card] / 1e12
+        found.append(row)
+    return found

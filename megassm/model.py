@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from megassm.config.model import Budget, ModelConfig
 from megassm.layers.attention import attention_mask, rope_tables
 from megassm.layers.block import Block
+from megassm.layers.compiled import of_any_number
 from megassm.layers.context import Context
 from megassm.layers.initial import initial_blocks
 from megassm.layers.state import Continued, DecodingState, Extension
@@ -215,8 +216,11 @@ class LanguageModel(nn.Module):
 
     def _apart(self, context: Context, documents_BL: Tensor) -> Context:
         """`context` with the documents kept apart."""
-        device, mask = self.embedding_VD.device, None
-        segments = None if self.filterbank is None else self.filterbank.segments(documents_BL).to(device)
+        device, mask, segments = self.embedding_VD.device, None, None
+        if self.filterbank is not None:
+            compiled = self.training and cast(Block, self.blocks[0]).compiled is not None
+            segments = self.filterbank.segments(documents_BL, always_copies=compiled).to(device)
+            segments = of_any_number(segments) if compiled else segments
         documents_BL = to_device(documents_BL, device)
         if "A" in self.config.mixers:
             mask = attention_mask(documents_BL.shape[1], self.config.window, documents_BL, self.embedding_VD)

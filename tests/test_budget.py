@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megassm.budget import budget_at
+from megassm.budget import budget_at, drawn_budgets
 from megassm.config.schema import Config
 
 Make = Callable[..., Config]
@@ -31,6 +31,17 @@ def test_pure_and_pinned(small_config: Make) -> None:
 def test_fixed(small_config: Make) -> None:
     assert set(draw(small_config("budget.strategy=fixed"), 50)) == {8}
     assert set(draw(small_config("budget.strategy=fixed", "budget.k=3"), 50)) == {3}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("fixed",), ("fixed", "budget.k=3"), ("uniform", "budget.min_k=3"), ("log_uniform",),
+     ("sandwich", "budget.min_k=2"), ("paper",), ("paper", "budget.budgets=[2,5]", "budget.sampler=authors"),
+     ("paper", "budget.min_k_steps=40")],
+)  # fmt: skip
+def test_what_may_be_drawn_is_known(small_config: Make, overrides: tuple[str, ...]) -> None:
+    config = small_config(f"budget.strategy={overrides[0]}", *overrides[1:], "train.steps=400")
+    assert set(draw(config, 400)) | {8} == drawn_budgets(config)
 
 
 def test_uniform(small_config: Make) -> None:

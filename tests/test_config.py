@@ -187,6 +187,10 @@ def test_duplicate_key(tmp_path: Path) -> None:
             "model.filterbank = 'fft': must be chunked with parallel.sequence = 2",
         ),
         ("budget.draws=3", "budget.draws = 3: must be a divisor of the 2 micro-steps of a rank"),
+        (
+            "parallel.sequence=2 model.seq_len=256 train.compile=true",
+            "train.compile = true: must be false with parallel.sequence above 1",
+        ),
         ("train.batch_sequences=6", "train.batch_sequences = 6: must be a multiple of"),
         ("eval.sequences=3", "eval.sequences = 3: must be a multiple of the 2 data-parallel ranks"),
         ("optim.schedule=wsd optim.decay_steps=150", "optim.decay_steps = 150: must be at most"),

@@ -35,6 +35,8 @@ def main() -> None:
     config = load_config_or_exit(arguments.config, arguments.overrides, 1)
     if arguments.k and arguments.k > config.model.num_channels:
         command_line.error(f"--k {arguments.k}: the model has {config.model.num_channels} channels")
+    if config.train.compile:
+        command_line.error("train.compile: a compiled block has no layers to be told apart; add train.compile=false")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
     from megassm.data.dataset import open_dataset
     from megassm.parallel.engine import Engine

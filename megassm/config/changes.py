@@ -43,6 +43,7 @@ _EFFECTS: dict[str, Effect] = {
     "train.max_skipped": "update",
     "train.micro_batch_sequences": "form",
     "train.recompute": "form",
+    "train.compile": "form",
     "train.device": "form",
     "parallel.*": "form",
     "data.path": "data",

@@ -138,6 +138,7 @@ def _rank_violations(config: Config, world_size: int) -> Iterator[Violation]:
             "update. Stage 1 is the same on one rank",
         )
     yield from _split_violations(config.model, config.parallel)
+    yield from _compile_violations(config)
     if config.data.isolate_documents and parallel.sequence > 1:
         yield Violation(
             ("data.isolate_documents", "parallel.sequence"),
@@ -166,6 +167,22 @@ def _rank_violations(config: Config, world_size: int) -> Iterator[Violation]:
         )
     if config.eval.sequences % data_ranks:
         yield Violation(("eval.sequences",), f"a multiple of the {data_ranks} data-parallel ranks")
+
+
+def _compile_violations(config: Config) -> Iterator[Violation]:
+    if not config.train.compile:
+        return
+    if config.parallel.sequence > 1:
+        yield Violation(
+            ("train.compile", "parallel.sequence"),
+            "false with parallel.sequence above 1: a message between the parts of a sequence ends in the middle of a "
+            "block's graph",
+        )
+    if config.model.filterbank == "flashfft":
+        yield Violation(
+            ("train.compile", "model.filterbank"),
+            "false with model.filterbank = 'flashfft', which the compiler cannot read; chunked can be compiled",
+        )
 
 
 def _split_violations(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Violation]:

@@ -106,6 +106,9 @@ class TrainConfig(Section):
     """Updates in a row that may be dropped because loss or gradient is not finite, before the run stops."""
     recompute: bool = False
     """Recompute each block's activations in the backward pass."""
+    compile: bool = False
+    """Compile the blocks with torch.compile for training, a graph a budget when it is first drawn; needs a C++
+    compiler, on CUDA Triton too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where torch finds it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -36,9 +37,17 @@ class Block(nn.Module):
         )
         self.ffn_norm = nn.RMSNorm(d_model, eps=config.norm_eps)
         self.ffn = self.feed_forward(d_model, config.d_ffn, config.ffn_width)
+        self.compiled: Callable[[Block, Tensor, Context], Tensor] | None = None
+        """`computed` as a program for training (`megassm.layers.compiled`)."""
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         """The block's output (B, L, D)."""
+        if self.compiled is not None and self.training:
+            return self.compiled(self, x_BLD, context)
+        return self.computed(x_BLD, context)
+
+    def computed(self, x_BLD: Tensor, context: Context) -> Tensor:
+        """What `forward` gives, operation by operation."""
         u_BLD = context.without_padding(self.mixer_norm(x_BLD))
         if self.taps is not None:
             u_BLD = self.taps(u_BLD, context)

@@ -166,10 +166,10 @@ class FilterBank(nn.Module):
             return "chunked"
         return "direct" if length <= DIRECT_LENGTH else "fft"
 
-    def segments(self, documents_BL: Tensor) -> Segments:
+    def segments(self, documents_BL: Tensor, always_copies: bool = False) -> Segments:
         """How documents cut the rows in which sequences of this length are computed: chunks, or whole sequences."""
         length = documents_BL.shape[1]
-        return cut_into_rows(documents_BL, CHUNK if self.way(length) == "chunked" else length)
+        return cut_into_rows(documents_BL, CHUNK if self.way(length) == "chunked" else length, always_copies)
 
     @without_autocast
     def forward(self, u_BLD: Tensor, k: int, segments: Segments | None = None) -> Tensor:

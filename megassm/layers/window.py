@@ -38,16 +38,16 @@ class WindowedFilterBank(FilterBank):
         """All: none is continued."""
         return self.num_channels
 
-    def segments(self, documents_BL: Tensor) -> Segments:
+    def segments(self, documents_BL: Tensor, always_copies: bool = False) -> Segments:
         """Of the sequences, or of their windows."""
         length = documents_BL.shape[1]
         if length <= 2 * self.hop:
-            return super().segments(documents_BL)
+            return super().segments(documents_BL, always_copies)
         first_BH, last_BX = documents_BL[:, :1], documents_BL[:, -1:]  # numbers must not fall
         whole_BX = torch.cat((documents_BL, last_BX.expand(-1, -length % self.hop)), dim=1)
         before_BX = torch.cat((first_BH.expand(-1, self.hop), whole_BX[:, : -self.hop]), dim=1)
         both_BRXH = torch.cat((self._hops(before_BX), self._hops(whole_BX)), dim=2)
-        return super().segments(both_BRXH.flatten(0, 1))
+        return super().segments(both_BRXH.flatten(0, 1), always_copies)
 
     def forward(self, u_BLD: Tensor, k: int, segments: Segments | None = None) -> Tensor:
         """Features (B, L, k, D)."""

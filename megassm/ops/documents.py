@@ -58,13 +58,21 @@ class Segments(NamedTuple):
         return rows.index_put((self.copied_X[copy_P], position_P), copies[copy_P, position_P])
 
 
-def cut_into_rows(documents_BL: Tensor, row: int) -> Segments:
-    """How documents cut rows of `row` positions; the last row of a sequence may be filled up."""
+def cut_into_rows(documents_BL: Tensor, row: int, always_copies: bool = False) -> Segments:
+    """How documents cut rows of `row` positions; the last row of a sequence may be filled up.
+
+    With `always_copies` there are at least two, of the first row: one is of the document that it begins in, and gives
+    what the row gives, as nothing is before it; the other is of none.
+    """
     filler = documents_BL[:, -1:].expand(-1, -documents_BL.shape[1] % row)
     rows_BNC = torch.cat((documents_BL, filler), dim=1).view(len(documents_BL), -1, row)
     rows_NC = rows_BNC.flatten(0, 1)
     copied_X, begin_X = (rows_NC[:, 1:] != rows_NC[:, :-1]).nonzero(as_tuple=True)
     own_XC = rows_NC[copied_X] == rows_NC[copied_X, begin_X + 1][:, None]
+    if always_copies:
+        first_1C = rows_NC[:1] == rows_NC[0, 0]
+        copied_X = torch.cat((copied_X.new_zeros(2), copied_X))
+        own_XC = torch.cat((first_1C, torch.zeros_like(first_1C), own_XC))
     copy_P, position_P = own_XC.nonzero(as_tuple=True)
     return Segments(
         opening_BN=rows_BNC[..., 0],

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from megassm.errors import UserError
 from megassm.ops import states
 from megassm.ops.documents import Segments
+from megassm.ops.kernel_check import in_compiled_graph
 
 FLASHFFT_TOLERANCE = 0.02
 """Of the result's norm; bfloat16 has 8 bits."""
@@ -153,12 +154,75 @@ def chunk_inputs(
     u_BLD: Tensor, tables: ChunkTables, segments: Segments | None = None, states_BNSD: Tensor | None = None
 ) -> Tensor:
     """[U_c ; x_c] (N, I, D) of every chunk: its own inputs, zero beyond the end, and the state it starts from."""
-    if segments is None and states_BNSD is None and states.kernel_serves(u_BLD, tables.input_SC):
-        return states.chunk_inputs(u_BLD, tables.transition_SS, tables.input_SC, tables.change_SS)
+    if segments is None and states_BNSD is None:
+        if in_compiled_graph() and states.kernel_fits(u_BLD, tables.input_SC):
+            assert tables.change_SS is not None
+            inputs: Tensor = inputs_node(u_BLD, tables.transition_SS, tables.input_SC, tables.change_SS)
+            return inputs
+        if states.kernel_serves(u_BLD, tables.input_SC):
+            return states.chunk_inputs(u_BLD, tables.transition_SS, tables.input_SC, tables.change_SS)
     u_BNCD = chunked(u_BLD, tables.input_SC.shape[1])
     if states_BNSD is None:
         states_BNSD = chunk_states(u_BNCD, tables, segments)
     return torch.cat((u_BNCD, states_BNSD.to(u_BNCD.dtype)), dim=2).flatten(0, 1)
+
+
+@torch.library.custom_op("megassm::chunk_inputs", mutates_args=())
+def inputs_node(u_BLD: Tensor, transition_SS: Tensor, input_SC: Tensor, change_SS: Tensor) -> Tensor:
+    """`chunk_inputs` of whole sequences as one node of a compiled graph, which can neither ask whether the kernel is
+    right nor make the recurrence in one pass."""
+    return chunk_inputs(u_BLD, ChunkTables(transition_SS, input_SC, input_SC, change_SS))
+
+
+@torch.library.custom_op("megassm::chunk_inputs_backward", mutates_args=())
+def _inputs_backward_node(
+    dz_NID: Tensor, length: int, transition_SS: Tensor, input_SC: Tensor, change_SS: Tensor
+) -> Tensor:
+    """The gradient of u (B, L, D); z is linear in it, whatever it is."""
+    shape = torch.Size((_batch(dz_NID, length, input_SC), length, dz_NID.shape[2]))
+    if states.kernel_serves(dz_NID, input_SC):
+        return states.chunk_inputs_backward(dz_NID, change_SS, input_SC, shape)
+    return _gradient_by_products(dz_NID, transition_SS, input_SC, shape)
+
+
+def _gradient_by_products(dz_NID: Tensor, transition_SS: Tensor, input_SC: Tensor, shape: torch.Size) -> Tensor:
+    """dU_j + B^T sum_{c>j} (A^T)^(c-1-j) dx_c: the states' recurrence from the end on, of the transposed matrices."""
+    size, chunk = input_SC.shape
+    wide = torch.promote_types(dz_NID.dtype, torch.float32)
+    dz_BNID = torch.unflatten(dz_NID.to(wide), 0, (shape[0], -1))
+    identity_SS = torch.eye(size, dtype=wide, device=dz_NID.device)
+    back = ChunkTables(transition_SS.t(), identity_SS, identity_SS)
+    sums_BNSD = chunk_states(dz_BNID[:, :, chunk:].flip(1), back).flip(1)
+    du_BNCD: Tensor = dz_BNID[:, :, :chunk] + input_SC.t().to(wide) @ sums_BNSD
+    return du_BNCD.flatten(1, 2)[:, : shape[1]].to(dz_NID.dtype).contiguous()
+
+
+def _batch(z_NID: Tensor, length: int, input_SC: Tensor) -> int:
+    return z_NID.shape[0] // -(-length // input_SC.shape[1])
+
+
+@inputs_node.register_fake
+def _(u_BLD: Tensor, transition_SS: Tensor, input_SC: Tensor, change_SS: Tensor) -> Tensor:
+    states, chunk = input_SC.shape
+    return u_BLD.new_empty(u_BLD.shape[0] * -(-u_BLD.shape[1] // chunk), chunk + states, u_BLD.shape[2])
+
+
+@_inputs_backward_node.register_fake
+def _(dz_NID: Tensor, length: int, transition_SS: Tensor, input_SC: Tensor, change_SS: Tensor) -> Tensor:
+    return dz_NID.new_empty(_batch(dz_NID, length, input_SC), length, dz_NID.shape[2])
+
+
+def _keep_tables(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    u_BLD, *tables = inputs
+    ctx.length = u_BLD.shape[1]
+    ctx.save_for_backward(*tables)
+
+
+def _inputs_gradient(ctx: Any, dz_NID: Tensor) -> tuple[Tensor, None, None, None]:
+    return _inputs_backward_node(dz_NID, ctx.length, *ctx.saved_tensors), None, None, None
+
+
+inputs_node.register_autograd(_inputs_gradient, setup_context=_keep_tables)
 
 
 def copied_inputs(z_NID: Tensor, segments: Segments) -> Tensor:

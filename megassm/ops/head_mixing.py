@@ -67,7 +67,7 @@ def kernel_serves(z_NID: Tensor, rows_CKI: Tensor, weights_NCHK: Tensor, channel
     """Whether `gated_product` of this module computes these.
 
     Not in float32: three tf32 products each spill registers on the cards that the compiler was asked about. Not in a
-    graph of torch.compile, which has no place for the question whether a kernel is right.
+    graph of torch.compile, which has no place for the question whether a kernel is right: it has a node for that.
     """
     width, outputs = channels_KDE.shape[1] // weights_NCHK.shape[2], channels_KDE.shape[2]
     return (
@@ -103,13 +103,29 @@ class _GatedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
-        from megassm.ops import head_mixing_triton
+        dz_NID, dweights_NCHK, dchannels_KDE = _gradients(grads[0], *ctx.saved_tensors)
+        return dz_NID, None, dweights_NCHK, dchannels_KDE
 
-        z_NID, rows_CKR, weights_NCHK, channels_KDE = ctx.saved_tensors
-        narrow = channels_KDE.to(z_NID.dtype), grads[0].to(z_NID.dtype).contiguous()
-        dz_NID, dweights_NCHK = head_mixing_triton.inputs_backward(z_NID, rows_CKR, weights_NCHK, *narrow)
-        dchannels_KDE = head_mixing_triton.channels_backward(z_NID, rows_CKR, weights_NCHK, *narrow)
-        return dz_NID, None, dweights_NCHK, dchannels_KDE.to(channels_KDE.dtype)
+
+def gradients(
+    dy_NCX: Tensor, z_NID: Tensor, rows_CKI: Tensor, weights_NCHK: Tensor, channels_KDE: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of z, weights and channels, of what `gated_product` was given."""
+    from megassm.ops import head_mixing_triton
+
+    rows_CKR = head_mixing_triton.padded(rows_CKI.to(z_NID.dtype))
+    return _gradients(dy_NCX, z_NID.contiguous(), rows_CKR, weights_NCHK.contiguous(), channels_KDE.contiguous())
+
+
+def _gradients(
+    dy_NCX: Tensor, z_NID: Tensor, rows_CKR: Tensor, weights_NCHK: Tensor, channels_KDE: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from megassm.ops import head_mixing_triton
+
+    narrow = channels_KDE.to(z_NID.dtype), dy_NCX.to(z_NID.dtype).contiguous()
+    dz_NID, dweights_NCHK = head_mixing_triton.inputs_backward(z_NID, rows_CKR, weights_NCHK, *narrow)
+    dchannels_KDE = head_mixing_triton.channels_backward(z_NID, rows_CKR, weights_NCHK, *narrow)
+    return dz_NID, dweights_NCHK, dchannels_KDE.to(channels_KDE.dtype)
 
 
 @lru_cache

@@ -9,6 +9,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 Computed = Callable[[], Sequence[Tensor]]
@@ -17,6 +18,12 @@ Computed = Callable[[], Sequence[Tensor]]
 def has_triton() -> bool:
     """Whether the package is installed; it is for Linux alone."""
     return importlib.util.find_spec("triton") is not None
+
+
+def in_compiled_graph() -> bool:
+    """Whether torch.compile reads this. What is more than elementwise is then a node of its graph, an operation of ours
+    that runs as it does outside; an exported program, which others run, has torch's operations only."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def agrees(found: Computed, truth: Computed, tolerance: float, kernel: str, instead: str, plural: bool = False) -> bool:

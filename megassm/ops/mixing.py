@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from megassm.ops import head_mixing
 from megassm.ops.documents import Segments
 from megassm.ops.filterbank import copied_inputs
-from megassm.ops.kernel_check import agrees, has_triton
+from megassm.ops.kernel_check import agrees, has_triton, in_compiled_graph
 from megassm.ops.precision import without_autocast
 
 NORM_FLOOR = 1e-6
@@ -82,9 +82,13 @@ def gated_product(z_NID: Tensor, rows_CKI: Tensor, weights_NCHK: Tensor, channel
         weights_NCHK: alpha_k sigma_k^(1/4).
         channels_KDE: M_k.
     """
+    mixed: Tensor
+    if in_compiled_graph():
+        mixed = product_node(z_NID, rows_CKI, weights_NCHK, channels_KDE)
+        return mixed
     if head_mixing.kernel_serves(z_NID, rows_CKI, weights_NCHK, channels_KDE):
         return head_mixing.gated_product(z_NID, rows_CKI, weights_NCHK, channels_KDE)
-    mixed: Tensor = _GatedProduct.apply(z_NID, rows_CKI, weights_NCHK, channels_KDE)  # type: ignore[no-untyped-call]
+    mixed = _GatedProduct.apply(z_NID, rows_CKI, weights_NCHK, channels_KDE)  # type: ignore[no-untyped-call]
     return mixed
 
 
@@ -126,48 +130,104 @@ def gated_features_backward(
 
 
 class _GatedProduct(torch.autograd.Function):
-    """Filters go through in groups; X = (C, G) are the positions of a chunk and the filters of a group."""
-
     @staticmethod
     def forward(ctx: Any, z_NID: Tensor, rows_CKI: Tensor, weights_NCHK: Tensor, channels_KDE: Tensor) -> Tensor:
         ctx.save_for_backward(z_NID, rows_CKI, weights_NCHK, channels_KDE)
-        n, c, heads, _ = weights_NCHK.shape
-        z_MIP, weights_MCK = _heads_first(z_NID, heads).flatten(0, 1), weights_NCHK.movedim(2, 0).flatten(0, 1)
-        form, _ = _kernels(z_MIP)
-        y_HQE, groups = None, _groups(z_MIP, rows_CKI)
-        for ks in groups:
-            gated_MXP = form(z_MIP, _rows(rows_CKI, ks, z_NID), weights_MCK[:, :, ks].flatten(1))
-            matrices_HXE = _head_matrices(channels_KDE[ks], heads).to(z_NID.dtype)
-            y_HQE = _plus_product(y_HQE, gated_MXP.view(heads, n * c, -1), matrices_HXE, len(groups) > 1)
-            del gated_MXP  # before the next group is formed
-        assert y_HQE is not None
-        return _heads_last(y_HQE.to(channels_KDE.dtype).view(heads, n, c, -1))
+        return _product(z_NID, rows_CKI, weights_NCHK, channels_KDE)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
-        z_NID, rows_CKI, weights_NCHK, channels_KDE = ctx.saved_tensors
-        n, c, heads, _ = weights_NCHK.shape
-        z_MIP, weights_MCK = _heads_first(z_NID, heads).flatten(0, 1), weights_NCHK.movedim(2, 0).flatten(0, 1)
-        _, form_again = _kernels(z_MIP)
-        dy_HQE = _heads_first(dy.to(z_NID.dtype), heads).flatten(1, 2)
-        dz_MIP, groups = None, _groups(z_MIP, rows_CKI)
-        dweights_MCK = torch.empty_like(weights_MCK)
-        dchannels_KDE = torch.empty_like(channels_KDE)
-        for ks in groups:
-            rows_XI, weights_MCG = _rows(rows_CKI, ks, z_NID), weights_MCK[:, :, ks]
-            matrices_HXE = _head_matrices(channels_KDE[ks], heads).to(z_NID.dtype)
-            dgated_MXP = torch.bmm(dy_HQE, matrices_HXE.transpose(1, 2)).view(heads * n, -1, z_MIP.shape[2])
-            gated_MXP, dweights_MX = form_again(z_MIP, rows_XI, weights_MCG.flatten(1), dgated_MXP)
-            dweights_MCK[:, :, ks] = dweights_MX.view_as(weights_MCG)
-            dmatrices_HXE = torch.bmm(gated_MXP.view(heads, n * c, -1).transpose(1, 2), dy_HQE)
-            dmatrices_HGPE = torch.unflatten(dmatrices_HXE, 1, (-1, z_MIP.shape[2]))
-            dchannels_KDE[ks] = dmatrices_HGPE.transpose(0, 1).flatten(1, 2)
-            dz_MIP = _plus_product(dz_MIP, rows_XI.t().expand(heads * n, -1, -1), dgated_MXP, len(groups) > 1)
-            del gated_MXP, dgated_MXP
-        assert dz_MIP is not None
-        dz_NID = _heads_last(dz_MIP.to(z_NID.dtype).view(heads, n, *z_MIP.shape[1:]))
-        return dz_NID, None, dweights_MCK.view(heads, n, c, -1).movedim(0, 2), dchannels_KDE
+        dz_NID, dweights_NCHK, dchannels_KDE = _product_backward(dy, *ctx.saved_tensors)
+        return dz_NID, None, dweights_NCHK, dchannels_KDE
+
+
+def _product(z_NID: Tensor, rows_CKI: Tensor, weights_NCHK: Tensor, channels_KDE: Tensor) -> Tensor:
+    """Filters go through in groups; X = (C, G) are the positions of a chunk and the filters of a group."""
+    n, c, heads, _ = weights_NCHK.shape
+    z_MIP, weights_MCK = _heads_first(z_NID, heads).flatten(0, 1), weights_NCHK.movedim(2, 0).flatten(0, 1)
+    form, _ = _kernels(z_MIP)
+    y_HQE, groups = None, _groups(z_MIP, rows_CKI)
+    for ks in groups:
+        gated_MXP = form(z_MIP, _rows(rows_CKI, ks, z_NID), weights_MCK[:, :, ks].flatten(1))
+        matrices_HXE = _head_matrices(channels_KDE[ks], heads).to(z_NID.dtype)
+        y_HQE = _plus_product(y_HQE, gated_MXP.view(heads, n * c, -1), matrices_HXE, len(groups) > 1)
+        del gated_MXP  # before the next group is formed
+    assert y_HQE is not None
+    return _heads_last(y_HQE.to(channels_KDE.dtype).view(heads, n, c, -1))
+
+
+def _product_backward(
+    dy_NCE: Tensor, z_NID: Tensor, rows_CKI: Tensor, weights_NCHK: Tensor, channels_KDE: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of z, weights and channels."""
+    n, c, heads, _ = weights_NCHK.shape
+    z_MIP, weights_MCK = _heads_first(z_NID, heads).flatten(0, 1), weights_NCHK.movedim(2, 0).flatten(0, 1)
+    _, form_again = _kernels(z_MIP)
+    dy_HQE = _heads_first(dy_NCE.to(z_NID.dtype), heads).flatten(1, 2)
+    dz_MIP, groups = None, _groups(z_MIP, rows_CKI)
+    dweights_MCK = torch.empty_like(weights_MCK)
+    dchannels_KDE = torch.empty_like(channels_KDE)
+    for ks in groups:
+        rows_XI, weights_MCG = _rows(rows_CKI, ks, z_NID), weights_MCK[:, :, ks]
+        matrices_HXE = _head_matrices(channels_KDE[ks], heads).to(z_NID.dtype)
+        dgated_MXP = torch.bmm(dy_HQE, matrices_HXE.transpose(1, 2)).view(heads * n, -1, z_MIP.shape[2])
+        gated_MXP, dweights_MX = form_again(z_MIP, rows_XI, weights_MCG.flatten(1), dgated_MXP)
+        dweights_MCK[:, :, ks] = dweights_MX.view_as(weights_MCG)
+        dmatrices_HXE = torch.bmm(gated_MXP.view(heads, n * c, -1).transpose(1, 2), dy_HQE)
+        dmatrices_HGPE = torch.unflatten(dmatrices_HXE, 1, (-1, z_MIP.shape[2]))
+        dchannels_KDE[ks] = dmatrices_HGPE.transpose(0, 1).flatten(1, 2)
+        dz_MIP = _plus_product(dz_MIP, rows_XI.t().expand(heads * n, -1, -1), dgated_MXP, len(groups) > 1)
+        del gated_MXP, dgated_MXP
+    assert dz_MIP is not None
+    dz_NID = _heads_last(dz_MIP.to(z_NID.dtype).view(heads, n, *z_MIP.shape[1:]))
+    return dz_NID, dweights_MCK.view(heads, n, c, -1).movedim(0, 2), dchannels_KDE
+
+
+@torch.library.custom_op("megassm::gated_product", mutates_args=())
+def product_node(z_NID: Tensor, rows_CKI: Tensor, weights_NCHK: Tensor, channels_KDE: Tensor) -> Tensor:
+    """`gated_product` as one node of a compiled graph: a compiler would unroll its groups, and has no faster form of
+    products that cuBLAS and the kernels of `mixing_triton` make already."""
+    return gated_product(z_NID, rows_CKI, weights_NCHK, channels_KDE).contiguous()
+
+
+@torch.library.custom_op("megassm::gated_product_backward", mutates_args=())
+def _backward_node(
+    dy_NCE: Tensor, z_NID: Tensor, rows_CKI: Tensor, weights_NCHK: Tensor, channels_KDE: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    given = z_NID, rows_CKI, weights_NCHK, channels_KDE
+    gradients = head_mixing.gradients if head_mixing.kernel_serves(*given) else _product_backward
+    dz_NID, dweights_NCHK, dchannels_KDE = gradients(dy_NCE, *given)
+    return dz_NID.contiguous(), dweights_NCHK.contiguous(), dchannels_KDE.contiguous()
+
+
+@product_node.register_fake
+def _(z_NID: Tensor, rows_CKI: Tensor, weights_NCHK: Tensor, channels_KDE: Tensor) -> Tensor:
+    n, c, heads, _ = weights_NCHK.shape
+    return channels_KDE.new_empty(n, c, heads * channels_KDE.shape[2])
+
+
+@_backward_node.register_fake
+def _(
+    dy_NCE: Tensor, z_NID: Tensor, rows_CKI: Tensor, weights_NCHK: Tensor, channels_KDE: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        z_NID.new_empty(z_NID.shape),
+        weights_NCHK.new_empty(weights_NCHK.shape),
+        channels_KDE.new_empty(channels_KDE.shape),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _node_gradients(ctx: Any, dy_NCE: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+    dz_NID, dweights_NCHK, dchannels_KDE = _backward_node(dy_NCE, *ctx.saved_tensors)
+    return dz_NID, None, dweights_NCHK, dchannels_KDE
+
+
+product_node.register_autograd(_node_gradients, setup_context=_keep)
 
 
 def _kernels(z_NID: Tensor) -> tuple[Any, Any]:

@@ -19,11 +19,14 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 5e-3}
 """Of the norm, for `_is_right`: float32's recurrence has an error of 3e-6 at 2,048 positions (H100)."""
 
 
+def kernel_fits(u_BLD: Tensor, input_SC: Tensor) -> bool:
+    """Whether the kernel is made for these; if it is right on their device, `kernel_serves` says."""
+    return u_BLD.device.type == "cuda" and len(input_SC) <= MOST_STATES
+
+
 def kernel_serves(u_BLD: Tensor, input_SC: Tensor) -> bool:
     """Whether `chunk_inputs` of this module computes these."""
-    return (
-        u_BLD.device.type == "cuda" and len(input_SC) <= MOST_STATES and _is_right(u_BLD.device, u_BLD.dtype)
-    )  # fmt: skip
+    return kernel_fits(u_BLD, input_SC) and _is_right(u_BLD.device, u_BLD.dtype)
 
 
 def chunk_inputs(u_BLD: Tensor, transition_SS: Tensor, input_SC: Tensor, change_SS: Tensor | None = None) -> Tensor:
@@ -33,6 +36,13 @@ def chunk_inputs(u_BLD: Tensor, transition_SS: Tensor, input_SC: Tensor, change_
         change_SS = (transition_SS - one_SS).float()
     inputs: Tensor = _ChunkInputs.apply(u_BLD, change_SS, input_SC)  # type: ignore[no-untyped-call]
     return inputs
+
+
+def chunk_inputs_backward(dz_NID: Tensor, change_SS: Tensor, input_SC: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of u, which is in `shape`."""
+    from megassm.ops import states_triton
+
+    return states_triton.chunk_inputs_backward(dz_NID, change_SS, input_SC, shape)
 
 
 class _ChunkInputs(torch.autograd.Function):
@@ -48,10 +58,8 @@ class _ChunkInputs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dz_NID: Tensor) -> tuple[Tensor, None, None]:
-        from megassm.ops import states_triton
-
         change_SS, input_SC = ctx.saved_tensors
-        return states_triton.chunk_inputs_backward(dz_NID, change_SS, input_SC, ctx.shape), None, None
+        return chunk_inputs_backward(dz_NID, change_SS, input_SC, ctx.shape), None, None
 
 
 @lru_cache

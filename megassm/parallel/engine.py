@@ -19,8 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megassm.budget import drawn_budgets
 from megassm.config.schema import Config
 from megassm.cost import reduce_bucket_numbers
+from megassm.layers.block import Block
+from megassm.layers.compiled import compile_blocks
 from megassm.model import LanguageModel, initial_rows, losses_at, parameter_shapes
 from megassm.ops.documents import document_numbers
 from megassm.ops.transfer import to_device
@@ -112,7 +115,7 @@ class Engine:
         With `document_end`, the id of that name, no position sees another document. `asked` are the positions of a
         sequence that count; None: all.
         """
-        deepspeed = _import_deepspeed(world.device)
+        deepspeed = _import_deepspeed(world.device, config.train.compile)
         self.document_end = document_end
         self.config = config
         self.world = world
@@ -149,6 +152,8 @@ class Engine:
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         model = split_model(config.model, world.tensor, config.train.recompute, dtype)
         split_sequence(model, world.sequence)
+        if config.train.compile:
+            compile_blocks(cast(list[Block], model.blocks), len(drawn_budgets(config)))
         if model.filterbank is not None:
             model.filterbank.to(world.device)
         settle: Callable[[torch.nn.Parameter], None] = lambda parameter: None  # noqa: E731
@@ -161,6 +166,8 @@ class Engine:
                 mpu=_ModelParallelUnit(world),
             )
             settle = partial(state.divide, zero)
+            if config.train.compile:  # a block's weights are gathered around it: no hook stands inside its graph
+                deepspeed.utils.set_z3_leaf_modules(model, [Block])
         start_weights(model, self._parts, weights, world, settle)
         return model
 
@@ -306,10 +313,10 @@ class Engine:
         return state.applied_updates(self._engine)
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def _import_deepspeed(device: torch.device, compiles: bool) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    if device.type == "cpu":
-        # Nothing is compiled on a CPU; importing the compiler is most of an engine's start-up time.
+    if device.type == "cpu" and not compiles:
+        # importing the compiler is most of an engine's start-up time
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     import deepspeed

@@ -200,7 +200,8 @@ def introduce(config: Config, data: Dataset, world: World, done_steps: int) -> N
         world,
         f"{full:,} parameters at K={config.model.num_channels}, {parameters(config.model, 1):,} at K=1; "
         f"layers {config.model.mixers}; {world.size} rank(s) on {world.device.type}, ZeRO "
-        f"{config.parallel.zero_stage}, {config.train.precision}\n"
+        f"{config.parallel.zero_stage}, {config.train.precision}"
+        f"{', compiled when a budget is first drawn' if config.train.compile else ''}\n"
         f"{data.train.tokens:,} training tokens, {data.valid.tokens:,} for validation; "
         f"steps {done_steps + 1}..{config.train.steps} of {config.tokens_per_step():,} tokens ({epochs:.2f} epochs)",
     )

@@ -28,12 +28,14 @@ from tests.small_sets import small_task
 from tools.experiments import peers, runner, scaling
 from tools.experiments.arms import Arm, Recipe
 from tools.experiments.definitions import EXPERIMENTS, FAMILY, LOOKUP, TEXT, Experiment, equal_width
+from tools.experiments.headline import draw as draw_headline
 from tools.experiments.lookup import LOOKUPS, examples
-from tools.experiments.measure import Point, plain_points, position_points
+from tools.experiments.measure import BITS, Point, plain_points, position_points
 from tools.experiments.online import HIGH, LOW, POLICIES, Reading, read
 from tools.experiments.peers import build_peer, peer_parameters, peer_sizes, state_space_duality
 from tools.experiments.plain import nested_passes, train_plain
 from tools.experiments.results import CONCLUSION, Results, curves, half_width, table, write
+from tools.experiments.results import read as read_results
 from tools.experiments.runner import Job, Options, run_experiment, workers
 
 SMALL_TASK = (
@@ -326,3 +328,24 @@ def test_bits_by_position_are_those_of_the_parts(trained: Path) -> None:
         together = sum(share * found[f"K={k}, continued", x] for share, x in zip(shares, (0.25, 0.5, 1), strict=True))
         assert together / sum(shares) == pytest.approx(whole.bits_per_byte, rel=1e-4)
         assert found[f"K={k}, continued", 1] == pytest.approx(found[f"K={k}, windows", 1], rel=1e-4)
+
+
+def test_the_readmes_headline_is_what_is_stored(tmp_path: Path) -> None:
+    """The plot is drawn from the results, and the sentence under it has their figures."""
+    kept = read_results(ROOT / "docs/results/family.json")
+    assert draw_headline(kept).startswith(b"\x89PNG")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (caption,) = re.findall(r"figures/family.png\)\n\n\*(.*?)\*\n", text, re.DOTALL)
+    mean = {curve.label: curve.mean for curve in curves(kept, BITS)}
+    alone, elastic = mean["each size trained alone, channels only"], mean["elastic, channels only"]
+    costs = [100 * (mine / single - 1) for mine, single in zip(elastic, alone, strict=True)]
+    said = re.findall(r"([\d.]+)%(?: bits per byte)? at (?:K = )?\d+", caption.replace("\n", " "))
+    assert [float(each) for each in said] == pytest.approx(costs, abs=0.06)
+    ahead = 1 - elastic[-1] / mean["transformer of each size"][-1]
+    assert f"{100 * ahead:.1f}% ahead of a transformer" in caption.replace("\n", " ")
+    fewer = replace(kept, points={arm: seeds for arm, seeds in kept.points.items() if arm != "Mamba-2"})
+    with pytest.raises(UserError, match="no curve 'Mamba-2'; run all arms"):
+        draw_headline(fewer)
+    (tmp_path / "x.json").write_text('{"name": 1}', encoding="utf-8")
+    with pytest.raises(UserError, match="not the results of an experiment"):
+        read_results(tmp_path / "x.json")

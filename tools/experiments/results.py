@@ -11,7 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from matplotlib import pyplot
 from scipy.stats import t as student_t
 
 from megassm import __version__
+from megassm.errors import UserError
 from megassm.files import write_atomically
 from tools.experiments.measure import Point
 
@@ -51,6 +52,20 @@ class Results:
     """By arm, by seed."""
     date: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d"))
     hardware: dict[str, Any] = field(default_factory=lambda: hardware())
+
+
+def read(path: Path) -> Results:
+    """The results of a NAME.json.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        stored = Results(**json.loads(path.read_bytes()))
+        points = {arm: [[Point(*each) for each in seed] for seed in seeds] for arm, seeds in stored.points.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not the results of an experiment ({error}); run.py writes them") from None
+    return replace(stored, points=points)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from megassm.eval.scheduler import Limits, Request, Scheduler
     from megassm.layers.spectral_layer import SpectralLayer
     from megassm.model import LanguageModel, build_model, truncate
-    from megassm.ops.hankel import spectral_filters
+    from megassm.ops.bases import spectral_filters
 
 __version__ = "0.1.0"
 
@@ -69,7 +69,7 @@ _PLACES = {
     "measured_costs": "megassm.eval.policies",
     "open_model": "megassm.checkpoint.open",
     "open_tokenizer": "megassm.checkpoint.open",
-    "spectral_filters": "megassm.ops.hankel",
+    "spectral_filters": "megassm.ops.bases",
     "truncate": "megassm.model",
 }
 

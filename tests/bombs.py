@@ -33,7 +33,8 @@ from megassm.data.prepare.source import TextSource
 from megassm.data.tasks.from_files import items
 from megassm.data.tokenizer.base import BytesTokenizer, load_tokenizer, train_sentencepiece
 from megassm.model import build_model
-from megassm.ops.hankel import cache_path, spectral_filters
+from megassm.ops.bases import spectral_filters
+from megassm.ops.hankel import cache_path
 from megassm.report.live import LiveRun
 from megassm.report.terminal import frame
 from megassm.run.events import read_events

@@ -12,8 +12,8 @@ import torch
 from megassm.config.schema import Config
 from megassm.errors import UserError
 from megassm.model import build_model
+from megassm.ops.bases import spectral_filters
 from megassm.ops.filterbank import direct_filterbank
-from megassm.ops.hankel import spectral_filters
 from megassm.ops.mixing import mix_channels
 from tests.test_model import config
 from tools.experiments.arms import Arm

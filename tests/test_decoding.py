@@ -23,8 +23,9 @@ LENGTH, K_MAX = 2048, 32
 
 @lru_cache
 def model(pattern: str, heads: int = 1) -> LanguageModel:
-    """With several heads it has taps and a sigmoid gate too."""
-    other = {"mixer_heads": heads, "gate": "sigmoid", "input_taps": 4} if heads > 1 else {}
+    """With several heads it has taps, a sigmoid gate and filters with signs too."""
+    basis = "alternating" if heads == 4 else "hankel_l"
+    other = {"mixer_heads": heads, "gate": "sigmoid", "input_taps": 4, "basis": basis} if heads > 1 else {}
     settings = config(pattern=pattern, seq_len=LENGTH, num_channels=K_MAX, d_model=32, window=100, **other)
     return build_model(settings, 0).eval()
 
@@ -43,7 +44,9 @@ def stepped(network: LanguageModel, ids_BL: Tensor, start: int, budgets: list[in
     return torch.stack(rows, dim=1)
 
 
-@pytest.mark.parametrize(("pattern", "heads", "k"), [("S", 1, 32), ("S", 1, 4), ("SA", 1, 8), ("SA", 4, 32)])
+@pytest.mark.parametrize(
+    ("pattern", "heads", "k"), [("S", 1, 32), ("S", 1, 4), ("SA", 1, 8), ("SA", 4, 32), ("S", 2, 31)]
+)
 @torch.no_grad()
 def test_two_thousand_steps_equal_the_parallel_form(pattern: str, heads: int, k: int) -> None:
     ids_BL, network = text(2000), model(pattern, heads)
@@ -71,7 +74,7 @@ BIG = 1000
 @settings(max_examples=30, deadline=None)
 @given(
     pattern=st.sampled_from(("S", "SA")),
-    heads=st.sampled_from((1, 4)),
+    heads=st.sampled_from((1, 2, 4)),
     k=st.sampled_from((1, 7, 32)),
     lengths=st.lists(st.sampled_from((1, 2, 5, 63, 64, 65, 130, 300)), min_size=1, max_size=4),
 )

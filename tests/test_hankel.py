@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megassm.config.load import load_config
-from megassm.config.model import ModelConfig
+from megassm.config.model import Basis, ModelConfig
 from megassm.errors import UserError
 from megassm.files import CACHE_VARIABLE
 from megassm.ops import hankel
-from megassm.ops.hankel import MAX_CHANNELS, cache_path, compute_filters, extended_filters, spectral_filters
+from megassm.ops.bases import extended_filters, family_rows, spectral_filters
+from megassm.ops.hankel import MAX_CHANNELS, Family, cache_path, compute_eigenpairs
 from megassm.train.setup import introduce
 from tests.conftest import ROOT
 
@@ -37,7 +39,7 @@ def hankel_matrix(length: int) -> np.ndarray:
 def test_against_seventy_digits(monkeypatch: pytest.MonkeyPatch, leaf_rows: int) -> None:
     monkeypatch.setattr(hankel, "LEAF_ROWS", leaf_rows)  # the small ones climb two and three doublings on the way
     reference = json.loads(REFERENCE.read_text(encoding="utf-8"))
-    sigma, phi = compute_filters(96, 32)
+    sigma, phi = compute_eigenpairs(96, 32)
     exact_sigma = np.array([float(text) for text in reference["eigenvalues"]])
     exact_phi = np.array(reference["eigenvectors"]).T
     assert np.abs(sigma / exact_sigma - 1)[:20].max() < 1e-9
@@ -54,10 +56,19 @@ def test_leading_pairs_satisfy_the_eigenvalue_equation() -> None:
     assert np.allclose(sigma, np.linalg.eigvalsh(matrix)[::-1][:8], rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize(("length", "channels", "tolerance"), [(2048, 32, 2e-9), (3001, 32, 2e-9), (65536, 32, 1e-10)])
-def test_two_quadratures_agree(length: int, channels: int, tolerance: float) -> None:
-    sigma, phi = compute_filters(length, channels, nodes_per_panel=20)
-    other_sigma, other_phi = compute_filters(length, channels, nodes_per_panel=24)
+@pytest.mark.parametrize(
+    ("family", "length", "channels", "tolerance"),
+    [
+        ("plus", 2048, 32, 2e-9),
+        ("plus", 3001, 32, 2e-9),
+        ("plus", 65536, 32, 1e-10),
+        ("even", 1501, 32, 4e-9),
+        ("odd", 1024, 30, 4e-9),
+    ],
+)
+def test_two_quadratures_agree(family: Family, length: int, channels: int, tolerance: float) -> None:
+    sigma, phi = compute_eigenpairs(length, channels, 20, family)
+    other_sigma, other_phi = compute_eigenpairs(length, channels, 24, family)
     assert np.abs(phi - other_phi).max() < tolerance
     assert np.abs(sigma / other_sigma - 1).max() < tolerance
     assert np.abs(phi[:, :16] - other_phi[:, :16]).max() < 1e-12
@@ -65,25 +76,29 @@ def test_two_quadratures_agree(length: int, channels: int, tolerance: float) -> 
 
 
 @pytest.mark.parametrize("length", [1, 2, 16, 32, 64, 100, 256, 1000, 2048, 65536])
-def test_known_channels_are_those_that_do_not_depend_on_rounding(length: int) -> None:
-    model = ModelConfig(vocab_size=2, d_model=8, n_layers=1, d_ffn=8, seq_len=length)
-    known = model.known_channels
-    beyond = min(math.ceil(1.3 * known), length)
-    filters, others = (compute_filters(length, beyond, nodes)[1] for nodes in (20, 24))
+@pytest.mark.parametrize(("basis", "family"), [("plus", "plus"), ("hankel_l", "even"), ("hankel_l", "odd")])
+def test_known_channels_are_those_that_do_not_depend_on_rounding(length: int, basis: Basis, family: Family) -> None:
+    model = ModelConfig(vocab_size=2, d_model=8, n_layers=1, d_ffn=8, seq_len=length, basis=basis)
+    rows = family_rows(family, length)
+    known = model.known_channels if basis == "plus" else (model.known_channels + (family == "even")) // 2
+    if not rows:
+        return
+    beyond = min(math.ceil(1.3 * known) + 2, rows)
+    filters, others = (compute_eigenpairs(rows, beyond, nodes, family)[1] for nodes in (20, 24))
     error = np.abs(filters - others).max(axis=0)
     assert error[:known].max() < 0.02
     assert beyond - known < 5 or error.max() > 0.1, "more are known than the model says"
 
 
-@settings(max_examples=25, deadline=None)
-@given(length=st.integers(1, 400), leaf_rows=st.integers(2, 64))
-def test_the_tree_is_the_factorization(length: int, leaf_rows: int) -> None:
+@settings(max_examples=30, deadline=None)
+@given(length=st.integers(1, 400), leaf_rows=st.integers(2, 64), family=st.sampled_from(get_args(Family)))
+def test_the_tree_is_the_factorization(length: int, leaf_rows: int, family: Family) -> None:
     """Any length, odd or even at any level of the tree, gives the filters a single leaf gives."""
     channels = min(length, 8)
-    sigma, phi = compute_filters(length, channels)
+    sigma, phi = compute_eigenpairs(length, channels, family=family)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hankel, "LEAF_ROWS", leaf_rows)
-        tree_sigma, tree_phi = compute_filters(length, channels)
+        tree_sigma, tree_phi = compute_eigenpairs(length, channels, family=family)
     assert np.abs(tree_sigma / sigma - 1).max() < 1e-9
     assert np.abs(tree_phi - phi).max() < 1e-9
 
@@ -100,17 +115,24 @@ def test_form(length: int, channels: int) -> None:
     assert np.abs(phi.T @ phi - np.eye(channels)).max() < 1e-13
 
 
-@settings(max_examples=25, deadline=None)
-@given(length=st.one_of(st.integers(1, 140), st.integers(1000, 1100)), data=st.data())
-def test_fewer_channels_are_the_leading_ones(length: int, data: st.DataObject) -> None:
+@settings(max_examples=15, deadline=None)
+@given(
+    length=st.one_of(st.integers(1, 140), st.integers(1000, 1100)),
+    basis=st.sampled_from(get_args(Basis)),
+    data=st.data(),
+)
+def test_fewer_channels_are_the_leading_ones(length: int, basis: Basis, data: st.DataObject) -> None:
     """Bit for bit, on any processor: truncating a model is building the smaller one."""
     channels = data.draw(st.integers(1, min(length, MAX_CHANNELS)), label="channels")
     fewer = data.draw(st.integers(1, channels), label="fewer")
-    sigma, phi = compute_filters(length, channels)
-    few_sigma, few_phi = compute_filters(length, fewer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hankel, "CACHE_LIMIT_BYTES", 0)  # computed each time
+        sigma, phi = spectral_filters(length, channels, basis)
+        few_sigma, few_phi = spectral_filters(length, fewer, basis)
     assert np.array_equal(sigma[:fewer], few_sigma)
     assert np.array_equal(phi[:, :fewer], few_phi)
-    extended, few_extended = (extended_filters(length, count, length + 70) for count in (channels, fewer))
+    extended, few_extended = (extended_filters(length, count, length + 70, basis) for count in (channels, fewer))
+    assert np.array_equal(extended[:length], phi)
     assert np.array_equal(extended[:, :fewer], few_extended)
 
 

@@ -55,8 +55,8 @@ def parts(documents_L: Tensor) -> Iterator[slice]:
 
 
 @lru_cache
-def bank_of(way: str) -> FilterBank:
-    bank = FilterBank(256, 16, way)  # type: ignore[arg-type]
+def bank_of(way: str, basis: str = "plus") -> FilterBank:
+    bank = FilterBank(256, 16, way, basis)  # type: ignore[arg-type]
     bank.reset()
     return bank
 
@@ -74,10 +74,10 @@ def off(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).detach().norm() / expected.detach().norm().clamp_min(1e-300))
 
 
-def check_mix(way: str, documents_BL: Tensor, k: int) -> None:
+def check_mix(way: str, documents_BL: Tensor, k: int, basis: str = "plus") -> None:
     """`mix` and its gradients in float64 against each document alone, its features by the definition's sum."""
     batch, length = documents_BL.shape
-    bank, truth = bank_of(way), bank_of("direct")
+    bank, truth = bank_of(way, basis), bank_of("direct", basis)
     inputs = [noise(batch, length, 6), noise(batch, length, 2, k), noise(k, 6, 4)]
     rows = []
     for row, documents_L in enumerate(documents_BL):
@@ -100,6 +100,12 @@ def check_mix(way: str, documents_BL: Tensor, k: int) -> None:
 @pytest.mark.parametrize("cuts", CUTS)
 def test_mix_equals_each_document_alone(way: str, cuts: tuple[int, ...]) -> None:
     check_mix(way, torch.stack((numbered(cuts), numbered((77,)))), 5)
+
+
+@pytest.mark.parametrize("basis", ["alternating", "hankel_l"])
+def test_documents_begin_at_age_0_of_filters_with_signs(basis: str) -> None:
+    for cuts in CUTS:
+        check_mix("chunked", torch.stack((numbered(cuts), numbered((77,)))), 5, basis)
 
 
 @given(data=st.data(), length=st.integers(1, 256), batch=st.integers(1, 3), k=st.integers(1, 16))

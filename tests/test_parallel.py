@@ -108,8 +108,8 @@ def tokens(config: ModelConfig) -> Tensor:
     "changes",
     [
         ELASTIC,
-        {"n_kv_heads": 1, "window": 20, "tie_embeddings": False},
-        {"mixer_heads": 4, "gate": "sigmoid", "input_taps": 4},
+        {"n_kv_heads": 1, "window": 20, "tie_embeddings": False, "basis": "hankel_l", "num_channels": 9},
+        {"mixer_heads": 4, "gate": "sigmoid", "input_taps": 4, "basis": "alternating"},
     ],
     ids=["gqa", "mqa", "heads"],
 )

@@ -296,13 +296,16 @@ def test_divisors() -> None:
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
 
 
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("backward", "basis"), [(False, "plus"), (True, "plus"), (True, "alternating")])
 @pytest.mark.parametrize("k", [1, 8])
-def test_flops_of_the_filter_bank(k: int, backward: bool) -> None:
+def test_flops_of_the_filter_bank(k: int, backward: bool, basis: str) -> None:
     """What torch counts beyond the model's own, for chunks that a state connects."""
-    model = build_model(shipped("tiny", "model.num_channels=8", "model.seq_len=512", *FEW).model, 0)
+    knobs = ("model.num_channels=8", "model.seq_len=512", f"model.basis={basis}")
+    own = shipped("tiny", *knobs, *FEW)
+    model = build_model(own.model, 0)
     assert model.filterbank is not None
-    config, size = model.config, model.filterbank.state_size
+    config, size = model.config, filters_of(own).state_size
+    assert size == model.filterbank.state_size
     text = torch.randint(0, 2048, (2, 512))
     with FlopCounterMode(display=False) as counter:
         loss = model(text, k).sum()

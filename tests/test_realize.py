@@ -13,7 +13,7 @@ from scipy.signal import fftconvolve
 import megassm.ops.realize
 from megassm.errors import UserError
 from megassm.files import CACHE_VARIABLE
-from megassm.ops.hankel import extended_filters, spectral_filters
+from megassm.ops.bases import extended_filters, spectral_filters
 from megassm.ops.realize import TOLERANCE, Realization, realize
 
 

@@ -17,7 +17,11 @@ from megassm.layers.filterbank import FilterBank
 from megassm.layers.spectral import SpectralMixer
 
 WIDTH, LENGTH, K_MAX = 8, 128, 6
-CHOICES: list[dict[str, Any]] = [{}, {"mixer_heads": 2, "gate": "sigmoid"}, {"gate": "equal", "sigma_scale": "none"}]
+CHOICES: list[dict[str, Any]] = [
+    {},
+    {"mixer_heads": 2, "gate": "sigmoid", "basis": "alternating"},
+    {"gate": "equal", "sigma_scale": "none", "basis": "hankel_l"},
+]
 
 
 @lru_cache

@@ -26,9 +26,12 @@ def off(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
 
 noise = torch.Generator().manual_seed(0)
-shapes = ((256, 8, 2, 256, 20), (256, 8, 1, 250, 3), (512, 4, 3, 65, 33), (128, 2, 1, 1, 1))
-for seq_len, k, batch, length, width in shapes:
-    bank = FilterBank(seq_len, k, "chunked")
+shapes = (
+    (256, 8, "plus", 2, 256, 20), (256, 8, "alternating", 1, 250, 3), (512, 4, "hankel_l", 3, 65, 33),
+    (128, 2, "plus", 1, 1, 1),
+)
+for seq_len, k, basis, batch, length, width in shapes:
+    bank = FilterBank(seq_len, k, "chunked", basis)
     bank.reset()
     tables = bank.tables(torch.float64, k)
     u = torch.randn(batch, length, width, generator=noise)

@@ -26,8 +26,8 @@ from tests.test_model import config
 K = 6
 
 
-def bank_of(seq_len: int, method: Any = "auto", k: int = K) -> WindowedFilterBank:
-    bank = WindowedFilterBank(seq_len, k, method)
+def bank_of(seq_len: int, method: Any = "auto", k: int = K, basis: Any = "plus") -> WindowedFilterBank:
+    bank = WindowedFilterBank(seq_len, k, method, basis)
     bank.reset()
     return bank
 
@@ -43,10 +43,11 @@ def by_definition(u_BLD: Tensor, bank: WindowedFilterBank) -> Tensor:
     return torch.stack(rows, 1)
 
 
+@pytest.mark.parametrize("basis", ["plus", "alternating", "hankel_l"])
 @pytest.mark.parametrize(("seq_len", "length"), [(64, 64), (64, 65), (64, 300), (31, 31), (31, 33), (31, 140)])
 @torch.no_grad()
-def test_windows_are_what_they_are_defined_to_be(seq_len: int, length: int) -> None:
-    bank = bank_of(seq_len)
+def test_windows_are_what_they_are_defined_to_be(seq_len: int, length: int, basis: str) -> None:
+    bank = bank_of(seq_len, basis=basis)
     u_BLD = torch.randn(2, length, 3, dtype=torch.float64)
     expected = by_definition(u_BLD, bank)
     scale = float(expected.abs().max())
@@ -79,11 +80,13 @@ def test_outputs_stay_bounded_where_the_continuation_explodes() -> None:
     assert float((windowed(u_BLD[:, :64], 16) - plain(u_BLD[:, :64], 16)).abs().max()) == 0, "within it nothing differs"
 
 
-@pytest.mark.parametrize("pattern", ["S", "SA"])
+@pytest.mark.parametrize(
+    ("pattern", "basis"), [("S", "plus"), ("SA", "plus"), ("SA", "alternating"), ("S", "hankel_l")]
+)
 @torch.no_grad()
-def test_decoding_equals_the_parallel_form_far_beyond_the_trained_length(pattern: str) -> None:
-    shape = config(pattern=pattern, beyond="window", mixer_heads=2, gate="sigmoid", input_taps=3, sigma_scale="none")
-    model = build_model(shape, 0).double().eval()
+def test_decoding_equals_the_parallel_form_far_beyond_the_trained_length(pattern: str, basis: str) -> None:
+    knobs = {"mixer_heads": 2, "gate": "sigmoid", "input_taps": 3, "sigma_scale": "none", "basis": basis}
+    model = build_model(config(pattern=pattern, beyond="window", **knobs), 0).double().eval()
     model.reset_filters()
     ids_BL = torch.randint(0, 50, (3, 130))
     expected_BLV = model(ids_BL)

@@ -8,7 +8,7 @@
     chat_template.jinja       where one was given
     SHA256SUMS                of all but README.md: `sha256sum -c SHA256SUMS`; checked here wherever the file is there
 
-The filters are not in it: they are derived from model.seq_len and model.num_channels when it is opened.
+The filters are not in it: model.seq_len, model.num_channels and model.basis say what they are, when it is opened.
 """
 
 from __future__ import annotations

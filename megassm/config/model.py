@@ -25,6 +25,7 @@ MAX_CHANNELS = 128
 """Most spectral channels of a model: float64 knows fewer filters at any length."""
 SigmaScale = Literal["quarter_power", "none"]
 Gate = Literal["softmax", "sigmoid", "none", "equal"]
+Basis = Literal["plus", "alternating", "hankel_l"]
 Budget = int | Sequence[int]
 """Channels K in use: one number for all layers, or one a layer."""
 
@@ -62,6 +63,10 @@ class ModelConfig(Section):
     """Training sequence length L, tokens; also the length the filters are derived for."""
     num_channels: Size = 32
     """Spectral channels K_max; every budget is K <= K_max."""
+    basis: Basis = "plus"
+    """Filters of the channels: plus: the paper's, of decays without sign; alternating: by turns one of them and the
+    same times (-1)^t, for what alternates; hankel_l: of the Hankel matrix for decays of both signs, by turns for even
+    and odd ages. Both kinds with signs know slow decays less well at the same K."""
     layer_channels: (
         Annotated[tuple[Size, ...], BeforeValidator(_as_tuple), Field(min_length=1, max_length=MAX_LAYERS)] | None
     ) = None
@@ -120,9 +125,12 @@ class ModelConfig(Section):
         """Leading channels whose filters float64 can compute (`megassm.ops.hankel`); those beyond are rounding noise.
 
         Filter k has an error of about 1e-18 / sqrt(sigma_k). It reaches 1e-3 to 2e-2 at k = 5 log2(seq_len), from 16 to
-        2^20, and all of the filter five to fifteen channels later.
+        2^20, and all of the filter five to fifteen channels later. Of a basis with signs so many of either sign are
+        known, of hankel_l as many as at half the length.
         """
-        return min(self.seq_len, MAX_CHANNELS, max(1, round(5 * math.log2(self.seq_len))))
+        signs = 1 if self.basis == "plus" else 2
+        length = self.seq_len / 2 if self.basis == "hankel_l" else self.seq_len
+        return min(self.seq_len, MAX_CHANNELS, signs * max(1, round(5 * math.log2(length))))
 
     @property
     def has_gate(self) -> bool:

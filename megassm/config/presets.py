@@ -9,6 +9,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # arXiv 2601.22488, and its authors' notebook where the paper leaves something open
     "paper": {
         "model": {
+            "basis": "plus",
             "mixer_heads": 1,
             "gate": "softmax",
             "gate_rescale": True,

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megassm.config.model import CHUNK, SigmaScale
+from megassm.config.model import CHUNK, Basis, SigmaScale
 from megassm.errors import UserError
+from megassm.ops.bases import spectral_filters
 from megassm.ops.documents import Segments, cut_into_rows
 from megassm.ops.filterbank import (
     ChunkTables,
@@ -35,7 +36,6 @@ from megassm.ops.filterbank import (
     flashfft_filterbank,
     toeplitz_rows,
 )
-from megassm.ops.hankel import spectral_filters
 from megassm.ops.mixing import mix_channels, mix_rows
 from megassm.ops.precision import without_autocast
 from megassm.ops.realize import realize
@@ -51,7 +51,7 @@ DIRECT_LENGTH = 512
 
 BUFFERS = (
     "filters_LK", "scale_K", "transition_SS", "input_SC", "rows_CKI",
-    "step_change_SS", "step_input_S", "step_output_KS",
+    "step_change_SS", "step_signs_S", "step_input_S", "step_output_KS",
 )  # fmt: skip
 
 
@@ -73,7 +73,7 @@ class SentState(NamedTuple):
 
 
 class FilterBank(nn.Module):
-    """The K leading spectral filters applied to every channel of u, in the way `method` says; a state is (B, S, D)."""
+    """The K leading filters of a basis applied to every channel of u, the way `method` says; a state is (B, S, D)."""
 
     filters_LK: Tensor
     scale_K: Tensor
@@ -81,12 +81,14 @@ class FilterBank(nn.Module):
     input_SC: Tensor
     rows_CKI: Tensor
     step_change_SS: Tensor
+    """A1 less the diagonal of `step_signs_S`, to which it is so near that rounding A1 itself would show."""
+    step_signs_S: Tensor
     step_input_S: Tensor
     step_output_KS: Tensor
 
-    def __init__(self, seq_len: int, num_channels: int, method: Method) -> None:
+    def __init__(self, seq_len: int, num_channels: int, method: Method, basis: Basis = "plus") -> None:
         super().__init__()
-        self.seq_len, self.num_channels = seq_len, num_channels
+        self.seq_len, self.num_channels, self.basis = seq_len, num_channels, basis
         self.method = method
         self.carry: Carry | None = None
         self._made = MadeTables()
@@ -106,19 +108,18 @@ class FilterBank(nn.Module):
     @torch.no_grad()
     def reset(self) -> None:
         """Fills the buffers from `spectral_filters` and `realize`."""
-        sigma, phi = spectral_filters(self.seq_len, self.num_channels)
+        sigma, phi = spectral_filters(self.seq_len, self.num_channels, self.basis)
         self._fill("filters_LK", phi)
         self._fill("scale_K", sigma**0.25)
         try:
-            chunk = realize(self.seq_len, self.num_channels, CHUNK)
+            chunk = realize(self.seq_len, self.num_channels, CHUNK, self.basis)
         except UserError:  # so many filters at this length have no short recurrence
             if self.method == "chunked":
                 raise
             return
-        for name in ("transition_SS", "input_SC", "step_input_S", "step_output_KS"):
+        for name in ("transition_SS", "input_SC", "step_signs_S", "step_input_S", "step_output_KS"):
             self._fill(name, getattr(chunk, name))
-        # x' - x: a rounded A1 would lose how near to 1 its eigenvalues are
-        self._fill("step_change_SS", chunk.step_transition_SS - np.eye(len(chunk.step_input_S)))
+        self._fill("step_change_SS", chunk.step_transition_SS - np.diag(chunk.step_signs_S))
         self._fill("rows_CKI", np.concatenate((chunk.toeplitz_CKC, chunk.output_CKS), axis=2))
 
     def _fill(self, name: str, value: npt.NDArray[np.float64]) -> None:
@@ -190,7 +191,7 @@ class FilterBank(nn.Module):
             case "fft":
                 return fft_filterbank(u_BLD, self.filters(u_BLD), k)
             case "flashfft":
-                _check_flashfft_once(self.seq_len, self.num_channels, u_BLD.device)
+                _check_flashfft_once(self.seq_len, self.num_channels, self.basis, u_BLD.device)
                 return flashfft_filterbank(u_BLD, self.filters(u_BLD), k)
         assert_never(way)
 
@@ -248,7 +249,7 @@ class FilterBank(nn.Module):
         first_K = self.filters_LK[0, :k].to(dtype)
         features_BKD = self.step_output_KS[:k].to(dtype) @ state_BSD + first_K[:, None] * u_B1D
         change_BSD = self.step_change_SS.to(dtype) @ state_BSD + self.step_input_S.to(dtype)[:, None] * u_B1D
-        return features_BKD, state_BSD + change_BSD
+        return features_BKD, torch.addcmul(change_BSD, self.step_signs_S.to(dtype)[:, None], state_BSD)
 
     @without_autocast
     def mix_from(self, u_BLD: Tensor, state_BSD: Any, weights_BLHK: Tensor, channels_KDE: Tensor) -> Tensor:
@@ -279,17 +280,23 @@ class FilterBank(nn.Module):
         if whole:
             u_BNCD = F.pad(u_BLD[:, : whole * CHUNK], (0, 0, 0, CHUNK)).view(len(u_BLD), -1, CHUNK, u_BLD.shape[2])
             own_BSD = chunk_states(u_BNCD, self.tables(dtype, 0))[:, -1]
-            state_BSD = self._changed(state_BSD, torch.linalg.matrix_power(self.transition_SS, whole)) + own_BSD
+            state_BSD = self._carried(state_BSD, self.transition_SS, whole, whole * CHUNK) + own_BSD
         rest = u_BLD.shape[1] - whole * CHUNK
         if rest:
-            step_SS = self.step_change_SS + self._identity()
             own_BSD = self.input_SC[:, CHUNK - rest :].to(dtype) @ u_BLD[:, whole * CHUNK :]
-            state_BSD = self._changed(state_BSD, torch.linalg.matrix_power(step_SS, rest)) + own_BSD
+            state_BSD = self._carried(state_BSD, self._one_step(), rest, rest) + own_BSD
         return state_BSD
 
-    def _changed(self, state_BSD: Tensor, power_SS: Tensor) -> Tensor:
-        """power @ state: a rounded power would lose how near to 1 its eigenvalues are, so its change is rounded."""
-        return state_BSD + (power_SS - self._identity()).to(state_BSD.dtype) @ state_BSD
+    def _carried(self, state_BSD: Tensor, transition_SS: Tensor, power: int, steps: int) -> Tensor:
+        """transition^power @ state, `steps` positions later: what it differs by from signs is rounded, as in a step."""
+        signs_S = self.step_signs_S**steps
+        change_SS = torch.linalg.matrix_power(transition_SS, power) - signs_S.diag()
+        dtype = state_BSD.dtype
+        return torch.addcmul(change_SS.to(dtype) @ state_BSD, signs_S.to(dtype)[:, None], state_BSD)
+
+    def _one_step(self) -> Tensor:
+        """A1."""
+        return self.step_change_SS + self.step_signs_S.diag()
 
     def _identity(self) -> Tensor:
         return torch.eye(len(self.transition_SS), dtype=torch.float64, device=self.filters_LK.device)
@@ -326,8 +333,7 @@ class FilterBank(nn.Module):
     def _continued(self, count: int) -> Tensor:
         """(count, K) rows after the last: the response q A1^(i-1) b of the state, so that all ways agree on them."""
         response_SC = self.input_SC.flip(1)  # A1^m b for m = 0..C-1
-        step_SS = self.step_change_SS + self._identity()
-        power_SS = torch.linalg.matrix_power(step_SS, self.seq_len - 1)
+        power_SS = torch.linalg.matrix_power(self._one_step(), self.seq_len - 1)
         rows = []
         for _ in range(0, count, CHUNK):
             rows.append((self.step_output_KS @ (power_SS @ response_SC)).t())
@@ -336,7 +342,7 @@ class FilterBank(nn.Module):
 
 
 @lru_cache
-def _check_flashfft_once(seq_len: int, num_channels: int, device: torch.device) -> None:
+def _check_flashfft_once(seq_len: int, num_channels: int, basis: Basis, device: torch.device) -> None:
     """UserError where FlashFFTConv is missing or wrong; before its first result is used."""
-    _, phi = spectral_filters(seq_len, num_channels)
+    _, phi = spectral_filters(seq_len, num_channels, basis)
     check_flashfft(torch.from_numpy(phi).to(device), seq_len)

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from megassm.config.model import Gate, ModelConfig, SigmaScale
+from megassm.config.model import Basis, Gate, ModelConfig, SigmaScale
 from megassm.errors import UserError
 from megassm.layers.context import Context
 from megassm.layers.filterbank import FilterBank, Method
@@ -19,6 +19,7 @@ from megassm.ops.documents import check_documents
 class SpectralChoices(TypedDict, total=False):
     """What can be chosen of a layer; meanings and defaults are those of `megassm.ModelConfig`."""
 
+    basis: Basis
     mixer_heads: int
     gate: Gate
     gate_rescale: bool
@@ -42,7 +43,8 @@ class SpectralLayer(nn.Module):
         d_model: width D.
         seq_len: the length, in positions, that the filters are derived for: that of the sequences to train on.
         num_channels: K_max, at most `seq_len` and 128.
-        choices: mixer_heads, gate, gate_rescale, gate_bias_init, sigma_scale, filterbank of `megassm.ModelConfig`.
+        choices: basis, mixer_heads, gate, gate_rescale, gate_bias_init, sigma_scale, filterbank of
+            `megassm.ModelConfig`.
 
     Raises:
         UserError: a value out of range.
@@ -54,7 +56,7 @@ class SpectralLayer(nn.Module):
         self.mixer = SpectralMixer(
             d_model, num_channels, config.mixer_heads, config.gate, config.gate_rescale, config.sigma_scale[0]
         )
-        self.filterbank = FilterBank(seq_len, num_channels, config.filterbank)
+        self.filterbank = FilterBank(seq_len, num_channels, config.filterbank, config.basis)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

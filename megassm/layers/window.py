@@ -168,4 +168,4 @@ def filter_bank(config: ModelConfig) -> FilterBank | None:
     if "S" not in config.mixers:
         return None
     kind = WindowedFilterBank if config.beyond == "window" else FilterBank
-    return kind(config.seq_len, config.num_channels, config.filterbank)
+    return kind(config.seq_len, config.num_channels, config.filterbank, config.basis)

@@ -1,4 +1,4 @@
-"""Spectral filters: eigenpairs of the Hankel matrix of spectral filtering, to high relative accuracy.
+"""Eigenpairs of the Hankel matrices of spectral filtering, to high relative accuracy.
 
     Z[i, j] = 2 / ((i+j)^3 - (i+j)),   i, j = 1..L          (Spectral SSM, arXiv 2312.06837, Eq. 5)
 
@@ -16,6 +16,14 @@ Neither the L x L matrix nor, for long sequences, V is ever formed. A block of r
 so that V = Q R with Q a tree of small orthogonal factors, built from the leaf up by one column-pivoted QR of
 [R; R D^h] a doubling; a one-sided Jacobi SVD (Drmac & Veselic, LAPACK xGEJSV) of R then gives sigma, and phi is spread
 down the tree. Time and memory are those of writing phi down: L * rank * K, rank about 100.
+
+Two more matrices are of this kind: those of i - 1 = 2p and of i - 1 = 2p + 1 in the one for decays a of both signs,
+
+    Z[i, j] = [(-1)^(i+j) + 1] 8 / ((i+j+3)(i+j-1)(i+j+1))
+            = integral over a in [-1, 1] of  (1-a^2)^2 a^(i-1) a^(j-1) da,
+
+which has zeros between. They are the families "even", V[p, n] = sqrt(2 w_n) (1-a_n^2) a_n^(2p) with a = 1 - b, and
+"odd", the same times a_n: `megassm.ops.bases` makes the filters of the whole of them.
 
 How far float64 reaches: the singular values of V are known to about 1e-18, so sigma_k is known while sqrt(sigma_k) is
 well above that, and the error of phi_k is about 1e-18 / sqrt(sigma_k). Largest error of an entry, measured against 70
@@ -35,7 +43,7 @@ product has a shape that only L decides: the tree keeps the same rank whatever K
 at a time. So truncating a model and building the smaller one give the same filters. BLAS rounds by the processor's
 instructions: two kinds of machine agree as far as the table says, and not bit for bit.
 
-Shapes: L sequence length, K channels, N quadrature nodes, R rank of a block of V, C rows of a leaf, G a group.
+Shapes: L rows of a matrix, K channels, N quadrature nodes, R rank of a block of V, C rows of a leaf, G a group.
 """
 
 from __future__ import annotations
@@ -47,7 +55,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -69,106 +77,101 @@ DIGEST = "sha256"
 CACHE_LIMIT_BYTES = 2**27  # reading and checking more than this takes as long as computing it
 
 
-def spectral_filters(seq_len: int, num_channels: int) -> tuple[Array, Array]:
-    """The leading eigenpairs of the L x L Hankel matrix, computed once per machine and cached on disk.
+Family = Literal["plus", "even", "odd"]
+"""Which matrix: the one of spectral filtering, or one of the two halves of that for decays of both signs."""
+
+
+def eigenpairs(length: int, count: int, family: Family = "plus") -> tuple[Array, Array]:
+    """The leading eigenpairs of a matrix of L rows, computed once per machine and cached on disk.
 
     Args:
-        seq_len: L, the length the filters are derived for.
-        num_channels: K <= L, how many to return.
+        length: L, at least 1.
+        count: K, from 1 to the smaller of L and MAX_CHANNELS.
+        family: which matrix.
 
     Returns:
         `(sigma, phi)`: eigenvalues (K,), descending, and unit-norm eigenvectors (L, K) with phi[0, k] > 0, float64.
         The same numbers, bit for bit, as the leading ones of any larger K on this machine.
-
-    Raises:
-        UserError: K > L, K > MAX_CHANNELS, or either not positive.
     """
-    if not 1 <= num_channels <= seq_len:
-        raise UserError(
-            f"num_channels = {num_channels} for seq_len = {seq_len}: must be between 1 and seq_len, "
-            "for an L x L matrix has L eigenvectors; lower num_channels or raise seq_len"
-        )
-    if num_channels > MAX_CHANNELS:
-        raise UserError(
-            f"num_channels = {num_channels}: must be at most {MAX_CHANNELS}, for float64 knows no more filters "
-            "at any length; lower num_channels"
-        )
-    return _join((_cached_group(seq_len, group) for group in _groups(seq_len, num_channels)), num_channels)
+    return _join((_cached_group(length, group, family) for group in _groups(length, count)), count)
 
 
-def compute_filters(seq_len: int, num_channels: int, nodes_per_panel: int = NODES_PER_PANEL) -> tuple[Array, Array]:
-    """`spectral_filters` without the cache, on a quadrature with `nodes_per_panel` nodes a dyadic panel."""
-    groups = _groups(seq_len, num_channels)
-    return _join((_compute_group(seq_len, group, nodes_per_panel) for group in groups), num_channels)
+def compute_eigenpairs(
+    length: int, count: int, nodes_per_panel: int = NODES_PER_PANEL, family: Family = "plus"
+) -> tuple[Array, Array]:
+    """`eigenpairs` without the cache, on a quadrature with `nodes_per_panel` nodes a dyadic panel."""
+    groups = _groups(length, count)
+    return _join((_compute_group(length, group, nodes_per_panel, family) for group in groups), count)
 
 
-def _groups(seq_len: int, num_channels: int) -> list[slice]:
+def _groups(length: int, count: int) -> list[slice]:
     """The groups that hold the leading channels. How wide each is depends on L alone."""
-    return [slice(first, min(first + GROUP, MAX_CHANNELS, seq_len)) for first in range(0, num_channels, GROUP)]
+    return [slice(first, min(first + GROUP, MAX_CHANNELS, length)) for first in range(0, count, GROUP)]
 
 
-def _join(groups: Iterable[tuple[Array, Array]], num_channels: int) -> tuple[Array, Array]:
+def _join(groups: Iterable[tuple[Array, Array]], count: int) -> tuple[Array, Array]:
     sigma_G, phi_LG = zip(*groups, strict=True)
-    return np.concatenate(sigma_G)[:num_channels], np.ascontiguousarray(np.hstack(phi_LG)[:, :num_channels])
+    return np.concatenate(sigma_G)[:count], np.ascontiguousarray(np.hstack(phi_LG)[:, :count])
 
 
-def _cached_group(seq_len: int, group: slice) -> tuple[Array, Array]:
-    if 8 * seq_len * (group.stop - group.start) > CACHE_LIMIT_BYTES:
-        return _compute_group(seq_len, group, NODES_PER_PANEL)
-    path = cache_path(seq_len, group.stop)
+def _cached_group(length: int, group: slice, family: Family) -> tuple[Array, Array]:
+    if 8 * length * (group.stop - group.start) > CACHE_LIMIT_BYTES:
+        return _compute_group(length, group, NODES_PER_PANEL, family)
+    path = cache_path(length, group.stop, "hankel" if family == "plus" else f"hankel-{family}")
     count = group.stop - group.start
-    shapes = {"sigma": (count,), "phi": (seq_len, count)}
+    shapes = {"sigma": (count,), "phi": (length, count)}
     cached = read_arrays(path) or {}
     if {name: array.shape for name, array in cached.items()} == shapes:
         return cached["sigma"], cached["phi"]
-    sigma_G, phi_LG = _compute_group(seq_len, group, NODES_PER_PANEL)
+    sigma_G, phi_LG = _compute_group(length, group, NODES_PER_PANEL, family)
     write_arrays(path, {"sigma": sigma_G, "phi": phi_LG})
     return sigma_G, phi_LG
 
 
-def _compute_group(seq_len: int, group: slice, nodes_per_panel: int) -> tuple[Array, Array]:
-    tree = _block_tree(seq_len, nodes_per_panel)
+def _compute_group(length: int, group: slice, nodes_per_panel: int, family: Family) -> tuple[Array, Array]:
+    tree = _block_tree(length, nodes_per_panel, family)
     singular, _, right_RG = _signed_svd(tree, group)
-    phi_LG = np.empty((seq_len, group.stop - group.start))
+    phi_LG = np.empty((length, group.stop - group.start))
     _spread(tree, right_RG, phi_LG)
     return singular**2, phi_LG
 
 
-def extended_filters(seq_len: int, num_channels: int, length: int) -> Array:
-    """The filters of `spectral_filters` continued as the sums of exponentials they are, to any length.
+def continued_pairs(length: int, count: int, rows: int, family: Family = "plus") -> Array:
+    """The eigenvectors of `eigenpairs` continued as the sums of exponentials they are, to any length.
 
         phi_k(i) = sum_n V[i, n] r_nk / sqrt(sigma_k),   r the right singular vectors of V
 
     Args:
-        seq_len: L, the length the filters are derived for.
-        num_channels: K <= L.
-        length: how many rows to return, beyond L or not.
+        length: L, rows of the matrix.
+        count: K.
+        rows: how many to return, beyond L or not.
+        family: which matrix.
 
     Returns:
-        phi (length, K), float64; the first L rows are exactly those of `spectral_filters`.
+        phi (rows, K), float64; the first L rows are exactly those of `eigenpairs`.
 
     Beyond L the error, relative to the largest value there, is below 1e-7 for the first 27 and 3e-5 for all 32 (L=96,
     against 110 digits). But the values are not small: nothing bounds phi_k where Z ends. Inside L no filter exceeds 1;
     beyond it the 16th, 24th, 32nd reach 2, 8e2, 1e6 at L=256; 0.03, 1, 80 at L=2048; 0.006, 0.05, 1.5 at L=8192.
     Expect no generalisation to longer sequences from channels that grow.
     """
-    _, phi_LK = spectral_filters(seq_len, num_channels)
-    if length <= seq_len:
-        return phi_LK[:length]
-    beyond = [_continue_group(seq_len, group, length) for group in _groups(seq_len, num_channels)]
-    return np.concatenate((phi_LK, np.hstack(beyond)[:, :num_channels]))
+    _, phi_LK = eigenpairs(length, count, family)
+    if rows <= length:
+        return phi_LK[:rows]
+    beyond = [_continue_group(length, group, rows, family) for group in _groups(length, count)]
+    return np.concatenate((phi_LK, np.hstack(beyond)[:, :count]))
 
 
-def _continue_group(seq_len: int, group: slice, length: int) -> Array:
-    """Rows L.. to `length` of a group of filters."""
-    tree = _block_tree(seq_len, NODES_PER_PANEL)
+def _continue_group(length: int, group: slice, rows: int, family: Family) -> Array:
+    """Rows L.. to `rows` of a group of eigenvectors."""
+    tree = _block_tree(length, NODES_PER_PANEL, family)
     singular, left_NG, _ = _signed_svd(tree, group)
-    beyond = np.empty((length - seq_len, len(singular)))
-    block_LG = np.empty((seq_len, len(singular)))
-    for begin in range(seq_len, length, seq_len):
+    beyond = np.empty((rows - length, len(singular)))
+    block_LG = np.empty((length, len(singular)))
+    for begin in range(length, rows, length):
         # V's rows from `begin` on are Q R D^begin: the tree serves every block of L rows
         _spread(tree, (tree.factor_RN * np.exp(begin * tree.rate_N)) @ (left_NG / singular), block_LG)
-        beyond[begin - seq_len : begin] = block_LG[: length - begin]
+        beyond[begin - length : begin] = block_LG[: rows - begin]
     return beyond
 
 
@@ -178,38 +181,42 @@ class _BlockTree(NamedTuple):
     leaf_CR: Array
     doublings: list[tuple[int, Array]]  # (h, factor of [R; R D^h; row 2h if the block is odd]), the longest block first
     factor_RN: Array
-    rate_N: Array  # log(1 - b_n)
+    rate_N: Array  # log of what a column falls by from row to row
 
 
-def _block_tree(seq_len: int, nodes_per_panel: int) -> _BlockTree:
-    lengths = [seq_len]
+def _block_tree(length: int, nodes_per_panel: int, family: Family) -> _BlockTree:
+    lengths = [length]
     while lengths[-1] >= LEAF_ROWS:
         lengths.append(lengths[-1] // 2)
-    rate_N, start_N = _quadrature(seq_len, nodes_per_panel)
+    rate_N, start_N = _quadrature(length, nodes_per_panel, family)
     leaf_CN = np.exp(np.arange(lengths[-1])[:, None] * rate_N) * start_N
     leaf_CR, factor_RN, pivots = _truncated_qr(leaf_CN)
     rate_N, start_N = rate_N[pivots], start_N[pivots]
     doublings: list[tuple[int, Array]] = []
-    for length in reversed(lengths[:-1]):
-        half = length // 2
-        rows = [factor_RN, factor_RN * np.exp(half * rate_N)]
-        if length % 2:
-            rows.append((start_N * np.exp(2 * half * rate_N))[None])
-        factor, factor_RN, pivots = _truncated_qr(np.concatenate(rows))
+    for rows in reversed(lengths[:-1]):
+        half = rows // 2
+        blocks = [factor_RN, factor_RN * np.exp(half * rate_N)]
+        if rows % 2:
+            blocks.append((start_N * np.exp(2 * half * rate_N))[None])
+        factor, factor_RN, pivots = _truncated_qr(np.concatenate(blocks))
         rate_N, start_N = rate_N[pivots], start_N[pivots]
         doublings.insert(0, (half, factor))
     return _BlockTree(leaf_CR, doublings, factor_RN, rate_N)
 
 
-def _quadrature(seq_len: int, nodes_per_panel: int) -> tuple[Array, Array]:
-    """log(1 - b_n) and V[0, n] = b_n sqrt(w_n): Gauss-Legendre on [0, 2^-J], [2^-J, 2^-(J-1)], .., [1/2, 1]."""
-    levels = math.ceil(math.log2(seq_len)) + 4
+def _quadrature(length: int, nodes_per_panel: int, family: Family) -> tuple[Array, Array]:
+    """log(V[i+1, n] / V[i, n]) and V[0, n]: Gauss-Legendre in b on [0, 2^-J], [2^-J, 2^-(J-1)], .., [1/2, 1]."""
+    places = length if family == "plus" else 2 * length
+    levels = math.ceil(math.log2(places)) + 4
     edges = np.concatenate(([0.0], 2.0 ** -np.arange(levels, -1, -1.0)))
     nodes, weights = np.polynomial.legendre.leggauss(nodes_per_panel)
     half_width = np.diff(edges)[:, None] / 2
     b_N = (edges[:-1, None] + half_width * (1 + nodes)).ravel()
     w_N = (half_width * weights).ravel()
-    return np.log1p(-b_N), b_N * np.sqrt(w_N)
+    if family == "plus":
+        return np.log1p(-b_N), b_N * np.sqrt(w_N)
+    start_N = b_N * (2 - b_N) * np.sqrt(2 * w_N)  # a = 1 - b, of both signs
+    return 2 * np.log1p(-b_N), start_N if family == "even" else start_N * (1 - b_N)
 
 
 def _truncated_qr(matrix: Array) -> tuple[Array, Array, npt.NDArray[np.int32]]:

@@ -31,6 +31,15 @@ L. Measured for K = 32, C = 64, the worst channel:
     off the continuation to 2L     1      1   1e-3    1e-3    2e-4     2e-5                       (of its largest value)
     off the continuation to 4L     1      1   2e-2    1e-1    3e-2     3e-3
 
+Bases with signs have eigenvalues near -1 too, and a model made of one that has none (`megassm.ops.steps`): a step adds
+(A1 - J) x to J x, J being diagonal, 1 and -1, and a chunk of even length has J^C = 1. With J = 1 steps of 2,047
+positions err two to three times as much in float32. For more than 3 log2(L) channels of a sign, log2(L/2) with
+hankel_l, no short state is looked for. Measured for K = 32: S, error in float32 by doubling and one by one:
+
+    L                       1024              2048              8192            65,536
+    alternating   54, 3e-7, 3e-7    58, 3e-7, 4e-7    64, 4e-7, 3e-7    74, 4e-7, 4e-7
+    hankel_l      52, 3e-7, 2e-7    56, 4e-7, 5e-7    62, 4e-7, 5e-7    72, 4e-7, 1e-6
+
 The choice among candidates turns on rounding: two machines with other BLAS libraries may hold different states for the
 same filters. A state is only good with the model that made it; where several processes share one, share the model too.
 
@@ -48,26 +57,22 @@ import numpy.typing as npt
 from scipy.fft import irfft, next_fast_len, rfft
 from scipy.linalg import svd
 
+from megassm.config.model import Basis
 from megassm.errors import UserError
-from megassm.ops.hankel import Array, extended_filters, read_arrays, spectral_filters, write_arrays
+from megassm.ops.bases import extended_filters, spectral_filters
+from megassm.ops.hankel import Array, read_arrays, write_arrays
 from megassm.ops.hankel import cache_path as hankel_path
+from megassm.ops.steps import Step, interleaved, mirrored, pair_responses
 
-ALGORITHM = "damped Ho-Kalman, geometric ages; tried by doubling and one by one in float32; version 3"
+ALGORITHM = "damped Ho-Kalman, geometric ages; tried by doubling and one by one in float32; version 4"
 TOLERANCE = 4e-6
 SAMPLES_PER_OCTAVE = 24
 DAMPING = (6.5, 5.0, 4.0, 3.0, 2.0, 1.0)  # alpha, in the order tried: stability differs, by luck of rounding
 CUTOFFS = (1e-8, 1e-7, 1e-6)  # of singular values; the filters have norm 1
 SHIFT_REGISTER_LIMIT = 2048  # longest sequence whose state may be its last L-1 inputs: Q takes C * K * L numbers
-TRIAL_CHUNKS = (
-    64,
-    16,
-    256,
-    32,
-    128,
-)  # every model is tried in all of them, so that the state is the same whatever the chunk
-CHANNELS_PER_OCTAVE = (
-    3.2  # of L, up to which a short state is looked for: some candidate then passes on every processor
-)
+TRIAL_CHUNKS = (64, 16, 256, 32, 128)  # each model is tried in all, so that the state is the same whatever the chunk
+CHANNELS_PER_OCTAVE = 3.2  # of L, up to which a short state is looked for: a candidate then passes on every processor
+SIGNED_PER_OCTAVE = 3.0  # the same of the channels of either sign
 STEP_TRIAL_CHUNK = 16  # the recurrence one after the other, as steps have it, at a sixteenth of their number
 
 
@@ -82,21 +87,20 @@ class Realization(NamedTuple):
     step_input_S: Array
     step_output_KS: Array
     step_direct_K: Array
+    step_signs_S: Array
+    """J's diagonal: what a step's transition is near to."""
 
 
-class _Step(NamedTuple):
-    transition_SS: Array
-    input_S: Array
-    output_KS: Array
-
-
-def realize(seq_len: int, num_channels: int, chunk: int, tolerance: float = TOLERANCE) -> Realization:
-    """The filters of `spectral_filters(seq_len, num_channels)` as a state-space model in chunks of `chunk` steps.
+def realize(
+    seq_len: int, num_channels: int, chunk: int, basis: Basis = "plus", tolerance: float = TOLERANCE
+) -> Realization:
+    """The filters of `spectral_filters(seq_len, num_channels, basis)` as a state-space model in chunks of C steps.
 
     Args:
         seq_len: L, the length the filters are derived for. Within L the model agrees with them to `tolerance`.
         num_channels: K <= L.
         chunk: C, any positive length; beyond L the Toeplitz block continues with the model's own response.
+        basis: which filters.
         tolerance: largest relative error of a channel's output on white noise of length L in float32 arithmetic.
 
     Raises:
@@ -104,8 +108,8 @@ def realize(seq_len: int, num_channels: int, chunk: int, tolerance: float = TOLE
     """
     if chunk < 1:
         raise UserError(f"chunk = {chunk}: must be at least 1 step")
-    _, phi_LK = spectral_filters(seq_len, num_channels)
-    step = _short_step(seq_len, num_channels, tolerance)
+    _, phi_LK = spectral_filters(seq_len, num_channels, basis)
+    step = _short_step(seq_len, num_channels, basis, tolerance)
     if step is not None:
         return _in_chunks(step, phi_LK, chunk)
     if seq_len > SHIFT_REGISTER_LIMIT:
@@ -116,37 +120,62 @@ def realize(seq_len: int, num_channels: int, chunk: int, tolerance: float = TOLE
     return _in_chunks(_shift_register(phi_LK), phi_LK, chunk)
 
 
-def _short_step(seq_len: int, num_channels: int, tolerance: float) -> _Step | None:
+def _short_step(seq_len: int, num_channels: int, basis: Basis, tolerance: float) -> Step | None:
     """The first candidate within tolerance, or None; either is found once per machine and cached on disk."""
-    path = hankel_path(seq_len, num_channels, f"realize; {ALGORITHM}; tolerance={tolerance!r}")
+    own = "" if basis == "plus" else f"{basis}; "
+    path = hankel_path(seq_len, num_channels, f"realize; {ALGORITHM}; {own}tolerance={tolerance!r}")
     cached = read_arrays(path)
-    if cached is None or (cached and set(cached) != set(_Step._fields)):
-        step = _find_short_step(seq_len, num_channels, tolerance)
+    if cached is None or (cached and set(cached) != set(Step._fields)):
+        step = _find_short_step(seq_len, num_channels, basis, tolerance)
         cached = {} if step is None else step._asdict()
         write_arrays(path, cached)
-    return _Step(**cached) if cached else None
+    return Step(**cached) if cached else None
 
 
-def _find_short_step(seq_len: int, num_channels: int, tolerance: float) -> _Step | None:
+def _find_short_step(seq_len: int, num_channels: int, basis: Basis, tolerance: float) -> Step | None:
     """None also for so many channels that rounding would decide: one processor would find a state, another none."""
-    if num_channels > CHANNELS_PER_OCTAVE * math.log2(seq_len):
+    if num_channels > _most_channels(seq_len, basis):
         return None
     trial = None
-    for step in _candidates(seq_len, num_channels):
+    for step in _candidates(seq_len, num_channels, basis):
         if len(step.input_S) >= seq_len - 1 or np.abs(np.linalg.eigvals(step.transition_SS)).max() >= 1:
             continue
-        trial = trial or _trial(spectral_filters(seq_len, num_channels)[1])  # the FFTs of long filters take seconds
+        trial = trial or _trial(spectral_filters(seq_len, num_channels, basis)[1])  # its FFTs take seconds
         if _is_faithful(step, trial, tolerance):
             return step
     return None
 
 
-def _candidates(seq_len: int, num_channels: int) -> Iterator[_Step]:
+def _most_channels(seq_len: int, basis: Basis) -> float:
+    match basis:
+        case "plus":
+            return CHANNELS_PER_OCTAVE * math.log2(seq_len)
+        case "alternating":
+            return 2 * math.floor(SIGNED_PER_OCTAVE * math.log2(seq_len))
+        case "hankel_l":
+            return 2 * math.floor(SIGNED_PER_OCTAVE * math.log2(seq_len / 2))
+
+
+def _candidates(seq_len: int, num_channels: int, basis: Basis) -> Iterator[Step]:
     """Models of growing state, for one damping after the other."""
     if seq_len < 2:
         return
+    half = (num_channels + 1) // 2
+    match basis:
+        case "plus":
+            yield from _unsigned(extended_filters(seq_len, num_channels, 2 * seq_len + 1))
+        case "alternating":
+            for step in _unsigned(extended_filters(seq_len, half, 2 * seq_len + 1)):
+                yield mirrored(step, num_channels)
+        case "hankel_l":
+            for step in _unsigned(pair_responses(seq_len, num_channels)):
+                yield interleaved(step, num_channels)
+
+
+def _unsigned(continued: Array) -> Iterator[Step]:
+    """Models of the filters (2 L + 1, K), which are sums of decays without sign; their first row is not read."""
+    seq_len = len(continued) // 2
     ages_J, weight_J = _sample_ages(seq_len)
-    continued = extended_filters(seq_len, num_channels, 2 * seq_len + 1)
     for alpha in DAMPING:
         damped_J = weight_J * np.exp(-alpha / seq_len * ages_J)
 
@@ -161,10 +190,11 @@ def _candidates(seq_len: int, num_channels: int) -> Iterator[_Step]:
         sizes = [max(1, int((singular > cutoff).sum())) for cutoff in CUTOFFS]
         for size in dict.fromkeys(sizes):
             root_S = np.sqrt(singular[:size])
-            yield _Step(
+            yield Step(
                 one_step[:size, :size] / root_S[:, None] / root_S,
                 left[:, :size].T @ first / root_S,
                 outputs_KJ @ right[:size].T / root_S,
+                np.ones(size),
             )
 
 
@@ -180,16 +210,16 @@ def _sample_ages(seq_len: int) -> tuple[npt.NDArray[np.int64], Array]:
     return ages_J, np.sqrt(np.diff(np.append(ages_J, seq_len)))
 
 
-def _shift_register(phi_LK: Array) -> _Step:
+def _shift_register(phi_LK: Array) -> Step:
     """The state is the last L-1 inputs, the newest first."""
     size = max(1, len(phi_LK) - 1)
     outputs_KS = np.zeros((phi_LK.shape[1], size))
     outputs_KS[:, : len(phi_LK) - 1] = phi_LK[1:].T
-    return _Step(np.eye(size, k=-1), np.eye(size)[0], outputs_KS)
+    return Step(np.eye(size, k=-1), np.eye(size)[0], outputs_KS, np.ones(size))
 
 
-def _in_chunks(step: _Step, phi_LK: Array, chunk: int) -> Realization:
-    transition_SS, input_S, output_KS = step
+def _in_chunks(step: Step, phi_LK: Array, chunk: int) -> Realization:
+    transition_SS, input_S, output_KS, signs_S = step
     inputs_CS = _powers(transition_SS, input_S, chunk)
     outputs_CKS = _powers(transition_SS.T, output_KS, chunk)
     response_CK = np.concatenate((phi_LK[:1], inputs_CS @ output_KS.T))[:chunk]
@@ -205,6 +235,7 @@ def _in_chunks(step: _Step, phi_LK: Array, chunk: int) -> Realization:
         step_input_S=input_S,
         step_output_KS=output_KS,
         step_direct_K=phi_LK[0].copy(),
+        step_signs_S=signs_S,
     )
 
 
@@ -238,14 +269,14 @@ def _trial(phi_LK: Array) -> _Trial:
     return _Trial(phi_LK, noise_L, np.stack(exact_KL, axis=1))
 
 
-def _is_faithful(step: _Step, trial: _Trial, tolerance: float) -> bool:
+def _is_faithful(step: Step, trial: _Trial, tolerance: float) -> bool:
     with np.errstate(over="ignore", invalid="ignore"):  # a bad candidate may overflow: its error is then not a number
         return all(_float32_error(step, trial, chunk, one_by_one=False) < tolerance for chunk in TRIAL_CHUNKS) and (
             _float32_error(step, trial, STEP_TRIAL_CHUNK, one_by_one=True) < tolerance
         )
 
 
-def _float32_error(step: _Step, trial: _Trial, chunk: int, one_by_one: bool) -> float:
+def _float32_error(step: Step, trial: _Trial, chunk: int, one_by_one: bool) -> float:
     """Largest relative error of a channel on the trial's noise: chunk form in float32 against float64 FFT."""
     model = _in_chunks(step, trial.phi_LK, chunk)
     length = len(trial.noise_L)

@@ -70,7 +70,7 @@ def filters_of(config: Config) -> Filters:
     model = config.model
     if "S" not in model.mixers:
         return Filters(CHUNK, 0, 0)
-    bank = FilterBank(model.seq_len, model.num_channels, model.filterbank)
+    bank = FilterBank(model.seq_len, model.num_channels, model.filterbank, model.basis)
     bank.reset()
     table_bytes = sum(table.nbytes for table in bank.buffers())
     if bank.way(model.seq_len) == "chunked":

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from megassm.cli.arguments import Parser, budget_list, print_table, run_tool, tool_parser
-from megassm.ops.hankel import spectral_filters
+from megassm.ops.bases import spectral_filters
 
 Array = npt.NDArray[np.float64]
 SHOWN = (1, 4, 8, 10, 12, 14, 16, 20, 24, 28, 32)

@@ -1,14 +1,13 @@
 """Other filters than the spectral ones, for the experiments `filters`: from which K on does it matter which they are?
 
-    true           those of `megassm.ops.hankel`
+    true           those of `megassm.ops.bases`
     float32        what a float32 subspace iteration returns for them, and its eigenvalues clamped at 1e-12: the paper's
                    code (docs/results/filters.md); beyond about the 10th they are an orthonormal basis of nothing
     random         orthonormal, white
     random_tail    the first 8 right, the others random, all orthonormal: what float32 leaves of them at 4,096 positions
     exponentials   r^t of norm 1, time constants from 1 to L: a leading few spread over them all, as evenly as they can
     learned        free, from the true ones on
-    alternating    by turns a true filter and the same with signs (-1)^t, which hears what alternates
-    hankel_l       eigenvectors of the matrix for decays of both signs, [(-1)^(i+j) + 1] 8 / ((i+j+3)(i+j-1)(i+j+1))
+    alternating, hankel_l      `model.basis` of these names (`megassm.ops.bases`), for decays of both signs
 
 The weights sigma^(1/4), where a model has them, are the true ones but for `float32`. All but `learned` go through one
 Toeplitz product, and have no steps and nothing beyond the trained length.
@@ -24,7 +23,8 @@ from torch import nn
 
 from megassm.errors import UserError
 from megassm.model import LanguageModel
-from megassm.ops.hankel import Array, spectral_filters
+from megassm.ops.bases import spectral_filters
+from megassm.ops.hankel import Array
 from tools.bench.filters import FLOOR, solvers
 
 Basis = Literal["true", "float32", "random", "random_tail", "exponentials", "learned", "alternating", "hankel_l"]
@@ -51,11 +51,8 @@ def basis(name: Basis, seq_len: int, count: int) -> tuple[Array, Array]:
             time_K = float(seq_len) ** _spread(count)
             decay_LK = np.exp(-np.arange(seq_len)[:, None] / time_K)
             return sigma_K, decay_LK / np.linalg.norm(decay_LK, axis=0)
-        case "alternating":
-            signs_LK = np.where(np.arange(count) % 2, -1.0, 1.0) ** np.arange(seq_len)[:, None]
-            return sigma_K[np.arange(count) // 2], signs_LK * phi_LK[:, np.arange(count) // 2]
-        case "hankel_l":
-            return _hankel_l(seq_len, count)
+        case "alternating" | "hankel_l":
+            return spectral_filters(seq_len, count, name)
         case "true" | "learned":
             return sigma_K, phi_LK
 
@@ -63,15 +60,6 @@ def basis(name: Basis, seq_len: int, count: int) -> tuple[Array, Array]:
 def _white(seq_len: int, count: int) -> Array:
     found: Array = np.linalg.qr(np.random.default_rng(SEED).standard_normal((seq_len, count)))[0]
     return found
-
-
-def _hankel_l(seq_len: int, count: int) -> tuple[Array, Array]:
-    """By LAPACK, which knows about as many of either parity as it does of the true ones (docs/results/filters.md)."""
-    place_L = np.arange(1.0, seq_len + 1)
-    sum_LL = place_L[:, None] + place_L
-    matrix_LL = np.where(sum_LL % 2, 0.0, 16 / ((sum_LL + 3) * (sum_LL - 1) * (sum_LL + 1)))
-    sigma_L, phi_LL = np.linalg.eigh(matrix_LL)
-    return np.maximum(sigma_L[::-1][:count], FLOOR), np.ascontiguousarray(phi_LL[:, ::-1][:, :count])
 
 
 def _spread(count: int) -> Array:

@@ -177,6 +177,17 @@ EXPERIMENTS = {
         ),
         config="configs/tasks/high_frequency.yaml",
     ),
+    "signs": Experiment(
+        "Do filters with signs carry signals of period 2 to 8 in fewer channels?",
+        "Left open: smooth leading channels may lose high frequencies.",
+        _arms(
+            Arm("plus"),
+            Arm("alternating", ("model.basis=alternating",)),
+            Arm("hankel_l", ("model.basis=hankel_l",)),
+        ),
+        config="configs/tasks/high_frequency.yaml",
+        settings=("model.sigma_scale=none",),
+    ),
     "length": Experiment(
         "Trained at L tokens, how good is a model at 2L, 4L and 8L, at every K?",
         "Left open: length generalisation.",

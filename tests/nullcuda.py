@@ -90,6 +90,23 @@ def mixing_flops(tensors: dict[str, Tensor]) -> float:
     return 2.0 * chunks * positions * channels * width * (features + outputs)
 
 
+class Target:
+    """In the place of Triton's driver: what is compiled for."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+def fused(kernel: Any, *arguments: Any, stream: int, **keywords: Any) -> None:
+    """In the place of the launcher of what torch's compiler fuses; its code is written, not compiled."""
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    assert all(tensor.is_cuda for tensor in tensors), (kernel, tensors)
+    Launches.number += 1
+    Launches.nbytes += sum(tensor.nbytes for tensor in tensors)
+
+
 def prepare() -> None:
     """Makes this process run where values mean nothing: no kernel is asked whether it is right."""
     import triton
@@ -97,6 +114,14 @@ def prepare() -> None:
     from megassm.ops import gates, head_mixing, losses, mixing, states, swiglu, taps
 
     triton.runtime.jit.JITFunction.run = launched
+    if os.environ.get("TORCHDYNAMO_DISABLE") != "1":
+        from torch._inductor.runtime import triton_helpers
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+        triton.runtime.driver.set_active(Target())
+        triton_helpers.set_driver_to_gpu = lambda: None
+        CachingAutotuner.precompile = lambda self, *arguments, **keywords: None
+        CachingAutotuner.run = fused
     mixing._triton_is_right = lambda device, dtype: True
     head_mixing._is_right = lambda device, dtype, width, outputs: True
     for module in (gates, losses, states, swiglu, taps):
@@ -186,6 +211,35 @@ def measured(work: Callable[[], object]) -> dict[str, Any]:
         "GB touched": by_operation.total() / 1e9,
         "GB by operation": {name: size / 1e9 for name, size in by_operation.most_common(12)},
     }
+
+
+def launches_of(work: Callable[[], object]) -> int:
+    """What `work` launches, whoever makes it: no operation is looked at."""
+
+    def so_far() -> int:
+        counts = device_counts()
+        return counts["launches"] + counts["gemm"] + Launches.number
+
+    before = so_far()
+    work()
+    return so_far() - before
+
+
+def compiled(name: str, *overrides: str) -> dict[str, Any]:
+    """Launches of a micro-step at two budgets, as the layers make them and by compiled blocks; graphs, and breaks."""
+    from torch._dynamo.utils import counters
+
+    found: dict[str, Any] = {}
+    for way, compiles in (("by layers", "false"), ("compiled", "true")):
+        config = shipped(name, 1, *overrides, f"train.compile={compiles}")
+        with engine_of(config, 1) as engine:
+            ks = (2, config.model.num_channels)
+            for k in ks:
+                update(engine, k)
+            before = counters["stats"]["unique_graphs"]
+            found[way] = {str(k): launches_of(lambda k=k: micro_step(engine, k)) for k in ks}
+            found["made again"] = counters["stats"]["unique_graphs"] - before
+    return found | {"graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values())}
 
 
 def shipped(name: str, size: int, *overrides: str) -> Config:
@@ -352,7 +406,7 @@ def command(name: str, *arguments: str) -> dict[str, Any]:
 def main() -> None:
     part, out, *arguments = sys.argv[1:]
     prepare()
-    found = {"count": count, "start": start, "train": train, "command": command}[part](*arguments)
+    found = {"count": count, "compiled": compiled, "start": start, "train": train, "command": command}[part](*arguments)
     Path(out).write_text(json.dumps(found), encoding="utf-8")
     sys.stdout.flush()
     sys.stderr.flush()

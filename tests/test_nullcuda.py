@@ -157,6 +157,19 @@ def test_counts_of_a_micro_step(
     assert found["start GB"] <= 1.1 * max(found["planned start GB"], stays)
 
 
+def test_compiled_blocks_launch_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NULLCUDA_COPY", "0")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    (found,) = on_null_device(tmp_path, "compiled", "350m_hybrid", "model.n_layers=4")
+    if os.environ.get("MEGASSM_NULLCUDA_WRITE"):
+        write("350m_hybrid, 4 layers, compiled", found)
+    assert found["breaks"] == found["made again"] == 0
+    assert found["graphs"] == 2 + 1, "spectral layers at two budgets, attention layers at both"
+    for k, launches in found["compiled"].items():
+        assert launches < found["by layers"][k], found
+
+
 def write(name: str, found: dict[str, Any]) -> None:
     def rounded(value: Any) -> Any:
         if isinstance(value, dict):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megassm.config.model import Budget, ModelConfig
-from megassm.layers.attention import attention_mask, rope_tables
+from megassm.layers.attention import Mask, mask_for, rope_tables
 from megassm.layers.block import Block
 from megassm.layers.compiled import of_any_number
 from megassm.layers.context import Context
@@ -206,24 +206,25 @@ class LanguageModel(nn.Module):
         if "A" not in self.config.mixers:
             return base
         part, parts = self.part
-        start = first + part * length
-        positions_L = torch.arange(start, start + length, device=self.embedding_VD.device)
-        mask = attention_mask(parts * length, self.config.window, None, self.embedding_VD)
-        return base._replace(rope=self._rope(positions_L), mask=mask)
+        positions_L = first + part * length + torch.arange(length, device=self.embedding_VD.device)
+        return base._replace(rope=self._rope(positions_L), mask=self._mask(parts * length, None))
+
+    def _mask(self, length: int, documents_BL: Tensor | None) -> Mask:
+        eager = self.training and cast(Block, self.blocks[0]).compiled is None
+        return mask_for(self.config, length, documents_BL, self.embedding_VD, trains=eager)
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return rope_tables(positions, self.config.d_model // self.config.n_heads, self.config.rope_theta)
 
     def _apart(self, context: Context, documents_BL: Tensor) -> Context:
         """`context` with the documents kept apart."""
-        device, mask, segments = self.embedding_VD.device, None, None
+        device, segments = self.embedding_VD.device, None
         if self.filterbank is not None:
             compiled = self.training and cast(Block, self.blocks[0]).compiled is not None
             segments = self.filterbank.segments(documents_BL, always_copies=compiled).to(device)
             segments = of_any_number(segments) if compiled else segments
         documents_BL = to_device(documents_BL, device)
-        if "A" in self.config.mixers:
-            mask = attention_mask(documents_BL.shape[1], self.config.window, documents_BL, self.embedding_VD)
+        mask = self._mask(documents_BL.shape[1], documents_BL) if "A" in self.config.mixers else None
         return context._replace(mask=mask, segments=segments, documents_BL=documents_BL)
 
     def beyond_trained(self, length: int, k: Budget | None = None) -> str | None:

@@ -111,7 +111,7 @@ def prepare() -> None:
     """Makes this process run where values mean nothing: no kernel is asked whether it is right."""
     import triton
 
-    from megassm.ops import gates, head_mixing, losses, mixing, states, swiglu, taps
+    from megassm.ops import flex, gates, head_mixing, losses, mixing, states, swiglu, taps
 
     triton.runtime.jit.JITFunction.run = launched
     if os.environ.get("TORCHDYNAMO_DISABLE") != "1":
@@ -124,6 +124,7 @@ def prepare() -> None:
         CachingAutotuner.run = fused
     mixing._triton_is_right = lambda device, dtype: True
     head_mixing._is_right = lambda device, dtype, width, outputs: True
+    flex._is_right = lambda device, dtype, head_dim: True
     for module in (gates, losses, states, swiglu, taps):
         module._is_right = lambda device, dtype: True
     from megassm.train import health
@@ -282,7 +283,8 @@ def update(engine: Engine, k: int) -> None:
 @contextmanager
 def engine_of(config: Config, size: int) -> Iterator[Engine]:
     world = join_world(config) if size == 1 else first_of(config, size, torch.device("cuda", 0))
-    engine = Engine(config, world, weights=nothing(config))
+    end = 7 if config.data.isolate_documents else None
+    engine = Engine(config, world, weights=nothing(config), document_end=end)
     try:
         yield engine
     finally:

@@ -170,6 +170,16 @@ def test_compiled_blocks_launch_less(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert launches < found["by layers"][k], found
 
 
+def test_windows_and_documents_are_attended_to_by_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NULLCUDA_COPY", "0")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    apart = ("model.n_layers=4", "model.window=700", "data.isolate_documents=true")
+    (found,) = on_null_device(tmp_path, "compiled", "350m_hybrid", *apart)
+    assert found["breaks"] == found["made again"] == 0
+    assert found["graphs"] == 2 + 1 + 1, "those of compiled blocks, whose masks are dense, and FlexAttention's"
+
+
 def write(name: str, found: dict[str, Any]) -> None:
     def rounded(value: Any) -> Any:
         if isinstance(value, dict):

@@ -153,7 +153,8 @@ class DataConfig(Section):
     tokenizer: str | None = None
     """"bytes" or a SentencePiece model; null is the one the data set was made with."""
     isolate_documents: bool = False
-    """No position sees another document of its sequence; attention then holds a mask of B x L x L numbers."""
+    """No position sees another document of its sequence; attention then holds a mask of B x L x L numbers,
+    on CUDA one of its blocks of 128."""
     cache_dir: str | None = None
     """Folder on a local disk where fetched blocks are kept for all ranks of the node; null keeps none."""
     cache_gib: Positive = 50.0

@@ -120,6 +120,7 @@ class HubAttention(Attention):
         if context.attentions is None:
             return super()._attended(query_BHLP, key_BGLP, value_BGLP, context)
         mask = context.mask
+        assert mask is None or isinstance(mask, Tensor), "transformers' masks are dense"
         if mask is None:
             mask = torch.ones(query_BHLP.shape[2], key_BGLP.shape[2], dtype=torch.bool, device=query_BHLP.device).tril()
         return _by_weights(query_BHLP, key_BGLP, value_BGLP, mask, context.attentions)

@@ -6,14 +6,19 @@ Shapes: B batch, L length, D width, H query heads, G key-value heads, P dimensio
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megassm.config.model import ModelConfig
 from megassm.layers.context import Context
 from megassm.layers.state import KeyValueCache, LayerState, SeparateCaches
+from megassm.ops import flex
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 def rope_tables(positions_L: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -50,11 +55,26 @@ def attention_mask(
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Mask: TypeAlias = "Tensor | BlockMask | None"
+"""Of `attention_mask`, or the same by blocks (`megassm.ops.flex`)."""
 
 
-def attend(query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, mask: Tensor | None) -> Tensor:
+def mask_for(config: ModelConfig, length: int, documents_BL: Tensor | None, like: Tensor, trains: bool) -> Mask:
+    """Who may see whom; by blocks where a model `trains` layer by layer, at one length: programs are made for it."""
+    window = config.window
+    is_whole = documents_BL is None and (window is None or window >= length)
+    if trains and not is_whole and flex.serves(like, length, config.d_model // config.n_heads):
+        return flex.block_mask(length, window, documents_BL, like.device)
+    return attention_mask(length, window, documents_BL, like)
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
+
+
+def attend(query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, mask: Mask) -> Tensor:
     """Causal attention of H heads over G heads of keys and values, H a multiple of G: (B, H, L, P)."""
+    if mask is not None and not isinstance(mask, Tensor):
+        return flex.attend(query_BHLP, key_BGLP, value_BGLP, mask)
     return F.scaled_dot_product_attention(
         query_BHLP, key_BGLP, value_BGLP, attn_mask=mask, is_causal=mask is None, enable_gqa=True
     )
@@ -145,7 +165,7 @@ class Attention(nn.Module):
             mixed_BHLP = self._attended(query_BHLP, key_BGLP, value_BGLP, context)
         else:
             key_BGTP, value_BGTP, mask = cache.seen(query_BHLP.shape[2], self.window)
-            if context.mask is not None:  # padding among what was read before
+            if isinstance(context.mask, Tensor):  # padding among what was read before
                 hidden = context.mask[..., -key_BGTP.shape[2] :]
                 mask = hidden if mask is None else hidden.masked_fill(~mask, -torch.inf)
             mixed_BHLP = self._attended_cache(query_BHLP, key_BGTP, value_BGTP, mask, context)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import MutableSequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from megassm.layers.filterbank import FilterBank
 from megassm.ops.documents import Segments
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class Context(NamedTuple):
@@ -19,8 +22,9 @@ class Context(NamedTuple):
     filterbank: FilterBank | None
     rope: tuple[Tensor, Tensor] | None
     """Cosine and sine (L, head_dim / 2) of the rotary positions, float32."""
-    mask: Tensor | None = None
-    """Added to attention's scores (`megassm.layers.attention.attention_mask`); None: the whole past is seen."""
+    mask: Tensor | BlockMask | None = None
+    """Added to attention's scores (`megassm.layers.attention.attention_mask`), or the same by blocks
+    (`megassm.ops.flex`); None: the whole past is seen."""
     segments: Segments | None = None
     """Where documents begin, for the filter bank; None: all of a sequence is one document."""
     documents_BL: Tensor | None = None

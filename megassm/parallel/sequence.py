@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megassm.layers.attention import Attend, Attention
+from megassm.layers.attention import Attend, Attention, Mask
 from megassm.layers.block import Block
 from megassm.model import LanguageModel
 from megassm.parallel.link import Link
@@ -163,7 +163,7 @@ class ExchangeHeads:
     link: Link
     whole: Attend
 
-    def __call__(self, query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, mask: Tensor | None) -> Tensor:
+    def __call__(self, query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, mask: Mask) -> Tensor:
         group, ranks = self.link.group, self.link.size
         copies = ranks // math.gcd(key_BGLP.shape[1], ranks)  # so that every rank gets whole key-value heads
         key_BGLP, value_BGLP = (x.repeat_interleave(copies, dim=1) for x in (key_BGLP, value_BGLP))

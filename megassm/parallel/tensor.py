@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megassm.config.model import ModelConfig
-from megassm.layers.attention import Attend, Attention
+from megassm.layers.attention import Attend, Attention, Mask
 from megassm.layers.block import Block
 from megassm.layers.spectral import SpectralMixer
 from megassm.layers.vocabulary import Vocabulary
@@ -237,7 +237,7 @@ class OneHead:
     head: int
     whole: Attend
 
-    def __call__(self, query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, mask: Tensor | None) -> Tensor:
+    def __call__(self, query_BHLP: Tensor, key_BGLP: Tensor, value_BGLP: Tensor, mask: Mask) -> Tensor:
         both_BGLQ = spread(torch.cat((key_BGLP, value_BGLP), dim=-1), self.link.group)
         key_B1LP, value_B1LP = both_BGLQ[:, self.head : self.head + 1].chunk(2, dim=-1)
         return self.whole(query_BHLP, key_B1LP, value_B1LP, mask)

@@ -243,6 +243,21 @@ def test_accuracy_is_to_be_high(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert list(named.arms) == ["K_max only", "hybrid (SA), K_max only", "transformer"], "whole names, or parts"
 
 
+def test_what_is_measured_without_a_training_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Path] = []
+
+    def measured(run_dir: Path) -> list[Point]:
+        seen.append(run_dir)
+        return [Point("loss", "", 2, len(seen)), Point("loss", "x", 4, math.inf)]
+
+    monkeypatch.setitem(EXPERIMENTS, "control", replace(EXPERIMENTS["control"], measure=measured))
+    for seeds in ([0], [0, 1], [1, 0]):
+        with ThreadPoolExecutor(1) as pool:
+            found = run_experiment("control", Options(seeds, tmp_path, overrides=("data.path=x",)), "command", pool)
+        assert found.points["controller"] == [[("loss", "", 2, 1 + seed), ("loss", "x", 4, math.inf)] for seed in seeds]
+    assert len(seen) == 2
+
+
 def test_every_arm_goes_on_at_its_best_rate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def measured(job: Job) -> list[Point]:
         best = {"transformer with taps": 8e-3, "Mamba-2": 4e-3}[job.arm.name]

@@ -1,13 +1,15 @@
 """Runs an experiment: trains every arm at every seed that is not there yet, measures, collects.
 
 A training is an ordinary run of `megassm.train.loop`, in a directory named after a hash of its configuration:
-experiments that have an arm in common share its runs, and an interrupted experiment goes on where it was.
+experiments that have an arm in common share its runs, and an interrupted experiment goes on where it was. What an
+experiment without trainings of that kind measures is kept in such a directory too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import multiprocessing
 import time
@@ -24,6 +26,7 @@ from megassm.config.load import load_config
 from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
 from megassm.errors import UserError
+from megassm.files import write_atomically
 from megassm.run.opening import open_run_directory, write_config
 from megassm.train.loop import pretrain
 from tools.experiments.arms import Arm
@@ -180,17 +183,20 @@ def workers(side_by_side: int) -> ProcessPoolExecutor:
 
 
 def carry_out(job: Job) -> list[Point]:
-    """Trains a job, if that is not done yet, and measures it."""
+    """Trains a job, if that is not done yet, and measures it; what trains nothing is measured once."""
     experiment = EXPERIMENTS[job.experiment]
     run_dir = Path(job.config.run.dir)
     if experiment.trains and (job.arm.is_plain or job.device):
         return plain_points(job.config, job.arm, torch.device(job.device or "cpu"))
     if experiment.trains:
         train_to_end(job.config)
-    else:
+        return experiment.measure(run_dir)
+    path = run_dir / f"{job.experiment}.json"
+    if not path.exists():
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(job.config)
-    return experiment.measure(run_dir)
+        write_atomically(path, json.dumps(experiment.measure(run_dir)).encode())
+    return [Point(*point) for point in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def train_to_end(config: Config) -> None:

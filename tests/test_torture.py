@@ -11,7 +11,7 @@ from tests.torture import Plan, compare, torture
 
 @pytest.mark.ranks
 def test_two_kills_and_another_mesh(tmp_path: Path, data_path: Path) -> None:
-    lives, summary = torture(tmp_path, data_path, Plan(kills=2, steps=60, same_mesh=1, seed=1))
+    lives, summary = torture(tmp_path, data_path, Plan(kills=2, steps=120, same_mesh=1, seed=1))
     assert all(life.named for life in lives)
     assert summary["steps_equal_bit_for_bit"] >= 5, "a checkpoint was continued"
     assert summary["ends_with_a_cause"] == 3

@@ -108,6 +108,7 @@ ENDS = ("rank killed", "rank killed in a save", "all killed", "launcher killed",
 BAD_TIMES = ("full disk", "second starter", "data away", "read-only", "")
 """By turns; as two launchers, seven ends and five of these have no common divisor, each meets each."""
 BAD_S = 4.0
+FIRST_STEP = re.compile(r"^step +\d+/", re.MULTILINE)
 CAUSES = {
     "rank killed": "no longer answer|without a word",
     "rank killed in a save": "no longer answer|without a word",
@@ -130,7 +131,8 @@ def live(number: int, run_dir: Path, shape: Shape, overrides: list[str], dice: r
         if not bad_time:  # while it sets up, reads the checkpoint, makes the first steps
             time.sleep(dice.random() * 2)
         else:
-            target = max(start, job.rows) + dice.randint(4, 12)  # rows of the life before may not be cut yet
+            target = start + dice.randint(4, 12)
+            job.wait_until(lambda: FIRST_STEP.search(job.said) is not None)  # rows of the life before are cut
             job.wait_until(lambda: job.rows >= target)
             told_s = give_a_bad_time(bad_time, job, overrides)
             time.sleep(dice.random() * 0.3)

@@ -117,3 +117,13 @@ def test_a_rank_that_refuses_alone_says_why(tmp_path: Path, data_path: Path) -> 
     )  # fmt: skip
     assert done.returncode == 1
     assert f"[rank 1 on {os.uname().nodename}] error: {gone}" in done.stderr
+
+
+def test_a_group_that_is_left_leaves_no_thread() -> None:
+    """One that lives on at the interpreter's end aborts it now and then."""
+    code = (
+        "from pathlib import Path; from megassm.parallel.world import gather_rows, join_peers, leave_world\n"
+        "join_peers('cpu'); gather_rows([1.0]); import torch._dynamo; leave_world()\n"
+        "print(*(path.read_text() for path in Path('/proc/self/task').glob('*/comm')))"
+    )
+    assert "gloo" not in run_python("-c", code).stdout

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # see `leave_world`
 
 from megassm.cli.arguments import cores, error_text
 from megassm.config.schema import Config
@@ -147,7 +148,11 @@ def _group_timeout(cuda: bool, timeout: timedelta) -> timedelta:
 
 
 def leave_world() -> None:
-    """Ends the process group; leaving without it aborts now and then."""
+    """Ends the process group, and its threads; leaving without it aborts now and then.
+
+    The group must not outlive this call: `torch.distributed.nn` has it as its functions' default where it is imported
+    while there is one, so it is imported before.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -210,7 +210,7 @@ class LanguageModel(nn.Module):
         return base._replace(rope=self._rope(positions_L), mask=self._mask(parts * length, None))
 
     def _mask(self, length: int, documents_BL: Tensor | None) -> Mask:
-        eager = self.training and cast(Block, self.blocks[0]).compiled is None
+        eager = self.training and cast(Block, self.blocks[0]).program is None
         return mask_for(self.config, length, documents_BL, self.embedding_VD, trains=eager)
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,7 +220,7 @@ class LanguageModel(nn.Module):
         """`context` with the documents kept apart."""
         device, segments = self.embedding_VD.device, None
         if self.filterbank is not None:
-            compiled = self.training and cast(Block, self.blocks[0]).compiled is not None
+            compiled = cast(Block, self.blocks[0]).program is not None
             segments = self.filterbank.segments(documents_BL, always_copies=compiled).to(device)
             segments = of_any_number(segments) if compiled else segments
         documents_BL = to_device(documents_BL, device)

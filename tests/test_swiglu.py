@@ -11,6 +11,7 @@ from tests.conftest import run_python
 CHECK = """
 import warnings, torch
 from megassm.ops import swiglu, swiglu_triton
+from megassm.ops.kernel_check import with_gradients
 
 noise = torch.Generator().manual_seed(0)
 for shape in ((1,), (3, 5), (2, 7, 333), (1, 1024), (1, 1025)):
@@ -18,8 +19,8 @@ for shape in ((1,), (3, 5), (2, 7, 333), (1, 1024), (1, 1025)):
         gate, up, gradient = ((4 * torch.randn(shape, generator=noise)).to(dtype) for _ in range(3))
         if len(shape) > 1:
             gate.view(-1)[:3] = torch.tensor([-60.0, 60.0, 0.0])
-        exact = swiglu._both(swiglu._truth, gate.double(), up.double(), gradient.double())
-        for mine, true in zip(swiglu._both(swiglu._Swiglu.apply, gate, up, gradient), exact):
+        exact = with_gradients(swiglu._truth, (gate.double(), up.double()), gradient.double())
+        for mine, true in zip(with_gradients(swiglu._Swiglu.apply, (gate, up), gradient), exact):
             assert mine.dtype == dtype and mine.shape == shape
             off = float((mine.double() - true).norm() / true.norm())
             assert off < bound, (shape, dtype, off)

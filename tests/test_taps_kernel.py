@@ -13,14 +13,15 @@ import warnings, torch
 from megassm.layers.context import Context
 from megassm.layers.taps import InputTaps
 from megassm.ops import taps, taps_triton
+from megassm.ops.kernel_check import with_gradients
 
 noise = torch.Generator().manual_seed(0)
 for batch, length, width, count in ((1, 1, 1, 4), (2, 33, 65, 2), (3, 70, 20, 5), (1, 3, 130, 64)):
     for dtype, bound in ((torch.float32, 2e-6), (torch.float16, 1e-3)):
         u, dv = (torch.randn(batch, length, width, generator=noise).to(dtype) for _ in range(2))
         weight = torch.randn(count, width, generator=noise).to(dtype)
-        found = taps._both(taps.causal_taps, u, weight, dv)
-        exact = taps._both(taps._truth, u.double(), weight.double(), dv.double())
+        found = with_gradients(taps.causal_taps, (u, weight), dv)
+        exact = with_gradients(taps._truth, (u.double(), weight.double()), dv.double())
         for mine, true in zip(found, exact):
             assert mine.dtype == dtype and mine.shape == true.shape
             off = float((mine.double() - true).norm() / true.norm())

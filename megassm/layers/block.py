@@ -42,9 +42,13 @@ class Block(nn.Module):
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         """The block's output (B, L, D)."""
-        if self.compiled is not None and self.training:
-            return self.compiled(self, x_BLD, context)
-        return self.computed(x_BLD, context)
+        program = self.program
+        return self.computed(x_BLD, context) if program is None else program(self, x_BLD, context)
+
+    @property
+    def program(self) -> Callable[[Block, Tensor, Context], Tensor] | None:
+        """What is run in the place of `computed`, if anything is."""
+        return self.compiled if self.training else None
 
     def computed(self, x_BLD: Tensor, context: Context) -> Tensor:
         """What `forward` gives, operation by operation."""

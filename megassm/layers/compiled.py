@@ -11,13 +11,13 @@ Validation is not compiled: the gates are listened to there, and a graph does no
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from types import FunctionType
 
 from megassm.errors import UserError
 from megassm.layers.block import Block
 from megassm.ops.documents import Segments
+from megassm.ops.kernel_check import compiler_switch
 
 
 def compile_blocks(blocks: Sequence[Block], budgets: int, backend: str = "inductor") -> None:
@@ -33,12 +33,11 @@ def compile_blocks(blocks: Sequence[Block], budgets: int, backend: str = "induct
     """
     import torch._dynamo  # imported where it is used: it takes longer than all of torch
 
-    for switch in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
-        if os.environ.get(switch) == "1":
-            raise UserError(
-                f"train.compile = true, but the environment variable {switch} = 1 switches torch's compiler off: unset "
-                "it, or set train.compile: false"
-            )
+    if switch := compiler_switch():
+        raise UserError(
+            f"train.compile = true, but the environment variable {switch} = 1 switches torch's compiler off: unset "
+            "it, or set train.compile: false"
+        )
     kinds = {
         (type(block.mixer), getattr(block.mixer, "sigma_scale", None), *(each.shape for each in block.parameters()))
         for block in blocks

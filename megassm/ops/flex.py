@@ -8,7 +8,6 @@ Shapes: B batch, L length, H query heads, G key-value heads, P dimensions a head
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megassm.ops.kernel_check import agrees, has_triton
+from megassm.ops.kernel_check import agrees, compiler_switch, has_triton, with_gradients
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -38,14 +37,9 @@ def serves(like: Tensor, length: int, head_dim: int) -> bool:
         and length >= LEAST_LENGTH
         and head_dim >= LEAST_DIMENSIONS
         and not torch.compiler.is_compiling()
-        and compiler_is_on()
+        and compiler_switch() is None  # without a compiler FlexAttention would form all scores
         and _is_right(like.device, like.dtype, head_dim)
     )
-
-
-def compiler_is_on() -> bool:
-    """Whether torch.compile compiles; without it FlexAttention would form all scores."""
-    return all(os.environ.get(switch) != "1" for switch in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"))
 
 
 def block_mask(length: int, window: int | None, documents_BL: Tensor | None, device: torch.device) -> BlockMask:
@@ -115,29 +109,23 @@ def _compiled() -> Any:
 
 
 @lru_cache
+@torch.inference_mode(False)
 def _is_right(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether it agrees with a dense mask on this device, forward and backward: asked once."""
     if not has_triton() or dtype not in TOLERANCE:
         return False
     generator = torch.Generator().manual_seed(0)
-    query, key, value, gradient = (
+    *given, gradient = (
         torch.randn(2, heads, 300, head_dim, generator=generator).to(device, dtype) for heads in (4, 2, 2, 4)
     )
     documents_BL = (
         torch.searchsorted(torch.tensor([0, 90, 91, 250]), torch.arange(300), right=True).expand(2, -1).to(device)
     )
-    mask, own = block_mask(300, 150, documents_BL, device), (query, key, value, gradient)
+    mask = block_mask(300, 150, documents_BL, device)
     dense = (documents_BL[:, :, None] == documents_BL[:, None]).tril().triu(-149)[:, None]
+    by_dense_mask = partial(F.scaled_dot_product_attention, attn_mask=dense, enable_gqa=True)
     return agrees(
-        lambda: _both(partial(attend, mask=mask), *own),
-        lambda: _both(partial(F.scaled_dot_product_attention, attn_mask=dense, enable_gqa=True), *own),
+        lambda: with_gradients(partial(attend, mask=mask), given, gradient),
+        lambda: with_gradients(by_dense_mask, given, gradient),
         TOLERANCE[dtype], "FlexAttention", "a dense mask is",
     )  # fmt: skip
-
-
-@torch.enable_grad()
-def _both(way: Any, query: Tensor, key: Tensor, value: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
-    """(what is attended to, the gradients of queries, keys and values)."""
-    given = [each.detach().requires_grad_() for each in (query, key, value)]
-    attended = way(*given)
-    return attended.detach(), *torch.autograd.grad(attended, given, gradient)

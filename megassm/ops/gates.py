@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megassm.ops.kernel_check import agrees, has_triton
+from megassm.ops.kernel_check import agrees, has_triton, with_gradients
 from megassm.ops.mixing import gate_weights, open_weights
 
 MOST_CHANNELS = 128
@@ -94,10 +94,6 @@ def _truth(scores_BLX: Tensor, heads: int, gate: Gate) -> Tensor:
     return open_weights(scores_BLHK) if gate == Gate.OPEN else gate_weights(scores_BLHK, gate == Gate.RESCALED)
 
 
-@torch.enable_grad()
-def _both(way: Any, scores_BLX: Tensor, heads: int, gate: Gate, dalpha: Tensor) -> tuple[Tensor, Tensor]:
+def _both(way: Any, scores_BLX: Tensor, heads: int, gate: Gate, dalpha: Tensor) -> tuple[Tensor, ...]:
     """(the weights, the gradient of the scores)."""
-    scores_BLX = scores_BLX.detach().requires_grad_()
-    alpha = way(scores_BLX, heads, gate)
-    (gradient,) = torch.autograd.grad(alpha, scores_BLX, dalpha)
-    return alpha.detach(), gradient
+    return with_gradients(partial(way, heads=heads, gate=gate), (scores_BLX,), dalpha)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megassm.config.model import FUSED_HEAD_WIDTH, FUSED_INPUTS
-from megassm.ops.kernel_check import agrees, has_triton
+from megassm.ops.kernel_check import agrees, has_triton, with_gradients
 
 MOST_POSITIONS = 64
 """C of the largest program."""
@@ -158,9 +158,6 @@ def _truth(z_NID: Tensor, rows_CKI: Tensor, weights_NCHK: Tensor, channels_KDE: 
     return torch.einsum("nckhp,khpe->nche", gated_NCKHP, channels_KHPE).flatten(2)
 
 
-@torch.enable_grad()
 def _both(way: Any, given: Sequence[Tensor], rows_CKI: Tensor, dy_NCX: Tensor) -> tuple[Tensor, ...]:
     """(y, the gradients of those that are given: z, weights, channels)."""
-    z_NID, weights_NCHK, channels_KDE = (x.detach().requires_grad_() for x in given)
-    y_NCX = way(z_NID, rows_CKI, weights_NCHK, channels_KDE)
-    return y_NCX.detach(), *torch.autograd.grad(y_NCX, (z_NID, weights_NCHK, channels_KDE), dy_NCX)
+    return with_gradients(lambda z_NID, *others: way(z_NID, rows_CKI, *others), given, dy_NCX)

@@ -6,6 +6,7 @@ Each module asks once, outside of torch's inference mode, where the first use ma
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -18,6 +19,12 @@ Computed = Callable[[], Sequence[Tensor]]
 def has_triton() -> bool:
     """Whether the package is installed; it is for Linux alone."""
     return importlib.util.find_spec("triton") is not None
+
+
+def compiler_switch() -> str | None:
+    """The environment variable that switches torch.compile off, if one does."""
+    names = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
+    return next((name for name in names if os.environ.get(name) == "1"), None)
 
 
 def in_compiled_graph() -> bool:
@@ -50,3 +57,11 @@ def agrees(found: Computed, truth: Computed, tolerance: float, kernel: str, inst
             warnings.warn(f"Triton's {kernel} {are} off by {off:.1e} here; {instead} used", stacklevel=3)
             return False
     return True
+
+
+@torch.enable_grad()
+def with_gradients(way: Callable[..., Tensor], given: Sequence[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
+    """(what `way` computes of those that are given, the gradient of each of them)."""
+    given = [tensor.detach().requires_grad_() for tensor in given]
+    found = way(*given)
+    return found.detach(), *torch.autograd.grad(found, given, gradient)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megassm.ops.kernel_check import agrees, has_triton
+from megassm.ops.kernel_check import agrees, has_triton, with_gradients
 
 MOST_STATES = 128
 """Whose recurrence fits the registers and the shared memory of a CUDA core."""
@@ -76,19 +76,10 @@ def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
     dz_NID = torch.randn(10, chunk + states, 40, generator=generator).to(device, dtype)
     tables = (near_one.diag().to(device), inputs_SC.to(device, dtype))
     return agrees(
-        lambda: _both(chunk_inputs, u_BLD, tables, dz_NID),
-        lambda: _both(_truth, u_BLD.double(), tables, dz_NID.double()),
+        lambda: with_gradients(lambda u_BLD: chunk_inputs(u_BLD, *tables), (u_BLD,), dz_NID),
+        lambda: with_gradients(lambda u_BLD: _truth(u_BLD, *tables), (u_BLD.double(),), dz_NID.double()),
         TOLERANCE[dtype], "recurrence", "torch's products are",
     )  # fmt: skip
-
-
-@torch.enable_grad()
-def _both(way: Any, u_BLD: Tensor, tables: tuple[Tensor, Tensor], dz_NID: Tensor) -> tuple[Tensor, Tensor]:
-    """(the inputs, the gradient of u)."""
-    u_BLD = u_BLD.detach().requires_grad_()
-    z_NID = way(u_BLD, *tables)
-    (du_BLD,) = torch.autograd.grad(z_NID, u_BLD, dz_NID)
-    return z_NID.detach(), du_BLD
 
 
 def _truth(u_BLD: Tensor, transition_SS: Tensor, input_SC: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megassm.ops.kernel_check import agrees, has_triton
+from megassm.ops.kernel_check import agrees, has_triton, with_gradients
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Of the norm, for `_is_right`; torch rounds silu(gate) before it multiplies."""
@@ -60,15 +60,7 @@ def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     gate, up, gradient = ((3 * torch.randn(3, 1500, generator=generator)).to(device, dtype) for _ in range(3))
     return agrees(
-        lambda: _both(_Swiglu.apply, gate, up, gradient),
-        lambda: _both(_truth, gate, up, gradient),
+        lambda: with_gradients(_Swiglu.apply, (gate, up), gradient),
+        lambda: with_gradients(_truth, (gate, up), gradient),
         TOLERANCE[dtype], "SwiGLU", "torch's is",
     )  # fmt: skip
-
-
-@torch.enable_grad()
-def _both(way: Any, gate: Tensor, up: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
-    """(the product, the gradients of gate and up)."""
-    gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
-    product = way(gate, up)
-    return product.detach(), *torch.autograd.grad(product, (gate, up), gradient)

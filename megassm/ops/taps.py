@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megassm.ops.kernel_check import agrees, has_triton
+from megassm.ops.kernel_check import agrees, has_triton, with_gradients
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Of the norm, for `_is_right`; torch rounds after every tap."""
@@ -59,8 +59,8 @@ def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
     u_BLD, dv_BLD = (torch.randn(2, 150, 70, generator=generator).to(device, dtype) for _ in range(2))
     weight_ND = torch.randn(4, 70, generator=generator).to(device, dtype)
     return agrees(
-        lambda: _both(causal_taps, u_BLD, weight_ND, dv_BLD),
-        lambda: _both(_truth, u_BLD.float(), weight_ND.float(), dv_BLD.float()),
+        lambda: with_gradients(causal_taps, (u_BLD, weight_ND), dv_BLD),
+        lambda: with_gradients(_truth, (u_BLD.float(), weight_ND.float()), dv_BLD.float()),
         TOLERANCE[dtype], "taps", "torch's are", plural=True,
     )  # fmt: skip
 
@@ -70,11 +70,3 @@ def _truth(u_BLD: Tensor, weight_ND: Tensor) -> Tensor:
     length = u_BLD.shape[1]
     shifted = (F.pad(u_BLD, (0, 0, i, 0))[:, :length] * weight for i, weight in enumerate(weight_ND))
     return torch.stack(list(shifted)).sum(0)
-
-
-@torch.enable_grad()
-def _both(way: Any, u_BLD: Tensor, weight_ND: Tensor, dv_BLD: Tensor) -> tuple[Tensor, ...]:
-    """(v, the gradients of u and of the taps)."""
-    u_BLD, weight_ND = u_BLD.detach().requires_grad_(), weight_ND.detach().requires_grad_()
-    v_BLD = way(u_BLD, weight_ND)
-    return v_BLD.detach(), *torch.autograd.grad(v_BLD, (u_BLD, weight_ND), dv_BLD)

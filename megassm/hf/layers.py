@@ -24,6 +24,7 @@ from megassm.layers.ffn import FeedForward, is_plain, leading
 from megassm.layers.filterbank import SentState
 from megassm.layers.spectral import SpectralGate, SpectralMixer
 from megassm.layers.spectral_state import SpectralState
+from megassm.ops.kernel_check import is_exporting
 from megassm.ops.mixing import gate_features, mix_channels
 
 
@@ -53,7 +54,7 @@ class LinearMixer(SpectralMixer):
 
     def _mixed(self, u_BLD: Tensor, weights_BLHK: Tensor, context: Context, sent: SentState | None) -> Tensor:
         assert context.filterbank is not None
-        if is_plain(self.channels) and not torch.compiler.is_exporting():  # it groups by size
+        if is_plain(self.channels) and not is_exporting():  # it groups by size
             channels_KDP = self._channels(context.k)
             return context.filterbank.mix(u_BLD, weights_BLHK, channels_KDP, context.segments, sent)
         features_BLKD = context.filterbank(u_BLD, context.k, context.segments)

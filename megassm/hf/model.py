@@ -32,6 +32,7 @@ from megassm.layers.filterbank import FilterBank
 from megassm.layers.state import DecodingState, LayerState
 from megassm.layers.window import filter_bank
 from megassm.model import initial_weights
+from megassm.ops.kernel_check import is_exporting
 
 LEAST_BYTES = 1 / 16
 """Of a parameter in a file, far less than any quantized one has."""
@@ -303,7 +304,7 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
         real_BL1 = None if real_BL is None else real_BL[..., None]
         if "A" not in self.shape.mixers:
             return base._replace(real_BL1=real_BL1)
-        if real_BL is None and torch.compiler.is_exporting():  # one mask for lengths within a window and beyond
+        if real_BL is None and is_exporting():  # one mask for lengths within a window and beyond
             real_BL = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
         positions_L = torch.arange(first, first + length, device=like.device)
         rope = rope_tables(positions_L, self.shape.d_model // self.shape.n_heads, self.shape.rope_theta)

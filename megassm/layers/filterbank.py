@@ -36,6 +36,7 @@ from megassm.ops.filterbank import (
     flashfft_filterbank,
     toeplitz_rows,
 )
+from megassm.ops.kernel_check import is_exporting
 from megassm.ops.mixing import mix_channels, mix_rows
 from megassm.ops.precision import without_autocast
 from megassm.ops.realize import realize
@@ -159,7 +160,7 @@ class FilterBank(nn.Module):
         the sequence: many filters of a short length have no short recurrence.
 
         An exported program has one graph for all lengths up to the trained one, which only the direct way has."""
-        if torch.compiler.is_exporting():
+        if is_exporting():
             return "direct"
         if self.method != "auto":
             return self.method

@@ -30,7 +30,12 @@ def compiler_switch() -> str | None:
 def in_compiled_graph() -> bool:
     """Whether torch.compile reads this. What is more than elementwise is then a node of its graph, an operation of ours
     that runs as it does outside; an exported program, which others run, has torch's operations only."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not is_exporting()
+
+
+def is_exporting() -> bool:
+    """Whether torch.export reads this. torch 2.11's own function says so of torch.compile too."""
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 def agrees(found: Computed, truth: Computed, tolerance: float, kernel: str, instead: str, plural: bool = False) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -31,8 +32,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("first_hour"), metavar="DIR", help="where results go")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="small sizes, few repeats")
-    parser.add_argument("--only", metavar="LIST", help="sections whose names begin with one of these")
+    parser.add_argument(
+        "--only",
+        metavar="LIST",
+        help="groups (checks, training, timed), or sections whose names begin with one of these",
+    )
     parser.add_argument("--jobs", type=int, default=6, metavar="N", help="sections at a time of those not timed")
+    parser.add_argument("--limit-s", type=float, metavar="S", help="end everything after so many seconds")
     parser.add_argument("--budget-s", type=float, metavar="S", help="start no section after so many seconds")
     return parser.parse_args()
 
@@ -80,8 +86,10 @@ def fork_has_device(device: str) -> bool:
 class Runner:
     """Starts sections, waits for them, and gathers what they leave."""
 
-    def __init__(self, plan: Plan, folder: Path, out: Path) -> None:
+    def __init__(self, plan: Plan, folder: Path, out: Path, until: float = math.inf) -> None:
         self.plan, self.folder, self.out = plan, folder, out
+        self.until = until
+        """On the monotonic clock: what still runs then is ended."""
         self.context: ForkContext | SpawnContext = (
             multiprocessing.get_context("fork")
             if fork_has_device(plan.device)
@@ -98,21 +106,23 @@ class Runner:
     def wait(self, fewer_than: int) -> None:
         while len(self.running) >= max(1, fewer_than):
             for name, (child, section, started) in list(self.running.items()):
-                late = time.monotonic() - started > section.limit_s
-                if late and child.is_alive():
+                now = time.monotonic()
+                late = now - started if now > min(started + section.limit_s, self.until) else None
+                if late is not None and child.is_alive():
                     child.kill()
-                if not child.is_alive() or late:
+                if not child.is_alive() or late is not None:
                     child.join()
                     del self.running[name]
                     self.gather(section, child.exitcode, late)
             time.sleep(0.02)
 
-    def gather(self, section: Section, code: int | None, late: bool) -> None:
+    def gather(self, section: Section, code: int | None, late: float | None) -> None:
+        """Of a section that ended with `code`, or was ended after `late` seconds."""
         path = self.folder / f"{section.name}.json"
         row = json.loads(path.read_text()) if path.exists() else {"section": section.name, "ok": False}
-        if late or code:
+        if late is not None or code:
             row["ok"] = False
-            row["error"] = f"killed after {section.limit_s:.0f} s" if late else f"exit code {code}"
+            row["error"] = f"exit code {code}" if late is None else f"killed after {late:.0f} s"
         self.failed += not row["ok"]
         print(json.dumps(row, default=str))
         with (self.out / RESULTS).open("a", encoding="utf-8") as results:
@@ -139,17 +149,19 @@ def main() -> None:
     import megassm.train.loop  # noqa: F401
 
     wanted = arguments.only.split(",") if arguments.only else [""]
-    chosen = [s for s in sections(arguments.quick) if s.name.startswith(tuple(wanted))]
+    chosen = [s for s in sections(arguments.quick) if s.group in wanted or s.name.startswith(tuple(wanted))]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        runner = Runner(Plan(arguments.device, arguments.quick, folder, out.resolve()), folder, out)
+        until = begun + (arguments.limit_s or math.inf)
+        runner = Runner(Plan(arguments.device, arguments.quick, folder, out.resolve()), folder, out, until)
         print(f"imports: {time.monotonic() - begun:.1f} s; sections are started by {runner.context.get_start_method()}")
         order = 0
         for section in sorted(chosen, key=lambda s: s.order):
-            if arguments.budget_s and time.monotonic() - begun > arguments.budget_s:
-                print(json.dumps({"section": section.name, "ok": None, "left_out": f"after {arguments.budget_s:g} s"}))
-                continue
             runner.wait(1 if section.timed or section.order > order else arguments.jobs)
+            last = min(arguments.budget_s or math.inf, arguments.limit_s or math.inf)
+            if time.monotonic() - begun > last:
+                print(json.dumps({"section": section.name, "ok": None, "left_out": f"after {last:g} s"}))
+                continue
             order = section.order
             runner.start(section)
         runner.wait(1)

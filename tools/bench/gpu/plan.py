@@ -38,27 +38,39 @@ class Section:
     """Whether it must have the device for itself."""
     limit_s: float = 180.0
 
+    @property
+    def group(self) -> str:
+        """checks, training or timed."""
+        return "timed" if self.timed else "training" if self.module == "training" else "checks"
+
     def run(self, plan: Plan, folder: Path) -> Iterator[Found]:
         function = getattr(import_module(f"tools.bench.gpu.{self.module}"), self.function)
         found: Iterator[Found] = function(plan, folder, *([self.argument] if self.argument else []))
         return found
 
 
-ARMS = ("zero0", "zero1", "zero2", "zero3", "fp32", "hybrid", "documents", "recompute", "distill", "heads", "elastic")
+ARMS = ("zero0", "zero1", "zero2", "zero3", "fp32", "hybrid", "documents", "recompute", "distill", "heads", "elastic",
+        "flex", "compile")  # fmt: skip
 """Kinds of training that are started through the launcher's own entry (`tools.bench.gpu.training`)."""
 
 
+TIMED = {"rates_compiled": ("rates", "true")}
+"""Function and argument, where they are not the section's name alone."""
+
+
 def sections(quick: bool) -> list[Section]:
-    """All of them; `order` sorts: first what needs no data, then the data, then what is trained, then what is timed."""
-    checks = ("kernels", "fused", "elementwise", "filterbank", "model", "decoding")
-    timed: tuple[str, ...] = ("machine", "rates", "mixer", "heads", "memory", "profile")
-    if not quick:
-        timed = (*timed, "sizes")
+    """All of them; `order` sorts: first what needs no data, then the data, then what is trained, then what is timed,
+    the most telling first."""
+    checks = ("kernels", "fused", "elementwise", "head_mixing", "taps", "filterbank", "model", "decoding")
+    timed = ("machine", "rates", "heads", "rates_compiled", "sizes", "mixer", "profile", "memory")
+    compiled = ("bfloat16", "float32")
     return [
+        *(Section(f"compiled_{dtype}", "compiling", "compiled", dtype, order=1) for dtype in compiled),
+        Section("flex", "compiling", "attention", order=1),
         *(Section(name, "checks", name, order=1) for name in checks),
         Section("data", "training", "data", order=1),
         *(Section(f"train_{arm}", "training", "arm", arm, order=2) for arm in ARMS),
         Section("launcher", "training", "launcher", order=2),
-        *(Section(name, "speed", name, order=3 + i, timed=True, limit_s=60 if quick else 600)
+        *(Section(name, "speed", *TIMED.get(name, (name,)), order=3 + i, timed=True, limit_s=120 if quick else 600)
           for i, name in enumerate(timed)),
     ]  # fmt: skip

@@ -33,6 +33,8 @@ from megassm.train.profiling import Batches, kind_rows, phase_rows, profile_trai
 from tools.bench.gpu.plan import Found, Plan
 from tools.bench.mixer import MixerBenchPlan, bench
 from tools.bench.model import transformer_of_equal_size
+from tools.bench.roofline import MEMORY_TB_S
+from tools.bench.roofline import rows as roofline_rows
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 TINY = ("model.vocab_size=257", "model.d_model=64", "model.n_layers=2", "model.seq_len=128", "model.num_channels=8",
@@ -92,8 +94,9 @@ def repeated_noise(config: Config) -> WeightSource:
     return rows
 
 
-def measure(config: Config, budgets: Sequence[int], repeats: int) -> Found:
-    """Seconds of a micro-step by K and of an update; the allocator's peak beside the plan's."""
+def measure(name: str, config: Config, budgets: Sequence[int], repeats: int) -> Iterator[Found]:
+    """{name: what is known so far}, more as each K is timed: seconds of a micro-step and of an update, of the first
+    update, in which programs are made; the allocator's peak beside the plan's."""
     world = join_world(config)
     cuda = world.device.type == "cuda"
     group_bytes = GROUP_BYTES[world.device.type]
@@ -104,16 +107,19 @@ def measure(config: Config, budgets: Sequence[int], repeats: int) -> Found:
         "recompute": config.train.recompute,
         "zero_stage": config.parallel.zero_stage,
         "planned_gb": round(sum(planned.values()) / 1e9, 3),
-    } | _measured(config, world, budgets, repeats)
+    }
+    for part in _measured(config, world, budgets, repeats):
+        found |= part
+        yield {name: found}
     leave_world()
     gc.collect()
     if cuda:
         found["peak_over_plan"] = round(found["peak_gb"] / found["planned_gb"], 3)
         torch.cuda.empty_cache()
-    return found
+    yield {name: found}
 
 
-def _measured(config: Config, world: World, budgets: Sequence[int], repeats: int) -> Found:
+def _measured(config: Config, world: World, budgets: Sequence[int], repeats: int) -> Iterator[Found]:
     started = time.perf_counter()
     engine = Engine(config, world, weights=repeated_noise(config))
     found: Found = {"built_s": round(time.perf_counter() - started, 2), "by_k": {}}
@@ -124,19 +130,32 @@ def _measured(config: Config, world: World, budgets: Sequence[int], repeats: int
     peak, _ = peak_flops(config.log.peak_tflops, world.device)
     updates = []
     for k in budgets:
+        begun = time.perf_counter()
         _update_seconds(engine, batches, k)
+        first = time.perf_counter() - begun
         timed = [_update_seconds(engine, batches, k) for _ in range(repeats)]
-        seconds = statistics.median(s for row in timed for s in row[:-1])
+        steps = [s for row in timed for s in row[:-1]]
+        seconds = statistics.median(steps)
         updates += [row[-1] for row in timed]
         flops = training_flops_per_token(config.model, k, config.model.seq_len) * tokens
         found["by_k"][str(k)] = {"micro_step_ms": round(1e3 * seconds, 3), "tokens_per_s": round(tokens / seconds),
-                                 "mfu": round(flops / seconds / peak, 4) if peak else None}  # fmt: skip
+                                 "mfu": round(flops / seconds / peak, 4) if peak else None,
+                                 "fastest_ms": round(1e3 * min(steps), 3), "first_update_s": round(first, 2),
+                                 "expected_ms": _expected_ms(config, k, world.device)}  # fmt: skip
+        yield found
     found["update_ms"] = round(1e3 * statistics.median(updates), 2)
     if world.device.type == "cuda":
         found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
         found["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 3)
     engine.close()
-    return found
+    yield found
+
+
+def _expected_ms(config: Config, k: int, device: torch.device) -> float | None:
+    """Of a micro-step by `tools.bench.roofline`, where it knows the card."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    card = next((card for card in MEMORY_TB_S if card in name), None)
+    return None if card is None else round(float(roofline_rows(config, [k], [card])[0]["expected_ms"]), 2)
 
 
 def _update_seconds(engine: Engine, batches: Batches, k: int) -> list[float]:
@@ -165,12 +184,16 @@ def as_transformer(config: Config) -> Config:
     return config.model_copy(update={"model": model})
 
 
-def rates(plan: Plan, _folder: Path) -> Iterator[Found]:
-    """Tokens a second and MFU of 125m at K = 2, 8 and all, beside a transformer of equal size in the same loop."""
-    config = _config(plan, "125m", 2)
-    repeats, full = (3 if plan.quick else 10), config.model.num_channels
-    yield {"125m": measure(config, sorted({2, 8, full}), repeats)}
-    yield {"125m as a transformer": measure(as_transformer(config), [full], repeats)}
+def rates(plan: Plan, _folder: Path, compile_blocks: str = "false") -> Iterator[Found]:
+    """Tokens a second and MFU of 350m_hybrid and 125m at all channels and at K = 2, beside transformers of equal size
+    in the same loop."""
+    repeats = 4 if plan.quick else 10
+    configs = {name: _config(plan, name, 2, f"train.compile={compile_blocks}") for name in ("350m_hybrid", "125m")}
+    for name, config in configs.items():
+        full = config.model.num_channels
+        yield from measure(name, config, [full, 2] if plan.quick else [full, 8, 2], repeats)
+    for name, config in configs.items():
+        yield from measure(f"{name} as a transformer", as_transformer(config), [config.model.num_channels], repeats)
 
 
 def memory(plan: Plan, _folder: Path) -> Iterator[Found]:
@@ -180,15 +203,16 @@ def memory(plan: Plan, _folder: Path) -> Iterator[Found]:
         for recompute in ("false", "true"):
             config = _config(plan, name, 1, f"train.recompute={recompute}")
             full = config.model.num_channels
-            yield {f"{name} recompute={recompute}": measure(config, [2, full], 2 if plan.quick else 5)}
-        yield {f"{name} as a transformer": measure(as_transformer(config), [config.model.num_channels], 3)}
+            yield from measure(f"{name} recompute={recompute}", config, [2, full], 2 if plan.quick else 5)
+        yield from measure(f"{name} as a transformer", as_transformer(config), [config.model.num_channels], 3)
 
 
 def sizes(plan: Plan, _folder: Path) -> Iterator[Found]:
-    """1b_hybrid at every budget of training, by ZeRO stage."""
-    for stage in (1, 2, 3):
+    """1b_hybrid at every budget of training, by ZeRO stage; a quick one at all channels and at K = 2 of stage 1."""
+    for stage in (1,) if plan.quick else (1, 2, 3):
         config = _config(plan, "1b_hybrid", 2, f"parallel.zero_stage={stage}")
-        yield {f"zero {stage}": measure(config, config.paper_budgets(), 5)}
+        budgets = [config.model.num_channels, 2] if plan.quick else config.paper_budgets()
+        yield from measure(f"zero {stage}", config, budgets, 4 if plan.quick else 5)
 
 
 def mixer(plan: Plan, _folder: Path) -> Iterator[Found]:

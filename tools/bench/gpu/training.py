@@ -24,6 +24,7 @@ SMALL = (
     "parallel.timeout_s=120",
 )  # fmt: skip
 HYBRID = ("model.pattern=SA", "model.n_kv_heads=2", "model.window=50")
+HEADS = ("model.mixer_heads=4", "model.gate=sigmoid", "model.input_taps=3")
 ARMS: dict[str, Sequence[str]] = {
     "zero0": ("parallel.zero_stage=0", "train.precision=fp32"),
     "zero1": ("parallel.zero_stage=1",),
@@ -34,8 +35,10 @@ ARMS: dict[str, Sequence[str]] = {
     "documents": (*HYBRID, "data.isolate_documents=true"),
     "recompute": (*HYBRID, "train.recompute=true", "parallel.zero_stage=2"),
     "distill": ("budget.distill_weight=0.5", "parallel.zero_stage=3"),
-    "heads": ("model.mixer_heads=4", "model.gate=sigmoid", "model.input_taps=3"),
+    "heads": HEADS,
     "elastic": ("model.ffn_elastic={knee_k: 3, below: 16, above: 8}",),
+    "flex": (*HYBRID, "model.window=200", "model.seq_len=512", "data.isolate_documents=true"),
+    "compile": (*HYBRID, *HEADS, "train.compile=true", "budget.strategy=paper", "budget.budgets=[2,8]"),
 }
 SAME = {"fp32": 1e-6, "zero0": 1e-6}
 """Relative difference of the losses of a resumed run that is still called the same; else 2e-3, bf16's rounding."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,21 +15,11 @@ from megassm.config.model import ModelConfig
 from megassm.layers.filterbank import FilterBank
 from megassm.model import LanguageModel, build_model, losses_at
 from megassm.ops import gates, losses, mixing, states, swiglu
-from megassm.ops import head_mixing as at_once
-from megassm.ops import taps as by_kernel
 from megassm.ops.filterbank import ChunkTables, chunk_inputs
-from megassm.ops.kernel_check import with_gradients
 from tools.bench.gpu.plan import Found, Plan
 
 SHAPES = ((3, 108, 96, 200), (1, 1, 1, 1), (5, 65, 130, 64), (2, 128, 64 * 32, 1280), (7, 100, 33, 257))
 """Chunks N, inputs and states I, positions x filters X, width D."""
-HEADS = (
-    (16, 8, 96, 9, 64, 108), (2, 8, 128, 40, 64, 108), (16, 8, 256, 5, 64, 100), (8, 4, 16, 3, 64, 128),
-    (3, 2, 64, 1, 1, 2), (5, 3, 40, 7, 33, 65), (1, 2, 200, 2, 50, 77),
-)  # fmt: skip
-"""Channels K, heads, their inputs P, chunks N, positions C, inputs and states I."""
-TAPS = ((4, 2, 2048, 768), (4, 3, 150, 70), (3, 2, 33, 130), (8, 1, 5, 64), (2, 1, 1, 1))
-"""Taps, sequences, positions, width."""
 BOUND = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 
 
@@ -40,98 +29,10 @@ def off(found: Tensor, truth: Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
 
-def _hold(errors: dict[str, float], bounds: dict[str, float]) -> Found:
+def hold(errors: dict[str, float], bounds: dict[str, float]) -> Found:
     wrong = {name: error for name, error in errors.items() if not error < bounds[name]}
     rounded = {name: float(f"{error:.3g}") for name, error in errors.items()}
     return {"errors": rounded, "ok": not wrong, **({"error": f"too far off: {wrong}"} if wrong else {})}
-
-
-def case_by_case(cases: Iterable[tuple[str, Callable[[], Found]]]) -> Iterator[Found]:
-    """What each case finds and what it warned of, as soon as it is there. One that fails does not hide the others."""
-    found: dict[str, Found] = {}
-    for name, case in cases:
-        begun = time.perf_counter()
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            try:
-                row = case()
-            except Exception as error:  # a compiler's refusal has many types
-                row = {"ok": False, "error": f"{type(error).__name__}: {error}"[:400]}
-        texts = sorted({str(warning.message)[:300] for warning in said})
-        found[name] = row | {"s": round(time.perf_counter() - begun, 2)} | ({"warnings": texts[:5]} if texts else {})
-        yield {"cases": found}
-    failed = [name for name, row in found.items() if not row["ok"]]
-    yield {"ok": not failed, **({"error": f"wrong: {', '.join(failed)}"} if failed else {})}
-
-
-def compared(parts: Sequence[str], found: Sequence[Tensor], truth: Sequence[Tensor], bound: float) -> Found:
-    """The errors by part, and whether all are within the bound."""
-    errors = {part: off(mine, true) for part, mine, true in zip(parts, found, truth, strict=True)}
-    return _hold(errors, dict.fromkeys(parts, bound))
-
-
-def head_mixing(plan: Plan, _folder: Path) -> Iterator[Found]:
-    """The mixer's product by the kernels that write no feature: whether they are taken, their values and gradients
-    against float64, and whether two runs give the same bits."""
-    device = torch.device(plan.device)
-    kinds = [(torch.bfloat16, sizes) for sizes in HEADS] + [(torch.float16, sizes) for sizes in HEADS[1:3]]
-    yield from case_by_case(
-        (f"{dtype} K={k} H={h} P={p} N={n} C={c} I={i}", partial(_of_heads, device, dtype, (k, h, p, n, c, i)))
-        for dtype, (k, h, p, n, c, i) in kinds
-    )
-
-
-def _of_heads(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> Found:
-    k, heads, width, n, c, i = sizes
-    noise = torch.Generator().manual_seed(width)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=noise).to(dtype)
-
-    rows, dy, z = random(c, k, i) / 10, random(n, c, heads * width), random(n, i, heads * width)
-    given = [z, torch.rand(n, c, heads, k, generator=noise), random(k, heads * width, width) / width**0.5]
-    rows_on, dy_on, *on = (tensor.to(device) for tensor in (rows, dy, *given))
-    taken = at_once.kernel_serves(on[0], rows_on, *on[1:])
-    way = at_once.gated_product if device.type == "cuda" else mixing.gated_product
-    found, again = (with_gradients(partial(_mixed, way, rows_on), on, dy_on) for _ in range(2))
-    exact = partial(_mixed, mixing.gated_product, rows.double())
-    truth = with_gradients(exact, [tensor.double() for tensor in given], dy.double())
-    row = compared(("y", "dz", "dweights", "dM"), found, truth, BOUND[str(dtype).removeprefix("torch.")])
-    same = all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
-    return row | {"taken": taken, "same_bits": same, "ok": row["ok"] and same and taken == (device.type == "cuda")}
-
-
-def _mixed(way: Callable[..., Tensor], rows: Tensor, z: Tensor, weights: Tensor, channels: Tensor) -> Tensor:
-    return way(z, rows, weights, channels)
-
-
-def taps(plan: Plan, _folder: Path) -> Iterator[Found]:
-    """The taps by one kernel each way: whether they are taken, their values and gradients against float64."""
-    device = torch.device(plan.device)
-    yield from case_by_case(
-        (f"{dtype} N={n} B={b} L={length} D={d}", partial(_of_taps, device, dtype, (n, b, length, d)))
-        for dtype in (torch.bfloat16, torch.float16)
-        for n, b, length, d in TAPS
-    )
-
-
-def _of_taps(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> Found:
-    n, b, length, d = sizes
-    noise = torch.Generator().manual_seed(d)
-    u, weight, dv = (
-        torch.randn(shape, generator=noise).to(dtype) for shape in ((b, length, d), (n, d), (b, length, d))
-    )
-    taken = by_kernel.kernel_serves(u.to(device))
-    way = by_kernel.causal_taps if device.type == "cuda" else _convolved
-    found = with_gradients(way, [u.to(device), weight.to(device)], dv.to(device))
-    truth = with_gradients(_convolved, [u.double(), weight.double()], dv.double())
-    row = compared(("v", "du", "dweight"), found, truth, BOUND[str(dtype).removeprefix("torch.")])
-    return row | {"taken": taken, "ok": row["ok"] and taken == (device.type == "cuda")}
-
-
-def _convolved(u: Tensor, weight: Tensor) -> Tensor:
-    n, d = weight.shape
-    return F.conv1d(F.pad(u.mT, (n - 1, 0)), weight.flip(0).t()[:, None], groups=d).mT
 
 
 def kernels(plan: Plan, _folder: Path) -> Iterator[Found]:
@@ -162,7 +63,7 @@ def kernels(plan: Plan, _folder: Path) -> Iterator[Found]:
                 errors[f"{name} {what} {shape}"] = off(mine, true)
             errors[f"{name} dfeatures {shape}"] = off(gradient_on, gradient.double() * gates)
             bounds |= {key: BOUND[name] for key in errors if key not in bounds}
-    yield _hold(errors, bounds)
+    yield hold(errors, bounds)
 
 
 def fused(plan: Plan, _folder: Path) -> Iterator[Found]:
@@ -197,7 +98,7 @@ def fused(plan: Plan, _folder: Path) -> Iterator[Found]:
         )
         for what, mine, true in zip(("z", "du", "nll", "dlogits"), found, truth, strict=True):
             errors[f"{name} {what}"], bounds[f"{name} {what}"] = off(mine, true), BOUND[name]
-    yield _hold(errors, bounds)
+    yield hold(errors, bounds)
 
 
 def elementwise(plan: Plan, _folder: Path) -> Iterator[Found]:
@@ -228,7 +129,7 @@ def elementwise(plan: Plan, _folder: Path) -> Iterator[Found]:
                     errors[f"{name} {what}{part}"] = off(a, b)
                     bounds[f"{name} {what}{part}"] = BOUND[name]
         yield {f"gate_{name}": taken, f"warnings_{name}": [str(warning.message) for warning in said]}
-    yield _hold(errors, bounds)
+    yield hold(errors, bounds)
 
 
 def _after(way: Callable[..., Tensor], others: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -298,7 +199,7 @@ def filterbank(plan: Plan, _folder: Path) -> Iterator[Found]:
                 assert b is not None
                 key = f"{name} {what} K={k} H={heads} L={length}"
                 errors[key], bounds[key] = off(a, b), BOUND[name]
-    yield _hold(errors, bounds)
+    yield hold(errors, bounds)
 
 
 def model(plan: Plan, _folder: Path) -> Iterator[Found]:
@@ -328,7 +229,7 @@ def model(plan: Plan, _folder: Path) -> Iterator[Found]:
                 errors[f"{name} loss"], bounds[f"{name} loss"] = off(found, wanted), bound
                 errors[f"{name} gradient"] = off(_gradient(mine), _gradient(true))
                 bounds[f"{name} gradient"] = 3 * bound
-    yield _hold(errors, bounds)
+    yield hold(errors, bounds)
 
 
 def cast_parameters(model: LanguageModel, dtype: torch.dtype) -> None:
@@ -355,4 +256,4 @@ def decoding(plan: Plan, _folder: Path) -> Iterator[Found]:
         for position in range(40, 80):
             logits, state = model.step(ids[:, position], state, 5)
         errors["step"] = off(logits, whole[:, 79])
-    yield _hold(errors, dict.fromkeys(errors, 1e-4))
+    yield hold(errors, dict.fromkeys(errors, 1e-4))

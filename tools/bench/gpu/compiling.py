@@ -18,7 +18,8 @@ from megassm.layers.compiled import compile_blocks
 from megassm.model import LanguageModel, build_model, losses_at
 from megassm.ops import flex
 from megassm.ops.kernel_check import with_gradients
-from tools.bench.gpu.checks import case_by_case, cast_parameters, compared
+from tools.bench.gpu.cases import case_by_case, compared
+from tools.bench.gpu.checks import cast_parameters
 from tools.bench.gpu.plan import Found, Plan
 
 SEEN = (
@@ -82,16 +83,13 @@ def compiled(plan: Plan, _folder: Path, dtype: str) -> Iterator[Found]:
     ids = torch.randint(1, 300, (2, 641), generator=torch.Generator().manual_seed(1))
     ids[:, 70:600:41] = END
     kinds = [(k, end) for end in (None, END) for k in BUDGETS]
-    by_layers = {kind: _computed(plain, ids.to(device), *kind) for kind in kinds}
-    before = counters["stats"]["unique_graphs"]
-    counters["graph_break"].clear()
     backend = "inductor" if device.type == "cuda" else "aot_eager_decomp_partition"  # C++ takes minutes
     compile_blocks(cast(list[Block], list(whole.blocks)), len(BUDGETS), backend)
 
     def case(kind: tuple[int, int | None]) -> Found:
-        found = _computed(whole, ids.to(device), *kind)
-        row = _beside(found, by_layers[kind], _computed(exact, ids, *kind), dtype)
-        return row | {"graphs": counters["stats"]["unique_graphs"] - before}
+        by_layers, before = _computed(plain, ids.to(device), *kind), counters["stats"]["unique_graphs"]
+        found, made = _computed(whole, ids.to(device), *kind), counters["stats"]["unique_graphs"] - before
+        return _beside(found, by_layers, _computed(exact, ids, *kind), dtype) | {"graphs": made}
 
     def again(kind: tuple[int, int | None]) -> Found:
         others = ids.flip(1).to(device)
@@ -106,7 +104,7 @@ def compiled(plan: Plan, _folder: Path, dtype: str) -> Iterator[Found]:
              for text, part in (("", case), (", another batch", again)) for k, end in kinds]  # fmt: skip
     yield from case_by_case(cases)
     breaks = dict(counters["graph_break"])
-    yield {"backend": backend, "graphs": counters["stats"]["unique_graphs"] - before, "breaks": breaks}
+    yield {"backend": backend, "breaks": breaks}
     if breaks:
         yield {"ok": False, "error": "graphs are broken"}
 

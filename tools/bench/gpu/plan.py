@@ -61,16 +61,17 @@ TIMED = {"rates_compiled": ("rates", "true")}
 def sections(quick: bool) -> list[Section]:
     """All of them; `order` sorts: first what needs no data, then the data, then what is trained, then what is timed,
     the most telling first."""
-    checks = ("kernels", "fused", "elementwise", "head_mixing", "taps", "filterbank", "model", "decoding")
+    checks = ("kernels", "fused", "elementwise", "filterbank", "model", "decoding")
     timed = ("machine", "rates", "heads", "rates_compiled", "sizes", "mixer", "profile", "memory")
     compiled = ("bfloat16", "float32")
     return [
         *(Section(f"compiled_{dtype}", "compiling", "compiled", dtype, order=1) for dtype in compiled),
         Section("flex", "compiling", "attention", order=1),
+        *(Section(name, "cases", name, order=1) for name in ("head_mixing", "taps")),
         *(Section(name, "checks", name, order=1) for name in checks),
         Section("data", "training", "data", order=1),
         *(Section(f"train_{arm}", "training", "arm", arm, order=2) for arm in ARMS),
         Section("launcher", "training", "launcher", order=2),
-        *(Section(name, "speed", *TIMED.get(name, (name,)), order=3 + i, timed=True, limit_s=120 if quick else 600)
+        *(Section(name, "speed", *TIMED.get(name, (name, "")), 3 + i, True, 120 if quick else 600)
           for i, name in enumerate(timed)),
     ]  # fmt: skip

@@ -172,7 +172,7 @@ class Workload(NamedTuple):
     tensor: int = 1
     """Ranks among which a layer's inner width is divided (`megassm.parallel.tensor`)."""
     fused: bool = False
-    """Whether norms, gates and, in 16 bits, losses and SwiGLU are single kernels, as on CUDA: they keep what they are
+    """Whether norms, gates, SwiGLU and, in 16 bits, losses are single kernels, as on CUDA: they keep what they are
     given, no float32 copy of it."""
 
     def share(self, size: int) -> int:
@@ -229,7 +229,7 @@ def layer_activation_bytes(config: ModelConfig, mixer: str, k: int, work: Worklo
 
 
 def _feed_forward_bytes(config: ModelConfig, k: int, work: Workload) -> int:
-    kept = 3 if work.fused and work.number_bytes < FLOAT32 else 4  # gate and up, its silu, their product
+    kept = 3 if work.fused else 4  # gate and up, its silu, their product
     hidden = kept * work.number_bytes * work.share(config.ffn_width(k))
     return work.positions * (_norm_bytes(config.d_model, work) + hidden)
 

@@ -295,7 +295,7 @@ def test_experiments_run(tmp_path: Path, data_path: Path, monkeypatch: pytest.Mo
             values = [point.y for by_seed in found.points.values() for points in by_seed for point in points]
             assert values
             assert all(math.isfinite(value) and value >= 0 for value in values)
-    assert len(list((tmp_path / "runs").iterdir())) == runs - 4 - 6, (
+    assert len(list((tmp_path / "runs").iterdir())) == runs - 4 - 8, (
         "static_elastic, ablations, sampling, online share one; the families too; the plain loop has one for its seven"
     )
 

@@ -1,4 +1,4 @@
-"""SwiGLU (arXiv 2002.05202), silu(gate) * up; on CUDA in 16 bits by a Triton kernel each way, where it is and is right.
+"""SwiGLU (arXiv 2002.05202), silu(gate) * up; on CUDA by a Triton kernel each way, where it is and is right.
 
 torch's way is two kernels forward and three backward, and keeps silu(gate) too: 14 readings and writings of a hidden
 number, where 8 do.
@@ -23,8 +23,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    narrow = gate.device.type == "cuda" and gate.dtype.itemsize == 2 and gate.dtype == up.dtype
-    if narrow and not torch.compiler.is_compiling() and _is_right(gate.device, gate.dtype):
+    alike = gate.is_cuda and gate.dtype == up.dtype
+    if alike and not torch.compiler.is_compiling() and _is_right(gate.device, gate.dtype):
         product: Tensor = _Swiglu.apply(gate, up)  # type: ignore[no-untyped-call]
         return product
     return _truth(gate, up)

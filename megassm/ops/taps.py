@@ -1,4 +1,4 @@
-"""A short causal convolution of each channel by itself, on CUDA in 16 bits by a Triton kernel each way, if it is right.
+"""A short causal convolution of each channel by itself, on CUDA by a Triton kernel each way, if it is right.
 
 torch's way is two kernels a tap forward and five backward, each of which reads and writes all inputs.
 
@@ -22,8 +22,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 def kernel_serves(u_BLD: Tensor) -> bool:
     """Whether `causal_taps` computes these."""
-    narrow = u_BLD.device.type == "cuda" and u_BLD.dtype.itemsize == 2
-    return narrow and not torch.compiler.is_compiling() and _is_right(u_BLD.device, u_BLD.dtype)
+    return u_BLD.is_cuda and not torch.compiler.is_compiling() and _is_right(u_BLD.device, u_BLD.dtype)
 
 
 def causal_taps(u_BLD: Tensor, weight_ND: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from tools.experiments.arms import Arm, width_of_size
 from tools.experiments.bases import Basis
 from tools.experiments.control import control_points
 from tools.experiments.deadline import deadline_points
-from tools.experiments.family import family_arms, position_arms
+from tools.experiments.family import family_arms, finalist_arms, position_arms
 from tools.experiments.lookup import lookup_arms, lookup_points, lookup_settings
 from tools.experiments.measure import Point, cost_points, family_points, journal_points, length_points, position_points
 from tools.experiments.online import online_points
@@ -30,6 +30,11 @@ DECODED = (
     "train.batch_sequences=1", "train.micro_batch_sequences=1", "optim.lr=1e-3", "model.seq_len=1024",
 )  # fmt: skip
 """Wide enough for a step's time to follow K; 32 filters of 1,024 have a state of 43 numbers, of 256 one of 255."""
+LARGE = (
+    "model.d_model=176", "model.mixer_heads=11", "model.d_ffn=458", "model.ffn_elastic=null", "train.steps=8100",
+    "optim.warmup_steps=400",
+)  # fmt: skip
+"""Of the family: 0.8M parameters, 41 bytes each."""
 CONTROLLER = (
     "model.vocab_size=1", "model.d_model=256", "model.d_ffn=256", "budget.strategy=log_uniform", "budget.min_k=2",
     "train.batch_sequences=4", "train.micro_batch_sequences=4", "optim.lr=1e-3", "model.seq_len=1024",
@@ -243,6 +248,15 @@ EXPERIMENTS = {
         measure=family_points,
         config=FAMILY,
         rates=(4e-3, 8e-3),
+    ),
+    "family_large": Experiment(
+        "... and at four times the size?",
+        "One training gives all sizes, each as good as a model of that size.",
+        finalist_arms,
+        measure=family_points,
+        config=FAMILY,
+        rates=(4e-3, 8e-3),
+        settings=LARGE,
     ),
     "family_cost": Experiment(
         "What do the members of the family cost in prefill, decoding and memory?",

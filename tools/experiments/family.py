@@ -43,6 +43,25 @@ def family_arms(config: Config) -> list[Arm]:
     return [*arms, _elastic_width(config, sizes), _early_exit(config, full), _mamba2(config, full)]
 
 
+def finalist_arms(config: Config) -> list[Arm]:
+    """Of the family, those that the larger scale is worth: budgets of channels alone, beside what they are held to."""
+    smallest, largest = min(config.eval_budgets()), max(config.eval_budgets())
+    names = {
+        "elastic, channels only",
+        f"spectral K={smallest}, channels only alone",
+        f"spectral K={largest} alone",
+        "elastic hybrid (SA), channels only",
+        "hybrid (SA) alone",
+        f"transformer of K={largest}'s size",
+        "transformer with taps",
+    }
+    return [
+        arm._replace(curves=tuple(curve for curve in arm.curves if curve != ALONE))
+        for arm in family_arms(config)
+        if arm.name in names
+    ]
+
+
 def position_arms(config: Config) -> list[Arm]:
     """Of the family at full size: spectral, hybrid, transformer, whose trainings are the family's."""
     largest = max(config.eval_budgets())

@@ -2,7 +2,8 @@
 
 The same batches in the same order as `megassm.train`, the same AdamW with the same groups, learning rate and clipping,
 and the same budgets. On CUDA an update is one graph for each way it can go (each K that it can draw), so that models of
-a few hundred thousand parameters take a millisecond an update. What is measured is kept in the run directory; a
+a few hundred thousand parameters take a millisecond an update; its matrix products are in TF32, the validation is in
+float32. What is measured is kept in the run directory; a
 training that was interrupted starts again from its beginning.
 """
 
@@ -183,8 +184,13 @@ class Training:
                     self._begin_moments()
             torch.cuda.current_stream(self.device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                self._update(how)
+            precision = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high")  # not in the trial, where kernels are held against torch
+            try:
+                with torch.cuda.graph(graph, pool=self.pool):
+                    self._update(how)
+            finally:
+                torch.set_float32_matmul_precision(precision)
             self.graphs[how] = graph
         return self.graphs[how]
 

@@ -3,14 +3,14 @@
     loss(N, K, D) = E + A / N^a + B / D^b + C / K^c  [+ T (K_max / K)^t  where one training serves all budgets]
 
 N are the parameters of the model cut to K, in millions, D the bytes of its training in tens of millions. T is then the
-elastic tax at K_max, in bits. The experiment `scaling` trains models of seven shapes for three times each, and models
-of one K alone; this tool fits the law to all but the largest shape, says what that will be, and compares:
+elastic tax at K_max, in bits. The experiment `scaling` trains models of seven shapes for up to four times each, and
+models of one K alone; this tool fits the law to all but the two largest shapes, says what those will be, and compares:
 
     python -m tools.experiments.scaling docs/results/scaling.json --predict docs/results/scaling_prediction.json
     python -m tools.experiments.scaling docs/results/scaling.json --compare docs/results/scaling_prediction.json
 
-A prediction is worth something if it was committed before the largest shape was trained: the file names the runs that
-it saw.
+A prediction is worth something if it was committed before the largest shapes were trained: the file names the runs
+that it saw.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy.typing as npt
 from scipy.optimize import least_squares
 
 from megassm.cli.arguments import Parser, path_argument, print_table, run_tool
+from megassm.config.model import ModelConfig
 from megassm.config.schema import Config
 from megassm.cost import parameters
 from megassm.errors import UserError
@@ -36,10 +37,13 @@ Array = npt.NDArray[np.float64]
 
 SHAPES = ((48, 2), (64, 2), (96, 2), (128, 3), (192, 3), (256, 4), (416, 5))
 """Width and layers; heads of 16 inputs, a feed-forward width of 2.5 d that stays: 0.1M to 10M parameters."""
-BYTES_PER_PARAMETER = (10, 20, 40)
-ALONE = 5
-"""So many of the smallest shapes are trained at each K alone too, the middle time."""
-LARGEST = f"d={SHAPES[-1][0]}"
+BYTES_PER_PARAMETER = (5, 10, 20, 40)
+MOST_BYTES = 80e6
+"""Of a training: no text is read twice where there are 87 million bytes of books."""
+ALONE, ALONE_TIME = 4, 20
+"""So many of the smallest shapes are trained at each K alone too, for so many bytes a parameter."""
+LARGEST = tuple(f"d={width}" for width, _ in SHAPES[-2:])
+"""What the prediction is about."""
 
 MILLION, TEN_MILLION = 1e6, 1e7
 STARTS, RESAMPLES = 24, 40
@@ -161,23 +165,24 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def scaling_arms(config: Config) -> list[Arm]:
     """Elastic models of every shape and time, and smaller ones of one K alone; the largest shape last."""
-    elastic = [_elastic(config, *shape, time) for shape in SHAPES for time in BYTES_PER_PARAMETER]
-    alone = [
-        _alone(_elastic(config, *shape, BYTES_PER_PARAMETER[1]), k)
-        for shape in SHAPES[:ALONE]
-        for k in config.eval_budgets()
+    elastic = [
+        _elastic(config, width, layers, time)
+        for width, layers in SHAPES
+        for time in BYTES_PER_PARAMETER
+        if time * parameters(_shaped(config, width, layers), config.model.num_channels) < MOST_BYTES
     ]
-    return sorted(elastic + alone, key=is_largest)
+    alone = [_alone(_elastic(config, *shape, ALONE_TIME), k) for shape in SHAPES[:ALONE] for k in config.eval_budgets()]
+    return sorted(elastic + alone, key=lambda arm: is_largest(arm.name))
 
 
-def is_largest(arm: Arm) -> bool:
-    return LARGEST in arm.name
+def is_largest(training: str) -> bool:
+    """By its name, whether one is among those that the prediction is about."""
+    return any(width in training.replace(",", " ").split() for width in LARGEST)
 
 
 def _elastic(config: Config, d_model: int, n_layers: int, per_parameter: int) -> Arm:
     """The learning rate is the family's up to its width, and falls as 1/width from there."""
-    shape = {"d_model": d_model, "n_layers": n_layers, "mixer_heads": d_model // 16, "d_ffn": d_model * 5 // 2}
-    model = config.model.model_copy(update={**shape, "ffn_elastic": None})
+    shape, model = _shape(d_model, n_layers), _shaped(config, d_model, n_layers)
     per_update = config.train.batch_sequences * config.model.seq_len
     steps = max(50, round(per_parameter * parameters(model, model.num_channels) / per_update))
     rate = config.optim.lr * min(1.0, config.model.d_model / d_model)
@@ -187,15 +192,23 @@ def _elastic(config: Config, d_model: int, n_layers: int, per_parameter: int) ->
     return Arm(f"elastic d={d_model} x {per_parameter}", overrides)
 
 
+def _shape(d_model: int, n_layers: int) -> dict[str, int]:
+    return {"d_model": d_model, "n_layers": n_layers, "mixer_heads": d_model // 16, "d_ffn": d_model * 5 // 2}
+
+
+def _shaped(config: Config, d_model: int, n_layers: int) -> ModelConfig:
+    return config.model.model_copy(update={**_shape(d_model, n_layers), "ffn_elastic": None})
+
+
 def _alone(arm: Arm, k: int) -> Arm:
     only = ("budget.strategy=fixed", f"budget.budgets=[{k}]", f"eval.budgets=[{k}]", f"model.num_channels={k}")
     return Arm(f"alone {arm.name.split()[1]} K={k}", (*arm.overrides, *only))
 
 
 def expected(config: Config, seeds: Sequence[int]) -> list[Observed]:
-    """The largest shape's trainings, without losses: what is to be predicted."""
+    """The largest shapes' trainings, without losses: what is to be predicted."""
     rows = []
-    for arm in filter(is_largest, scaling_arms(config)):
+    for arm in (arm for arm in scaling_arms(config) if is_largest(arm.name)):
         own = dict(text.split("=", 1) for text in arm.overrides)
         sizes = {name: int(own[f"model.{name}"]) for name in ("d_model", "n_layers", "mixer_heads", "d_ffn")}
         model = config.model.model_copy(update={**sizes, "ffn_elastic": None})
@@ -271,7 +284,7 @@ def main() -> None:
     parser = Parser(__doc__ or "", "python -m tools.experiments.scaling docs/results/scaling.json --predict FILE")
     parser.add_argument("results", type=path_argument, help="of the experiment `scaling`")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--predict", type=path_argument, metavar="FILE", help=f"write what {LARGEST} will be")
+    what.add_argument("--predict", type=path_argument, metavar="FILE", help="write what the largest will be")
     what.add_argument("--compare", type=path_argument, metavar="FILE", help="a prediction with what came")
     arguments = parser.parse_args()
     results = json.loads(arguments.results.read_text(encoding="utf-8"))
@@ -280,7 +293,7 @@ def main() -> None:
         said = json.loads(arguments.compare.read_text(encoding="utf-8"))
         print_table("the largest, as predicted and as it came", compared(said, rows))
         return
-    seen = [row for row in rows if LARGEST not in row.training]
+    seen = [row for row in rows if not is_largest(row.training)]
     said = predict(seen, expected(Config.model_validate_json(json.dumps(results["config"])), results["seeds"]))
     write_atomically(arguments.predict, (json.dumps(said, indent=1) + "\n").encode())
     constants = said["law"].items()

@@ -92,7 +92,7 @@ def taps(plan: Plan, _folder: Path) -> Iterator[Found]:
     device = torch.device(plan.device)
     yield from case_by_case(
         (f"{dtype} N={n} B={b} L={length} D={d}", partial(_of_taps, device, dtype, (n, b, length, d)))
-        for dtype in (torch.bfloat16, torch.float16)
+        for dtype in (torch.bfloat16, torch.float32, torch.float16)
         for n, b, length, d in TAPS
     )
 

@@ -33,6 +33,8 @@ CONFIDENCE = 0.95
 CONCLUSION = "## Conclusion\n"
 MAX_TICKS = 10
 """Of a plot whose x values are its ticks."""
+MAX_LEGEND = 14
+"""Curves of a panel that names them itself; of more, one legend stands beside the panels."""
 
 
 @dataclass(frozen=True)
@@ -225,8 +227,11 @@ def draw(results: Results) -> bytes:
     """A panel for each metric, PNG; bands are the 95% intervals."""
     names = metrics(results)
     figure, grid = pyplot.subplots(1, len(names), figsize=(6.2 * len(names), 4.6), layout="constrained", squeeze=False)
+    many = len(results.points) > MAX_LEGEND
     for axes, metric in zip(grid.flat, names, strict=True):
         drawn = curves(results, metric)
+        if many:
+            axes.set_prop_cycle(color=pyplot.colormaps["turbo"](np.linspace(0, 1, len(drawn))))
         for curve in drawn:
             (line,) = axes.plot(curve.x, curve.mean, marker="o", markersize=4, label=curve.label)
             if curve.half is not None:
@@ -239,7 +244,11 @@ def draw(results: Results) -> bytes:
         axes.minorticks_off()
         axes.set(xlabel=results.x_label, ylabel=metric)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        if not many:
+            axes.legend(fontsize="small")
+    if many:
+        handles, labels = grid.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", fontsize="xx-small", ncols=-(-len(labels) // 30))
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
     pyplot.close(figure)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from megassm.config.model import FUSED_HEAD_WIDTH, FUSED_INPUTS, Budget, ModelConfig
+from megassm.config.model import CHUNK, FUSED_HEAD_WIDTH, FUSED_INPUTS, Budget, ModelConfig
 from megassm.config.schema import Config
 
 FLOAT32 = 4
@@ -65,8 +65,10 @@ def _spectral_columns(config: ModelConfig, k: int) -> int:
 
 
 def _gate_parameters(config: ModelConfig, k: int) -> int:
+    """Of the channels' weights and of the decays: what of a spectral mixer is on all ranks."""
     hidden = max(1, config.d_model // 2)
-    return (config.d_model + 1) * hidden + k * config.mixer_heads * (hidden + 1) if config.has_gate else 0
+    weights = (config.d_model + 1) * hidden + k * config.mixer_heads * (hidden + 1) if config.has_gate else 0
+    return weights + (config.mixer_heads * (config.d_model + 1) if config.selective else 0)
 
 
 def parameters(config: ModelConfig, k: Budget) -> int:
@@ -135,7 +137,8 @@ def forward_flops_by_kind(config: ModelConfig, k: Budget, seq_len: int) -> dict[
 def gate_flops_per_token(config: ModelConfig, k: int) -> float:
     """Of `forward_flops_per_token`, the gate of one spectral mixer."""
     hidden = max(1, config.d_model // 2)
-    return 2.0 * hidden * (config.d_model + k * config.mixer_heads) if config.has_gate else 0.0
+    weights = 2.0 * hidden * (config.d_model + k * config.mixer_heads) if config.has_gate else 0.0
+    return weights + (2.0 * config.d_model * config.mixer_heads if config.selective else 0.0)
 
 
 def filterbank_flops_per_token(config: ModelConfig, k: int, work: Workload, backward: bool = False) -> float:
@@ -204,9 +207,8 @@ def _loss_gradient_bytes(work: Workload) -> int:
 def activation_bytes(config: ModelConfig, k: int, work: Workload, recompute: bool = False) -> int:
     """Bytes that autograd keeps from the forward pass to the backward pass at budget k, the loss included.
 
-    K enters through 12 bytes a position and head of gate
-    weights, the filters' matrices, which do not grow with the batch, and an elastic feed-forward width: no feature is
-    kept.
+    K enters through 12 bytes a position and head of gate weights, the filters' matrices, which do not grow with the
+    batch, and an elastic feed-forward width: no feature is kept.
     """
     n, head = work.number_bytes, _head_bytes(config, work)
     ids = TOKEN_ID * work.batch * (2 * work.length + 1)  # the targets once more, without their row's first
@@ -217,7 +219,7 @@ def activation_bytes(config: ModelConfig, k: int, work: Workload, recompute: boo
         shared += _rope_bytes(config, work.length, FLOAT32) if n == FLOAT32 else 0
         shared += work.length**2 * n if config.window and config.window < work.length else 0
     layers = zip(config.mixers, config.layer_budgets(k), strict=True)
-    return ids + head + shared + sum(layer_activation_bytes(config, mixer, each, work) for mixer, each in layers)
+    return ids + head + shared + sum(layer_activation_bytes(config, *layer, work) for layer in layers)
 
 
 def layer_activation_bytes(config: ModelConfig, mixer: str, k: int, work: Workload) -> int:
@@ -265,14 +267,27 @@ def _spectral_bytes(config: ModelConfig, k: int, work: Workload) -> int:
     kept = work.positions * gate if config.has_gate else 0
     kept += work.chunked_positions * FLOAT32 * k * heads  # the weights as the products take them
     own = work.positions * n * work.share(config.d_model)
-    kept += own if work.tensor > 1 else 0  # its own channels of u
-    kept += own if heads > 1 else 0  # what the output projection takes
+    kept += own * ((work.tensor > 1) + (heads > 1))  # its own channels of u, what the output projection takes
+    kept += _decay_bytes(config, k, work) if config.selective else 0
     rows = n * work.chunk * k * inputs
     if not work.state_size:
         return kept + rows
-    doublings = math.ceil(math.log2(work.chunks)) if work.chunks > 1 else 0
+    doublings = math.ceil(math.log2(work.chunks)) if work.chunks > 1 and not config.selective else 0
     states = FLOAT32 * work.state_size * (work.chunk + work.state_size * doublings)
     return kept + rows + states + work.batch * work.chunks * inputs * work.share(config.d_model) * n
+
+
+def _decay_bytes(config: ModelConfig, k: int, work: Workload) -> int:
+    """Of a selective mixer: decays, weights once more, factors; states, or without them each chunk's past, u filled."""
+    n, heads, width = work.number_bytes, config.mixer_heads, work.share(config.d_model)
+    decays = FLOAT32 * heads * work.positions * (k + 2)
+    if work.state_size:
+        states = work.state_size * width + 3 * heads
+        return decays + FLOAT32 * (3 * heads * work.chunked_positions + work.batch * work.chunks * states)
+    chunk = min(CHUNK, work.length)
+    count = -(-work.length // chunk)
+    past = FLOAT32 * heads * count * (count + 1) + n * width * (count**2 + 2 * count - 1)
+    return decays + work.batch * chunk * past
 
 
 def _attention_bytes(config: ModelConfig, work: Workload) -> int:

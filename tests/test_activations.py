@@ -76,6 +76,8 @@ def test_kept_in_float32(pattern: str, k: int, batch: int, length: int, recomput
         {"gate_rescale": False},
         {"pattern": "S", "mixer_heads": 4},
         {"input_taps": 4},
+        {"pattern": "S", "mixer_heads": 4, "gate": "sigmoid", "selective": True},
+        {"pattern": "S", "mixer_heads": 2, "selective": True, "filterbank": "direct", "seq_len": 128},
         {"pattern": "S", "mixer_heads": 8, "gate": "sigmoid"},
         {"pattern": "S", "mixer_heads": 2, "gate": "none", "filterbank": "direct", "seq_len": 128},
         {"d_ffn": 160, "ffn_elastic": {"knee_k": 4, "below": 16, "above": 8}},
@@ -117,15 +119,16 @@ def test_the_budget_costs_gate_weights_only() -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
-    ("pattern", "k", "vocab", "heads"),
+    ("pattern", "k", "vocab", "heads", "selective"),
     [
-        ("S", 1, 50, 1), ("S", 16, 50, 1), ("S", 8, 4000, 1), ("A", 1, 4000, 1), ("SSSA", 16, 50, 1), ("S", 1, 50, 8),
-        ("S", 16, 50, 8),
+        ("S", 1, 50, 1, False), ("S", 16, 50, 1, False), ("S", 8, 4000, 1, False), ("A", 1, 4000, 1, False),
+        ("SSSA", 16, 50, 1, False), ("S", 1, 50, 8, False), ("S", 16, 50, 8, False), ("S", 16, 50, 8, True),
     ],
 )  # fmt: skip
-def test_peak_of_a_step(pattern: str, k: int, vocab: int, heads: int, recompute: bool) -> None:
+def test_peak_of_a_step(pattern: str, k: int, vocab: int, heads: int, selective: bool, recompute: bool) -> None:
     """Against the most that forward and backward hold; the gradients' memory is there beforehand."""
-    model = make(settings(pattern=pattern, vocab_size=vocab, mixer_heads=heads), recompute=recompute)
+    knobs = {"pattern": pattern, "vocab_size": vocab, "mixer_heads": heads, "selective": selective}
+    model = make(settings(**knobs), recompute=recompute)
     work = workload(model, 8, 1024)
     ids = text(work)
     for parameter in model.parameters():

@@ -58,7 +58,7 @@ def gradients(model: LanguageModel, ids: torch.Tensor, k: int, document_end: int
     [
         ({}, False),
         ({"mixer_heads": 2, "gate": "sigmoid", "input_taps": 3, "window": 20, "beyond": "window", "d_ffn": 60,
-          "ffn_elastic": {"knee_k": 3, "below": 16, "above": 8}}, True),
+          "ffn_elastic": {"knee_k": 3, "below": 16, "above": 8}, "selective": True}, True),
     ],
 )  # fmt: skip
 def test_losses_and_gradients_are_those_of_the_layers(

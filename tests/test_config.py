@@ -84,7 +84,7 @@ def test_resolved_config_is_a_config(path: Path, tmp_path: Path) -> None:
 
 
 def test_every_knob_is_described_and_read_somewhere() -> None:
-    assert len(knobs()) <= 98
+    assert len(knobs()) <= 99
     code = "\n".join(
         path.read_text(encoding="utf-8") for path in (ROOT / "megassm").rglob("*.py") if path.parent.name != "config"
     )
@@ -181,6 +181,14 @@ def test_duplicate_key(tmp_path: Path) -> None:
         (
             "parallel.sequence=2 model.seq_len=192",
             "model.seq_len = 192: must be a multiple of 64 x parallel.sequence = 128",
+        ),
+        (
+            "parallel.sequence=2 model.selective=true",
+            "model.selective = true: must be false with parallel.sequence above 1: what a part hands on fades",
+        ),
+        (
+            "model.selective=true model.filterbank=fft",
+            "model.filterbank = 'fft': must be auto, chunked or direct with model.selective = true",
         ),
         (
             "parallel.sequence=2 model.filterbank=fft",

@@ -42,7 +42,7 @@ def counted(pattern: str, k: int, backward: bool = False, **changes: object) -> 
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid", "none", "equal"])
 @pytest.mark.parametrize("heads", [1, 2, 8])
 def test_spectral_flops(k: int, gate: str, heads: int) -> None:
-    changes: dict[str, object] = {"gate": gate, "mixer_heads": heads}
+    changes: dict[str, object] = {"gate": gate, "mixer_heads": heads, "selective": heads == 2}
     settings = config(pattern="S", **changes)
     assert counted("S", k, **changes) == pytest.approx(forward_flops_per_token(settings, k, LENGTH), rel=1e-9)
     assert counted("S", k, True, **changes) == pytest.approx(training_flops_per_token(settings, k, LENGTH), rel=1e-9)
@@ -101,6 +101,7 @@ def test_window_bounds_attention_flops() -> None:
         {"gate": "equal"},
         HEADS,
         {**HEADS, "gate": "none", "input_taps": 4},
+        {**HEADS, "selective": True},
         {"tie_embeddings": False},
         {"pattern": "A"},
         ELASTIC,

@@ -23,9 +23,9 @@ LENGTH, K_MAX = 2048, 32
 
 @lru_cache
 def model(pattern: str, heads: int = 1) -> LanguageModel:
-    """With several heads it has taps, a sigmoid gate and filters with signs too."""
-    basis = "alternating" if heads == 4 else "hankel_l"
-    other = {"mixer_heads": heads, "gate": "sigmoid", "input_taps": 4, "basis": basis} if heads > 1 else {}
+    """With several heads it has taps and a sigmoid gate too, and filters with signs or a past that fades."""
+    kind = {2: {"basis": "hankel_l"}, 4: {"basis": "alternating"}, 8: {"selective": True}}
+    other = {"mixer_heads": heads, "gate": "sigmoid", "input_taps": 4, **kind[heads]} if heads > 1 else {}
     settings = config(pattern=pattern, seq_len=LENGTH, num_channels=K_MAX, d_model=32, window=100, **other)
     return build_model(settings, 0).eval()
 
@@ -45,7 +45,7 @@ def stepped(network: LanguageModel, ids_BL: Tensor, start: int, budgets: list[in
 
 
 @pytest.mark.parametrize(
-    ("pattern", "heads", "k"), [("S", 1, 32), ("S", 1, 4), ("SA", 1, 8), ("SA", 4, 32), ("S", 2, 31)]
+    ("pattern", "heads", "k"), [("S", 1, 32), ("S", 1, 4), ("SA", 1, 8), ("SA", 4, 32), ("S", 2, 31), ("S", 8, 7)]
 )
 @torch.no_grad()
 def test_two_thousand_steps_equal_the_parallel_form(pattern: str, heads: int, k: int) -> None:
@@ -74,7 +74,7 @@ BIG = 1000
 @settings(max_examples=30, deadline=None)
 @given(
     pattern=st.sampled_from(("S", "SA")),
-    heads=st.sampled_from((1, 2, 4)),
+    heads=st.sampled_from((1, 2, 4, 8)),
     k=st.sampled_from((1, 7, 32)),
     lengths=st.lists(st.sampled_from((1, 2, 5, 63, 64, 65, 130, 300)), min_size=1, max_size=4),
 )
@@ -96,12 +96,13 @@ def test_extending_equals_the_parallel_form(pattern: str, heads: int, k: int, le
 @settings(max_examples=30, deadline=None)
 @given(
     pattern=st.sampled_from(("S", "SA")),
+    heads=st.sampled_from((4, 8)),
     rounds=st.lists(st.lists(st.integers(0, 70), min_size=3, max_size=3), min_size=1, max_size=4),
 )
 @torch.no_grad()
-def test_texts_of_a_batch_take_what_they_keep(pattern: str, rounds: list[list[int]]) -> None:
+def test_texts_of_a_batch_take_what_they_keep(pattern: str, heads: int, rounds: list[list[int]]) -> None:
     """Each text keeps its own share of what was read, and what it did not keep leaves no trace."""
-    network, noise = model(pattern, 4), torch.Generator().manual_seed(2)
+    network, noise = model(pattern, heads), torch.Generator().manual_seed(2)
     length = 1 + sum(max(counts) for counts in rounds) + 1
     ids_BL = text(length, 3)
     _, state = network.prefill(ids_BL[:, :1], 8)

@@ -39,8 +39,8 @@ def opened(folder: Path, **options: Any) -> tuple[Any, Any]:
 
 @lru_cache
 def random_model(pattern: str) -> LanguageModel:
-    """The hybrid has heads, an unnormalised gate and taps."""
-    heads = {"mixer_heads": 4, "gate": "sigmoid", "input_taps": 3} if "A" in pattern else {}
+    """The hybrid has heads, an unnormalised gate, taps and a past that fades."""
+    heads = {"mixer_heads": 4, "gate": "sigmoid", "input_taps": 3, "selective": True} if "A" in pattern else {}
     return build_model(config(vocab_size=300, pattern=pattern, seq_len=64, window=20, **heads), 0).eval()
 
 

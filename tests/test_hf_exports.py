@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "elastic width": {"d_ffn": 60, "ffn_elastic": {"knee_k": 3, "below": 16, "above": 8}},
     "alternating": {"basis": "alternating", "mixer_heads": 2, "gate": "sigmoid"},
     "hankel_l": {"basis": "hankel_l", "pattern": "S"},
+    "selective": {"selective": True, "mixer_heads": 4, "gate": "sigmoid", "input_taps": 3},
     "untied": {"tie_embeddings": False, "sigma_scale": "none"},
 }
 TEXTS = ["a fine film", "no", "neither good nor bad"]

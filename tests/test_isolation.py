@@ -118,13 +118,15 @@ def test_mix_at_any_boundaries(way: str, data: st.DataObject, length: int, batch
 
 @pytest.mark.parametrize("way", ["direct", "chunked"])
 @pytest.mark.parametrize(
-    ("pattern", "window", "taps"), [("S", None, 1), ("A", None, 1), ("SA", None, 4), ("SA", 30, 1)]
+    ("pattern", "window", "taps", "selective"),
+    [("S", None, 1, False), ("A", None, 1, False), ("SA", None, 4, False), ("SA", 30, 1, True)],
 )
 @pytest.mark.parametrize("cuts", CUTS)
 def test_model_equals_each_document_alone(
-    way: str, pattern: str, window: int | None, taps: int, cuts: tuple[int, ...]
+    way: str, pattern: str, window: int | None, taps: int, selective: bool, cuts: tuple[int, ...]
 ) -> None:
-    settings_ = config(pattern=pattern, window=window, input_taps=taps, filterbank=way, seq_len=LENGTH)
+    knobs = {"window": window, "input_taps": taps, "selective": selective}
+    settings_ = config(pattern=pattern, filterbank=way, seq_len=LENGTH, **knobs)
     network = build_model(settings_, 0).double()
     for name, parameter in network.named_parameters():
         if "taps" in name:

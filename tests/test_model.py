@@ -51,6 +51,8 @@ def test_no_position_sees_the_future(pattern: str, window: int | None) -> None:
         {"gate": "softmax", "mixer_heads": 16},
         {"gate": "none", "mixer_heads": 4, "input_taps": 3, "basis": "alternating"},
         {"basis": "hankel_l", "num_channels": K_MAX},
+        {"selective": True, "gate": "sigmoid", "mixer_heads": 2, "input_taps": 3},
+        {"selective": True, "filterbank": "direct"},
         {"tie_embeddings": False, "sigma_scale": "none"},
         {"d_ffn": 60, "ffn_elastic": {"knee_k": 3, "below": 16, "above": 8}},
         {"d_ffn": 53, "ffn_elastic": {"knee_k": 9, "below": 8, "above": 0}},
@@ -106,6 +108,19 @@ def test_the_gate_starts_at_its_bias() -> None:
     model = build_model(config(gate_bias_init=-2.0, mixer_heads=2), 0)
     assert (model.blocks[0].mixer.gate.score_bias_K == -2).all()
     assert (model.blocks[0].mixer.gate.hidden.bias == 0).all()
+
+
+def test_a_selective_layer_is_the_plain_one_that_forgets_slowly_at_first() -> None:
+    plain, selective = (build_model(config(selective=chosen, mixer_heads=2), 0) for chosen in (False, True))
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, selective.get_parameter(name)), "each is drawn by its own name"
+    log_decay_BLH = selective.blocks[0].mixer.log_decays(torch.randn(2, 24, 16)).detach()
+    assert log_decay_BLH.mean().item() == pytest.approx(-1 / 24, rel=0.7)
+    assert bool((log_decay_BLH.std((0, 1)) > 0.01).all()), "it depends on the input"
+    with torch.no_grad():
+        for mixer in (selective.blocks[0].mixer, selective.blocks[2].mixer):
+            mixer.decay.bias.fill_(-30)
+    assert torch.allclose(plain(ids()), selective(ids()), atol=1e-5)
 
 
 def test_the_feed_forward_width_follows_the_budget_at_two_rates() -> None:

@@ -12,6 +12,7 @@ from megassm.config.model import Gate, SigmaScale
 from megassm.layers.context import Context
 from megassm.layers.filterbank import FilterBank
 from megassm.layers.spectral import SpectralMixer
+from tests.test_model import config
 
 LENGTH, WIDTH, K_MAX = 9, 6, 5
 
@@ -25,12 +26,24 @@ def equations(mixer: SpectralMixer, bank: FilterBank, u_BLD: Tensor, k_budget: i
     for u_LD in u_BLD:
         rows = []
         for t in range(u_LD.shape[0]):
-            features = [sum(phi[s, k] * u_LD[t - s] for s in range(t + 1)) for k in range(K_MAX)]
+            past = [faded(mixer, u_LD, t, s) for s in range(t + 1)]
+            features = [sum(phi[s, k] * past[s] for s in range(t + 1)) for k in range(K_MAX)]
             heads = [head_sum(mixer, u_LD[t], features, scale, head, k_budget) for head in range(mixer.heads)]
             mixed = torch.cat(heads) if mixer.out_DD is None else torch.cat(heads) @ mixer.out_DD
             rows.append(u_LD[t] @ mixer.direct_DD + mixed)
         outputs.append(torch.stack(rows))
     return torch.stack(outputs)
+
+
+def faded(mixer: SpectralMixer, u_LD: Tensor, t: int, s: int) -> Tensor:
+    """u_{t-s} as position t has it: in a selective layer times its head's decays of all positions since."""
+    u_D = u_LD[t - s]
+    if mixer.decay is None:
+        return u_D
+    for r in range(t - s + 1, t + 1):
+        scores_H = mixer.decay.weight @ u_LD[r] + mixer.decay.bias
+        u_D = u_D * torch.exp(-1 / (1 + torch.exp(-scores_H))).repeat_interleave(WIDTH // mixer.heads)
+    return u_D
 
 
 def head_sum(
@@ -63,9 +76,12 @@ def masked_weights(mixer: SpectralMixer, u_D: Tensor, head: int, k_budget: int) 
     return [e / total for e in exponentials] + zeros
 
 
-def make(gate: Gate, rescale: bool, scale: SigmaScale, heads: int = 1) -> tuple[SpectralMixer, FilterBank]:
+def make(
+    gate: Gate, rescale: bool, scale: SigmaScale, heads: int = 1, **more: bool
+) -> tuple[SpectralMixer, FilterBank]:
     torch.manual_seed(0)
-    mixer = SpectralMixer(WIDTH, K_MAX, heads, gate, rescale, scale).double()
+    choices = {"mixer_heads": heads, "gate": gate, "gate_rescale": rescale, **more}
+    mixer = SpectralMixer(config(d_model=WIDTH, num_channels=K_MAX, **choices), scale).double()
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     bank = FilterBank(LENGTH, K_MAX, "auto")
@@ -82,9 +98,11 @@ def make(gate: Gate, rescale: bool, scale: SigmaScale, heads: int = 1) -> tuple[
     ],
     ids=["paper", "no sigma", "no rescaling", "no gate", "sigmoid", "plain sum"],
 )  # fmt: skip
-@pytest.mark.parametrize("heads", [1, 2, 3, 6])
-def test_layer_equals_its_equations(k: int, gate: Gate, rescale: bool, scale: SigmaScale, heads: int) -> None:
-    mixer, bank = make(gate, rescale, scale, heads)
+@pytest.mark.parametrize(("heads", "selective"), [(1, False), (2, False), (3, True), (6, False), (1, True)])
+def test_layer_equals_its_equations(
+    k: int, gate: Gate, rescale: bool, scale: SigmaScale, heads: int, selective: bool
+) -> None:
+    mixer, bank = make(gate, rescale, scale, heads, selective=selective)
     assert (mixer.out_DD is None) == (heads == 1), "one head is the paper's layer"
     u_BLD = torch.randn(2, LENGTH, WIDTH, dtype=torch.float64, requires_grad=True)
     expected = equations(mixer, bank, u_BLD, k)
@@ -115,11 +133,11 @@ def test_channels_beyond_the_budget_get_zero_gradient_and_are_not_read(gate: Gat
     assert all(parameter.grad is not None for parameter in mixer.parameters())
 
 
-@pytest.mark.parametrize("gate", ["sigmoid", "none"])
-def test_a_budget_is_a_partial_sum_where_weights_are_not_normalised(gate: Gate) -> None:
+@pytest.mark.parametrize(("gate", "selective"), [("sigmoid", False), ("sigmoid", True), ("none", False)])
+def test_a_budget_is_a_partial_sum_where_weights_are_not_normalised(gate: Gate, selective: bool) -> None:
     """A channel adds to the output what it adds at every other budget; of a softmax it does not."""
     u_BLD = torch.randn(1, LENGTH, WIDTH, dtype=torch.float64)
-    mixer, bank = make(gate, True, "none", 2)
+    mixer, bank = make(gate, True, "none", 2, selective=selective)
     whole = mixer(u_BLD, Context(K_MAX, bank, None))
     for k in range(1, K_MAX):
         with torch.no_grad():

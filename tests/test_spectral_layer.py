@@ -21,6 +21,7 @@ CHOICES: list[dict[str, Any]] = [
     {},
     {"mixer_heads": 2, "gate": "sigmoid", "basis": "alternating"},
     {"gate": "equal", "sigma_scale": "none", "basis": "hankel_l"},
+    {"mixer_heads": 2, "gate": "sigmoid", "selective": True},
 ]
 
 
@@ -81,7 +82,7 @@ def test_documents_do_not_see_each_other() -> None:
 def by_hand() -> list[nn.Module]:
     torch.manual_seed(3)
     bias = {"gate_bias_init": -2.0}
-    return [SpectralMixer(WIDTH, K_MAX, 2, "sigmoid", True, "none"), SpectralLayer(WIDTH, LENGTH, K_MAX, **bias)]
+    return [SpectralMixer(layer(1).config, "none"), SpectralLayer(WIDTH, LENGTH, K_MAX, **bias)]
 
 
 def test_made_by_hand_nothing_is_uninitialised() -> None:

@@ -81,12 +81,15 @@ def test_outputs_stay_bounded_where_the_continuation_explodes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "basis"), [("S", "plus"), ("SA", "plus"), ("SA", "alternating"), ("S", "hankel_l")]
+    ("pattern", "basis", "selective"),
+    [("S", "plus", True), ("SA", "plus", False), ("SA", "alternating", False), ("S", "hankel_l", False)],
 )
 @torch.no_grad()
-def test_decoding_equals_the_parallel_form_far_beyond_the_trained_length(pattern: str, basis: str) -> None:
+def test_decoding_equals_the_parallel_form_far_beyond_the_trained_length(
+    pattern: str, basis: str, selective: bool
+) -> None:
     knobs = {"mixer_heads": 2, "gate": "sigmoid", "input_taps": 3, "sigma_scale": "none", "basis": basis}
-    model = build_model(config(pattern=pattern, beyond="window", **knobs), 0).double().eval()
+    model = build_model(config(pattern=pattern, beyond="window", selective=selective, **knobs), 0).double().eval()
     model.reset_filters()
     ids_BL = torch.randint(0, 50, (3, 130))
     expected_BLV = model(ids_BL)

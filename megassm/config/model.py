@@ -88,6 +88,9 @@ class ModelConfig(Section):
     """Bias of the gate's scores at the start; the authors' -2 makes a rescaled softmax nearly uniform there."""
     gate_init_scale: Positive = 1.0
     """Standard deviation of the gate's matrices at the start times sqrt(inputs); the authors' is 0.577."""
+    selective: bool = False
+    """Whether the past of a spectral layer fades by what is read: its state is multiplied at each position by a number
+    of each head, between 1/e and 1, that depends on the input there; it starts near 1 - 1/seq_len."""
     filterbank: Literal["auto", "direct", "fft", "flashfft", "chunked"] = "auto"
     """How the causal filter bank is computed; the results agree to rounding. auto is chunked."""
     beyond: Literal["continue", "window"] = "continue"
@@ -131,6 +134,11 @@ class ModelConfig(Section):
         signs = 1 if self.basis == "plus" else 2
         length = self.seq_len / 2 if self.basis == "hankel_l" else self.seq_len
         return min(self.seq_len, MAX_CHANNELS, signs * max(1, round(5 * math.log2(length))))
+
+    @property
+    def decay_start(self) -> float:
+        """Bias of a selective layer's decays at the start: the log decay is then about -1/seq_len a position."""
+        return -math.log(self.seq_len)
 
     @property
     def has_gate(self) -> bool:

@@ -85,6 +85,11 @@ def _mixer_violations(model: ModelConfig) -> Iterator[Violation]:
         yield Violation(
             ("model.gate_bias_init", "model.gate"), f"0 with model.gate = {model.gate!r}: there are no scores"
         )
+    if model.selective and model.filterbank in ("fft", "flashfft"):
+        yield Violation(
+            ("model.filterbank", "model.selective"),
+            "auto, chunked or direct with model.selective = true: a Fourier transform has one decay for all positions",
+        )
 
 
 def _budget_violations(config: Config) -> Iterator[Violation]:
@@ -214,6 +219,11 @@ def _split_violations(model: ModelConfig, parallel: ParallelConfig) -> Iterator[
         )
     if sequence == 1:
         return
+    if model.selective and "S" in model.pattern:
+        yield Violation(
+            ("model.selective", "parallel.sequence"),
+            "false with parallel.sequence above 1: what a part hands on fades by what the next one reads",
+        )
     if model.classes is not None:
         yield Violation(
             ("model.classes", "parallel.sequence"),

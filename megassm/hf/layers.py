@@ -21,11 +21,12 @@ from megassm.layers.attention import Attention
 from megassm.layers.block import Block
 from megassm.layers.context import Context
 from megassm.layers.ffn import FeedForward, is_plain, leading
-from megassm.layers.filterbank import SentState
+from megassm.layers.selective import faded
 from megassm.layers.spectral import SpectralGate, SpectralMixer
-from megassm.layers.spectral_state import SpectralState
+from megassm.layers.spectral_state import SentState, SpectralState
 from megassm.ops.kernel_check import is_exporting
 from megassm.ops.mixing import gate_features, mix_channels
+from megassm.ops.selective import parted
 
 
 class LinearGate(SpectralGate):
@@ -57,16 +58,20 @@ class LinearMixer(SpectralMixer):
         if is_plain(self.channels) and not is_exporting():  # it groups by size
             channels_KDP = self._channels(context.k)
             return context.filterbank.mix(u_BLD, weights_BLHK, channels_KDP, context.segments, sent)
-        features_BLKD = context.filterbank(u_BLD, context.k, context.segments)
+        weights_BLHK, log_decay_BLH = parted(weights_BLHK, context.k)
+        features_BLKD = context.filterbank(u_BLD, context.k, context.segments, log_decay_BLH)
         return self._mixed_features(features_BLKD, weights_BLHK).to(u_BLD.dtype)
 
     def _mixed_from(self, state: SpectralState, u_BLD: Tensor, context: Context) -> Tensor:
         assert context.filterbank is not None
-        weights_BLHK = self._weights(u_BLD, context)
+        weights_BLHK = self._gates(u_BLD, context)
         if is_plain(self.channels):
             return context.filterbank.mix_from(u_BLD, state, weights_BLHK, self._channels(context.k))
+        weights_BLHK, log_decay_BLH = parted(weights_BLHK, context.k)
         features = []
-        for u_BD in u_BLD.unbind(1):
+        for position, u_BD in enumerate(u_BLD.unbind(1)):
+            if log_decay_BLH is not None:
+                state = faded(state, log_decay_BLH[:, position])
             features_BKD, state = context.filterbank.step(u_BD, state, context.k)
             features.append(features_BKD)
         return self._by_linear(torch.stack(features, dim=1), weights_BLHK).to(u_BLD.dtype)

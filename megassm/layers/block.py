@@ -31,9 +31,7 @@ class Block(nn.Module):
         self.mixer: Any = (
             self.attention(d_model, config.n_heads, config.kv_heads, config.window)
             if sigma_scale is None
-            else self.spectral_mixer(
-                d_model, config.num_channels, config.mixer_heads, config.gate, config.gate_rescale, sigma_scale
-            )
+            else self.spectral_mixer(config, sigma_scale)
         )
         self.ffn_norm = nn.RMSNorm(d_model, eps=config.norm_eps)
         self.ffn = self.feed_forward(d_model, config.d_ffn, config.ffn_width)

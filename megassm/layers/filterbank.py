@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, Protocol, Self, assert_never, cast
+from typing import Any, Literal, Self, assert_never, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ from torch.nn import functional as F
 
 from megassm.config.model import CHUNK, Basis, SigmaScale
 from megassm.errors import UserError
+from megassm.layers import selective
+from megassm.layers.spectral_state import Carry, SentState
 from megassm.ops.bases import spectral_filters
 from megassm.ops.documents import Segments, cut_into_rows
 from megassm.ops.filterbank import (
@@ -49,28 +51,10 @@ GROWTH = 2.0
 DIRECT_LENGTH = 512
 """Up to this length one Toeplitz product beats the FFT (CPU, see docs/LOG.md)."""
 
-
 BUFFERS = (
     "filters_LK", "scale_K", "transition_SS", "input_SC", "rows_CKI",
     "step_change_SS", "step_signs_S", "step_input_S", "step_output_KS",
 )  # fmt: skip
-
-
-class Carry(Protocol):
-    """Hands the state from the holder of one part of a sequence to that of the next (`megassm.parallel.sequence`)."""
-
-    def send(self, end_BSD: Tensor) -> Any:
-        """Starts to tell the others the state after this part, had it started from zero; what `receive` wants."""
-
-    def receive(self, sent: Any, power_SS: Tensor) -> Tensor:
-        """The state (B, S, D) before this part; `power_SS` carries a state over a whole part."""
-
-
-class SentState(NamedTuple):
-    """A part's chunk states (B, N, S, D), had it started from zero, and what is under way to the other parts."""
-
-    states_BNSD: Tensor
-    sent: Any
 
 
 class FilterBank(nn.Module):
@@ -174,9 +158,13 @@ class FilterBank(nn.Module):
         return cut_into_rows(documents_BL, CHUNK if self.way(length) == "chunked" else length, always_copies)
 
     @without_autocast
-    def forward(self, u_BLD: Tensor, k: int, segments: Segments | None = None) -> Tensor:
+    def forward(
+        self, u_BLD: Tensor, k: int, segments: Segments | None = None, log_decay_BLH: Tensor | None = None
+    ) -> Tensor:
         """Features (B, L, k, D), in at least float32; with `segments`, made by `segments`, of each document alone."""
         u_BLD = u_BLD.to(torch.promote_types(u_BLD.dtype, torch.float32))
+        if log_decay_BLH is not None:
+            return selective.features(self, u_BLD, log_decay_BLH, k, segments)
         features_BLKD = self._features(u_BLD, k, segments)
         if segments is None or not segments.has_copies or self.way(u_BLD.shape[1]) == "chunked":
             return features_BLKD
@@ -218,9 +206,11 @@ class FilterBank(nn.Module):
         """sum_k weights[k] * (features[k] @ channels[k]), (B, L, H*E), as `mix_channels` has it; features are kept by
         the FFT ways only.
 
-        `sent` is what `send_state(u_BLD)` gave.
+        `sent` is what `send_state(u_BLD)` gave. Weights may have log decays behind them (`megassm.ops.selective`).
         """
-        length, k = weights_BLHK.shape[1], weights_BLHK.shape[3]
+        length, k = weights_BLHK.shape[1], len(channels_KDE)
+        if weights_BLHK.shape[3] > k:
+            return selective.mix(self, u_BLD, weights_BLHK, channels_KDE, segments)
         way = self.way(length)
         if way in ("fft", "flashfft"):
             return mix_channels(self(u_BLD, k, segments), weights_BLHK, channels_KDE)
@@ -255,52 +245,53 @@ class FilterBank(nn.Module):
     @without_autocast
     def mix_from(self, u_BLD: Tensor, state_BSD: Any, weights_BLHK: Tensor, channels_KDE: Tensor) -> Tensor:
         """`mix` of L positions that follow those of a state: one short chunk of all, or whole chunks."""
-        length, k = weights_BLHK.shape[1], weights_BLHK.shape[3]
+        length, k = weights_BLHK.shape[1], len(channels_KDE)
+        if weights_BLHK.shape[3] > k:
+            return selective.mix_from(self, u_BLD, state_BSD, weights_BLHK, channels_KDE)
         if u_BLD.device.type == "cpu":
             u_BLD = u_BLD.to(torch.promote_types(u_BLD.dtype, torch.float32))
-        tables, states_BNSD = self.tables(u_BLD.dtype, k), state_BSD[:, None]
+        tables = self.short_tables(u_BLD.dtype, k, length)
         if length <= CHUNK:
             z_NID = torch.cat((u_BLD, state_BSD.to(u_BLD.dtype)), dim=1)
-            rows_CKI = torch.cat((tables.rows_CKI[:length, :, :length], tables.rows_CKI[:length, :, CHUNK:]), dim=2)
         else:
             own_BNSD = chunk_states(chunked(u_BLD, CHUNK), tables)
             powers_NSS = chunk_powers(self.transition_SS, own_BNSD.shape[1]).to(state_BSD.dtype)
-            states_BNSD = own_BNSD.to(state_BSD.dtype) + powers_NSS @ states_BNSD
-            z_NID, rows_CKI = chunk_inputs(u_BLD, tables, None, states_BNSD), tables.rows_CKI
-        return mix_rows(z_NID, rows_CKI, weights_BLHK, channels_KDE, None)
+            z_NID = chunk_inputs(u_BLD, tables, None, own_BNSD.to(state_BSD.dtype) + powers_NSS @ state_BSD[:, None])
+        return mix_rows(z_NID, tables.rows_CKI, weights_BLHK, channels_KDE, None)
 
     @without_autocast
-    def advance(self, u_BLD: Tensor, state_BSD: Any) -> Any:
+    def advance(self, u_BLD: Tensor, state_BSD: Any, log_decay_BLH: Tensor | None = None) -> Any:
         """The state (B, S, D) after L more positions, in at least float32: all that later ones need, at any budget."""
         assert self.state_size
         dtype = torch.promote_types(u_BLD.dtype, torch.float32)
         u_BLD = u_BLD.to(dtype)
         if state_BSD is None:
             state_BSD = u_BLD.new_zeros(len(u_BLD), self.state_size, u_BLD.shape[2])
+        if log_decay_BLH is not None:
+            return selective.advance(self, u_BLD, state_BSD, log_decay_BLH)
         whole = u_BLD.shape[1] // CHUNK
         if whole:
             u_BNCD = F.pad(u_BLD[:, : whole * CHUNK], (0, 0, 0, CHUNK)).view(len(u_BLD), -1, CHUNK, u_BLD.shape[2])
             own_BSD = chunk_states(u_BNCD, self.tables(dtype, 0))[:, -1]
-            state_BSD = self._carried(state_BSD, self.transition_SS, whole, whole * CHUNK) + own_BSD
+            state_BSD = self.carried(state_BSD, whole * CHUNK) + own_BSD
         rest = u_BLD.shape[1] - whole * CHUNK
         if rest:
             own_BSD = self.input_SC[:, CHUNK - rest :].to(dtype) @ u_BLD[:, whole * CHUNK :]
-            state_BSD = self._carried(state_BSD, self._one_step(), rest, rest) + own_BSD
+            state_BSD = self.carried(state_BSD, rest) + own_BSD
         return state_BSD
 
-    def _carried(self, state_BSD: Tensor, transition_SS: Tensor, power: int, steps: int) -> Tensor:
-        """transition^power @ state, `steps` positions later: what it differs by from signs is rounded, as in a step."""
+    def carried(self, state_BSD: Tensor, steps: int) -> Tensor:
+        """A1^steps @ state, so many positions later: what it differs by from signs is rounded, as in a step."""
+        chunks, rest = divmod(steps, CHUNK)
         signs_S = self.step_signs_S**steps
-        change_SS = torch.linalg.matrix_power(transition_SS, power) - signs_S.diag()
+        power = (self._one_step(), steps) if rest else (self.transition_SS, chunks)
+        change_SS = torch.linalg.matrix_power(*power) - signs_S.diag()
         dtype = state_BSD.dtype
         return torch.addcmul(change_SS.to(dtype) @ state_BSD, signs_S.to(dtype)[:, None], state_BSD)
 
     def _one_step(self) -> Tensor:
         """A1."""
         return self.step_change_SS + self.step_signs_S.diag()
-
-    def _identity(self) -> Tensor:
-        return torch.eye(len(self.transition_SS), dtype=torch.float64, device=self.filters_LK.device)
 
     def tables(self, dtype: torch.dtype, k: int) -> ChunkTables:
         """The chunk's matrices for k filters in `dtype`; on a GPU made once, for every layer and update."""
@@ -309,8 +300,17 @@ class FilterBank(nn.Module):
         return self._tables(dtype, k)
 
     def _tables(self, dtype: torch.dtype, k: int) -> ChunkTables:
-        change_SS = (self.transition_SS - self._identity()).float() if self.transition_SS.is_cuda else None
+        identity_SS = torch.eye(len(self.transition_SS), dtype=torch.float64, device=self.filters_LK.device)
+        change_SS = (self.transition_SS - identity_SS).float() if self.transition_SS.is_cuda else None
         return ChunkTables(self.transition_SS, self.input_SC.to(dtype), self.rows_CKI[:, :k].to(dtype), change_SS)
+
+    def short_tables(self, dtype: torch.dtype, k: int, length: int) -> ChunkTables:
+        """`tables`, of a chunk of `length` where that is shorter."""
+        tables = self.tables(dtype, k)
+        if length >= CHUNK:
+            return tables
+        rows_CKI = torch.cat((tables.rows_CKI[:length, :, :length], tables.rows_CKI[:length, :, CHUNK:]), dim=2)
+        return tables._replace(input_SC=tables.input_SC[:, CHUNK - length :], rows_CKI=rows_CKI)
 
     def filters(self, u_BLD: Tensor) -> Tensor:
         """At least L rows of the filters, continued beyond the length they were made for, in u's dtype."""

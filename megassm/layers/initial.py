@@ -2,8 +2,9 @@
 
 Matrices start at standard deviation 1/sqrt(inputs); those that write into the residual stream are divided by
 sqrt(2 n_layers), so that its variance does not grow with depth. Channel matrices whose K_max products are added
-unnormalised are divided by sqrt(K_max). Biases start at 0, the gates' last ones at `config.gate_bias_init`, taps as
-the identity, norm gains at 1; the last norm's at `config.width_factor`, which is muP's multiplier of the logits.
+unnormalised are divided by sqrt(K_max). Biases start at 0, the gates' last ones at `config.gate_bias_init`, the decays'
+at `config.decay_start`, taps as the identity, norm gains at 1; the last norm's at `config.width_factor`, which is muP's
+multiplier of the logits.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def initial_blocks(name: str, shape: torch.Size, config: ModelConfig, seed: int)
         yield torch.full(shape, config.width_factor if name == "head_norm.weight" else 1.0)
     elif name.endswith("mixer.gate.score_bias_K"):
         yield torch.full(shape, config.gate_bias_init)
+    elif name.endswith("mixer.decay.bias"):
+        yield torch.full(shape, config.decay_start)
     elif name.endswith("taps.weight_ND"):
         yield torch.eye(config.input_taps)[0].repeat_interleave(config.d_model)
     elif std == 0.0:

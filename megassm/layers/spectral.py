@@ -10,6 +10,11 @@ weights alpha_kh of its own, and the sum goes through an output projection O bef
 parameters instead of K d^2. With the sigmoid gate alpha_k = 2 sigmoid(s_k), neither rescaled nor normalised over K: a
 smaller budget is then a partial sum, in which channel k means what it means at K_max.
 
+With `selective` the past fades, head by head, by what is read (GLA, arXiv 2312.06635, and Mamba-2, arXiv 2405.21060,
+do so too); one decay for all channels, so that a cut is what it was, and all of them still have one short state:
+
+    f_k(t) = sum_{s=0..t} phi_k(s) exp(l(t-s+1) + .. + l(t)) u_{t-s},     l(t) = -sigmoid(w_h u_t + b_h)
+
 Channels beyond the budget K are not computed. All M_k are ONE parameter (K_max, d, P), sliced inside the forward
 pass: autograd then delivers a full gradient with zeros beyond K, and the set of parameters that get a gradient never
 changes (it must not: DeepSpeed ZeRO-3 keeps stale gradients of a parameter that gets none). The price: under AdamW
@@ -29,13 +34,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megassm.config.model import Gate, SigmaScale
+from megassm.config.model import ModelConfig, SigmaScale
 from megassm.layers.context import Context
-from megassm.layers.filterbank import FilterBank, SentState
-from megassm.layers.spectral_state import SpectralState, WindowState, concatenated, taken_spectral
+from megassm.layers.filterbank import FilterBank
+from megassm.layers.selective import faded
+from megassm.layers.spectral_state import SentState, SpectralState, WindowState, concatenated, taken_spectral
 from megassm.layers.state import LayerState
 from megassm.ops import gates
 from megassm.ops.mixing import gate_weights, mix_channels, open_weights
+from megassm.ops.selective import log_decays, with_decays
 
 
 class SpectralGate(nn.Module):
@@ -92,7 +99,7 @@ class MixerSplit(Protocol):
     """Around the `mix` of one holder of a part of the inputs' channels (`megassm.parallel.tensor`)."""
 
     def enter(self, u_BLD: Tensor, weights_BLHK: Tensor) -> tuple[Tensor, Tensor]:
-        """This part's channels of u, and the weights of its heads."""
+        """This part's channels of u, and the weights of its heads, with the log decays that may be behind them."""
 
     def leave(self, y_BLD: Tensor) -> Tensor:
         """The sum of what all parts give."""
@@ -104,51 +111,53 @@ class ContinuedSpectral(NamedTuple):
     filterbank: FilterBank
     u_BLD: Tensor
     state: SpectralState | None
+    log_decay_BLH: Tensor | None
 
     def keep(self, counts: Sequence[int]) -> SpectralState:
         if len(set(counts)) == 1:
-            after: SpectralState = self.filterbank.advance(self.u_BLD[:, : counts[0]], self.state)
-            return after
+            return self._after(slice(None), counts[0], self.state)
         order: list[int] = []
         kept: list[SpectralState] = []
         for count in set(counts):
             rows = [row for row, other in enumerate(counts) if other == count]
             index = torch.tensor(rows, device=self.u_BLD.device)
             before = None if self.state is None else taken_spectral(self.state, index)
-            kept.append(self.filterbank.advance(self.u_BLD[rows, :count], before))
+            kept.append(self._after(index, count, before))
             order += rows
         return taken_spectral(concatenated(kept), torch.tensor(order, device=self.u_BLD.device).argsort())
+
+    def _after(self, rows: slice | Tensor, count: int, before: SpectralState | None) -> SpectralState:
+        decays = None if self.log_decay_BLH is None else self.log_decay_BLH[rows, :count]
+        after: SpectralState = self.filterbank.advance(self.u_BLD[rows, :count], before, decays)
+        return after
 
 
 class SpectralMixer(nn.Module):
     """u (B, L, D) -> y (B, L, D) with the k leading spectral channels.
 
     Args:
-        d_model: D, divisible by heads.
-        num_channels: K_max.
-        heads: H; 1 is the paper's layer, without an output projection.
-        gate: how the channels' weights come about; "equal" is 1/k each, the ablation without input adaptivity.
-        gate_rescale: False leaves out Eq. 8b (the ablation without RMS rescaling).
-        sigma_scale: "none" leaves out sigma_k^(1/4).
+        config: of which D, K_max, H, the gate and whether it is selective are taken.
+        sigma_scale: of this layer; "none" leaves out sigma_k^(1/4).
 
     What is made, and multiplied with, in methods of its own is made of other modules in `megassm.hf.layers`.
     """
 
     gate_module: ClassVar[type[SpectralGate]] = SpectralGate
 
-    def __init__(
-        self, d_model: int, num_channels: int, heads: int, gate: Gate, gate_rescale: bool, sigma_scale: SigmaScale
-    ) -> None:
+    def __init__(self, config: ModelConfig, sigma_scale: SigmaScale) -> None:
         super().__init__()
+        d_model, num_channels = config.d_model, config.num_channels
         self.sigma_scale = sigma_scale
-        self.heads = heads
+        self.heads = config.mixer_heads
         self.split: MixerSplit | None = None
-        self.normalised = gate in ("softmax", "equal")
+        self.normalised = config.gate in ("softmax", "equal")
         self.gate = (
-            self.gate_module(d_model, num_channels, heads, self.normalised, gate_rescale)
-            if gate in ("softmax", "sigmoid")
+            self.gate_module(d_model, num_channels, self.heads, self.normalised, config.gate_rescale)
+            if config.has_gate
             else None
         )
+        self.decay = nn.Linear(d_model, self.heads) if config.selective else None
+        self.decay_start = config.decay_start
         self._make_matrices(d_model, num_channels)
 
     def _make_matrices(self, d_model: int, num_channels: int) -> None:
@@ -160,6 +169,7 @@ class SpectralMixer(nn.Module):
     def reset_parameters(self) -> None:
         """Draws new weights from torch's random state: matrices at standard deviation 1/sqrt(inputs), and M_k, whose
         K_max products are added unnormalised without a softmax, at 1/sqrt(K_max) of it there; the gate's as it says.
+        Decays start at their bias (`ModelConfig.decay_start`), and vary by the input.
 
         A model draws its own (`megassm.model.initial_weights`), by a seed and a parameter's name.
         """
@@ -170,10 +180,13 @@ class SpectralMixer(nn.Module):
                 nn.init.normal_(matrix, std=matrix.shape[-1] ** -0.5)
         if self.gate is not None:
             self.gate.reset_parameters()
+        if self.decay is not None:
+            nn.init.normal_(self.decay.weight, std=self.decay.in_features**-0.5)
+            nn.init.constant_(self.decay.bias, self.decay_start)
 
     def forward(self, u_BLD: Tensor, context: Context) -> Tensor:
         """y (B, L, D) at the context's budget."""
-        weights_BLHK = self._weights(u_BLD, context)
+        weights_BLHK = self._gates(u_BLD, context)
         if self.split is None:
             return self.mix(u_BLD, weights_BLHK, context)
         return self.split.leave(self.mix(*self.split.enter(u_BLD, weights_BLHK), context))
@@ -193,12 +206,15 @@ class SpectralMixer(nn.Module):
             y_BLD = self(u_BLD, context)
         else:
             y_BLD = self._direct(u_BLD) + self._out(self._mixed_from(state, u_BLD, context))
-        return y_BLD, ContinuedSpectral(context.filterbank, u_BLD, state)
+        return y_BLD, ContinuedSpectral(context.filterbank, u_BLD, state, self.log_decays(u_BLD))
 
     def step(self, u_BD: Tensor, state: SpectralState, context: Context) -> tuple[Tensor, SpectralState]:
         """(y (B, D) of one position, the state after it)."""
         assert context.filterbank is not None
         u_B1D = u_BD[:, None]
+        log_decay_B1H = self.log_decays(u_B1D)
+        if log_decay_B1H is not None:
+            state = faded(state, log_decay_B1H[:, 0])
         features_BKD, state = context.filterbank.step(u_BD, state, context.k)
         weights_B1HK = self._weights(u_B1D, context)
         mixed_B1D = self._mixed_features(features_BKD[:, None], weights_B1HK)
@@ -217,7 +233,7 @@ class SpectralMixer(nn.Module):
     def _mixed_from(self, state: SpectralState, u_BLD: Tensor, context: Context) -> Tensor:
         assert context.filterbank is not None
         channels_KDP = self.channels_KDD[: context.k]
-        return context.filterbank.mix_from(u_BLD, state, self._weights(u_BLD, context), channels_KDP)
+        return context.filterbank.mix_from(u_BLD, state, self._gates(u_BLD, context), channels_KDP)
 
     def _mixed_features(self, features_BLKD: Tensor, weights_BLHK: Tensor) -> Tensor:
         return mix_channels(features_BLKD, weights_BLHK, self.channels_KDD[: features_BLKD.shape[2]])
@@ -227,6 +243,15 @@ class SpectralMixer(nn.Module):
 
     def _out(self, mixed_BLD: Tensor) -> Tensor:
         return mixed_BLD if self.out_DD is None else mixed_BLD @ self.out_DD
+
+    def _gates(self, u_BLD: Tensor, context: Context) -> Tensor:
+        """`_weights`, with the log decays behind them where the layer is selective."""
+        weights_BLHK, log_decay_BLH = self._weights(u_BLD, context), self.log_decays(u_BLD)
+        return weights_BLHK if log_decay_BLH is None else with_decays(weights_BLHK, log_decay_BLH)
+
+    def log_decays(self, u_BLD: Tensor) -> Tensor | None:
+        """l (B, L, H) of a selective layer."""
+        return None if self.decay is None else log_decays(self.decay(u_BLD))
 
     def _weights(self, u_BLD: Tensor, context: Context) -> Tensor:
         """alpha_k sigma_k^(1/4), or alpha_k, (B, L, H, k), in at least float32."""

@@ -24,6 +24,7 @@ class SpectralChoices(TypedDict, total=False):
     gate: Gate
     gate_rescale: bool
     gate_bias_init: float
+    selective: bool
     sigma_scale: SigmaScale
     filterbank: Method
 
@@ -43,7 +44,7 @@ class SpectralLayer(nn.Module):
         d_model: width D.
         seq_len: the length, in positions, that the filters are derived for: that of the sequences to train on.
         num_channels: K_max, at most `seq_len` and 128.
-        choices: basis, mixer_heads, gate, gate_rescale, gate_bias_init, sigma_scale, filterbank of
+        choices: basis, mixer_heads, gate, gate_rescale, gate_bias_init, selective, sigma_scale, filterbank of
             `megassm.ModelConfig`.
 
     Raises:
@@ -53,9 +54,7 @@ class SpectralLayer(nn.Module):
     def __init__(self, d_model: int, seq_len: int, num_channels: int = 32, **choices: Unpack[SpectralChoices]) -> None:
         super().__init__()
         self.config = config = _checked(d_model, seq_len, num_channels, choices)
-        self.mixer = SpectralMixer(
-            d_model, num_channels, config.mixer_heads, config.gate, config.gate_rescale, config.sigma_scale[0]
-        )
+        self.mixer = SpectralMixer(config, config.sigma_scale[0])
         self.filterbank = FilterBank(seq_len, num_channels, config.filterbank, config.basis)
         self.reset_parameters()
 
@@ -96,7 +95,8 @@ class SpectralLayer(nn.Module):
             UserError: so many filters at so short a `seq_len` have no state.
         """
         self._check_width(x_BLD, 3)
-        after_BSD: Tensor = self.filterbank.advance(_as_autocast(x_BLD), state_BSD)
+        x_BLD = _as_autocast(x_BLD)
+        after_BSD: Tensor = self.filterbank.advance(x_BLD, state_BSD, self.mixer.log_decays(x_BLD))
         return after_BSD
 
     def step(self, x_BD: Tensor, state_BSD: Tensor | None = None, k: int | None = None) -> tuple[Tensor, Tensor]:

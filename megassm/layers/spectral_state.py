@@ -1,4 +1,5 @@
-"""What a spectral layer remembers of the texts of a batch: one state of its filter bank, or two begun a hop apart.
+"""What a spectral layer remembers of the texts of a batch: one state of its filter bank, or two begun a hop apart; how
+one is handed on where a sequence is held in parts.
 
 Shapes: B batch, S states, D width.
 """
@@ -6,7 +7,7 @@ Shapes: B batch, S states, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +43,23 @@ class WindowState(NamedTuple):
         own_B11 = own_B[:, None, None]
         older_BSD = torch.where(own_B11, self.older_BSD, other.older_BSD)
         return WindowState(older_BSD, torch.where(own_B11, self.newer_BSD, other.newer_BSD), self.lengths)
+
+
+class Carry(Protocol):
+    """Hands the state from the holder of one part of a sequence to that of the next (`megassm.parallel.sequence`)."""
+
+    def send(self, end_BSD: Tensor) -> Any:
+        """Starts to tell the others the state after this part, had it started from zero; what `receive` wants."""
+
+    def receive(self, sent: Any, power_SS: Tensor) -> Tensor:
+        """The state (B, S, D) before this part; `power_SS` carries a state over a whole part."""
+
+
+class SentState(NamedTuple):
+    """A part's chunk states (B, N, S, D), had it started from zero, and what is under way to the other parts."""
+
+    states_BNSD: Tensor
+    sent: Any
 
 
 SpectralState = Tensor | WindowState

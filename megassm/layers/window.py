@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megassm.config.model import ModelConfig
-from megassm.layers.filterbank import FilterBank, SentState
-from megassm.layers.spectral_state import WindowState
+from megassm.layers.filterbank import FilterBank
+from megassm.layers.spectral_state import SentState, WindowState
 from megassm.ops.documents import Segments
+from megassm.ops.selective import parted
 
 
 class WindowedFilterBank(FilterBank):
@@ -49,12 +50,15 @@ class WindowedFilterBank(FilterBank):
         both_BRXH = torch.cat((self._hops(before_BX), self._hops(whole_BX)), dim=2)
         return super().segments(both_BRXH.flatten(0, 1), always_copies)
 
-    def forward(self, u_BLD: Tensor, k: int, segments: Segments | None = None) -> Tensor:
+    def forward(
+        self, u_BLD: Tensor, k: int, segments: Segments | None = None, log_decay_BLH: Tensor | None = None
+    ) -> Tensor:
         """Features (B, L, k, D)."""
         batch, length, width = u_BLD.shape
         if length <= 2 * self.hop:
-            return super().forward(u_BLD, k, segments)
-        features = super().forward(self._windows(u_BLD), k, segments)[:, self.hop :]
+            return super().forward(u_BLD, k, segments, log_decay_BLH)
+        decays = None if log_decay_BLH is None else self._windows(log_decay_BLH)
+        features = super().forward(self._windows(u_BLD), k, segments, decays)[:, self.hop :]
         return features.reshape(batch, -1, k, width)[:, :length]
 
     def mix(
@@ -74,11 +78,11 @@ class WindowedFilterBank(FilterBank):
             mixed_NHE = super().mix(*windows, channels_KDE, segments)[:, self.hop :]
             return mixed_NHE.reshape(len(u_BLD), -1, mixed_NHE.shape[2])[:, :length]
         rows_BRHD, weights_BRHXK = self._hops(u_BLD), self._hops(weights_BLHK)
-        rows_NHD = rows_BRHD.flatten(0, 1)
-        after_NSD: Tensor = super().advance(rows_NHD, None)
+        rows_NHD, weights_NHXK = rows_BRHD.flatten(0, 1), weights_BRHXK.flatten(0, 1)
+        after_NSD: Tensor = super().advance(rows_NHD, None, parted(weights_NHXK, len(channels_KDE))[1])
         after_BRSD = after_NSD.reshape(len(u_BLD), -1, *after_NSD.shape[1:])
         before_NSD = F.pad(after_BRSD[:, :-1], (0, 0, 0, 0, 1, 0)).flatten(0, 1)
-        mixed_NHE = super().mix_from(rows_NHD, before_NSD, weights_BRHXK.flatten(0, 1), channels_KDE)
+        mixed_NHE = super().mix_from(rows_NHD, before_NSD, weights_NHXK, channels_KDE)
         return mixed_NHE.reshape(len(u_BLD), -1, mixed_NHE.shape[2])[:, :length]
 
     def step(self, u_BD: Tensor, state: WindowState, k: int) -> tuple[Tensor, WindowState]:
@@ -98,34 +102,39 @@ class WindowedFilterBank(FilterBank):
                 part = slice(first, first + self._left(mine.lengths[0]))
                 mine, inputs_BLD = self._turned(mine), u_BLD[index, part]
                 parts.append(super().mix_from(inputs_BLD, mine.older_BSD, weights_BLHK[index, part], channels_KDE))
-                mine, first = self._read(mine, inputs_BLD), part.stop
+                decays = parted(weights_BLHK[index, part], len(channels_KDE))[1]
+                mine, first = self._read(mine, inputs_BLD, decays), part.stop
             mixed_RLE = torch.cat(parts, dim=1)
             if not mixed_BLE.numel():
                 mixed_BLE = mixed_RLE.new_empty(len(u_BLD), *mixed_RLE.shape[1:])
             mixed_BLE[index] = mixed_RLE
         return mixed_BLE
 
-    def advance(self, u_BLD: Tensor, state: WindowState | None) -> WindowState:
+    def advance(self, u_BLD: Tensor, state: WindowState | None, log_decay_BLH: Tensor | None = None) -> WindowState:
         """The state after L more positions."""
         batch, length = u_BLD.shape[:2]
         if state is None:
             last = max(0, length - 1) // self.hop * self.hop
-            older_BSD = super().advance(u_BLD[:, max(0, last - self.hop) :], None)
-            return WindowState(older_BSD, super().advance(u_BLD[:, last:], None), (length,) * batch)
+            states = []
+            for first in (max(0, last - self.hop), last):
+                decays = None if log_decay_BLH is None else log_decay_BLH[:, first:]
+                states.append(super().advance(u_BLD[:, first:], None, decays))
+            return WindowState(states[0], states[1], (length,) * batch)
         parts, order = [], []
         for rows in _alike(state.lengths):
             index = torch.tensor(rows, device=u_BLD.device)
             mine, first = state.take(index), 0
             while first < length:
                 part = slice(first, first + self._left(mine.lengths[0]))
-                mine, first = self._read(self._turned(mine), u_BLD[index, part]), part.stop
+                decays = None if log_decay_BLH is None else log_decay_BLH[index, part]
+                mine, first = self._read(self._turned(mine), u_BLD[index, part], decays), part.stop
             parts.append(mine)
             order += rows
         return WindowState.joined(parts).take(torch.tensor(order, device=u_BLD.device).argsort())
 
-    def _read(self, state: WindowState, u_BLD: Tensor) -> WindowState:
+    def _read(self, state: WindowState, u_BLD: Tensor, log_decay_BLH: Tensor | None) -> WindowState:
         """After positions of one hop."""
-        older_BSD, newer_BSD = (FilterBank.advance(self, u_BLD, each) for each in state[:2])
+        older_BSD, newer_BSD = (FilterBank.advance(self, u_BLD, each, log_decay_BLH) for each in state[:2])
         return WindowState(older_BSD, newer_BSD, tuple(seen + u_BLD.shape[1] for seen in state.lengths))
 
     def _left(self, seen: int) -> int:

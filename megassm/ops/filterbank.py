@@ -130,13 +130,14 @@ def chunked_filterbank(u_BLD: Tensor, tables: ChunkTables, segments: Segments | 
     """
     batch, length, width = u_BLD.shape
     z_NID = chunk_inputs(u_BLD, tables, segments)
-    features_NCKD = _chunk_features(z_NID, tables.rows_CKI)
+    features_NCKD = chunk_features(z_NID, tables.rows_CKI)
     if segments is not None and segments.has_copies:
-        features_NCKD = segments.join(features_NCKD, _chunk_features(copied_inputs(z_NID, segments), tables.rows_CKI))
+        features_NCKD = segments.join(features_NCKD, chunk_features(copied_inputs(z_NID, segments), tables.rows_CKI))
     return features_NCKD.reshape(batch, -1, features_NCKD.shape[2], width)[:, :length]
 
 
-def _chunk_features(z_NID: Tensor, rows_CKI: Tensor) -> Tensor:
+def chunk_features(z_NID: Tensor, rows_CKI: Tensor) -> Tensor:
+    """rows @ z, (N, C, K, D)."""
     rows_XI = rows_CKI.flatten(0, 1).to(z_NID.dtype)
     features_NXD = torch.bmm(rows_XI.expand(z_NID.shape[0], -1, -1), z_NID)
     return features_NXD.view(z_NID.shape[0], *rows_CKI.shape[:2], -1)

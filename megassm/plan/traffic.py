@@ -39,7 +39,8 @@ def _tensor_message_bytes(config: Config, mesh: Mesh) -> float:
     kv = 2 * d // model.n_heads * model.kv_heads if model.kv_heads < mesh.tensor else 0
     widths = d * (1 + 2 * layers + again)  # forward: embedding, mixers, feed-forward layers
     widths += d * (1 + layers)  # backward: head, feed-forward layers
-    widths += (d + k * model.mixer_heads) * model.mixers.count("S") + (d + kv) * model.mixers.count("A")
+    weights = (k + model.selective) * model.mixer_heads
+    widths += (d + weights) * model.mixers.count("S") + (d + kv) * model.mixers.count("A")
     positions = config.train.micro_batch_sequences * model.seq_len // mesh.sequence
     return positions * (_number_bytes(config) * widths + 3 * FLOAT32)
 

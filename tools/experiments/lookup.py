@@ -20,7 +20,7 @@ from megassm.data.tasks.synthetic import Frequent, Recall, Tracking, drawn
 from megassm.eval.score import Score, score
 from megassm.eval.session import open_session
 from megassm.model import losses_at
-from tools.experiments.arms import Arm
+from tools.experiments.arms import Arm, width_of_size
 from tools.experiments.family import fixed, hybrid, overridden, paper_layer, transformer
 from tools.experiments.measure import Point
 
@@ -104,9 +104,13 @@ def lookup_arms(config: Config) -> list[Arm]:
     elastic = hybrid(config, size)
     alone = elastic._replace(name="hybrid (SA), K_max only", overrides=(*elastic.overrides, *overridden(**fixed(k))))
     taps = transformer(config, "transformer with taps", size, input_taps=config.model.input_taps)
+    width = width_of_size(config.model.model_copy(update={"selective": True}), size)
+    fading = overridden(model__selective="true", model__d_ffn=width)
     return [
         Arm("elastic"),
         Arm("K_max only", overridden(**fixed(k))),
+        Arm("elastic, selective", fading),
+        Arm("K_max only, selective", (*fading, *overridden(**fixed(k)))),
         elastic,
         alone,
         transformer(config, "transformer", size),

@@ -73,6 +73,26 @@ def test_gate_mass_of_heads_that_are_not_normalised() -> None:
     assert masses.mean().shape == (4, K_MAX)
 
 
+def test_memory_is_over_how_many_positions_the_past_fades_by_e() -> None:
+    model = build_model(config(pattern="SA", mixer_heads=2, selective=True), 0)
+    _, first = spectral_mixers(model)[0]
+    assert first.decay is not None
+    torch.nn.init.zeros_(first.decay.weight)
+    first.decay.bias.data = torch.tensor([0.0, -5.0])
+    with gate_masses(model) as masses:
+        model(ids(), 3)
+        model(ids(10, 3), 3)
+    memory = masses.memory(0)
+    assert memory is not None
+    assert memory == pytest.approx([2.0, 1 + np.exp(5)], rel=1e-5)
+    rows = [{"gate mass": 1.0, "norm of M": 1.0, "updates": 1, "shortest memory": 2.0, "longest memory": 149.4}]
+    assert layer_row(0, rows, 1.0)["memory of heads"] == "2 to 149 positions"
+    assert "memory of heads" not in layer_row(0, [{"gate mass": 1.0, "norm of M": 1.0, "updates": 1}], 1.0)
+    with gate_masses(build_model(config(), 0)) as masses:
+        pass
+    assert masses.memory(0) is None
+
+
 def test_norms_of_the_channels() -> None:
     model = build_model(config(pattern="SA"), 0)
     (name, mixer), *_ = spectral_mixers(model)

@@ -92,9 +92,12 @@ def channel_rows(session: Session, records: Sequence[Mapping[str, Any]], sequenc
     gate, norms = masses.mean(), channel_norms(session.model)
     updates = update_counts([record["k_micro"] for record in records if not record.get("skipped")], k_max)
     layers = [layer for layer, mixer in enumerate(config.model.mixers) if mixer == "S"]
+    memory = [masses.memory(place) for place in range(len(layers))]
+    fading = [{} if each is None else {"shortest memory": float(each.min()), "longest memory": float(each.max())}
+              for each in memory]  # fmt: skip
     return [
         {"layer": layer, "channel": k + 1, "gate mass": float(gate[place, k]), "updates": int(updates[k]),
-         "norm of M": float(norms[place, k])}
+         "norm of M": float(norms[place, k]), **fading[place]}
         for place, layer in enumerate(layers)
         for k in range(k_max)
     ]  # fmt: skip
@@ -118,7 +121,15 @@ def layer_row(layer: int, channels: Sequence[TableRow], highest: float) -> Table
         "heaviest": order[0] + 1,
         "norm of M": f"{min(norms):.3g} to {max(norms):.3g}",
         "updates": f"{min(row['updates'] for row in channels):,} to {max(row['updates'] for row in channels):,}",
+        **_memory(channels[0]),
     }
+
+
+def _memory(row: TableRow) -> TableRow:
+    """Of a selective layer: positions over which the past of its heads fades by e."""
+    if "longest memory" not in row:
+        return {}
+    return {"memory of heads": f"{row['shortest memory']:.3g} to {row['longest memory']:.3g} positions"}
 
 
 def draw(by_layer: Mapping[int, Sequence[TableRow]], path: Path) -> None:

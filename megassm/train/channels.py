@@ -2,6 +2,7 @@
 
     gate mass     mean of alpha_k over positions and heads, layer by layer: which channels the gate listens to. Of a
                   normalised gate (softmax) a layer's sum is 1; of the sigmoid each is between 0 and 2
+    memory        1 / (mean log decay) of each head of a selective layer, positions: over so many its past fades by e
     updates       how often each channel took part, given the budgets that were drawn: channel k in every update whose
                   largest budget is at least k
     norm          Frobenius norm of M_k, layer by layer
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from megassm.eval.curve import describe, shape
 from megassm.layers.spectral import SpectralMixer
+from megassm.ops.selective import log_decays
 
 OSCILLATION_RECORDS = 200
 """Journal records looked at, the newest."""
@@ -59,11 +61,22 @@ class GateMass:
     num_channels: int
     sums: list[Floats] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
+    fades: dict[int, Floats] = field(default_factory=dict)
+    """Sums of the log decays of each head, of the layers that are selective."""
 
     def add(self, layer: int, alpha_BLHK: Tensor) -> None:
         alpha_NK = alpha_BLHK.detach().double().mean(2).flatten(0, 1).cpu().numpy()
         self.sums[layer][: alpha_NK.shape[1]] += alpha_NK.sum(0)
         self.positions[layer] += len(alpha_NK)
+
+    def add_decays(self, layer: int, scores_BLH: Tensor) -> None:
+        sums_H = log_decays(scores_BLH.detach()).double().sum((0, 1)).cpu().numpy()
+        self.fades[layer] = self.fades.get(layer, 0.0) + sums_H
+
+    def memory(self, layer: int) -> Floats | None:
+        """(H,) positions over which each head's past fades by e; None where it does not by what is read."""
+        sums_H = self.fades.get(layer)
+        return None if sums_H is None else self.positions[layer] / np.maximum(-sums_H, 1e-300)
 
     def mean(self) -> Floats:
         """(spectral layers, K_max) mean alpha_k; of a normalised gate each row sums to 1, if anything was computed."""
@@ -76,11 +89,11 @@ def gate_masses(model: nn.Module) -> Iterator[GateMass]:
     """Counts every gate's weights in the forward passes within the block; a mixer without a gate has constant ones."""
     mixers = spectral_mixers(model)
     masses = GateMass(max((mixer.channels_KDD.shape[0] for _, mixer in mixers), default=0))
-    handles = []
+    handles: list[Any] = []
     for place, (_, mixer) in enumerate(mixers):
         masses.sums.append(np.zeros(masses.num_channels))
         masses.positions.append(0)
-        handles.append(_watch(mixer, place, masses))
+        handles += _watch(mixer, place, masses)
     try:
         yield masses
     finally:
@@ -88,15 +101,18 @@ def gate_masses(model: nn.Module) -> Iterator[GateMass]:
             handle.remove()
 
 
-def _watch(mixer: SpectralMixer, place: int, masses: GateMass) -> Any:
+def _watch(mixer: SpectralMixer, place: int, masses: GateMass) -> Iterator[Any]:
+    if mixer.decay is not None:
+        yield mixer.decay.register_forward_hook(lambda _module, _inputs, scores: masses.add_decays(place, scores))
     if mixer.gate is not None:
-        return mixer.gate.register_forward_hook(lambda _module, _inputs, alpha: masses.add(place, alpha))
+        yield mixer.gate.register_forward_hook(lambda _module, _inputs, alpha: masses.add(place, alpha))
+        return
 
     def constant_weights(_module: nn.Module, inputs: tuple[Any, ...], _output: Tensor) -> None:
         u_BLD, context = inputs
         masses.add(place, torch.full((*u_BLD.shape[:-1], 1, context.k), 1 / mixer.constant_divisor(context.k)))
 
-    return mixer.register_forward_hook(constant_weights)
+    yield mixer.register_forward_hook(constant_weights)
 
 
 def spectral_mixers(model: nn.Module) -> list[tuple[str, SpectralMixer]]:

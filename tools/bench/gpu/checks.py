@@ -212,6 +212,7 @@ def model(plan: Plan, _folder: Path) -> Iterator[Found]:
         "spectral": {},
         "hybrid": {"pattern": "SA", "n_kv_heads": 2, "window": 100},
         "heads": {"mixer_heads": 4, "gate": "sigmoid", "input_taps": 3},
+        "selective": {"mixer_heads": 4, "gate": "sigmoid", "selective": True},
     }
     ids = torch.randint(1, 300, (2, 257), generator=torch.Generator().manual_seed(1))
     ids[:, 70:200:41] = 0

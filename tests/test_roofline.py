@@ -70,7 +70,7 @@ def test_a_kernel_takes_the_longer_of_its_two_times() -> None:
 
 def test_a_mixer_without_features_moves_less() -> None:
     """Its FLOPs are more by one product with the filters' rows; wide heads have the other way alone."""
-    config = load_config(ROOT / "configs/1b_hybrid.yaml")
+    config = load_config(ROOT / "configs/350m_hybrid.yaml")
     for row in mixer_ways(config, [2, 8, 16], "H100"):
         own = Shapes(config, filters_of(config), int(row["K"]))
         again = 2.0 * own.chunks * own.filters.chunk * own.k * own.inputs * config.model.d_model / 1e12
@@ -78,7 +78,7 @@ def test_a_mixer_without_features_moves_less() -> None:
         assert row["GB_at_once"] < row["GB_groups"] / 2
         assert 0 < row["expected_ms_at_once"] < row["expected_ms_groups"]
         assert row["share_needed"] < 0.79
-    (wide,) = mixer_ways(load_config(ROOT / "configs/7b_hybrid.yaml"), [2], "H100")
+    (wide,) = mixer_ways(load_config(ROOT / "configs/1b_hybrid.yaml"), [2], "H100")
     assert "GB_at_once" not in wide
 
 

@@ -110,7 +110,7 @@ def test_how_many_channels_are_worth_it() -> None:
 def test_a_prediction_of_what_was_seen_is_none(tmp_path: Path) -> None:
     rows = observed(as_read(trainings(TRUE, 0.0), tmp_path))
     said: dict[str, Any] = {"seen": [rows[-1].training], "said": [rows[-1]._asdict()]}
-    with pytest.raises(UserError, match="prediction: elastic d=416 x .*is among the runs that it was fitted on"):
+    with pytest.raises(UserError, match=r"prediction: elastic d=416 x .*is among the runs that it was fitted on"):
         compared(said, rows)
     with pytest.raises(UserError, match="none of the runs that it is about"):
         compared({"seen": [], "said": [rows[-1]._asdict()]}, rows[:3])

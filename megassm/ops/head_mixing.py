@@ -48,8 +48,8 @@ def tiles(p: int, e: int, most_p: int = MOST_P) -> Tiles:
 
 
 def inputs_tiles(p: int, e: int, capability: int) -> Tiles:
-    """Those of z's gradient: with more of P its kernel spills registers where E is wide, and on an A100 (80)."""
-    return tiles(p, e, MOST_P if e <= 128 and capability >= 90 else 32)
+    """Those of z's gradient: with more of P its kernel spills registers on an A100 (80)."""
+    return tiles(p, e, MOST_P if capability >= 90 else 32)
 
 
 def split_chunks(chunks: int, matrices: int) -> int:

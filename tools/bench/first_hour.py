@@ -51,6 +51,10 @@ def work(section: Section, plan: Plan, folder: Path) -> None:
     os.dup2(log, 2)
     found: dict[str, Any] = {}
     try:
+        if not section.timed:
+            import torch
+
+            torch.set_num_threads(plan.threads)
         for part in section.run(plan, folder / section.name):
             found |= part
             _write(folder, section, found | {"ok": False, "error": "ended early"}, started)
@@ -144,7 +148,7 @@ def main() -> None:
     os.environ.setdefault("DS_ACCELERATOR", arguments.device)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import deepspeed  # noqa: F401, TID251 - before the forks, once
-    import torch  # noqa: F401
+    import torch
 
     import megassm.train.loop  # noqa: F401
 
@@ -153,7 +157,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         until = begun + (arguments.limit_s or math.inf)
-        runner = Runner(Plan(arguments.device, arguments.quick, folder, out.resolve()), folder, out, until)
+        threads = max(1, torch.get_num_threads() // arguments.jobs)  # more would wait for each other
+        plan = Plan(arguments.device, arguments.quick, folder, out.resolve(), threads)
+        runner = Runner(plan, folder, out, until)
         print(f"imports: {time.monotonic() - begun:.1f} s; sections are started by {runner.context.get_start_method()}")
         order = 0
         for section in sorted(chosen, key=lambda s: s.order):

@@ -23,6 +23,8 @@ class Plan:
     """Of this start; gone at its end."""
     out: Path
     """What is to be kept."""
+    threads: int = 1
+    """Of the CPU, of a section that is not timed: several of those run at a time."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,17 @@ TIMED = {"rates_compiled": ("rates", "true")}
 
 
 def sections(quick: bool) -> list[Section]:
-    """All of them; `order` sorts: first what needs no data, then the data, then what is trained, then what is timed,
-    the most telling first."""
-    checks = ("kernels", "fused", "elementwise", "filterbank", "model", "decoding")
+    """All of them; `order` sorts: first what needs no training, then what is trained, then what is timed, the most
+    telling first. Of the checks those begin that have the least behind them, what compiles once more last."""
+    checks = ("model", "filterbank", "kernels", "fused", "elementwise", "decoding")
     timed = ("machine", "rates", "heads", "rates_compiled", "sizes", "mixer", "profile", "memory")
-    compiled = ("bfloat16", "float32")
     return [
-        *(Section(f"compiled_{dtype}", "compiling", "compiled", dtype, order=1) for dtype in compiled),
+        *(Section(name, "cases", name, order=1) for name in ("taps", "head_mixing")),
         Section("flex", "compiling", "attention", order=1),
-        *(Section(name, "cases", name, order=1) for name in ("head_mixing", "taps")),
+        Section("compiled_bfloat16", "compiling", "compiled", "bfloat16", order=1),
         *(Section(name, "checks", name, order=1) for name in checks),
         Section("data", "training", "data", order=1),
+        Section("compiled_float32", "compiling", "compiled", "float32", order=1),
         *(Section(f"train_{arm}", "training", "arm", arm, order=2) for arm in ARMS),
         Section("launcher", "training", "launcher", order=2),
         *(Section(name, "speed", *TIMED.get(name, (name, "")), 3 + i, True, 120 if quick else 600)

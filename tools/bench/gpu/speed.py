@@ -237,7 +237,7 @@ def mixer(plan: Plan, _folder: Path) -> Iterator[Found]:
 
 def heads(plan: Plan, _folder: Path) -> Iterator[Found]:
     """Features, gate and M_k of 1b_hybrid's width by heads of three sizes, forward and backward: features written in
-    groups, and by the kernels that write none."""
+    groups, and by the kernels that write none, where they serve."""
     cuda, device = plan.device == "cuda", torch.device(plan.device)
     n, c, i, d = (128, 64, 108, 2048) if cuda else (2, 8, 12, 32)
     dtype = torch.bfloat16 if cuda else torch.float32

@@ -20,7 +20,7 @@ from tools.bench.gpu.checks import BOUND, hold, off
 from tools.bench.gpu.plan import Found, Plan
 
 HEADS = (
-    (16, 8, 128, 40, 64, 108), (2, 8, 96, 9, 64, 108), (8, 4, 16, 3, 64, 128), (5, 3, 40, 7, 33, 65),
+    (16, 8, 128, 5, 64, 108), (2, 8, 96, 40, 64, 108), (8, 4, 16, 3, 64, 128), (5, 3, 40, 7, 33, 65),
     (3, 2, 64, 1, 1, 2),
 )  # fmt: skip
 """Channels K, heads, their inputs P, chunks N, positions C, inputs and states I; each compiles programs of its own."""

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import tools.bench.model
+from megassm.config.load import load_config
 from megassm.config.model import ModelConfig
 from megassm.cost import parameters
 from megassm.errors import UserError
-from tests.conftest import run_python
+from tests.conftest import ROOT, run_python
 from tools.bench.drafting import estimates
 from tools.bench.filters import rows as filter_rows
 from tools.bench.mixer import MixerBenchPlan, bench
@@ -96,6 +97,15 @@ def test_the_large_models_are_of_equal_size() -> None:
     assert transformer.d_model % transformer.n_heads == 0
 
 
+def test_a_configuration_s_model_is_held_against_a_plain_transformer() -> None:
+    """Which has no taps, no heads of channels and one width at every K."""
+    model = load_config(ROOT / "configs/family.yaml").model
+    transformer = transformer_of_equal_size(model)
+    assert parameters(transformer, model.num_channels) == pytest.approx(parameters(model, 16), rel=0.01)
+    assert parameters(transformer, 2) == parameters(transformer, 16)
+    assert (transformer.input_taps, transformer.pattern) == (1, "A")
+
+
 def test_model_tool(tmp_path: Path) -> None:
     table = tmp_path / "models.json"
     done = run_python("tools/bench_model.py", "--lengths", "64,128", "--repeats", "1", "--recompute",
@@ -108,6 +118,12 @@ def test_model_tool(tmp_path: Path) -> None:
     assert "no row for mamba2: fla and mamba_ssm not installed" in done.stderr
     refused = run_python("tools/bench_model.py", "--batch", "0", check=False)
     assert refused.returncode == 2
+    refused = run_python("tools/bench_model.py", "--set", "model.d_model=8", check=False)
+    assert "name it with --config FILE" in refused.stderr
+    own = ("--config", "configs/family.yaml", "--set", "model.d_ffn=160", "model.ffn_elastic=null")
+    rows = run_python("tools/bench_model.py", *own, "--lengths", "64", "--repeats", "1", "--json", str(table))
+    found = json.loads(table.read_text(encoding="utf-8"))
+    assert [row["parameters"] for row in found] == pytest.approx([178_000] * 2, rel=0.02), rows.stdout
 
 
 def test_an_eigensolver_knows_the_first_filters_only() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from megassm.cli.arguments import Parser, budget_list, positive, print_table, run_tool, tool_parser
+from megassm.cli.arguments import Parser, budget_list, path_argument, positive, print_table, run_tool, tool_parser
 from megassm.cli.progress import shown_progress
 
 
@@ -13,7 +13,10 @@ def parser() -> Parser:
         __doc__ or "",
         "python tools/bench_model.py --size 1.3b --device cuda --dtype bfloat16 --lengths 2048,8192 --batch 2",
     )
-    result.add_argument("--size", choices=("1.3b", "tiny"), default="tiny", help="parameters at full K")
+    which = result.add_mutually_exclusive_group()
+    which.add_argument("--size", choices=("1.3b", "tiny"), default="tiny", help="of the paper's layer; parameters")
+    which.add_argument("--config", type=path_argument, metavar="FILE", help="the model of a configuration instead")
+    result.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="replace values of --config")
     result.add_argument("--lengths", type=budget_list, default=[256], metavar="LIST", help="L")
     result.add_argument("--batch", type=positive, default=1, metavar="B", help="sequences of the micro-batch")
     result.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -28,13 +31,16 @@ def main() -> None:
     arguments = parser().parse_args()
     import torch
 
+    from megassm.config.load import load_config
     from megassm.errors import UserError
     from tools.bench.model import SIZES, ModelBenchPlan, bench_models
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    if arguments.set and not arguments.config:
+        raise UserError("--set: replaces values of a configuration; name it with --config FILE")
     plan = ModelBenchPlan(
-        config=SIZES[arguments.size],
+        config=load_config(arguments.config, arguments.set).model if arguments.config else SIZES[arguments.size],
         lengths=arguments.lengths,
         device=torch.device(arguments.device),
         dtype=getattr(torch, arguments.dtype),

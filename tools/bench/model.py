@@ -1,6 +1,6 @@
 """Whole models in training, of equal size: an elastic spectral stack, a transformer, and Mamba-2 in the spectral stack.
 
-    es_ssm       the spectral stack at full K
+    es_ssm       the spectral stack at full K, or a configuration's model
     transformer  as many blocks, all of attention, of the width that makes the parameters equal
     mamba2       the spectral stack with Mamba-2 layers of as many parameters (`tools.bench.peers`) for mixers
 
@@ -92,6 +92,8 @@ def transformer_of_equal_size(spectral: ModelConfig) -> ModelConfig:
                 "d_model": head * heads,
                 "n_heads": heads,
                 "n_kv_heads": None,
+                "input_taps": 1,
+                "ffn_elastic": None,
                 "d_ffn": 8 * head * heads // 3,
             }
         )

@@ -27,6 +27,8 @@ from tools.experiments.measure import Point
 EXAMPLES = 256
 """Of each size."""
 ROWS = 64
+FULL_FIRST = 0.7
+"""Share of a training that an arm spends at K_max before any budget is drawn: a lookup is learnt late, and at once."""
 SEED, SPLIT = 1, 2
 """Neither a training's nor a validation's."""
 
@@ -103,6 +105,8 @@ def lookup_arms(config: Config) -> list[Arm]:
     size = parameters(config.model, k)
     elastic = hybrid(config, size)
     alone = elastic._replace(name="hybrid (SA), K_max only", overrides=(*elastic.overrides, *overridden(**fixed(k))))
+    late = (*elastic.overrides, f"budget.full_steps={round(FULL_FIRST * config.train.steps)}")
+    first = elastic._replace(name="elastic hybrid (SA), K_max first", overrides=late)
     taps = transformer(config, "transformer with taps", size, input_taps=config.model.input_taps)
     width = width_of_size(config.model.model_copy(update={"selective": True}), size)
     fading = overridden(model__selective="true", model__d_ffn=width)
@@ -112,6 +116,7 @@ def lookup_arms(config: Config) -> list[Arm]:
         Arm("elastic, selective", fading),
         Arm("K_max only, selective", (*fading, *overridden(**fixed(k)))),
         elastic,
+        first,
         alone,
         transformer(config, "transformer", size),
         taps,

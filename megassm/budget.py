@@ -3,7 +3,8 @@
 Every rank evaluates it for itself, so all agree without a message, and a resumed run draws what it would have drawn.
 The paper's recipe (ES-SSM, arXiv 2601.22488): K_max during warm-up and at every 8th update, otherwise one of the
 listed budgets, with a bias towards large ones, as `budget.sampler` says. The sandwich (arXiv 1903.05134) takes the
-largest, the smallest and a random one in turn.
+largest, the smallest and a random one in turn; stratified draws take every listed one in turn, in an order of their own
+each round.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def drawn_budgets(config: Config) -> set[int]:
             return {budget.k or k_max, k_max}
         case "uniform" | "log_uniform" | "sandwich":
             return set(range(budget.min_k, k_max + 1))
-        case "paper":
-            return {*config.paper_budgets(), k_max}
+        case "paper" | "stratified":
+            return {*config.listed_budgets(), k_max}
     assert_never(budget.strategy)
 
 
@@ -60,9 +61,24 @@ def _strategy(config: Config, step: int, micro_step: int) -> int:
         case "paper":
             if step < config.full_budget_steps() or _is_full_update(budget, step):
                 return k_max
-            listed, bias = config.paper_budgets(), budget.bias
+            listed, bias = config.listed_budgets(), budget.bias
             return _listed(listed, bias, draw) if budget.sampler == "weighted" else _nearest(listed, bias, draw)
+        case "stratified":
+            if step < config.full_budget_steps():
+                return k_max
+            return _in_turn(config.run.seed, config.listed_budgets(), step * _draws(config) + micro_step)
     assert_never(budget.strategy)
+
+
+def _draws(config: Config) -> int:
+    """Of an update; a run's configuration says how many, before it is one it has one rank."""
+    return config.budget.draws or config.micro_steps(1)
+
+
+def _in_turn(seed: int, budgets: Sequence[int], turn: int) -> int:
+    """Every budget once in each round of as many turns."""
+    round_, place = divmod(turn, len(budgets))
+    return sorted(budgets, key=lambda k: hashlib.sha256(f"round {seed} {round_} {k}".encode()).digest())[place]
 
 
 def _floor(config: Config, step: int) -> int:

@@ -37,7 +37,7 @@ def test_fixed(small_config: Make) -> None:
     "overrides",
     [("fixed",), ("fixed", "budget.k=3"), ("uniform", "budget.min_k=3"), ("log_uniform",),
      ("sandwich", "budget.min_k=2"), ("paper",), ("paper", "budget.budgets=[2,5]", "budget.sampler=authors"),
-     ("paper", "budget.min_k_steps=40")],
+     ("paper", "budget.min_k_steps=40"), ("stratified",), ("stratified", "budget.budgets=[2,5]")],
 )  # fmt: skip
 def test_what_may_be_drawn_is_known(small_config: Make, overrides: tuple[str, ...]) -> None:
     config = small_config(f"budget.strategy={overrides[0]}", *overrides[1:], "train.steps=400")
@@ -81,6 +81,24 @@ def test_sandwich_takes_largest_smallest_and_random_in_turn(small_config: Make) 
     assert set(drawn[::3]) == {8}
     assert set(drawn[1::3]) == {2}
     assert set(drawn[2::3]) == set(range(2, 9))
+
+
+def test_stratified_takes_every_budget_once_a_round(small_config: Make) -> None:
+    """Whatever an update's draws are: rounds go on from one to the next, and are the same in every life of a run."""
+    settings = ("budget.strategy=stratified", "budget.full_steps=3", "budget.budgets=[1,2,5,8]")
+    for draws in (1, 3, 4, 6):
+        rows = (f"train.batch_sequences={draws}", "train.micro_batch_sequences=1")
+        config = small_config(*settings, *rows, f"budget.draws={draws}")
+        drawn = [budget_at(config, step, draw) for step in range(200) for draw in range(draws)]
+        assert set(drawn[: 3 * draws]) == {8}, "the first updates at K_max"
+        begins = -(-3 * draws // 4) * 4
+        rounds = [tuple(drawn[at : at + 4]) for at in range(begins, len(drawn) - 3, 4)]
+        assert {frozenset(each) for each in rounds} == {frozenset({1, 2, 5, 8})}
+        assert draws < 3 or len(set(rounds)) == 24, "in every order"
+    first = [budget_at(config, step, draw) for step in range(3, 5) for draw in range(6)]
+    assert first == [2, 1, 1, 2, 8, 5, 8, 5, 2, 1, 1, 8], "the draws of existing runs have changed"
+    own = small_config(*settings, *rows)
+    assert [budget_at(own, step, draw) for step in range(3, 5) for draw in range(6)] == first, "a draw a micro-step"
 
 
 def test_the_smallest_budget_falls_over_the_first_updates(small_config: Make) -> None:

@@ -314,6 +314,6 @@ def test_default_budgets_follow_the_number_of_channels(
     k_max: int, paper: tuple[int, ...], validated: tuple[int, ...]
 ) -> None:
     config = load_config(TINY, (f"model.num_channels={k_max}",))
-    assert (config.paper_budgets(), config.eval_budgets()) == (paper, validated)
+    assert (config.listed_budgets(), config.eval_budgets()) == (paper, validated)
     own = load_config(TINY, (f"model.num_channels={k_max}", "budget.budgets=[1]", "eval.budgets=[1]"))
-    assert (own.paper_budgets(), own.eval_budgets()) == ((1,), (1,))
+    assert (own.listed_budgets(), own.eval_budgets()) == ((1,), (1,))

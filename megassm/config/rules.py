@@ -96,8 +96,8 @@ def _budget_violations(config: Config) -> Iterator[Violation]:
     limit, budget = config.model.num_channels, config.budget
     rule = f"at most model.num_channels = {limit}, the K_max of this model"
     listed = [("eval.budgets", config.eval_budgets())]
-    if budget.strategy == "paper":
-        listed.append(("budget.budgets", config.paper_budgets()))
+    if budget.strategy in ("paper", "stratified"):
+        listed.append(("budget.budgets", config.listed_budgets()))
     for name, budgets in listed:
         if max(budgets) > limit:
             yield Violation((name, "model.num_channels"), rule)

@@ -29,9 +29,9 @@ class RunConfig(Section):
 class BudgetConfig(Section):
     """How many channels K a micro-batch may use (budget dropout)."""
 
-    strategy: Literal["fixed", "uniform", "log_uniform", "paper", "sandwich"] = "paper"
+    strategy: Literal["fixed", "uniform", "log_uniform", "paper", "sandwich", "stratified"] = "paper"
     """fixed: always `k`; uniform, log_uniform: any K in [min_k, K_max]; paper: the listed ones; sandwich: K_max, min_k
-    and one between in turn."""
+    and one between in turn; stratified: every listed one once in each round of as many draws."""
     draws: PositiveInt | None = None
     """Budgets drawn an update, each for as many micro-steps; null: one a micro-step when the run began."""
     k: PositiveInt | None = None
@@ -48,12 +48,12 @@ class BudgetConfig(Section):
     """`paper`: weighted draws K of the list with weight K^bias; authors is their notebook's: log-uniform, bent by bias
     towards large K and taken to the nearest of the list."""
     budgets: Budgets | None = None
-    """The budgets of `paper`, increasing, at most K_max; null: those of 2, 3, 4, 6, 8, 12, 16, 24, 32 below K_max, and
-    K_max."""
+    """The budgets of `paper` and `stratified`, increasing, at most K_max; null: those of 2, 3, 4, 6, 8, 12, 16, 24, 32
+    below K_max, and K_max."""
     full_every: PositiveInt | None = 8
     """`paper`: every n-th update runs at K_max; null never."""
     full_steps: NonNegativeInt | None = None
-    """`paper`: updates at the start that run at K_max; null means optim.warmup_steps."""
+    """`paper`, `stratified`: updates at the start that run at K_max; null means optim.warmup_steps."""
     bias: NonNegative = 0.5
     """`paper`: prefers large budgets. weighted: weight K^bias, 0 is log-uniform over the default list. authors: u of
     [0, 1) becomes 1 - (1 - u)^(1/bias), 1 is log-uniform, and the smaller the more it prefers them; theirs is 0.6."""
@@ -266,11 +266,11 @@ class Config(Section):
         return self.train.batch_sequences // (self.train.micro_batch_sequences * data_ranks)
 
     def full_budget_steps(self) -> int:
-        """Updates at the start that run at K_max under the paper's recipe."""
+        """Updates at the start that run at K_max under `paper` and `stratified`."""
         return self.optim.warmup(self.train.steps) if self.budget.full_steps is None else self.budget.full_steps
 
-    def paper_budgets(self) -> tuple[int, ...]:
-        """The budgets that `paper` draws from, increasing."""
+    def listed_budgets(self) -> tuple[int, ...]:
+        """The budgets that `paper` and `stratified` draw from, increasing."""
         return self.budget.budgets or _up_to(self.model.num_channels, (2, 3, 4, 6, 8, 12, 16, 24, 32))
 
     def eval_budgets(self) -> tuple[int, ...]:

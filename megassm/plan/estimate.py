@@ -84,7 +84,7 @@ def plan_run(config: Config, cluster: Cluster, filters: Filters, shares: dict[in
 def planned_budgets(config: Config) -> list[int]:
     """The budgets worth a line: those of training and validation, and the largest."""
     k_max = config.model.num_channels
-    return sorted({k for k in (*config.paper_budgets(), *config.eval_budgets(), k_max) if k <= k_max})
+    return sorted({k for k in (*config.listed_budgets(), *config.eval_budgets(), k_max) if k <= k_max})
 
 
 def budget_shares(config: Config) -> dict[int, float]:

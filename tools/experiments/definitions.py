@@ -69,7 +69,7 @@ def _arms(*arms: Arm) -> Callable[[Config], Sequence[Arm]]:
 
 def _strategies(config: Config) -> list[Arm]:
     """Every sampling strategy, without distillation and with it; the smallest budget is the paper's."""
-    least = f"budget.min_k={min(config.paper_budgets())}"
+    least = f"budget.min_k={min(config.listed_budgets())}"
     strategies = {
         "paper": (),
         "uniform": ("budget.strategy=uniform", least),

@@ -16,6 +16,8 @@ from tools.experiments.arms import Arm, width_of_size
 from tools.experiments.peers import build_peer, peer_parameters
 
 EXIT_LAYERS = 4
+STRATIFIED_ROWS = 2
+"""Sequences a budget of an arm that takes them in turn."""
 ALONE, ALONE_CHANNELS = "each size trained alone", "each size trained alone, channels only"
 
 
@@ -28,6 +30,7 @@ def family_arms(config: Config) -> list[Arm]:
     full = sizes[max(sizes)]
     arms = [Arm("elastic"), _channels_only(Arm("elastic, channels only"))]
     arms += [hybrid(config, full), _channels_only(hybrid(config, full, "elastic hybrid (SA), channels only"))]
+    arms += [_stratified(arm) for arm in (arms[1], arms[3])]
     arms += [paper_layer(config, full)]
     *smaller, largest = sizes
     arms += [_alone(config, k) for k in smaller] + [_alone(config, k, channels_only=True) for k in smaller]
@@ -48,9 +51,11 @@ def finalist_arms(config: Config) -> list[Arm]:
     smallest, largest = min(config.eval_budgets()), max(config.eval_budgets())
     names = {
         "elastic, channels only",
+        "elastic, channels only, stratified",
         f"spectral K={smallest}, channels only alone",
         f"spectral K={largest} alone",
         "elastic hybrid (SA), channels only",
+        "elastic hybrid (SA), channels only, stratified",
         "hybrid (SA) alone",
         f"transformer of K={largest}'s size",
         "transformer with taps",
@@ -71,6 +76,12 @@ def position_arms(config: Config) -> list[Arm]:
 
 def _channels_only(arm: Arm) -> Arm:
     return arm._replace(overrides=(*arm.overrides, "model.ffn_elastic=null"))
+
+
+def _stratified(arm: Arm) -> Arm:
+    """Every budget in every update, or nearly, instead of one: on as many parts of the batch."""
+    draws = overridden(budget__strategy="stratified", train__micro_batch_sequences=STRATIFIED_ROWS)
+    return arm._replace(name=f"{arm.name}, stratified", overrides=(*arm.overrides, *draws))
 
 
 def overridden(**values: Any) -> tuple[str, ...]:

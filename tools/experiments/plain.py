@@ -108,7 +108,7 @@ def drawn_passes(config: Config) -> Passes:
 
 def nested_passes(config: Config, recipe: Recipe) -> Passes:
     """The whole batch at K_max, then `recipe.extras` of its rows, each at a smaller budget of the list."""
-    rows, smaller = config.train.batch_sequences, config.paper_budgets()[:-1]
+    rows, smaller = config.train.batch_sequences, config.listed_budgets()[:-1]
 
     def passes(step: int) -> tuple[Pass, ...]:
         found = [Pass(0, rows, config.model.num_channels, 1.0)]

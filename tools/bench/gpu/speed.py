@@ -211,7 +211,7 @@ def sizes(plan: Plan, _folder: Path) -> Iterator[Found]:
     """1b_hybrid at every budget of training, by ZeRO stage; a quick one at all channels and at K = 2 of stage 1."""
     for stage in (1,) if plan.quick else (1, 2, 3):
         config = _config(plan, "1b_hybrid", 2, f"parallel.zero_stage={stage}")
-        budgets = [config.model.num_channels, 2] if plan.quick else config.paper_budgets()
+        budgets = [config.model.num_channels, 2] if plan.quick else config.listed_budgets()
         yield from measure(f"zero {stage}", config, budgets, 4 if plan.quick else 5)
 
 

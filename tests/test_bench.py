@@ -121,9 +121,11 @@ def test_model_tool(tmp_path: Path) -> None:
     refused = run_python("tools/bench_model.py", "--set", "model.d_model=8", check=False)
     assert "name it with --config FILE" in refused.stderr
     own = ("--config", "configs/family.yaml", "--set", "model.d_ffn=160", "model.ffn_elastic=null")
-    rows = run_python("tools/bench_model.py", *own, "--lengths", "64", "--repeats", "1", "--json", str(table))
-    found = json.loads(table.read_text(encoding="utf-8"))
-    assert [row["parameters"] for row in found] == pytest.approx([178_000] * 2, rel=0.02), rows.stdout
+    own += ("--lengths", "64", "--repeats", "1", "--budgets", "2,16", "--json", str(table))
+    said = run_python("tools/bench_model.py", *own).stdout
+    rows = json.loads(table.read_text(encoding="utf-8"))
+    assert [row["parameters"] for row in rows] == pytest.approx([178_000] * 3, rel=0.02), said
+    assert [(row["model"], row["k"]) for row in rows] == [("es_ssm", 2), ("es_ssm", 16), ("transformer", 1)]
 
 
 def test_an_eigensolver_knows_the_first_filters_only() -> None:

@@ -18,6 +18,9 @@ def parser() -> Parser:
     which.add_argument("--config", type=path_argument, metavar="FILE", help="the model of a configuration instead")
     result.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="replace values of --config")
     result.add_argument("--lengths", type=budget_list, default=[256], metavar="LIST", help="L")
+    result.add_argument(
+        "--budgets", type=budget_list, default=[], metavar="LIST", help="K of the stack (default: K_max)"
+    )
     result.add_argument("--batch", type=positive, default=1, metavar="B", help="sequences of the micro-batch")
     result.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     result.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -47,6 +50,7 @@ def main() -> None:
         batch=arguments.batch,
         recompute=arguments.recompute,
         repeats=arguments.repeats,
+        budgets=arguments.budgets,
         peak_tflops=arguments.peak_tflops,
     )
     with shown_progress() as progress, progress.busy("bench"):

@@ -44,6 +44,8 @@ class ModelRow:
     model: str
     length: int
     parameters: int
+    k: int
+    """The budget it was timed at; 1 for a model without channels."""
     tokens_per_s: float
     mfu: float | None
     """Model FLOPs (`megassm.cost`; Mamba-2 counted as its parameters) over the device's peak rate; None where that is
@@ -64,6 +66,8 @@ class ModelBenchPlan:
     batch: int = 1
     recompute: bool = False
     repeats: int = 5
+    budgets: Sequence[int] = ()
+    """Of the spectral stack; empty for K_max."""
     peak_tflops: float | None = None
     """Null is looked up; on a CPU there is none."""
 
@@ -79,7 +83,8 @@ def bench_models(plan: ModelBenchPlan, say: Callable[[str], None] = lambda _: No
         spectral = plan.config.model_copy(update={"seq_len": length})
         for name in MODELS:
             if name != "mamba2" or not reason:
-                yield _measure(name, plan, spectral, peak)
+                for k in (plan.budgets if name == "es_ssm" else ()) or (spectral.num_channels,):
+                    yield _measure(name, plan, spectral, k, peak)
 
 
 def transformer_of_equal_size(spectral: ModelConfig) -> ModelConfig:
@@ -129,9 +134,8 @@ def _build(name: str, plan: ModelBenchPlan, spectral: ModelConfig) -> LanguageMo
     return model
 
 
-def _measure(name: str, plan: ModelBenchPlan, spectral: ModelConfig, peak: float | None) -> ModelRow:
-    model = _build(name, plan, spectral)
-    length, k = spectral.seq_len, spectral.num_channels
+def _measure(name: str, plan: ModelBenchPlan, spectral: ModelConfig, k: int, peak: float | None) -> ModelRow:
+    model, length = _build(name, plan, spectral), spectral.seq_len
     ids_BT = torch.randint(0, spectral.vocab_size, (plan.batch, length + 1), device=plan.device)
 
     def step() -> None:
@@ -146,4 +150,4 @@ def _measure(name: str, plan: ModelBenchPlan, spectral: ModelConfig, peak: float
         own = sum(p.numel() for block in cast(list[Block], model.blocks) for p in block.mixer.parameters())
         flops += 6.0 * (own - spectral.n_layers * mixer_parameters(spectral, "S", k))
     size, mfu = sum(p.numel() for p in model.parameters()), None if peak is None else rate * flops / peak
-    return ModelRow(name, length, size, rate, mfu, memory / 2**30)
+    return ModelRow(name, length, size, 1 if name == "transformer" else k, rate, mfu, memory / 2**30)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -106,8 +107,9 @@ def command_lines(folder: Path) -> list[Kind]:
 
 def _command(main: Callable[[], None], path: Path) -> None:
     """Runs a command on the words in a file; a refusal with code 1 or 2 becomes a `UserError`."""
-    sys.argv = ["megassm", *os.fsdecode(path.read_bytes().replace(b"\0", b"")).split("\n")]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+    words = ["megassm", *os.fsdecode(path.read_bytes().replace(b"\0", b"")).split("\n")]
+    own = mock.patch.object(sys, "argv", words)  # whatever else this process tests reads its own
+    with own, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
         try:
             run_tool(main)
         except SystemExit as stop:

@@ -71,7 +71,7 @@ def _strategy(config: Config, step: int, micro_step: int) -> int:
 
 
 def _draws(config: Config) -> int:
-    """Of an update; a run's configuration says how many, before it is one it has one rank."""
+    """Of an update: what a run has fixed at its start, else one a micro-step of one rank."""
     return config.budget.draws or config.micro_steps(1)
 
 

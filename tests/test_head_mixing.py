@@ -24,8 +24,9 @@ def hold(n, c, i, heads, p, e, k, dtype, tolerance, parameters=None):
     kept = parameters or dtype  # under autocast wider than the inputs
     rows, dy = (noise(c, k, i) / i**0.5).to(dtype), noise(n, c, heads * e).to(kept)
     given = noise(n, i, heads * p).to(dtype), noise(n, c, heads, k), (noise(k, heads * p, e) / p**0.5).to(kept)
-    found = head_mixing._both(head_mixing.gated_product, given, rows, dy)
-    truth = head_mixing._both(head_mixing._truth, [x.double() for x in given], rows.double(), dy.double())
+    found = head_mixing.product_with_gradients(head_mixing.gated_product, given, rows, dy)
+    exact = [x.double() for x in given], rows.double(), dy.double()
+    truth = head_mixing.product_with_gradients(head_mixing._truth, *exact)
     assert [x.dtype for x in found] == [kept, dtype, torch.float32, kept]
     for mine, true in zip(found, truth, strict=True):
         assert mine.shape == true.shape
@@ -106,8 +107,8 @@ def test_the_truth_is_what_a_processor_computes() -> None:
     rows, dy = torch.randn(5, 3, 7, generator=noise).double(), torch.randn(2, 5, 8, generator=noise).double()
     given = [torch.randn(shape, generator=noise).double() for shape in ((2, 7, 6), (2, 5, 2, 3), (3, 6, 4))]
     assert not head_mixing.kernel_serves(given[0], rows, given[1], given[2])
-    found = head_mixing._both(gated_product, given, rows, dy)
-    for mine, true in zip(found, head_mixing._both(head_mixing._truth, given, rows, dy), strict=True):
+    found = head_mixing.product_with_gradients(gated_product, given, rows, dy)
+    for mine, true in zip(found, head_mixing.product_with_gradients(head_mixing._truth, given, rows, dy), strict=True):
         torch.testing.assert_close(mine, true)
 
 

@@ -42,7 +42,7 @@ from megassm.layers.spectral_state import SentState, SpectralState, WindowState,
 from megassm.layers.state import LayerState
 from megassm.ops import gates
 from megassm.ops.mixing import gate_weights, mix_channels, open_weights
-from megassm.ops.selective import log_decays, with_decays
+from megassm.ops.selective import log_decays, taken, with_decays
 
 
 class SpectralGate(nn.Module):
@@ -127,8 +127,8 @@ class ContinuedSpectral(NamedTuple):
         return taken_spectral(concatenated(kept), torch.tensor(order, device=self.u_BLD.device).argsort())
 
     def _after(self, rows: slice | Tensor, count: int, before: SpectralState | None) -> SpectralState:
-        decays = None if self.log_decay_BLH is None else self.log_decay_BLH[rows, :count]
-        after: SpectralState = self.filterbank.advance(self.u_BLD[rows, :count], before, decays)
+        decays_BLH = taken(self.log_decay_BLH, (rows, slice(count)))
+        after: SpectralState = self.filterbank.advance(self.u_BLD[rows, :count], before, decays_BLH)
         return after
 
 

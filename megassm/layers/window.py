@@ -24,7 +24,7 @@ from megassm.config.model import ModelConfig
 from megassm.layers.filterbank import FilterBank
 from megassm.layers.spectral_state import SentState, WindowState
 from megassm.ops.documents import Segments
-from megassm.ops.selective import parted
+from megassm.ops.selective import parted, taken
 
 
 class WindowedFilterBank(FilterBank):
@@ -117,7 +117,7 @@ class WindowedFilterBank(FilterBank):
             last = max(0, length - 1) // self.hop * self.hop
             states = []
             for first in (max(0, last - self.hop), last):
-                decays = None if log_decay_BLH is None else log_decay_BLH[:, first:]
+                decays = taken(log_decay_BLH, (slice(None), slice(first, None)))
                 states.append(super().advance(u_BLD[:, first:], None, decays))
             return WindowState(states[0], states[1], (length,) * batch)
         parts, order = [], []
@@ -126,7 +126,7 @@ class WindowedFilterBank(FilterBank):
             mine, first = state.take(index), 0
             while first < length:
                 part = slice(first, first + self._left(mine.lengths[0]))
-                decays = None if log_decay_BLH is None else log_decay_BLH[index, part]
+                decays = taken(log_decay_BLH, (index, part))
                 mine, first = self._read(self._turned(mine), u_BLD[index, part], decays), part.stop
             parts.append(mine)
             order += rows

@@ -144,8 +144,8 @@ def _is_right(device: torch.device, dtype: torch.dtype, width: int, outputs: int
     given = noise(n, i, heads * width), noise(n, c, heads, k).float(), noise(k, heads * width, outputs)
     exact = [tensor.double() for tensor in given]
     return agrees(
-        lambda: _both(gated_product, given, rows_CKI, dy_NCX),
-        lambda: _both(_truth, exact, rows_CKI.double(), dy_NCX.double()),
+        lambda: product_with_gradients(gated_product, given, rows_CKI, dy_NCX),
+        lambda: product_with_gradients(_truth, exact, rows_CKI.double(), dy_NCX.double()),
         TOLERANCE[dtype], f"product of heads of {width} inputs", "torch's is",
     )  # fmt: skip
 
@@ -158,6 +158,6 @@ def _truth(z_NID: Tensor, rows_CKI: Tensor, weights_NCHK: Tensor, channels_KDE: 
     return torch.einsum("nckhp,khpe->nche", gated_NCKHP, channels_KHPE).flatten(2)
 
 
-def _both(way: Any, given: Sequence[Tensor], rows_CKI: Tensor, dy_NCX: Tensor) -> tuple[Tensor, ...]:
+def product_with_gradients(way: Any, given: Sequence[Tensor], rows_CKI: Tensor, dy_NCX: Tensor) -> tuple[Tensor, ...]:
     """(y, the gradients of those that are given: z, weights, channels)."""
     return with_gradients(lambda z_NID, *others: way(z_NID, rows_CKI, *others), given, dy_NCX)

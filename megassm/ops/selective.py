@@ -55,6 +55,11 @@ def parted(weights_BLHX: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
     return weights_BLHX[..., :k], weights_BLHX[..., k]
 
 
+def taken(log_decay_BLH: Tensor | None, index: Any) -> Tensor | None:
+    """Those of some texts and positions, where there are any."""
+    return None if log_decay_BLH is None else log_decay_BLH[index]
+
+
 def per_head(x_XD: Tensor, factor_XH: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """x (.., D), each head's P channels times its factor (.., H), in x's dtype or another."""
     scaled_XHP = torch.unflatten(x_XD, -1, (factor_XH.shape[-1], -1)) * factor_XH[..., None]

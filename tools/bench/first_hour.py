@@ -156,17 +156,17 @@ def main() -> None:
     chosen = [s for s in sections(arguments.quick) if s.group in wanted or s.name.startswith(tuple(wanted))]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        until = begun + (arguments.limit_s or math.inf)
+        limit = arguments.limit_s or math.inf
+        last_start = min(arguments.budget_s or math.inf, limit)
         threads = max(1, torch.get_num_threads() // arguments.jobs)  # more would wait for each other
         plan = Plan(arguments.device, arguments.quick, folder, out.resolve(), threads)
-        runner = Runner(plan, folder, out, until)
+        runner = Runner(plan, folder, out, begun + limit)
         print(f"imports: {time.monotonic() - begun:.1f} s; sections are started by {runner.context.get_start_method()}")
         order = 0
         for section in sorted(chosen, key=lambda s: s.order):
             runner.wait(1 if section.timed or section.order > order else arguments.jobs)
-            last = min(arguments.budget_s or math.inf, arguments.limit_s or math.inf)
-            if time.monotonic() - begun > last:
-                print(json.dumps({"section": section.name, "ok": None, "left_out": f"after {last:g} s"}))
+            if time.monotonic() - begun > last_start:
+                print(json.dumps({"section": section.name, "ok": None, "left_out": f"after {last_start:g} s"}))
                 continue
             order = section.order
             runner.start(section)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -45,7 +46,7 @@ class ModelRow:
     length: int
     parameters: int
     k: int
-    """The budget it was timed at; 1 for a model without channels."""
+    """The budget it was timed at; 1 for a model without channels of ours."""
     tokens_per_s: float
     mfu: float | None
     """Model FLOPs (`megassm.cost`; Mamba-2 counted as its parameters) over the device's peak rate; None where that is
@@ -83,8 +84,7 @@ def bench_models(plan: ModelBenchPlan, say: Callable[[str], None] = lambda _: No
         spectral = plan.config.model_copy(update={"seq_len": length})
         for name in MODELS:
             if name != "mamba2" or not reason:
-                for k in (plan.budgets if name == "es_ssm" else ()) or (spectral.num_channels,):
-                    yield _measure(name, plan, spectral, k, peak)
+                yield from _measure(name, plan, spectral, peak)
 
 
 def transformer_of_equal_size(spectral: ModelConfig) -> ModelConfig:
@@ -134,20 +134,21 @@ def _build(name: str, plan: ModelBenchPlan, spectral: ModelConfig) -> LanguageMo
     return model
 
 
-def _measure(name: str, plan: ModelBenchPlan, spectral: ModelConfig, k: int, peak: float | None) -> ModelRow:
-    model, length = _build(name, plan, spectral), spectral.seq_len
+def _measure(name: str, plan: ModelBenchPlan, spectral: ModelConfig, peak: float | None) -> Iterator[ModelRow]:
+    model, length, full = _build(name, plan, spectral), spectral.seq_len, spectral.num_channels
     ids_BT = torch.randint(0, spectral.vocab_size, (plan.batch, length + 1), device=plan.device)
 
-    def step() -> None:
+    def step(k: int) -> None:
         model.zero_grad(set_to_none=True)
         losses_at(model, ids_BT, k).mean().backward()  # type: ignore[no-untyped-call]
 
-    rate = plan.batch * length / statistics.median(timed_seconds(step, plan.device, plan.repeats))
-    model.zero_grad(set_to_none=True)
-    memory = peak_tensor_bytes([*model.parameters(), *model.buffers()], step, plan.device)
-    flops = training_flops_per_token(model.config, k, length)
-    if name == "mamba2":
-        own = sum(p.numel() for block in cast(list[Block], model.blocks) for p in block.mixer.parameters())
-        flops += 6.0 * (own - spectral.n_layers * mixer_parameters(spectral, "S", k))
-    size, mfu = sum(p.numel() for p in model.parameters()), None if peak is None else rate * flops / peak
-    return ModelRow(name, length, size, 1 if name == "transformer" else k, rate, mfu, memory / 2**30)
+    for k in (plan.budgets if name == "es_ssm" else ()) or (full,):
+        rate = plan.batch * length / statistics.median(timed_seconds(partial(step, k), plan.device, plan.repeats))
+        model.zero_grad(set_to_none=True)
+        memory = peak_tensor_bytes([*model.parameters(), *model.buffers()], partial(step, k), plan.device)
+        flops = training_flops_per_token(model.config, k, length)
+        if name == "mamba2":
+            own = sum(p.numel() for block in cast(list[Block], model.blocks) for p in block.mixer.parameters())
+            flops += 6.0 * (own - spectral.n_layers * mixer_parameters(spectral, "S", k))
+        size, mfu = sum(p.numel() for p in model.parameters()), None if peak is None else rate * flops / peak
+        yield ModelRow(name, length, size, k if name == "es_ssm" else 1, rate, mfu, memory / 2**30)

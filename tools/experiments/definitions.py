@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -61,6 +61,14 @@ class Experiment:
 
 
 ELASTIC = Arm("elastic")
+ONE_FOR_ALL = Experiment(
+    "Does one elastic training replace a family of models, each trained at its size alone?",
+    "One training gives all sizes, each as good as a model of that size.",
+    family_arms,
+    measure=family_points,
+    config=FAMILY,
+    rates=(4e-3, 8e-3),
+)
 
 
 def _arms(*arms: Arm) -> Callable[[Config], Sequence[Arm]]:
@@ -241,22 +249,9 @@ EXPERIMENTS = {
         trains=False,
         x_label="mean compute of a step over full K's",
     ),
-    "family": Experiment(
-        "Does one elastic training replace a family of models, each trained at its size alone?",
-        "One training gives all sizes, each as good as a model of that size.",
-        family_arms,
-        measure=family_points,
-        config=FAMILY,
-        rates=(4e-3, 8e-3),
-    ),
-    "family_large": Experiment(
-        "... and at four times the size?",
-        "One training gives all sizes, each as good as a model of that size.",
-        finalist_arms,
-        measure=family_points,
-        config=FAMILY,
-        rates=(4e-3, 8e-3),
-        settings=LARGE,
+    "family": ONE_FOR_ALL,
+    "family_large": replace(
+        ONE_FOR_ALL, question="... and at four times the size?", arms=finalist_arms, settings=LARGE
     ),
     "family_cost": Experiment(
         "What do the members of the family cost in prefill, decoding and memory?",

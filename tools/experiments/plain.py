@@ -3,8 +3,7 @@
 The same batches in the same order as `megassm.train`, the same AdamW with the same groups, learning rate and clipping,
 and the same budgets. On CUDA an update is one graph for each way it can go (each K that it can draw), so that models of
 a few hundred thousand parameters take a millisecond an update; its matrix products are in TF32, the validation is in
-float32. What is measured is kept in the run directory; a
-training that was interrupted starts again from its beginning.
+float32. What is measured is kept in the run directory; a training that was interrupted starts again from its beginning.
 """
 
 from __future__ import annotations

@@ -210,8 +210,7 @@ def expected(config: Config, seeds: Sequence[int]) -> list[Observed]:
     rows = []
     for arm in (arm for arm in scaling_arms(config) if is_largest(arm.name)):
         own = dict(text.split("=", 1) for text in arm.overrides)
-        sizes = {name: int(own[f"model.{name}"]) for name in ("d_model", "n_layers", "mixer_heads", "d_ffn")}
-        model = config.model.model_copy(update={**sizes, "ffn_elastic": None})
+        model = _shaped(config, int(own["model.d_model"]), int(own["model.n_layers"]))
         data = float(own["train.steps"]) * config.train.batch_sequences * config.model.seq_len
         for seed in seeds:
             for k in config.eval_budgets():

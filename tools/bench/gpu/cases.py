@@ -75,16 +75,12 @@ def _of_heads(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) 
     rows_on, dy_on, *on = (tensor.to(device) for tensor in (rows, dy, *given))
     taken = at_once.kernel_serves(on[0], rows_on, *on[1:])
     way = at_once.gated_product if device.type == "cuda" else mixing.gated_product
-    found, again = (with_gradients(partial(_mixed, way, rows_on), on, dy_on) for _ in range(2))
-    exact = partial(_mixed, mixing.gated_product, rows.double())
-    truth = with_gradients(exact, [tensor.double() for tensor in given], dy.double())
+    found, again = (at_once.product_with_gradients(way, on, rows_on, dy_on) for _ in range(2))
+    exact = [tensor.double() for tensor in given]
+    truth = at_once.product_with_gradients(mixing.gated_product, exact, rows.double(), dy.double())
     row = compared(("y", "dz", "dweights", "dM"), found, truth, BOUND[str(dtype).removeprefix("torch.")])
     same = all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
     return row | {"taken": taken, "same_bits": same, "ok": row["ok"] and same and taken == (device.type == "cuda")}
-
-
-def _mixed(way: Callable[..., Tensor], rows: Tensor, z: Tensor, weights: Tensor, channels: Tensor) -> Tensor:
-    return way(z, rows, weights, channels)
 
 
 def taps(plan: Plan, _folder: Path) -> Iterator[Found]:

@@ -224,12 +224,10 @@ def model(plan: Plan, _folder: Path) -> Iterator[Found]:
                 cast_parameters(true, torch.float64)
                 cast_parameters(mine, getattr(torch, dtype))
                 name = f"{kind} {dtype} {'apart' if document_end == 0 else ''}"
-                wanted, found = losses_at(true, ids, 5, document_end), losses_at(mine, ids.to(device), 5, document_end)
-                wanted.mean().backward()  # type: ignore[no-untyped-call]
-                found.mean().backward()  # type: ignore[no-untyped-call]
-                errors[f"{name} loss"], bounds[f"{name} loss"] = off(found, wanted), bound
-                errors[f"{name} gradient"] = off(_gradient(mine), _gradient(true))
-                bounds[f"{name} gradient"] = 3 * bound
+                wanted = losses_and_gradients(true, ids, 5, document_end)
+                found = losses_and_gradients(mine, ids.to(device), 5, document_end)
+                errors[f"{name} loss"], errors[f"{name} gradient"] = map(off, found, wanted)
+                bounds[f"{name} loss"], bounds[f"{name} gradient"] = bound, 3 * bound
     yield hold(errors, bounds)
 
 
@@ -238,9 +236,11 @@ def cast_parameters(model: LanguageModel, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _gradient(model: LanguageModel) -> Tensor:
-    gradients: Sequence[Tensor] = [p.grad.double().flatten().cpu() for p in model.parameters() if p.grad is not None]
-    return torch.cat(list(gradients))
+def losses_and_gradients(model: LanguageModel, ids: Tensor, k: int, end: int | None) -> tuple[Tensor, Tensor]:
+    """Of `ids` (B, T) at budget k (B, L), and of their mean by all parameters, one after the other."""
+    losses = losses_at(model, ids, k, end)
+    gradients = torch.autograd.grad(losses.mean(), list(model.parameters()))
+    return losses.detach(), torch.cat([gradient.double().flatten().cpu() for gradient in gradients])
 
 
 def decoding(plan: Plan, _folder: Path) -> Iterator[Found]:

@@ -15,11 +15,11 @@ from megassm.config.model import ModelConfig
 from megassm.layers.attention import attend, attention_mask
 from megassm.layers.block import Block
 from megassm.layers.compiled import compile_blocks
-from megassm.model import LanguageModel, build_model, losses_at
+from megassm.model import build_model
 from megassm.ops import flex
 from megassm.ops.kernel_check import with_gradients
 from tools.bench.gpu.cases import case_by_case, compared
-from tools.bench.gpu.checks import cast_parameters
+from tools.bench.gpu.checks import cast_parameters, losses_and_gradients
 from tools.bench.gpu.plan import Found, Plan
 
 SEEN = (
@@ -86,18 +86,18 @@ def compiled(plan: Plan, _folder: Path, dtype: str) -> Iterator[Found]:
     compile_blocks(cast(list[Block], list(whole.blocks)), len(BUDGETS), backend)
 
     def case(kind: tuple[int, int | None]) -> Found:
-        by_layers, before = _computed(plain, ids.to(device), *kind), counters["stats"]["unique_graphs"]
-        found, made = _computed(whole, ids.to(device), *kind), counters["stats"]["unique_graphs"] - before
-        return _beside(found, by_layers, _computed(exact, ids, *kind), dtype) | {"graphs": made}
+        by_layers, before = losses_and_gradients(plain, ids.to(device), *kind), counters["stats"]["unique_graphs"]
+        found, made = losses_and_gradients(whole, ids.to(device), *kind), counters["stats"]["unique_graphs"] - before
+        return _beside(found, by_layers, losses_and_gradients(exact, ids, *kind), dtype) | {"graphs": made}
 
     def again(kind: tuple[int, int | None]) -> Found:
         others = ids.flip(1).to(device)
         others[:, ::17] = END
         with torch.compiler.set_stance("fail_on_recompile"):
             begun = time.perf_counter()
-            found = _computed(whole, others, *kind)
+            found = losses_and_gradients(whole, others, *kind)
         seconds = time.perf_counter() - begun
-        return _beside(found, _computed(plain, others, *kind), None, dtype) | {"step_s": round(seconds, 4)}
+        return _beside(found, losses_and_gradients(plain, others, *kind), None, dtype) | {"step_s": round(seconds, 4)}
 
     cases = [(f"K={k}{' apart' * (end is not None)}{text}", partial(part, (k, end)))
              for text, part in (("", case), (", another batch", again)) for k, end in kinds]  # fmt: skip
@@ -106,13 +106,6 @@ def compiled(plan: Plan, _folder: Path, dtype: str) -> Iterator[Found]:
     yield {"backend": backend, "breaks": breaks}
     if breaks:
         yield {"ok": False, "error": "graphs are broken"}
-
-
-def _computed(model: LanguageModel, ids: Tensor, k: int, end: int | None) -> tuple[Tensor, Tensor]:
-    """(losses, all gradients)."""
-    losses = losses_at(model, ids, k, end)
-    gradients = torch.autograd.grad(losses.mean(), list(model.parameters()))
-    return losses.detach(), torch.cat([gradient.double().flatten().cpu() for gradient in gradients])
 
 
 def _beside(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megassm.config.load import load_config
 from megassm.config.schema import Config
@@ -245,19 +244,13 @@ def heads(plan: Plan, _folder: Path) -> Iterator[Found]:
         for k in (2, 8, 16) if cuda else (2,):
             rows, dy = (torch.randn(shape, device=device, dtype=dtype) / 10 for shape in ((c, k, i), (n, c, d)))
             z, channels = (torch.randn(shape, device=device, dtype=dtype) for shape in ((n, i, d), (k, d, width)))
-            given = [z, rows, torch.rand(n, c, d // width, k, device=device), channels / width**0.5]
+            weights, channels = torch.rand(n, c, d // width, k, device=device), channels / width**0.5
             ways = {"groups": mixing._GatedProduct.apply}
-            if head_mixing.kernel_serves(*given):
+            if head_mixing.kernel_serves(z, rows, weights, channels):
                 ways["at_once"] = head_mixing.gated_product
-            ms = {name: 1e3 * min(timed_seconds(partial(_both, way, given, dy), device, 5))
-                  for name, way in ways.items()}  # fmt: skip
+            both = partial(head_mixing.product_with_gradients, given=(z, weights, channels), rows_CKI=rows, dy_NCX=dy)
+            ms = {name: 1e3 * min(timed_seconds(partial(both, way), device, 5)) for name, way in ways.items()}
             yield {f"P={width} K={k}": {name: float(f"{value:.4g}") for name, value in ms.items()}}
-
-
-def _both(way: Any, given: Sequence[Tensor], dy: Tensor) -> None:
-    """The gated product, and the gradients of all but the rows."""
-    z, rows, weights, channels = (tensor.detach().requires_grad_(i != 1) for i, tensor in enumerate(given))
-    torch.autograd.grad(way(z, rows, weights, channels), (z, weights, channels), dy)
 
 
 def profile(plan: Plan, folder: Path) -> Iterator[Found]:

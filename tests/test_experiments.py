@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +35,7 @@ from tools.experiments.lookup import LOOKUPS, examples
 from tools.experiments.measure import BITS, Point, plain_points, position_points
 from tools.experiments.online import HIGH, LOW, POLICIES, Reading, read
 from tools.experiments.peers import build_peer, peer_parameters, peer_sizes, state_space_duality
-from tools.experiments.plain import nested_passes, train_plain
+from tools.experiments.plain import Batches, Pass, Training, drawn_passes, nested_passes, predicted, train_plain
 from tools.experiments.results import CONCLUSION, Results, curves, half_width, table, write
 from tools.experiments.results import read as read_results
 from tools.experiments.runner import Job, Options, run_experiment, workers
@@ -212,6 +214,38 @@ def test_the_plain_loop_trains_as_a_run_does(trained: Path, tmp_path: Path) -> N
     (row,) = (row for row in read_records(trained) if row["step"] == config.train.steps)
     found = train_plain(config, None, torch.device("cpu"))
     assert {str(k): score.bits_per_byte for k, score in found.items()} == pytest.approx(row["valid"], rel=1e-4)
+
+
+@pytest.mark.parametrize("distill", [None, 0.0, 0.5])
+def test_graphs_of_passes_are_the_update(distill: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU would capture, carried out at every replay: the same weights, from a few graphs."""
+    own = ("budget.strategy=stratified", "budget.budgets=[1,2,4]", "train.micro_batch_sequences=1", "train.steps=12")
+    config = load_config(ROOT / FAMILY, (*own, "data.path=x", "model.n_layers=1", "model.seq_len=32",
+                                         "optim.warmup_steps=2", "train.batch_sequences=4"))  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    ids_NBT = torch.randint(0, 257, (12, 4, 33), generator=generator)
+    batches = Batches(ids_NBT, torch.rand((12, 4, 32), generator=generator) < 0.9)
+    passes = drawn_passes(config) if distill is None else nested_passes(config, Recipe(((0.25, 1.0),), distill))
+    captured: list[tuple[Pass, ...]] = []
+
+    class Pretended(Training):
+        def _graph(self, how: tuple[Pass, ...], work: Callable[[], None]) -> Any:
+            captured.append(how)
+            return SimpleNamespace(replay=work)
+
+    found = []
+    for kind in (Training, Pretended):
+        model = build_model(config.model, 0)
+        training = kind(model, config, batches, passes, partial(predicted, model))
+        monkeypatch.setattr(training, "pool", None if kind is Training else object())
+        training.run()
+        found.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    torch.testing.assert_close(found[1], found[0], atol=0, rtol=0)
+    if distill:
+        assert {len(how) for how in captured} == {2}, "the second pass learns from the first"
+    else:
+        assert {len(how) for how in captured} == {0, 1}
+        assert len(set(captured)) <= 4 * 4 + 1, "a pass at a budget, and the step"
 
 
 def test_a_recipe_is_paid_by_the_row(data_path: Path, tmp_path: Path, small_config: Callable[..., Config]) -> None:

@@ -2,7 +2,8 @@
 
 A size is what the elastic model has at one of its budgets K. At each size stand beside it: the same model trained at
 that size alone, a transformer, and what else claims to be many sizes in one training: a transformer with an elastic
-feed-forward width (MatFormer, arXiv 2310.07707), one that may stop after any layer, and Mamba-2 at the full size.
+feed-forward width (MatFormer, arXiv 2310.07707), one that may stop after any layer, and Mamba-2 at the full size. A
+transformer has no taps, or the elastic model's; one with an elastic width draws one K an update, or sees all in turn.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ EXIT_LAYERS = 4
 STRATIFIED_ROWS = 2
 """Sequences a budget of an arm that takes them in turn."""
 ALONE, ALONE_CHANNELS = "each size trained alone", "each size trained alone, channels only"
+CHANNELS, HYBRID = "elastic, channels only", "elastic hybrid (SA), channels only"
 
 
 def family_arms(config: Config) -> list[Arm]:
@@ -26,52 +28,45 @@ def family_arms(config: Config) -> list[Arm]:
 
     Two families: budgets cut the channels and the feed-forward width, as `config` says, or the channels alone.
     """
+    whole = _updated(config, ffn_elastic=None)
     sizes = {k: parameters(config.model, k) for k in config.eval_budgets()}
+    sizes_channels = {k: parameters(whole, k) for k in sizes}
     full = sizes[max(sizes)]
-    arms = [Arm("elastic"), _channels_only(Arm("elastic, channels only"))]
-    arms += [hybrid(config, full), _channels_only(hybrid(config, full, "elastic hybrid (SA), channels only"))]
-    arms += [_stratified(arm) for arm in (arms[1], arms[3])]
+    arms = [Arm("elastic"), _channels_only(Arm(CHANNELS))]
+    arms += [hybrid(config, full), _channels_only(hybrid(config, full, HYBRID))]
+    arms += [_stratified(arm) for arm in (arms[0], arms[1], arms[3])]
     arms += [paper_layer(config, full)]
     *smaller, largest = sizes
     arms += [_alone(config, k) for k in smaller] + [_alone(config, k, channels_only=True) for k in smaller]
     arms += [_alone(config, largest)._replace(curves=(ALONE, ALONE_CHANNELS))]
     alone = hybrid(config, full, "hybrid (SA) alone")
     arms += [alone._replace(overrides=(*alone.overrides, *overridden(**fixed(max(sizes)))))]
-    arms += [
-        transformer(config, f"transformer of K={k}'s size", size)._replace(curves=("transformer of each size",), at=k)
-        for k, size in sizes.items()
-    ]
-    taps = {"input_taps": config.model.input_taps}
-    arms += [transformer(config, "transformer with taps", full, **taps)] if config.model.input_taps > 1 else []
-    return [*arms, _elastic_width(config, sizes), _early_exit(config, full), _mamba2(config, full)]
+    arms += [_transformer_of(config, k, size) for k, size in sizes.items()]
+    taps = config.model.input_taps
+    arms += [_transformer_of(config, k, size, taps) for k, size in sizes_channels.items()] if taps > 1 else []
+    arms += [_elastic_width(config, sizes), _stratified(_elastic_width(config, sizes_channels, taps))]
+    return [*arms, _early_exit(config, full), _mamba2(config, full)]
 
 
 def finalist_arms(config: Config) -> list[Arm]:
     """Of the family, those that the larger scale is worth: budgets of channels alone, beside what they are held to."""
     smallest, largest = min(config.eval_budgets()), max(config.eval_budgets())
-    names = {
-        "elastic, channels only",
-        "elastic, channels only, stratified",
-        f"spectral K={smallest}, channels only alone",
-        f"spectral K={largest} alone",
-        "elastic hybrid (SA), channels only",
-        "elastic hybrid (SA), channels only, stratified",
-        "hybrid (SA) alone",
-        f"transformer of K={largest}'s size",
-        "transformer with taps",
-    }
-    return [
-        arm._replace(curves=tuple(curve for curve in arm.curves if curve != ALONE))
-        for arm in family_arms(config)
-        if arm.name in names
-    ]
+    arms = _named(
+        config, CHANNELS, f"{CHANNELS}, stratified", f"spectral K={smallest}, channels only alone",
+        f"spectral K={largest} alone", HYBRID, f"{HYBRID}, stratified", "hybrid (SA) alone",
+        f"transformer of K={largest}'s size", f"transformer with taps of K={largest}'s size, channels only",
+    )  # fmt: skip
+    return [arm._replace(curves=tuple(curve for curve in arm.curves if curve != ALONE)) for arm in arms]
 
 
 def position_arms(config: Config) -> list[Arm]:
     """Of the family at full size: spectral, hybrid, transformer, whose trainings are the family's."""
-    largest = max(config.eval_budgets())
-    names = ["elastic, channels only", "elastic hybrid (SA), channels only", f"transformer of K={largest}'s size"]
-    return [arm._replace(curves=()) for arm in family_arms(config) if arm.name in names]
+    largest = f"transformer of K={max(config.eval_budgets())}'s size"
+    return [arm._replace(curves=()) for arm in _named(config, CHANNELS, HYBRID, largest)]
+
+
+def _named(config: Config, *names: str) -> list[Arm]:
+    return [arm for arm in family_arms(config) if arm.name in names]
 
 
 def _channels_only(arm: Arm) -> Arm:
@@ -132,17 +127,25 @@ def transformer(config: Config, name: str, size: int, **more: Any) -> Arm:
     return Arm(name, overridden(**settings, **fixed(1)))
 
 
-def _elastic_width(config: Config, sizes: Mapping[int, int]) -> Arm:
+def _transformer_of(config: Config, k: int, size: int, taps: int = 1) -> Arm:
+    """Of the size that the elastic model has at K; with taps the sizes are those of the family whose width stays."""
+    of, also = (" with taps", ", channels only") if taps > 1 else ("", "")
+    arm = transformer(config, f"transformer{of} of K={k}'s size{also}", size, input_taps=taps)
+    return arm._replace(curves=(f"transformer{of} of each size{also}",), at=k)
+
+
+def _elastic_width(config: Config, sizes: Mapping[int, int], taps: int = 1) -> Arm:
     """A transformer whose budgets cut the feed-forward width alone, from the smallest of `sizes` to the largest."""
     k_max, k_min = max(sizes), min(sizes)
-    attention = _updated(config, pattern="A", input_taps=1)
+    attention = _updated(config, pattern="A", input_taps=taps)
     widest = width_of_size(attention, sizes[k_max])
     narrowest = max(8, width_of_size(attention, sizes[k_min]))
     units = max(8, round((widest - narrowest) / (k_max - k_min) / 8) * 8)
     widest = max(widest, units * k_max)
     elastic = f"{{knee_k: {k_max}, below: {units}, above: {units}}}"
-    overrides = overridden(model__pattern="A", model__input_taps=1, model__d_ffn=widest, model__ffn_elastic=elastic)
-    return Arm("transformer, elastic width", overrides)
+    of = " with taps" if taps > 1 else ""
+    overrides = overridden(model__pattern="A", model__input_taps=taps, model__d_ffn=widest, model__ffn_elastic=elastic)
+    return Arm(f"transformer{of}, elastic width", overrides)
 
 
 def _early_exit(config: Config, size: int) -> Arm:

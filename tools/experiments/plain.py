@@ -1,9 +1,10 @@
 """Trains the models of an experiment in a plain loop of one process, on a CPU or a GPU.
 
 The same batches in the same order as `megassm.train`, the same AdamW with the same groups, learning rate and clipping,
-and the same budgets. On CUDA an update is one graph for each way it can go (each K that it can draw), so that models of
-a few hundred thousand parameters take a millisecond an update; its matrix products are in TF32, the validation is in
-float32. What is measured is kept in the run directory; a training that was interrupted starts again from its beginning.
+and the same budgets. On CUDA an update is one graph for each K that it can draw, or, of several passes, one for each of
+them and one for the step, so that models of a few hundred thousand parameters take a millisecond a pass; the matrix
+products are in TF32, the validation is in float32. What is measured is kept in the run directory; a training that was
+interrupted starts again from its beginning.
 """
 
 from __future__ import annotations
@@ -147,6 +148,7 @@ class Training:
         self.mask_BL = torch.empty(batches.mask_NBL.shape[1:], dtype=torch.bool, device=self.device)
         self.optimizer = self._optimizer()
         self.graphs: dict[tuple[Pass, ...], torch.cuda.CUDAGraph] = {}
+        """By the passes in them; the one of the step alone has none."""
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def run(self) -> None:
@@ -160,7 +162,8 @@ class Training:
             if self.pool is None:
                 self._update(how)
             else:
-                self._graph(how).replay()
+                for graph in self._graphs(how):
+                    graph.replay()
 
     def _optimizer(self) -> torch.optim.Optimizer:
         plain = build_optimizer(self.net, 1.0, self.config.optim)
@@ -172,8 +175,17 @@ class Training:
                 group.pop(key, None)
         return torch.optim.AdamW(groups, fused=True, capturable=True)
 
-    def _graph(self, how: tuple[Pass, ...]) -> torch.cuda.CUDAGraph:
-        """The graph of an update; captured when first asked for, after a trial that leaves nothing behind."""
+    def _graphs(self, how: tuple[Pass, ...]) -> list[torch.cuda.CUDAGraph]:
+        """An update's. Passes that need nothing of each other have one each, which serves in any order of them."""
+        if len(how) == 1 or any(part.distill for part in how):
+            return [self._graph(how, partial(self._update, how))]
+        for parameter in self.parameters:  # which the graphs add to, and must all find
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [*(self._graph((part,), partial(self._gradients, (part,))) for part in how), self._graph((), self._end)]
+
+    def _graph(self, how: tuple[Pass, ...], work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Of `work`; captured when first asked for, between updates, after a trial that leaves nothing behind."""
         if how not in self.graphs:
             side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream(self.device))
@@ -181,13 +193,14 @@ class Training:
                 self._gradients(how)  # libraries set themselves up
                 if not self.optimizer.state:
                     self._begin_moments()
+                self.optimizer.zero_grad(set_to_none=False)
             torch.cuda.current_stream(self.device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             precision = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision("high")  # not in the trial, where kernels are held against torch
             try:
                 with torch.cuda.graph(graph, pool=self.pool):
-                    self._update(how)
+                    work()
             finally:
                 torch.set_float32_matmul_precision(precision)
             self.graphs[how] = graph
@@ -206,13 +219,22 @@ class Training:
             group["lr"].copy_(rate)
 
     def _update(self, how: tuple[Pass, ...]) -> None:
+        self.optimizer.zero_grad()
         self._gradients(how)
+        self._step()
+
+    def _step(self) -> None:
         if self.config.optim.grad_clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.config.optim.grad_clip)
         self.optimizer.step()
 
+    def _end(self) -> None:
+        """The step after passes that have graphs of their own: the gradients stay where they are, zero again."""
+        self._step()
+        self.optimizer.zero_grad(set_to_none=False)
+
     def _gradients(self, how: tuple[Pass, ...]) -> None:
-        self.optimizer.zero_grad()
+        """Adds those of some passes."""
         teacher_BLV: Tensor | None = None
         for part in how:
             rows = slice(part.first, part.last)

@@ -30,6 +30,7 @@ from tests.small_sets import small_task
 from tools.experiments import peers, runner, scaling
 from tools.experiments.arms import Arm, Recipe
 from tools.experiments.definitions import EXPERIMENTS, FAMILY, LOOKUP, TEXT, Experiment, equal_width
+from tools.experiments.headline import HYBRID, SPECTRAL
 from tools.experiments.headline import draw as draw_headline
 from tools.experiments.lookup import LOOKUPS, examples
 from tools.experiments.measure import BITS, Point, plain_points, position_points
@@ -387,12 +388,15 @@ def test_the_readmes_headline_is_what_is_stored(tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (caption,) = re.findall(r"figures/family.png\)\n\n\*(.*?)\*\n", text, re.DOTALL)
     mean = {curve.label: curve.mean for curve in curves(kept, BITS)}
-    alone, elastic = mean["each size trained alone, channels only"], mean["elastic, channels only"]
+    caption = caption.replace("\n", " ")
+    alone, elastic = mean["each size trained alone, channels only"], mean[SPECTRAL]
     costs = [100 * (mine / single - 1) for mine, single in zip(elastic, alone, strict=True)]
-    said = re.findall(r"([\d.]+)%(?: bits per byte)? at (?:K = )?\d+", caption.replace("\n", " "))
+    said = re.findall(r"(-?[\d.]+)%(?: bits per byte)? at (?:K = )?\d+", caption)
     assert [float(each) for each in said] == pytest.approx(costs, abs=0.06)
-    ahead = 1 - elastic[-1] / mean["transformer of each size"][-1]
-    assert f"{100 * ahead:.1f}% ahead of a transformer" in caption.replace("\n", " ")
+    transformers = mean["transformer with taps of each size, channels only"]
+    behind, ahead = 100 * (elastic[-1] / transformers[-1] - 1), 100 * (1 - mean[HYBRID][-1] / transformers[-1])
+    assert f"{behind:.1f}% behind a transformer" in caption
+    assert f"the hybrid {ahead:.1f}% ahead" in caption
     fewer = replace(kept, points={arm: seeds for arm, seeds in kept.points.items() if arm != "Mamba-2"})
     with pytest.raises(UserError, match="no curve 'Mamba-2'; run all arms"):
         draw_headline(fewer)

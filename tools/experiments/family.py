@@ -34,7 +34,7 @@ def family_arms(config: Config) -> list[Arm]:
     full = sizes[max(sizes)]
     arms = [Arm("elastic"), _channels_only(Arm(CHANNELS))]
     arms += [hybrid(config, full), _channels_only(hybrid(config, full, HYBRID))]
-    arms += [_stratified(arm) for arm in (arms[0], arms[1], arms[3])]
+    arms += [_stratified(arm) for arm in (arms[0], arms[1], arms[3])] + [_stratified_over_three(config, arms[1])]
     arms += [paper_layer(config, full)]
     *smaller, largest = sizes
     arms += [_alone(config, k) for k in smaller] + [_alone(config, k, channels_only=True) for k in smaller]
@@ -77,6 +77,13 @@ def _stratified(arm: Arm) -> Arm:
     """Every budget in every update, or nearly, instead of one: on as many parts of the batch."""
     draws = overridden(budget__strategy="stratified", train__micro_batch_sequences=STRATIFIED_ROWS)
     return arm._replace(name=f"{arm.name}, stratified", overrides=(*arm.overrides, *draws))
+
+
+def _stratified_over_three(config: Config, arm: Arm) -> Arm:
+    """The two smallest budgets and the largest alone."""
+    listed, all_ = config.listed_budgets(), _stratified(arm)
+    few = overridden(budget__budgets=sorted({*listed[:2], listed[-1]}))
+    return arm._replace(name=f"{all_.name} over three", overrides=(*all_.overrides, *few))
 
 
 def overridden(**values: Any) -> tuple[str, ...]:

@@ -18,15 +18,18 @@ from megassm.files import write_atomically
 from tools.experiments.measure import BITS, BY_SIZE
 from tools.experiments.results import Curve, Results, curves, read
 
+SPECTRAL, HYBRID = "elastic, channels only, stratified", "elastic hybrid (SA), channels only, stratified"
+WIDTH = "transformer with taps, elastic width, stratified"
 SHOWN = {
-    "transformer of each size": ("transformer, each size trained alone", "tab:gray", "s--"),
+    "transformer with taps of each size, channels only": ("transformer with taps, each size alone", "tab:gray", "s:"),
+    WIDTH: ("the same, elastic width: one training", "tab:gray", "o-"),
+    "each size trained alone, channels only": ("spectral, each K trained alone", "tab:blue", "x:"),
+    SPECTRAL: ("elastic spectral: one training, cut to each K", "tab:blue", "o-"),
+    HYBRID: ("elastic hybrid with attention: one training", "tab:orange", "o-"),
     "Mamba-2": ("Mamba-2, one size", "tab:green", "D"),
-    "elastic, channels only": ("elastic: one training, cut to each K", "tab:blue", "o-"),
-    "each size trained alone, channels only": ("the same model, each K trained alone", "tab:blue", "x:"),
-    "elastic hybrid (SA), channels only": ("elastic hybrid with attention: one training", "tab:orange", "o-"),
 }
 """By the curve's name in the results: what it is called here, its colour and its line."""
-ONE_TRAINING = ("elastic, channels only", "elastic hybrid (SA), channels only")
+ONE_TRAINING = (SPECTRAL, HYBRID)
 """Whose points are cuts, and are marked with their K."""
 MARGIN = 0.88
 """Of the smallest size of the elastic models, to the left of which nothing is drawn."""

@@ -37,7 +37,7 @@ from tools.experiments.measure import BITS, Point, plain_points, position_points
 from tools.experiments.online import HIGH, LOW, POLICIES, Reading, read
 from tools.experiments.peers import build_peer, peer_parameters, peer_sizes, state_space_duality
 from tools.experiments.plain import Batches, Pass, Training, drawn_passes, nested_passes, predicted, train_plain
-from tools.experiments.results import CONCLUSION, Results, curves, half_width, table, write
+from tools.experiments.results import CONCLUSION, Results, curves, half_width, metrics, table, write
 from tools.experiments.results import read as read_results
 from tools.experiments.runner import Job, Options, run_experiment, workers
 
@@ -296,15 +296,15 @@ def test_what_is_measured_without_a_training_is_kept(monkeypatch: pytest.MonkeyP
 
 def test_every_arm_goes_on_at_its_best_rate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def measured(job: Job) -> list[Point]:
-        best = {"transformer with taps": 8e-3, "Mamba-2": 4e-3}[job.arm.name]
+        best = {"hybrid (SA) alone": 8e-3, "Mamba-2": 4e-3}[job.arm.name]
         return [Point("loss", "", k, 1 + abs(math.log(job.config.optim.lr / best)) + job.seed) for k in (2, 4)]
 
     monkeypatch.setattr(runner, "carry_out", measured)
-    options = Options([3, 4], tmp_path, arms=("with taps", "Mamba"), overrides=("data.path=x",))
+    options = Options([3, 4], tmp_path, arms=("SA) alone", "Mamba"), overrides=("data.path=x",))
     with ThreadPoolExecutor(1) as pool:
         found = run_experiment("family", options, "command", pool)
     rates = {arm: overrides[-1] for arm, overrides in found.arms.items()}
-    assert rates == {"transformer with taps": "optim.lr=0.008", "Mamba-2": "optim.lr=0.004"}
+    assert rates == {"hybrid (SA) alone": "optim.lr=0.008", "Mamba-2": "optim.lr=0.004"}
     assert [points[0].y for points in found.points["Mamba-2"]] == [4, 5]
     with ThreadPoolExecutor(1) as pool, pytest.raises(UserError, match="no arm of family has nothing in its name"):
         run_experiment("family", replace(options, arms=("nothing",)), "command", pool)
@@ -331,6 +331,8 @@ def test_experiments_run(tmp_path: Path, data_path: Path, monkeypatch: pytest.Mo
             values = [point.y for by_seed in found.points.values() for points in by_seed for point in points]
             assert values
             assert all(math.isfinite(value) and value >= 0 for value in values)
+            if experiment.trains and not text:
+                assert BITS not in metrics(found), f"{name} is a task"
     assert len(list((tmp_path / "runs").iterdir())) == runs - 4 - 8, (
         "static_elastic, ablations, sampling, online share one; the families too; the plain loop has one for its seven"
     )

@@ -43,7 +43,8 @@ def family_arms(config: Config) -> list[Arm]:
     arms += [alone._replace(overrides=(*alone.overrides, *overridden(**fixed(max(sizes)))))]
     arms += [_transformer_of(config, k, size) for k, size in sizes.items()]
     taps = config.model.input_taps
-    arms += [_transformer_of(config, k, size, taps) for k, size in sizes_channels.items()] if taps > 1 else []
+    if taps > 1:
+        arms += [_transformer_of(config, k, sizes_channels[k], taps) for k in (min(sizes), largest)]
     arms += [_elastic_width(config, sizes), _stratified(_elastic_width(config, sizes_channels, taps))]
     return [*arms, _early_exit(config, full), _mamba2(config, full)]
 

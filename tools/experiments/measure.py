@@ -14,6 +14,7 @@ from torch import Tensor
 from megassm.config.load import load_config
 from megassm.config.schema import Config
 from megassm.cost import parameters, training_flops_per_token
+from megassm.data.dataset import open_dataset
 from megassm.data.stream import MicroBatch
 from megassm.errors import UserError
 from megassm.eval.score import score
@@ -67,7 +68,7 @@ def plain_points(config: Config, arm: Arm, device: torch.device) -> list[Point]:
     """The same of a training in the plain loop (`tools.experiments.plain`), done if that is not done yet."""
     passes = nested_passes(config, arm.recipe) if arm.recipe else drawn_passes(config)
     found = train_plain(config, arm.peer, device, None if arm.peer else passes, arm.basis)
-    by_accuracy = any(score.hits for score in found.values()) and not any(score.text_bytes for score in found.values())
+    by_accuracy = open_dataset(config).task is not None
     metric = ACCURACY if by_accuracy else BITS
     curve = [Point(metric, "", k, score.accuracy if by_accuracy else score.bits_per_byte) for k, score in found.items()]
     if arm.peer is not None:

@@ -395,7 +395,7 @@ def test_the_readmes_headline_is_what_is_stored(tmp_path: Path) -> None:
     costs = [100 * (mine / single - 1) for mine, single in zip(elastic, alone, strict=True)]
     said = re.findall(r"(-?[\d.]+)%(?: bits per byte)? at (?:K = )?\d+", caption)
     assert [float(each) for each in said] == pytest.approx(costs, abs=0.06)
-    transformers = mean["transformer with taps of each size, channels only"]
+    transformers = mean["transformer with taps of each size"]
     behind, ahead = 100 * (elastic[-1] / transformers[-1] - 1), 100 * (1 - mean[HYBRID][-1] / transformers[-1])
     assert f"{behind:.1f}% behind a transformer" in caption
     assert f"the hybrid {ahead:.1f}% ahead" in caption

@@ -26,15 +26,17 @@ CHANNELS, HYBRID = "elastic, channels only", "elastic hybrid (SA), channels only
 def family_arms(config: Config) -> list[Arm]:
     """The elastic models first, then what they are held against, the sizes in order of K.
 
-    Two families: budgets cut the channels and the feed-forward width, as `config` says, or the channels alone.
+    Two families: budgets cut the channels and the feed-forward width, as `config` says, or the channels alone. Either
+    draws one K an update, as `config` says, or stratified ones.
     """
     whole = _updated(config, ffn_elastic=None)
     sizes = {k: parameters(config.model, k) for k in config.eval_budgets()}
     sizes_channels = {k: parameters(whole, k) for k in sizes}
     full = sizes[max(sizes)]
-    arms = [Arm("elastic"), _channels_only(Arm(CHANNELS))]
-    arms += [hybrid(config, full), _channels_only(hybrid(config, full, HYBRID))]
-    arms += [_stratified(arm) for arm in (arms[0], arms[1], arms[3])] + [_stratified_over_three(config, arms[1])]
+    elastic, mixed = Arm("elastic"), hybrid(config, full)
+    channels, mixed_channels = _channels_only(Arm(CHANNELS)), _channels_only(hybrid(config, full, HYBRID))
+    arms = [_stratified(arm) for arm in (channels, mixed_channels, elastic)]
+    arms += [_stratified_over_three(config, channels), channels, mixed_channels, elastic, mixed]
     arms += [paper_layer(config, full)]
     *smaller, largest = sizes
     arms += [_alone(config, k) for k in smaller] + [_alone(config, k, channels_only=True) for k in smaller]
@@ -139,7 +141,7 @@ def _transformer_of(config: Config, k: int, size: int, taps: int = 1) -> Arm:
     """Of the size that the elastic model has at K; with taps the sizes are those of the family whose width stays."""
     of, also = (" with taps", ", channels only") if taps > 1 else ("", "")
     arm = transformer(config, f"transformer{of} of K={k}'s size{also}", size, input_taps=taps)
-    return arm._replace(curves=(f"transformer{of} of each size{also}",), at=k)
+    return arm._replace(curves=(f"transformer{of} of each size",), at=k)
 
 
 def _elastic_width(config: Config, sizes: Mapping[int, int], taps: int = 1) -> Arm:

@@ -21,7 +21,7 @@ from tools.experiments.results import Curve, Results, curves, read
 SPECTRAL, HYBRID = "elastic, channels only, stratified", "elastic hybrid (SA), channels only, stratified"
 WIDTH = "transformer with taps, elastic width, stratified"
 SHOWN = {
-    "transformer with taps of each size, channels only": ("transformer with taps, each size alone", "tab:gray", "s:"),
+    "transformer with taps of each size": ("transformer with taps, each size alone", "tab:gray", "s:"),
     WIDTH: ("the same, elastic width: one training", "tab:gray", "o-"),
     "each size trained alone, channels only": ("spectral, each K trained alone", "tab:blue", "x:"),
     SPECTRAL: ("elastic spectral: one training, cut to each K", "tab:blue", "o-"),

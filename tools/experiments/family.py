@@ -46,7 +46,8 @@ def family_arms(config: Config) -> list[Arm]:
     arms += [_transformer_of(config, k, size) for k, size in sizes.items()]
     taps = config.model.input_taps
     if taps > 1:
-        arms += [_transformer_of(config, k, sizes_channels[k], taps) for k in (min(sizes), largest)]
+        ks = sorted(sizes)
+        arms += [_transformer_of(config, k, sizes_channels[k], taps) for k in (ks[0], ks[len(ks) // 2], ks[-1])]
     arms += [_elastic_width(config, sizes), _stratified(_elastic_width(config, sizes_channels, taps))]
     return [*arms, _early_exit(config, full), _mamba2(config, full)]
 

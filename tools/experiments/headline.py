@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -46,7 +46,7 @@ def parser() -> Parser:
 
 
 def draw(results: Results) -> bytes:
-    """PNG: bits per byte over parameters; the bands of several seeds are 95% intervals of their mean.
+    """PNG: bits per byte over parameters; the bands of several seeds are 95% intervals of their mean, `_levelled`.
 
     Raises:
         UserError: a curve is not in the results.
@@ -55,6 +55,7 @@ def draw(results: Results) -> bytes:
     if missing := sorted(SHOWN.keys() - found.keys()):
         raise UserError(f"the results have no curve {', '.join(map(repr, missing))}; run all arms of `family`")
     budgets = {curve.label: curve.x for curve in curves(results, BITS)}
+    found = _levelled({label: found[label] for label in SHOWN})
     figure, axes = pyplot.subplots(figsize=(7.6, 5.2), layout="constrained")
     for label, (name, colour, line) in SHOWN.items():
         curve = _within(found[label], MARGIN * min(found[each].x[0] for each in ONE_TRAINING))
@@ -73,6 +74,21 @@ def draw(results: Results) -> bytes:
     figure.savefig(file, format="png", dpi=110)
     pyplot.close(figure)
     return file.getvalue()
+
+
+def _levelled(found: Mapping[str, Curve]) -> dict[str, Curve]:
+    """Without what a seed gives to all curves alike: by how much seeds differ in what tells the curves apart.
+
+    Cousineau's intervals (Tutorials in Quantitative Methods for Psychology 1, 2005) with Morey's factor (4, 2008).
+    """
+    levels_S = np.mean([curve.y_SN.mean(1) for curve in found.values()], axis=0)
+    factor = (len(found) / (len(found) - 1)) ** 0.5
+    levelled = {}
+    for label, curve in found.items():
+        mean_N = curve.y_SN.mean(0)
+        own_SN = curve.y_SN - mean_N - (levels_S - levels_S.mean())[:, None]
+        levelled[label] = Curve(curve.label, curve.x, mean_N + factor * own_SN)
+    return levelled
 
 
 def _within(curve: Curve, least: float) -> Curve:

@@ -30,7 +30,7 @@ from tests.small_sets import small_task
 from tools.experiments import peers, runner, scaling
 from tools.experiments.arms import Arm, Recipe
 from tools.experiments.definitions import EXPERIMENTS, FAMILY, LOOKUP, TEXT, Experiment, equal_width
-from tools.experiments.headline import HYBRID, SPECTRAL
+from tools.experiments.headline import MIXED, SPECTRAL
 from tools.experiments.headline import draw as draw_headline
 from tools.experiments.lookup import LOOKUPS, examples
 from tools.experiments.measure import BITS, Point, plain_points, position_points
@@ -396,7 +396,7 @@ def test_the_readmes_headline_is_what_is_stored(tmp_path: Path) -> None:
     said = re.findall(r"(-?[\d.]+)%(?: bits per byte)? at (?:K = )?\d+", caption)
     assert [float(each) for each in said] == pytest.approx(costs, abs=0.06)
     transformers = mean["transformer with taps of each size"]
-    behind, ahead = 100 * (elastic[-1] / transformers[-1] - 1), 100 * (1 - mean[HYBRID][-1] / transformers[-1])
+    behind, ahead = 100 * (elastic[-1] / transformers[-1] - 1), 100 * (1 - mean[MIXED][-1] / transformers[-1])
     assert f"{behind:.1f}% behind a transformer" in caption
     assert f"the hybrid {ahead:.1f}% ahead" in caption
     fewer = replace(kept, points={arm: seeds for arm, seeds in kept.points.items() if arm != "Mamba-2"})

@@ -32,21 +32,21 @@ def family_arms(config: Config) -> list[Arm]:
     whole = _updated(config, ffn_elastic=None)
     sizes = {k: parameters(config.model, k) for k in config.eval_budgets()}
     sizes_channels = {k: parameters(whole, k) for k in sizes}
-    full = sizes[max(sizes)]
+    *smaller, largest = sizes
+    full = sizes[largest]
     elastic, mixed = Arm("elastic"), hybrid(config, full)
     channels, mixed_channels = _channels_only(Arm(CHANNELS)), _channels_only(hybrid(config, full, HYBRID))
     arms = [_stratified(arm) for arm in (channels, mixed_channels, elastic)]
     arms += [_stratified_over_three(config, channels), channels, mixed_channels, elastic, mixed]
     arms += [paper_layer(config, full)]
-    *smaller, largest = sizes
     arms += [_alone(config, k) for k in smaller] + [_alone(config, k, channels_only=True) for k in smaller]
     arms += [_alone(config, largest)._replace(curves=(ALONE, ALONE_CHANNELS))]
     alone = hybrid(config, full, "hybrid (SA) alone")
-    arms += [alone._replace(overrides=(*alone.overrides, *overridden(**fixed(max(sizes)))))]
+    arms += [alone._replace(overrides=(*alone.overrides, *overridden(**fixed(largest))))]
     arms += [_transformer_of(config, k, size) for k, size in sizes.items()]
     taps = config.model.input_taps
     if taps > 1:
-        ks = sorted(sizes)
+        ks = list(sizes)
         arms += [_transformer_of(config, k, sizes_channels[k], taps) for k in (ks[0], ks[len(ks) // 2], ks[-1])]
     arms += [_elastic_width(config, sizes), _stratified(_elastic_width(config, sizes_channels, taps))]
     return [*arms, _early_exit(config, full), _mamba2(config, full)]
@@ -56,8 +56,8 @@ def finalist_arms(config: Config) -> list[Arm]:
     """Of the family, those that the larger scale is worth: budgets of channels alone, beside what they are held to."""
     smallest, largest = min(config.eval_budgets()), max(config.eval_budgets())
     arms = _named(
-        config, CHANNELS, f"{CHANNELS}, stratified", f"spectral K={smallest}, channels only alone",
-        f"spectral K={largest} alone", HYBRID, f"{HYBRID}, stratified", "hybrid (SA) alone",
+        config, CHANNELS, stratified(CHANNELS), f"spectral K={smallest}, channels only alone",
+        f"spectral K={largest} alone", HYBRID, stratified(HYBRID), "hybrid (SA) alone",
         f"transformer of K={largest}'s size", f"transformer with taps of K={largest}'s size, channels only",
     )  # fmt: skip
     return [arm._replace(curves=tuple(curve for curve in arm.curves if curve != ALONE)) for arm in arms]
@@ -77,10 +77,15 @@ def _channels_only(arm: Arm) -> Arm:
     return arm._replace(overrides=(*arm.overrides, "model.ffn_elastic=null"))
 
 
+def stratified(name: str) -> str:
+    """What an arm is called whose budgets come in turn."""
+    return f"{name}, stratified"
+
+
 def _stratified(arm: Arm) -> Arm:
     """Every budget in every update, or nearly, instead of one: on as many parts of the batch."""
     draws = overridden(budget__strategy="stratified", train__micro_batch_sequences=STRATIFIED_ROWS)
-    return arm._replace(name=f"{arm.name}, stratified", overrides=(*arm.overrides, *draws))
+    return arm._replace(name=stratified(arm.name), overrides=(*arm.overrides, *draws))
 
 
 def _stratified_over_three(config: Config, arm: Arm) -> Arm:
@@ -140,9 +145,13 @@ def transformer(config: Config, name: str, size: int, **more: Any) -> Arm:
 
 def _transformer_of(config: Config, k: int, size: int, taps: int = 1) -> Arm:
     """Of the size that the elastic model has at K; with taps the sizes are those of the family whose width stays."""
-    of, also = (" with taps", ", channels only") if taps > 1 else ("", "")
-    arm = transformer(config, f"transformer{of} of K={k}'s size{also}", size, input_taps=taps)
-    return arm._replace(curves=(f"transformer{of} of each size",), at=k)
+    kind, of = _transformer_with(taps), ", channels only" if taps > 1 else ""
+    arm = transformer(config, f"{kind} of K={k}'s size{of}", size, input_taps=taps)
+    return arm._replace(curves=(f"{kind} of each size",), at=k)
+
+
+def _transformer_with(taps: int) -> str:
+    return "transformer with taps" if taps > 1 else "transformer"
 
 
 def _elastic_width(config: Config, sizes: Mapping[int, int], taps: int = 1) -> Arm:
@@ -154,9 +163,8 @@ def _elastic_width(config: Config, sizes: Mapping[int, int], taps: int = 1) -> A
     units = max(8, round((widest - narrowest) / (k_max - k_min) / 8) * 8)
     widest = max(widest, units * k_max)
     elastic = f"{{knee_k: {k_max}, below: {units}, above: {units}}}"
-    of = " with taps" if taps > 1 else ""
     overrides = overridden(model__pattern="A", model__input_taps=taps, model__d_ffn=widest, model__ffn_elastic=elastic)
-    return Arm(f"transformer{of}, elastic width", overrides)
+    return Arm(f"{_transformer_with(taps)}, elastic width", overrides)
 
 
 def _early_exit(config: Config, size: int) -> Arm:

@@ -15,21 +15,21 @@ from matplotlib import pyplot
 from megassm.cli.arguments import Parser, path_argument, run_tool
 from megassm.errors import UserError
 from megassm.files import write_atomically
+from tools.experiments.family import ALONE_CHANNELS, CHANNELS, HYBRID, stratified
 from tools.experiments.measure import BITS, BY_SIZE
 from tools.experiments.results import Curve, Results, curves, read
 
-SPECTRAL, HYBRID = "elastic, channels only, stratified", "elastic hybrid (SA), channels only, stratified"
-WIDTH = "transformer with taps, elastic width, stratified"
+SPECTRAL, MIXED = stratified(CHANNELS), stratified(HYBRID)
 SHOWN = {
     "transformer with taps of each size": ("transformer with taps, each size alone", "tab:gray", "s:"),
-    WIDTH: ("the same, elastic width: one training", "tab:gray", "o-"),
-    "each size trained alone, channels only": ("spectral, each K trained alone", "tab:blue", "x:"),
+    stratified("transformer with taps, elastic width"): ("the same, elastic width: one training", "tab:gray", "o-"),
+    ALONE_CHANNELS: ("spectral, each K trained alone", "tab:blue", "x:"),
     SPECTRAL: ("elastic spectral: one training, cut to each K", "tab:blue", "o-"),
-    HYBRID: ("elastic hybrid with attention: one training", "tab:orange", "o-"),
+    MIXED: ("elastic hybrid with attention: one training", "tab:orange", "o-"),
     "Mamba-2": ("Mamba-2, one size", "tab:green", "D"),
 }
 """By the curve's name in the results: what it is called here, its colour and its line."""
-ONE_TRAINING = (SPECTRAL, HYBRID)
+ONE_TRAINING = (SPECTRAL, MIXED)
 """Whose points are cuts, and are marked with their K."""
 MARGIN = 0.88
 """Of the smallest size of the elastic models, to the left of which nothing is drawn."""

@@ -179,9 +179,6 @@ class Training:
         """An update's. Passes that need nothing of each other have one each, which serves in any order of them."""
         if len(how) == 1 or any(part.distill for part in how):
             return [self._graph(how, partial(self._update, how))]
-        for parameter in self.parameters:  # which the graphs add to, and must all find
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
         return [*(self._graph((part,), partial(self._gradients, (part,))) for part in how), self._graph((), self._end)]
 
     def _graph(self, how: tuple[Pass, ...], work: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -207,7 +204,10 @@ class Training:
         return self.graphs[how]
 
     def _begin_moments(self) -> None:
-        """Makes the optimizer's state, all zero, by an update without effect."""
+        """Makes all gradients and the optimizer's state, zero, by an update without effect: graphs are to find them."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         rates = [group["lr"].clone() for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"].zero_()

@@ -74,11 +74,9 @@ class LanguageModel(nn.Module):
         Raises:
             UserError: a budget out of range, or `documents_BL` is not a valid numbering.
         """
-        context = self.context(0, ids_BL.shape[1], k)
         if documents_BL is not None:
             check_documents(documents_BL, ids_BL)
-            context = self._apart(context, documents_BL)
-        return self.logits(self._hidden(ids_BL, context))
+        return self.logits(self._hidden(ids_BL, self.context(0, ids_BL.shape[1], k, documents_BL)))
 
     def losses(self, ids_BL: Tensor, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
         """Negative log-likelihood in nats, (B, L) float32, of the `targets_BL` that follow `ids_BL`.
@@ -200,14 +198,16 @@ class LanguageModel(nn.Module):
         positions_BL = torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
         return base._replace(rope=self._rope(positions_BL[0] if len(starts) == 1 else positions_BL))
 
-    def context(self, first: int, length: int, k: Budget | None) -> Context:
-        """For `length` positions from `first` on; a `k` of None is K_max."""
+    def context(self, first: int, length: int, k: Budget | None, documents_BL: Tensor | None = None) -> Context:
+        """For `length` positions from `first` on; a `k` of None is K_max; with the documents, if any, kept apart."""
         base = Context.at(self.config.layer_budgets(k), self.filterbank)
+        if documents_BL is not None:
+            base = self._apart(base, documents_BL)
         if "A" not in self.config.mixers:
             return base
         part, parts = self.part
         positions_L = first + part * length + torch.arange(length, device=self.embedding_VD.device)
-        return base._replace(rope=self._rope(positions_L), mask=self._mask(parts * length, None))
+        return base._replace(rope=self._rope(positions_L), mask=self._mask(parts * length, base.documents_BL))
 
     def _mask(self, length: int, documents_BL: Tensor | None) -> Mask:
         eager = self.training and cast(Block, self.blocks[0]).program is None
@@ -217,15 +217,13 @@ class LanguageModel(nn.Module):
         return rope_tables(positions, self.config.d_model // self.config.n_heads, self.config.rope_theta)
 
     def _apart(self, context: Context, documents_BL: Tensor) -> Context:
-        """`context` with the documents kept apart."""
+        """`context` that knows where documents begin."""
         device, segments = self.embedding_VD.device, None
         if self.filterbank is not None:
             compiled = cast(Block, self.blocks[0]).program is not None
             segments = self.filterbank.segments(documents_BL, always_copies=compiled).to(device)
             segments = of_any_number(segments) if compiled else segments
-        documents_BL = to_device(documents_BL, device)
-        mask = self._mask(documents_BL.shape[1], documents_BL) if "A" in self.config.mixers else None
-        return context._replace(mask=mask, segments=segments, documents_BL=documents_BL)
+        return context._replace(segments=segments, documents_BL=to_device(documents_BL, device))
 
     def beyond_trained(self, length: int, k: Budget | None = None) -> str | None:
         """What is wrong with sequences of `length` at budget k, where the filters cannot be continued so far."""

@@ -62,9 +62,8 @@ class LinearMixer(SpectralMixer):
         features_BLKD = context.filterbank(u_BLD, context.k, context.segments, log_decay_BLH)
         return self._mixed_features(features_BLKD, weights_BLHK).to(u_BLD.dtype)
 
-    def _mixed_from(self, state: SpectralState, u_BLD: Tensor, context: Context) -> Tensor:
+    def _mixed_from(self, state: SpectralState, u_BLD: Tensor, weights_BLHK: Tensor, context: Context) -> Tensor:
         assert context.filterbank is not None
-        weights_BLHK = self._gates(u_BLD, context)
         if is_plain(self.channels):
             return context.filterbank.mix_from(u_BLD, state, weights_BLHK, self._channels(context.k))
         weights_BLHK, log_decay_BLH = parted(weights_BLHK, context.k)

@@ -247,9 +247,7 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
             first = self._read(x_BLD[:, head], None if real_BL is None else real_BL[:, head], documents_BL, base, cache)
             rest = self._continue(x_BLD[:, tail], None if real_BL is None else real_BL[:, tail], base, cache)
             return [torch.cat(parts, dim=1) for parts in zip(first, rest, strict=True)]
-        context = self._context(0, length, base, x_BLD, real_BL)
-        if documents_BL is not None:
-            context = self._apart(context, documents_BL, x_BLD)
+        context = self._context(0, length, self._apart(base, documents_BL), x_BLD, real_BL)
         states = [x_BLD]
         layers: list[LayerState] = []
         for number, block in enumerate(cast(list[HubBlock], self.blocks)):
@@ -308,17 +306,15 @@ class MegaSSMModel(MegaSSMPreTrainedModel):
             real_BL = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
         positions_L = torch.arange(first, first + length, device=like.device)
         rope = rope_tables(positions_L, self.shape.d_model // self.shape.n_heads, self.shape.rope_theta)
-        mask = attention_bias(length, self.shape.window, None, like, real_BL)
+        mask = attention_bias(length, self.shape.window, base.documents_BL, like, real_BL)
         return base._replace(rope=rope, mask=mask, real_BL1=real_BL1)
 
-    def _apart(self, context: Context, documents_BL: Tensor, like: Tensor) -> Context:
-        """`context` with the documents kept apart."""
-        mask = context.mask
-        if "A" in self.shape.mixers:
-            real_BL = None if context.real_BL1 is None else context.real_BL1[..., 0]
-            mask = attention_bias(documents_BL.shape[1], self.shape.window, documents_BL, like, real_BL)
+    def _apart(self, context: Context, documents_BL: Tensor | None) -> Context:
+        """`context` with the documents, if any, kept apart."""
+        if documents_BL is None:
+            return context
         segments = None if self.filterbank is None else self.filterbank.segments(documents_BL)
-        return context._replace(mask=mask, segments=segments, documents_BL=documents_BL)
+        return context._replace(segments=segments, documents_BL=documents_BL)
 
 
 def _chosen(states: Sequence[Tensor], wanted: bool | int | Sequence[int] | None) -> tuple[Tensor | None, ...] | None:

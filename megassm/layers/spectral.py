@@ -42,7 +42,7 @@ from megassm.layers.spectral_state import SentState, SpectralState, WindowState,
 from megassm.layers.state import LayerState
 from megassm.ops import gates
 from megassm.ops.mixing import gate_weights, mix_channels, open_weights
-from megassm.ops.selective import log_decays, taken, with_decays
+from megassm.ops.selective import log_decays, parted, taken, with_decays
 
 
 class SpectralGate(nn.Module):
@@ -186,7 +186,9 @@ class SpectralMixer(nn.Module):
 
     def forward(self, u_BLD: Tensor, context: Context) -> Tensor:
         """y (B, L, D) at the context's budget."""
-        weights_BLHK = self._gates(u_BLD, context)
+        return self._read(u_BLD, self._gates(u_BLD, context), context)
+
+    def _read(self, u_BLD: Tensor, weights_BLHK: Tensor, context: Context) -> Tensor:
         if self.split is None:
             return self.mix(u_BLD, weights_BLHK, context)
         return self.split.leave(self.mix(*self.split.enter(u_BLD, weights_BLHK), context))
@@ -202,11 +204,12 @@ class SpectralMixer(nn.Module):
         """(y (B, L, D) of L positions that follow those of `state`, what a state is kept from)."""
         assert context.filterbank is not None
         assert state is None or isinstance(state, (Tensor, WindowState))
+        weights_BLHK = self._gates(u_BLD, context)
         if state is None:
-            y_BLD = self(u_BLD, context)
+            y_BLD = self._read(u_BLD, weights_BLHK, context)
         else:
-            y_BLD = self._direct(u_BLD) + self._out(self._mixed_from(state, u_BLD, context))
-        return y_BLD, ContinuedSpectral(context.filterbank, u_BLD, state, self.log_decays(u_BLD))
+            y_BLD = self._direct(u_BLD) + self._out(self._mixed_from(state, u_BLD, weights_BLHK, context))
+        return y_BLD, ContinuedSpectral(context.filterbank, u_BLD, state, parted(weights_BLHK, context.k)[1])
 
     def step(self, u_BD: Tensor, state: SpectralState, context: Context) -> tuple[Tensor, SpectralState]:
         """(y (B, D) of one position, the state after it)."""
@@ -230,10 +233,9 @@ class SpectralMixer(nn.Module):
         channels_KDP = self.channels_KDD[: context.k]
         return context.filterbank.mix(u_BLD, weights_BLHK, channels_KDP, context.segments, sent)
 
-    def _mixed_from(self, state: SpectralState, u_BLD: Tensor, context: Context) -> Tensor:
+    def _mixed_from(self, state: SpectralState, u_BLD: Tensor, weights_BLHK: Tensor, context: Context) -> Tensor:
         assert context.filterbank is not None
-        channels_KDP = self.channels_KDD[: context.k]
-        return context.filterbank.mix_from(u_BLD, state, self._gates(u_BLD, context), channels_KDP)
+        return context.filterbank.mix_from(u_BLD, state, weights_BLHK, self.channels_KDD[: context.k])
 
     def _mixed_features(self, features_BLKD: Tensor, weights_BLHK: Tensor) -> Tensor:
         return mix_channels(features_BLKD, weights_BLHK, self.channels_KDD[: features_BLKD.shape[2]])

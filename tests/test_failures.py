@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from megassm.config.schema import Config
+from megassm.data.dataset import open_dataset
 from megassm.errors import UserError
 from megassm.run.directory import FAILURES
 from megassm.run.events import read_events
 from megassm.run.failures import check_failures, job_begins, job_ends
+from megassm.train import loop
 from tests.conftest import SMALL, run_python
 
 HANGS = "rank 1 hangs: in step 8, forward pass"
@@ -88,3 +94,27 @@ def test_a_real_job_is_refused_at_its_second_start_and_trains_once_the_file_is_g
     assert not (run_dir / FAILURES).exists()
     kinds = [event["kind"] for event in read_events(run_dir)]
     assert kinds == ["start", "failure", "repeated failure", "start", "checkpoint", "end"]
+
+
+@pytest.mark.parametrize("error", [UserError("no"), ValueError("no")])
+def test_a_process_outlives_the_watchdog_of_a_run_that_failed(
+    error: Exception, small_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notebook goes on: nothing may watch it, and end it for making no progress."""
+
+    def fails(*_: object) -> None:
+        assert len(watched()) == 2
+        raise error
+
+    def watched() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name.startswith("watchdog")]
+
+    monkeypatch.setattr(loop, "set_up", fails)
+    config = small_config()
+    Path(config.run.dir).mkdir()
+    with pytest.raises(SystemExit if isinstance(error, UserError) else ValueError):
+        loop.pretrain(config, open_dataset(config))
+    deadline = time.monotonic() + 10
+    while watched() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not watched()

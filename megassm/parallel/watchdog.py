@@ -196,7 +196,7 @@ class Watchdog:
 
     def _run_beat(self) -> None:
         try:
-            while True:
+            while self._size > 1 or not self._stopped.is_set():  # other ranks ask until this process is gone
                 with contextlib.suppress(queue.Empty):
                     self._requests.get(timeout=BEAT_S)()
                 self._publish()

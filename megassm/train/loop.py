@@ -92,6 +92,9 @@ def _pretrain(config: Config, data: Dataset, progress: RankProgress) -> None:
                 watchdog.fail(f"{what}; parallel.timeout_s = {config.parallel.timeout_s}", error)
             watchdog.refuse(f"rank {world.rank} ended with {error!r}; its traceback follows")
             raise
+        finally:
+            if world.size == 1:
+                watchdog.stop()  # the process may go on, as a notebook's does
         leave_world()
         watchdog.stop()
     finally:

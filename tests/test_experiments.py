@@ -29,7 +29,7 @@ from tests.conftest import ROOT, SMALL
 from tests.small_sets import small_task
 from tools.experiments import peers, runner, scaling
 from tools.experiments.arms import Arm, Recipe
-from tools.experiments.definitions import EXPERIMENTS, FAMILY, LOOKUP, TEXT, Experiment, equal_width
+from tools.experiments.definitions import EXPERIMENTS, FAMILY, LOOKUP, TEXT, Experiment
 from tools.experiments.headline import MIXED, SPECTRAL
 from tools.experiments.headline import draw as draw_headline
 from tools.experiments.lookup import LOOKUPS, examples
@@ -40,6 +40,7 @@ from tools.experiments.plain import Batches, Pass, Training, drawn_passes, neste
 from tools.experiments.results import CONCLUSION, Results, curves, half_width, metrics, table, write
 from tools.experiments.results import read as read_results
 from tools.experiments.runner import Job, Options, run_experiment, workers
+from tools.experiments.tiny import equal_width
 
 SMALL_TASK = (
     "model.d_model=16", "model.num_channels=8", "model.d_ffn=32", "budget.budgets=[2,8]", "eval.budgets=[2,8]",
@@ -86,12 +87,14 @@ def test_a_conclusion_survives_the_next_run(tmp_path: Path) -> None:
 
 
 def test_hybrids_have_equal_parameters() -> None:
-    config = load_config(ROOT / "configs/experiment.yaml")
+    settings = EXPERIMENTS["hybrids"].settings
+    config = load_config(ROOT / FAMILY, settings)
     counts = []
     for arm in EXPERIMENTS["hybrids"].arms(config):
-        model = load_config(ROOT / "configs/experiment.yaml", arm.overrides).model
+        model = load_config(ROOT / FAMILY, (*settings, *arm.overrides)).model
         counts.append(parameters(model, model.num_channels))
-    assert max(counts) / min(counts) < 1.002
+    assert len(counts) == 4
+    assert max(counts) / min(counts) < 1.005
     assert equal_width(config, "SSSS") == config.model.d_ffn
 
 

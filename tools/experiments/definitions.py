@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import get_args
 
 from megassm.config.schema import Config
-from megassm.cost import parameters
 from tools.experiments.arena import ARENA, arena_arms, arena_settings
-from tools.experiments.arms import Arm, width_of_size
+from tools.experiments.arms import Arm
 from tools.experiments.bases import Basis
 from tools.experiments.control import control_points
 from tools.experiments.deadline import deadline_points
-from tools.experiments.family import family_arms, finalist_arms, position_arms
+from tools.experiments.family import (
+    family_arms,
+    finalist_arms,
+    position_arms,
+)
 from tools.experiments.lookup import lookup_arms, lookup_points, lookup_settings
-from tools.experiments.measure import Point, cost_points, family_points, journal_points, length_points, position_points
+from tools.experiments.measure import Point, cost_points, family_points, journal_points, position_points
 from tools.experiments.online import online_points
 from tools.experiments.scaling import scaling_arms
+from tools.experiments.tiny import ELASTIC, TINY, draw_arms, layer_arms, pattern_arms, static_arms, text_pattern_arms
 
 TEXT = "configs/experiment.yaml"
 FAMILY = "configs/family.yaml"
@@ -60,7 +64,6 @@ class Experiment:
     """`section.key=value` of every arm, before those of the command line."""
 
 
-ELASTIC = Arm("elastic")
 ONE_FOR_ALL = Experiment(
     "Does one elastic training replace a family of models, each trained at its size alone?",
     "One training gives all sizes, each as good as a model of that size.",
@@ -75,37 +78,9 @@ def _arms(*arms: Arm) -> Callable[[Config], Sequence[Arm]]:
     return lambda config: arms
 
 
-def _strategies(config: Config) -> list[Arm]:
-    """Every sampling strategy, without distillation and with it; the smallest budget is the paper's."""
-    least = f"budget.min_k={min(config.listed_budgets())}"
-    strategies = {
-        "paper": (),
-        "uniform": ("budget.strategy=uniform", least),
-        "log-uniform": ("budget.strategy=log_uniform", least),
-        "sandwich": ("budget.strategy=sandwich", least),
-    }
-    plain = [Arm(name, overrides) for name, overrides in strategies.items()]
-    return plain + [
-        Arm(f"{name} + distillation", (*overrides, "budget.distill_weight=0.5"))
-        for name, overrides in strategies.items()
-    ]
-
-
-def _hybrids(config: Config) -> list[Arm]:
-    """Patterns of four layers; the feed-forward width makes up for what attention has fewer parameters."""
-    arms = []
-    for pattern in ("SSSS", "SSSA", "SASA"):
-        width = equal_width(config, pattern)
-        arms.append(Arm(pattern, ("model.n_layers=4", f"model.pattern={pattern}", f"model.d_ffn={width}")))
-    return arms
-
-
-def equal_width(config: Config, pattern: str) -> int:
-    """The feed-forward width at which `pattern` has nearest to the parameters of as many spectral layers at K_max."""
-    layers = {"n_layers": len(pattern)}
-    spectral = config.model.model_copy(update={**layers, "pattern": "S"})
-    wanted = parameters(spectral, spectral.num_channels)
-    return width_of_size(config.model.model_copy(update={**layers, "pattern": pattern}), wanted)
+def _tiny(question: str, claim: str, arms: Callable[[Config], Sequence[Arm]]) -> Experiment:
+    """On bytes of books, with today's layer, long enough for capacity to matter: a minute or two a training."""
+    return Experiment(question, claim, arms, config=FAMILY, settings=TINY)
 
 
 def _lookup(name: str, question: str) -> Experiment:
@@ -149,25 +124,15 @@ def _filters(config: str, *settings: str) -> Experiment:
 
 
 EXPERIMENTS = {
-    "static_elastic": Experiment(
+    "static_elastic": _tiny(
         "Does budget dropout make a model that can be cut, and what does it cost at full K?",
         "The elastic model degrades smoothly where the static one collapses, and matches it at full K.",
-        _arms(
-            ELASTIC,
-            Arm("static K=32", ("budget.strategy=fixed",)),
-            Arm("static K=8", ("budget.strategy=fixed", "budget.k=8")),
-            Arm("static K=2", ("budget.strategy=fixed", "budget.k=2")),
-        ),
+        static_arms,
     ),
-    "ablations": Experiment(
-        "What do the RMS rescaling of the gate's scores, the gate, and sigma_k^(1/4) give?",
-        "Without the rescaling, or without the gate, small budgets lose most.",
-        _arms(
-            ELASTIC,
-            Arm("no RMS rescaling", ("model.gate_rescale=false",)),
-            Arm("no gate", ("model.gate=equal",)),
-            Arm("no sigma^(1/4)", ("model.sigma_scale=none",)),
-        ),
+    "ablations": _tiny(
+        "What do the weights sigma_k^(1/4), the gate and its kind, and the taps give; and the paper's layer?",
+        "Without the gate, or without the rescaling of its scores, small budgets lose most.",
+        layer_arms,
     ),
     "cost": Experiment(
         "What does a budget cost in prefill, decoding and memory?",
@@ -201,36 +166,28 @@ EXPERIMENTS = {
         config="configs/tasks/high_frequency.yaml",
         settings=("model.sigma_scale=none",),
     ),
-    "length": Experiment(
-        "Trained at L tokens, how good is a model at 2L, 4L and 8L, at every K?",
-        "Left open: length generalisation.",
-        _arms(
-            Arm("spectral (SS)", ("model.seq_len=128", "train.batch_sequences=16")),
-            Arm("hybrid (SA)", ("model.seq_len=128", "train.batch_sequences=16", "model.pattern=SA")),
-        ),
-        measure=partial(length_points, factors=(1, 2, 4, 8)),
-        x_label="sequence length over the trained length",
-    ),
-    "sampling": Experiment(
+    "sampling": _tiny(
         "Which budgets should training draw, and does teaching from full K help?",
         "Left open: the sampling strategy.",
-        _strategies,
+        draw_arms,
     ),
-    "hybrids": Experiment(
+    "hybrids": _tiny(
         "What does attention among spectral layers give at equal parameters, over K?",
         "Left open: hybrids.",
-        _hybrids,
+        text_pattern_arms,
     ),
     "hybrids_recall": Experiment(
         "... and on associative recall?",
         "Left open: hybrids.",
-        _hybrids,
+        pattern_arms,
         config="configs/tasks/recall.yaml",
     ),
-    "online": Experiment(
-        "Does choosing K token by token, by how uncertain the model is, beat one K for all?",
-        "Left open: online budgets.",
-        _arms(ELASTIC),
+    "online": replace(
+        _tiny(
+            "Does choosing K token by token, by how uncertain the model is, beat one K for all?",
+            "Left open: online budgets.",
+            _arms(ELASTIC),
+        ),
         measure=online_points,
         x_label="average K",
     ),

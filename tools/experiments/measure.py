@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from megassm.config.load import load_config
 from megassm.config.schema import Config
@@ -17,7 +16,6 @@ from megassm.cost import parameters, training_flops_per_token
 from megassm.data.dataset import open_dataset
 from megassm.data.stream import MicroBatch
 from megassm.errors import UserError
-from megassm.eval.score import score
 from megassm.eval.session import open_session
 from megassm.eval.speed import measured_cost
 from megassm.model import LanguageModel, build_model, losses_at, truncate
@@ -84,24 +82,6 @@ def _with_sizes(curve: Sequence[Point], config: Config, passes: Passes, at: floa
     rows = sum((part.last - part.first) * flops[part.k] for step in range(config.train.steps) for part in passes(step))
     by_size = [Point(point.metric + BY_SIZE, "", parameters(model, int(point.x)), point.y) for point in curve]
     return [*curve, *by_size, Point(TRAINING, "", at, rows * model.seq_len / 1e15)]
-
-
-def length_points(run_dir: Path, factors: Sequence[int]) -> list[Point]:
-    """Bits per byte of the same text cut into sequences of L and of multiples of it; a curve for each K."""
-    session = open_session(run_dir, None, "auto")
-    model, config = session.model, session.config
-    length = config.model.seq_len
-
-    def losses(ids_BT: Tensor, k: int) -> Tensor:
-        return losses_at(model, ids_BT, k)
-
-    points = []
-    for factor in factors:
-        batches = session.validation(max(1, config.eval.sequences // factor), factor * length)
-        for k in config.eval_budgets():
-            found = score(losses, batches, k, session.token_bytes, session.device)
-            points.append(Point(BITS, f"K={k}", factor, found.bits_per_byte))
-    return points
 
 
 def position_points(run_dir: Path, factor: int) -> list[Point]:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from megassm.config.schema import Config
 from megassm.data.dataset import Dataset, open_dataset
 from megassm.data.stream import StreamPlan, TokenStream, validation_batches
+from megassm.errors import UserError
 from megassm.eval.score import Score, score
 from megassm.files import write_atomically
 from megassm.model import LanguageModel, build_model
@@ -72,7 +73,12 @@ def train_plain(
     passes: Passes | None = None,
     basis: Basis | None = None,
 ) -> dict[int, Score]:
-    """Validation scores by budget (by size k of a peer); trained if that is not done yet."""
+    """Validation scores by budget (by size k of a peer); trained if that is not done yet.
+
+    Raises:
+        UserError: the configuration asks for what only an ordinary run does.
+    """
+    _check(config)
     path = Path(config.run.dir) / MEASURED
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +99,15 @@ def train_plain(
         found = _validated(net, config, data, sizes, predict)
         write_atomically(path, json.dumps(found).encode())
     return {int(k): Score(*values) for k, values in json.loads(path.read_bytes()).items()}
+
+
+def _check(config: Config) -> None:
+    for name, value, only in (
+        ("budget.distill_weight", config.budget.distill_weight, 0.0),
+        ("train.precision", config.train.precision, "fp32"),
+    ):
+        if value != only:
+            raise UserError(f"{name} is {value}, and the plain loop knows {only} alone: train without --device")
 
 
 def drawn_passes(config: Config) -> Passes:

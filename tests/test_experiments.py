@@ -27,8 +27,9 @@ from megassm.model import build_model, losses_at
 from megassm.run.journal import read_records
 from tests.conftest import ROOT, SMALL
 from tests.small_sets import small_task
-from tools.experiments import peers, runner, scaling
+from tools.experiments import peers, plain, runner, scaling
 from tools.experiments.arms import Arm, Recipe
+from tools.experiments.batches import Batches
 from tools.experiments.definitions import EXPERIMENTS, FAMILY, LOOKUP, TEXT, Experiment
 from tools.experiments.headline import MIXED, SPECTRAL
 from tools.experiments.headline import draw as draw_headline
@@ -36,7 +37,7 @@ from tools.experiments.lookup import LOOKUPS, examples
 from tools.experiments.measure import BITS, Point, plain_points, position_points
 from tools.experiments.online import HIGH, LOW, POLICIES, Reading, read
 from tools.experiments.peers import build_peer, peer_parameters, peer_sizes, state_space_duality
-from tools.experiments.plain import Batches, Pass, Training, drawn_passes, nested_passes, predicted, train_plain
+from tools.experiments.plain import Pass, Training, drawn_passes, nested_passes, predicted, train_plain
 from tools.experiments.results import CONCLUSION, Results, curves, half_width, metrics, table, write
 from tools.experiments.results import read as read_results
 from tools.experiments.runner import Job, Options, run_experiment, workers
@@ -218,6 +219,36 @@ def test_the_plain_loop_trains_as_a_run_does(trained: Path, tmp_path: Path) -> N
     (row,) = (row for row in read_records(trained) if row["step"] == config.train.steps)
     found = train_plain(config, None, torch.device("cpu"))
     assert {str(k): score.bits_per_byte for k, score in found.items()} == pytest.approx(row["valid"], rel=1e-4)
+
+
+def test_the_plain_loop_goes_on_where_it_was(
+    small_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, as if it had not been interrupted; what it was kept in goes with its end."""
+    monkeypatch.setattr(plain, "KEPT_EVERY_S", -1.0)
+    whole, torn = (small_config("train.steps=6", f"run.dir={tmp_path / name}") for name in ("whole", "torn"))
+    drawn, device = drawn_passes(torn), torch.device("cpu")
+    seen: list[int] = []
+
+    def interrupted_once(step: int) -> tuple[Pass, ...]:
+        seen.append(step)
+        if seen == [0, 1, 2, 3, 4]:
+            raise KeyboardInterrupt
+        return drawn(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_plain(torn, None, device, interrupted_once)
+    assert [path.name for path in (tmp_path / "torn").iterdir()] == ["plain.pt"]
+    found = train_plain(torn, None, device, interrupted_once)
+    assert seen == [0, 1, 2, 3, 4, 4, 5]
+    assert found == train_plain(whole, None, device)
+    assert [path.name for path in (tmp_path / "torn").iterdir()] == ["plain.json"]
+
+
+@pytest.mark.parametrize("knob", ["budget.distill_weight=0.5", "train.precision=bf16"])
+def test_the_plain_loop_refuses_what_it_leaves_out(knob: str, small_config: Callable[..., Config]) -> None:
+    with pytest.raises(UserError, match=f"{knob.replace('=', ' is ')}, and the plain loop knows .* without --device"):
+        train_plain(small_config(knob), None, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("distill", [None, 0.0, 0.5])

@@ -3,27 +3,28 @@
 The same batches in the same order as `megassm.train`, the same AdamW with the same groups, learning rate and clipping,
 and the same budgets. On CUDA an update is one graph for each K that it can draw, or, of several passes, one for each of
 them and one for the step, so that models of a few hundred thousand parameters take a millisecond a pass; the matrix
-products are in TF32, the validation is in float32. What is measured is kept in the run directory; a training that was
-interrupted starts again from its beginning.
+products are in TF32, the validation is in float32. What is measured is kept in the run directory, and until then, every
+few minutes, where the training is: one that was interrupted goes on from there.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megassm.config.schema import Config
 from megassm.data.dataset import Dataset, open_dataset
-from megassm.data.stream import StreamPlan, TokenStream, validation_batches
+from megassm.data.stream import validation_batches
 from megassm.errors import UserError
 from megassm.eval.score import Score, score
 from megassm.files import write_atomically
@@ -33,9 +34,12 @@ from megassm.optim import LR_FACTOR, build_optimizer, learning_rate
 from megassm.train.loop import step_budgets
 from tools.experiments.arms import Recipe
 from tools.experiments.bases import Basis, use_basis
+from tools.experiments.batches import Batches, read_batches, stream_plan
 from tools.experiments.peers import Peer, build_peer, peer_sizes
 
 MEASURED = "plain.json"
+STATE = "plain.pt"
+KEPT_EVERY_S = 300.0
 FULL_SHARE = 0.5
 
 
@@ -57,13 +61,6 @@ Passes = Callable[[int], tuple[Pass, ...]]
 
 Predicted = tuple[Tensor, Tensor]
 """Logits (B, L, V), and negative log-likelihood in nats (B, L)."""
-
-
-class Batches(NamedTuple):
-    """Every batch of a training, on the device: N updates."""
-
-    ids_NBT: Tensor
-    mask_NBL: Tensor
 
 
 def train_plain(
@@ -95,9 +92,10 @@ def train_plain(
         if passes is None:
             passes = drawn_passes(config) if peer is None else peer_passes(config, sizes)
         predict = partial(predicted, net, document_end=data.document_end(config))
-        Training(net, config, _batches(data, config, device), passes, predict).run()
+        Training(net, config, read_batches(data, config, device), passes, predict).run()
         found = _validated(net, config, data, sizes, predict)
         write_atomically(path, json.dumps(found).encode())
+        path.with_name(STATE).unlink(missing_ok=True)
     return {int(k): Score(*values) for k, values in json.loads(path.read_bytes()).items()}
 
 
@@ -158,6 +156,7 @@ class Training:
         """`predict` is called with ids (B, T) and k: `predicted` of `net`."""
         self.net, self.config, self.batches, self.passes, self.predict = net, config, batches, passes, predict
         self.device = batches.ids_NBT.device
+        self.kept = Path(config.run.dir) / STATE
         self.parameters = list(net.parameters())
         self.ids_BT = torch.empty(batches.ids_NBT.shape[1:], dtype=torch.int64, device=self.device)
         self.mask_BL = torch.empty(batches.mask_NBL.shape[1:], dtype=torch.bool, device=self.device)
@@ -167,7 +166,9 @@ class Training:
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def run(self) -> None:
-        for step in range(self.config.train.steps):
+        """From where an interrupted training was kept, if one was, to the end."""
+        kept = time.monotonic()
+        for step in range(self._resume(), self.config.train.steps):
             self.ids_BT.copy_(self.batches.ids_NBT[step])
             self.mask_BL.copy_(self.batches.mask_NBL[step])
             rate = learning_rate(self.config.optim, self.config.train, step)
@@ -179,6 +180,25 @@ class Training:
             else:
                 for graph in self._graphs(how):
                     graph.replay()
+            if time.monotonic() - kept > KEPT_EVERY_S:
+                self._keep(step + 1)
+                kept = time.monotonic()
+
+    def _keep(self, step: int) -> None:
+        buffer = io.BytesIO()
+        state = {"step": step, "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save(state, buffer)
+        self.kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.kept, buffer.getvalue())
+
+    def _resume(self) -> int:
+        """The update to go on with. Before any graph, which reads weights and moments where they are."""
+        if not self.kept.exists():
+            return 0
+        state = torch.load(self.kept, map_location=self.device, weights_only=True)
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"])
 
     def _optimizer(self) -> torch.optim.Optimizer:
         plain = build_optimizer(self.net, 1.0, self.config.optim)
@@ -203,8 +223,7 @@ class Training:
             side.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(side):
                 self._gradients(how)  # libraries set themselves up
-                if not self.optimizer.state:
-                    self._begin_moments()
+                self._begin()
                 self.optimizer.zero_grad(set_to_none=False)
             torch.cuda.current_stream(self.device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
@@ -218,11 +237,13 @@ class Training:
             self.graphs[how] = graph
         return self.graphs[how]
 
-    def _begin_moments(self) -> None:
-        """Makes all gradients and the optimizer's state, zero, by an update without effect: graphs are to find them."""
+    def _begin(self) -> None:
+        """Makes all gradients, and by an update without effect the optimizer's state, zero: graphs are to find them."""
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        if self.optimizer.state:
+            return
         rates = [group["lr"].clone() for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"].zero_()
@@ -283,35 +304,10 @@ def _set_rate(group: dict[str, Any], rate: float) -> None:
         group["lr"] = rate
 
 
-def _batches(data: Dataset, config: Config, device: torch.device) -> Batches:
-    key = (config.data.model_dump_json(), _plan(config), config.train.steps)
-    if key not in _READ:
-        _READ.clear()
-        _READ[key] = _read(data, key[1], config.train.steps, config.model.vocab_size)
-    return Batches(*(torch.from_numpy(array).to(device) for array in _READ[key]))
-
-
-_READ: dict[tuple[str, StreamPlan, int], tuple[Any, Any]] = {}
-"""What the last training of this process read: the next one often reads the same."""
-
-
-def _read(data: Dataset, plan: StreamPlan, steps: int, vocab_size: int) -> tuple[Any, Any]:
-    stream = TokenStream(data.train, plan)
-    shape = (steps, plan.batch_sequences, plan.seq_len)
-    ids_NBT = np.empty((*shape[:2], plan.seq_len + 1), dtype=np.int16 if vocab_size < 2**15 else np.int32)
-    mask_NBL = np.empty(shape, dtype=np.bool_)
-    micro_steps, rows = stream.micro_steps, plan.micro_batch_sequences
-    for number, batch in enumerate(stream.batches(0, steps)):
-        step, first = number // micro_steps, number % micro_steps * rows
-        ids_NBT[step, first : first + rows] = batch.ids_BT
-        mask_NBL[step, first : first + rows] = batch.mask_BL
-    return ids_NBT, mask_NBL
-
-
 def _validated(
     net: nn.Module, config: Config, data: Dataset, sizes: Sequence[int], predict: Callable[..., Predicted]
 ) -> dict[int, Score]:
-    batches = list(validation_batches(data.valid, _plan(config), config.eval.sequences))
+    batches = list(validation_batches(data.valid, stream_plan(config), config.eval.sequences))
     token_bytes = data.token_bytes(config.model.vocab_size)
     device = next(net.parameters()).device
 
@@ -323,12 +319,3 @@ def _validated(
         return torch.stack((nll_BL, net.hits(ids_BT[:, :-1], logits_BLV, ids_BT[:, 1:])))
 
     return {k: score(losses, batches, k, token_bytes, device) for k in sizes}
-
-
-def _plan(config: Config) -> StreamPlan:
-    return StreamPlan(
-        seq_len=config.model.seq_len,
-        batch_sequences=config.train.batch_sequences,
-        micro_batch_sequences=config.train.micro_batch_sequences,
-        seed=config.run.seed,
-    )

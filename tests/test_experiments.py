@@ -48,6 +48,11 @@ SMALL_TASK = (
     "eval.sequences=4", "optim.warmup_steps=1", "train.batch_sequences=4", "train.micro_batch_sequences=4",
     "log.wandb=disabled", "log.peak_tflops=0.1",
 )  # fmt: skip
+SMALL_ARMS = {
+    **dict.fromkeys(("cost", "control", "deadline"), ("model.d_model=16", "model.d_ffn=32", "model.seq_len=64")),
+    "scaling": ("train.steps=3", "optim.warmup_steps=1"),
+}
+"""Of experiments whose arms have a size or a length of their own."""
 SMALL_FAMILY = ("model.mixer_heads=4", "model.ffn_elastic={knee_k: 4, below: 8, above: 0}")
 
 
@@ -140,9 +145,14 @@ def test_every_experiment_has_arms_that_are_configurations(name: str) -> None:
     assert experiment.question.endswith("?")
 
 
-def ends_of(experiment: Experiment) -> Callable[[Config], list[Arm]]:
-    """The first arm and the last."""
-    return lambda config: list(dict.fromkeys((experiment.arms(config)[0], experiment.arms(config)[-1])))
+def ends_of(experiment: Experiment, *own: str) -> Callable[[Config], list[Arm]]:
+    """The first arm and the last, with further settings."""
+
+    def arms(config: Config) -> list[Arm]:
+        all_ = experiment.arms(config)
+        return [arm._replace(overrides=(*arm.overrides, *own)) for arm in dict.fromkeys((all_[0], all_[-1]))]
+
+    return arms
 
 
 def test_a_family_has_equal_sizes() -> None:
@@ -352,7 +362,8 @@ def test_experiments_run(tmp_path: Path, data_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(scaling, "BYTES_PER_PARAMETER", (0, 1, 2))
     with workers(1) as pool:
         for name, experiment in EXPERIMENTS.items():
-            monkeypatch.setitem(EXPERIMENTS, name, replace(experiment, arms=ends_of(experiment)))
+            arms = ends_of(experiment, *SMALL_ARMS.get(name, ()))
+            monkeypatch.setitem(EXPERIMENTS, name, replace(experiment, arms=arms))
             text = experiment.config in (TEXT, FAMILY)
             own = SMALL if text else SMALL_TASK
             own += SMALL_FAMILY if experiment.config == FAMILY else ()

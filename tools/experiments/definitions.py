@@ -23,7 +23,16 @@ from tools.experiments.lookup import lookup_arms, lookup_points, lookup_settings
 from tools.experiments.measure import Point, cost_points, family_points, journal_points, position_points
 from tools.experiments.online import online_points
 from tools.experiments.scaling import scaling_arms
-from tools.experiments.tiny import ELASTIC, TINY, draw_arms, layer_arms, pattern_arms, static_arms, text_pattern_arms
+from tools.experiments.tiny import (
+    ELASTIC,
+    FOUR_LAYERS,
+    TINY,
+    draw_arms,
+    layer_arms,
+    pattern_arms,
+    static_arms,
+    text_pattern_arms,
+)
 
 TEXT = "configs/experiment.yaml"
 FAMILY = "configs/family.yaml"
@@ -78,9 +87,9 @@ def _arms(*arms: Arm) -> Callable[[Config], Sequence[Arm]]:
     return lambda config: arms
 
 
-def _tiny(question: str, claim: str, arms: Callable[[Config], Sequence[Arm]]) -> Experiment:
+def _tiny(question: str, claim: str, arms: Callable[[Config], Sequence[Arm]], *settings: str) -> Experiment:
     """On bytes of books, with today's layer, long enough for capacity to matter: a minute or two a training."""
-    return Experiment(question, claim, arms, config=FAMILY, settings=TINY)
+    return Experiment(question, claim, arms, config=FAMILY, settings=(*TINY, *settings))
 
 
 def _lookup(name: str, question: str) -> Experiment:
@@ -175,6 +184,7 @@ EXPERIMENTS = {
         "What does attention among spectral layers give at equal parameters, over K?",
         "Left open: hybrids.",
         text_pattern_arms,
+        FOUR_LAYERS,
     ),
     "hybrids_recall": Experiment(
         "... and on associative recall?",

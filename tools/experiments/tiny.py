@@ -15,6 +15,8 @@ TINY = (
     "train.batch_sequences=8", "train.micro_batch_sequences=2", "budget.strategy=stratified",
 )  # fmt: skip
 """Of the family: 0.05M parameters, 41 bytes each; four draws an update."""
+FOUR_LAYERS = "train.steps=1800"
+"""As many bytes a parameter of four layers."""
 ELASTIC = Arm("elastic")
 
 
@@ -65,9 +67,8 @@ def pattern_arms(config: Config) -> list[Arm]:
 
 
 def text_pattern_arms(config: Config) -> list[Arm]:
-    """... and attention alone, with the same taps; as many bytes a parameter as the experiments of two layers."""
-    arms = [*pattern_arms(config), _transformer(config, "AAAA", _four_spectral(config), n_layers=4)]
-    return [arm._replace(overrides=(*arm.overrides, "train.steps=1800")) for arm in arms]
+    """... and attention alone, with the same taps."""
+    return [*pattern_arms(config), _transformer(config, "AAAA", _four_spectral(config), n_layers=4)]
 
 
 def equal_width(config: Config, pattern: str) -> int:

@@ -27,7 +27,7 @@ def family_arms(config: Config) -> list[Arm]:
     """The elastic models first, then what they are held against, the sizes in order of K.
 
     Two families: budgets cut the channels and the feed-forward width, as `config` says, or the channels alone. Either
-    draws one K an update, as `config` says, or stratified ones.
+    draws one K an update, as `config` says, or several: stratified ones, or log-uniform.
     """
     whole = _updated(config, ffn_elastic=None)
     sizes = {k: parameters(config.model, k) for k in config.eval_budgets()}
@@ -37,7 +37,8 @@ def family_arms(config: Config) -> list[Arm]:
     elastic, mixed = Arm("elastic"), hybrid(config, full)
     channels, mixed_channels = _channels_only(Arm(CHANNELS)), _channels_only(hybrid(config, full, HYBRID))
     arms = [_stratified(arm) for arm in (channels, mixed_channels, elastic)]
-    arms += [_stratified_over_three(config, channels), channels, mixed_channels, elastic, mixed]
+    arms += [_stratified_over_three(config, channels), _log_uniform(config, channels)]
+    arms += [channels, mixed_channels, elastic, mixed]
     arms += [paper_layer(config, full)]
     arms += [_alone(config, k) for k in smaller] + [_alone(config, k, channels_only=True) for k in smaller]
     arms += [_alone(config, largest)._replace(curves=(ALONE, ALONE_CHANNELS))]
@@ -93,6 +94,15 @@ def _stratified_over_three(config: Config, arm: Arm) -> Arm:
     listed, all_ = config.listed_budgets(), _stratified(arm)
     few = overridden(budget__budgets=sorted({*listed[:2], listed[-1]}))
     return arm._replace(name=f"{all_.name} over three", overrides=(*all_.overrides, *few))
+
+
+def _log_uniform(config: Config, arm: Arm) -> Arm:
+    """As many budgets an update as stratified ones, any of them, the small ones more often."""
+    least = min(config.listed_budgets())
+    draws = overridden(
+        budget__strategy="log_uniform", budget__min_k=least, train__micro_batch_sequences=STRATIFIED_ROWS
+    )
+    return arm._replace(name=f"{arm.name}, log-uniform", overrides=(*arm.overrides, *draws))
 
 
 def overridden(**values: Any) -> tuple[str, ...]:

@@ -14,11 +14,7 @@ from tools.experiments.arms import Arm
 from tools.experiments.bases import Basis
 from tools.experiments.control import control_points
 from tools.experiments.deadline import deadline_points
-from tools.experiments.family import (
-    family_arms,
-    finalist_arms,
-    position_arms,
-)
+from tools.experiments.family import family_arms, finalist_arms, position_arms
 from tools.experiments.lookup import lookup_arms, lookup_points, lookup_settings
 from tools.experiments.measure import Point, cost_points, family_points, journal_points, position_points
 from tools.experiments.online import online_points

@@ -18,7 +18,7 @@ from tools.experiments.peers import build_peer, peer_parameters
 
 EXIT_LAYERS = 4
 STRATIFIED_ROWS = 2
-"""Sequences a budget of an arm that takes them in turn."""
+"""Sequences a budget of an arm that draws several an update."""
 ALONE, ALONE_CHANNELS = "each size trained alone", "each size trained alone, channels only"
 CHANNELS, HYBRID = "elastic, channels only", "elastic hybrid (SA), channels only"
 
@@ -84,9 +84,20 @@ def stratified(name: str) -> str:
 
 
 def _stratified(arm: Arm) -> Arm:
-    """Every budget in every update, or nearly, instead of one: on as many parts of the batch."""
-    draws = overridden(budget__strategy="stratified", train__micro_batch_sequences=STRATIFIED_ROWS)
-    return arm._replace(name=stratified(arm.name), overrides=(*arm.overrides, *draws))
+    """Every budget in every update, or nearly."""
+    return _several(arm, stratified(arm.name), budget__strategy="stratified")
+
+
+def _log_uniform(config: Config, arm: Arm) -> Arm:
+    """Any budget from the smallest of the list on, the small ones more often."""
+    least = min(config.listed_budgets())
+    return _several(arm, f"{arm.name}, log-uniform", budget__strategy="log_uniform", budget__min_k=least)
+
+
+def _several(arm: Arm, name: str, **draws: Any) -> Arm:
+    """Several budgets an update instead of one: on as many parts of the batch."""
+    settings = overridden(**draws, train__micro_batch_sequences=STRATIFIED_ROWS)
+    return arm._replace(name=name, overrides=(*arm.overrides, *settings))
 
 
 def _stratified_over_three(config: Config, arm: Arm) -> Arm:
@@ -94,15 +105,6 @@ def _stratified_over_three(config: Config, arm: Arm) -> Arm:
     listed, all_ = config.listed_budgets(), _stratified(arm)
     few = overridden(budget__budgets=sorted({*listed[:2], listed[-1]}))
     return arm._replace(name=f"{all_.name} over three", overrides=(*all_.overrides, *few))
-
-
-def _log_uniform(config: Config, arm: Arm) -> Arm:
-    """As many budgets an update as stratified ones, any of them, the small ones more often."""
-    least = min(config.listed_budgets())
-    draws = overridden(
-        budget__strategy="log_uniform", budget__min_k=least, train__micro_batch_sequences=STRATIFIED_ROWS
-    )
-    return arm._replace(name=f"{arm.name}, log-uniform", overrides=(*arm.overrides, *draws))
 
 
 def overridden(**values: Any) -> tuple[str, ...]:

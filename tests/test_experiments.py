@@ -38,7 +38,7 @@ from tools.experiments.measure import BITS, Point, plain_points, position_points
 from tools.experiments.online import HIGH, LOW, POLICIES, Reading, read
 from tools.experiments.peers import build_peer, peer_parameters, peer_sizes, state_space_duality
 from tools.experiments.plain import Pass, Training, drawn_passes, nested_passes, predicted, train_plain
-from tools.experiments.results import CONCLUSION, Results, curves, half_width, metrics, table, write
+from tools.experiments.results import CONCLUSION, Results, curves, half_width, joined, metrics, page, table, write
 from tools.experiments.results import read as read_results
 from tools.experiments.runner import Job, Options, run_experiment, workers
 from tools.experiments.tiny import equal_width
@@ -90,6 +90,34 @@ def test_a_conclusion_survives_the_next_run(tmp_path: Path) -> None:
     assert page.read_text().endswith(f"{CONCLUSION}\nIt falls.\n")
     assert json.loads(as_json.read_text())["points"]["a"][0][0] == ["loss", "", 1, 5.0]
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_arms_are_added_to_what_is_stored() -> None:
+    """An arm of its own takes the place of the stored one whole, a model of one size its point of the sizes' curve."""
+
+    def sizes(**by_k: float) -> list[list[Point]]:
+        return [[Point(BITS, "", float(k[1:]), y) for k, y in by_k.items()]] * 3
+
+    old = results(a=[[1.0, 2.0]] * 3, b=[[3.0, 4.0]] * 3)
+    old = replace(old, arms={**old.arms, "K=4": []}, points={**old.points, "alone": sizes(k2=7.0, k4=8.0)})
+    new = results(b=[[5.0, 6.0]] * 3, c=[[0.0, 0.0]] * 3)
+    new = replace(
+        new, command="later", arms={**new.arms, "K=8": []}, points={**new.points, "alone": sizes(k8=9.0, k4=1.0)}
+    )
+    both = joined(old, new)
+    assert list(both.arms) == ["a", "b", "K=4", "c", "K=8"]
+    assert [point.y for point in both.points["b"][0]] == [5.0, 6.0]
+    assert [(point.x, point.y) for point in both.points["alone"][2]] == [(2, 7.0), (4, 1.0), (8, 9.0)]
+    assert [(part["command"], part["arms"]) for part in both.earlier] == [("command", ["a", "K=4"])]
+    again = joined(both, replace(results(a=[[0.5, 0.5]] * 3), command="last"))
+    assert [(part["command"], part["arms"]) for part in again.earlier] == [
+        ("command", ["K=4"]), ("later", ["b", "c", "K=8"])
+    ]  # fmt: skip
+    assert "Measured before, 2026-01-01; : b, c, K=8.\n\n```bash\nlater\n```" in page(again)
+    with pytest.raises(UserError, match=r"x\.json.*seeds \[0, 1, 2\], not \[0\]"):
+        joined(old, replace(new, seeds=[0]))
+    with pytest.raises(UserError, match=r"train\.steps 5, not 6"):
+        joined(*(replace(old, config={"train": {"steps": steps}}) for steps in (5, 6)))
 
 
 def test_hybrids_have_equal_parameters() -> None:

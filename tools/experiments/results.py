@@ -10,7 +10,7 @@ import io
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,6 +54,8 @@ class Results:
     """By arm, by seed."""
     date: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d"))
     hardware: dict[str, Any] = field(default_factory=lambda: hardware())
+    earlier: list[dict[str, Any]] = field(default_factory=list)
+    """Of arms that were measured before the others: which ("arms"), "command", "date", "hardware"."""
 
 
 def read(path: Path) -> Results:
@@ -68,6 +70,40 @@ def read(path: Path) -> Results:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not the results of an experiment ({error}); run.py writes them") from None
     return replace(stored, points=points)
+
+
+def joined(old: Results, new: Results) -> Results:
+    """Both, where arms of `new` take the place of those of their name; the first arm stays the first.
+
+    Raises:
+        UserError: they are not of the same seeds and configuration.
+    """
+    before, now = ({"seeds": each.seeds, **_by_key(each.config)} for each in (old, new))
+    others = [f"{key} {before.get(key)}, not {value}" for key, value in now.items() if before.get(key) != value]
+    if others:
+        raise UserError(f"{old.name}.json: the stored results are of {'; '.join(others)}; add what was measured as "
+                        "they were, or leave out --add, and these take their place")  # fmt: skip
+    known = {arm for part in old.earlier for arm in part["arms"]}
+    last = {"arms": [arm for arm in old.arms if arm not in known], "command": old.command}
+    parts = (*old.earlier, {**last, "date": old.date, "hardware": old.hardware})
+    left = [{**part, "arms": [arm for arm in part["arms"] if arm not in new.arms]} for part in parts]
+    points = dict(old.points)
+    for curve, by_seed in new.points.items():
+        shared = curve in old.points and curve not in new.arms
+        points[curve] = [_with(*both) for both in zip(old.points[curve], by_seed, strict=True)] if shared else by_seed
+    earlier = [part for part in left if part["arms"]]
+    return replace(new, arms={**old.arms, **new.arms}, points=points, earlier=earlier)
+
+
+def _by_key(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
+
+
+def _with(old: Sequence[Point], new: Sequence[Point]) -> list[Point]:
+    """A curve of several arms: points of `new` take the place of those at their x; by metric, in order of x."""
+    found = {(point.metric, point.series, point.x): point for point in (*old, *new)}
+    places = {name: place for place, name in enumerate(dict.fromkeys(key[:2] for key in found))}
+    return sorted(found.values(), key=lambda point: (places[point.metric, point.series], point.x))
 
 
 @dataclass(frozen=True)
@@ -149,14 +185,18 @@ def conclusion(path: Path) -> str:
 
 def page(results: Results) -> str:
     """The experiment for people, in Markdown, up to its conclusion."""
-    facts = ", ".join(f"{name}: {value}" for name, value in results.hardware.items())
     parts = [
         f"# {results.name}\n",
         f"{results.question}\n",
         f"*The paper (arXiv 2601.22488):* {results.claim}\n",
         f"```bash\n{results.command}\n```\n",
-        f"Measured {results.date}; seeds {', '.join(map(str, results.seeds))}; {facts}. Every figure, and the whole "
-        f"configuration, is in [{results.name}.json]({results.name}.json).\n",
+        f"Measured {results.date}; seeds {', '.join(map(str, results.seeds))}; {_facts(results.hardware)}. "
+        f"Every figure, and the whole configuration, is in [{results.name}.json]({results.name}.json).\n",
+        *(
+            f"Measured before, {part['date']}; {_facts(part['hardware'])}: {', '.join(part['arms'])}.\n\n"
+            f"```bash\n{part['command']}\n```\n"
+            for part in results.earlier
+        ),
         "| arm | differs from the configuration by |\n|---|---|",
         *(
             f"| {arm} | {' '.join(f'`{text}`' for text in overrides) or '-'} |"
@@ -166,6 +206,10 @@ def page(results: Results) -> str:
     ]
     parts += [f"{table(results, metric)}\n" for metric in metrics(results)]
     return "\n".join([*parts, f"![{results.name}]({results.name}.png)\n\n"])
+
+
+def _facts(of_hardware: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in of_hardware.items())
 
 
 def table(results: Results, metric: str) -> str:

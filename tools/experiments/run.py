@@ -29,6 +29,7 @@ def parser() -> Parser:
     add("--config", type=path_argument, metavar="FILE", help="instead of the experiment's own, for a larger model")
     add("--runs", type=path_argument, default=Path("runs/experiments"), metavar="DIR", help="where trainings are kept")
     add("--output", type=path_argument, default=Path("docs/results"), metavar="DIR", help="(default: docs/results)")
+    add("--add", action="store_true", help="to what stands in the output directory, instead of in its place")
     add("--set", nargs="+", default=[], metavar="section.key=value", help="replace values of the configuration")
     return result
 
@@ -38,13 +39,14 @@ def main() -> None:
     arguments = command_line.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))
     from tools.experiments.definitions import EXPERIMENTS
-    from tools.experiments.results import write
+    from tools.experiments.results import joined, read, write
     from tools.experiments.runner import Options, run_experiment, workers
 
     names = list(EXPERIMENTS) if arguments.names == ["all"] else arguments.names
     unknown = [name for name in names if name not in EXPERIMENTS]
     if unknown:
         command_line.error(f"no experiment {unknown[0]!r}; there are {', '.join(EXPERIMENTS)}, or all")
+    stored = {name: read(arguments.output / f"{name}.json") for name in names if arguments.add}
     rates = None if arguments.rates is None else tuple(arguments.rates)
     options = Options(
         range(arguments.seeds),
@@ -62,6 +64,8 @@ def main() -> None:
                 results = run_experiment(name, options, command, pool)
             except ConfigError as error:
                 raise UserError(f"experiment {name}: {error}") from None
+            if arguments.add:
+                results = joined(stored[name], results)
             for path in write(results, arguments.output):
                 print(path, flush=True)
 

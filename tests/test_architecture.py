@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,12 @@ def test_what_is_too_long_is_named() -> None:
     assert said == "a.py:2: f has 50 lines; a function has fewer than 50"
     (said,) = too_long(Path("a.py"), "\n" * FILE_LINES)
     assert said == "a.py: 350 lines; a file has fewer than 350"
+
+
+def test_no_tracked_file_is_a_link() -> None:
+    """A link that somebody made in a checkout of theirs leads nowhere in the next."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert listed
+    assert not [line for line in listed.splitlines() if line.startswith("120000")]

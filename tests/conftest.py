@@ -83,13 +83,16 @@ def small_config(tmp_path: Path, data_path: Path) -> Callable[..., Config]:
     return make
 
 
-def run_python(*arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the project's Python from its root, as a user would; a program in its usual environment in a fork."""
+def run_python(
+    *arguments: str, check: bool = True, folder: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs the project's Python, from its root if no other folder is named, as a user would; a program in its usual
+    environment in a fork."""
     if not environment and nursery.serves(arguments):
-        return _forked(arguments, check)
+        return _forked(arguments, check, folder)
     done = subprocess.run(
         [sys.executable, *arguments],
-        cwd=ROOT,
+        cwd=folder,
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -99,9 +102,9 @@ def run_python(*arguments: str, check: bool = True, **environment: str) -> subpr
     return _checked(done, check)
 
 
-def _forked(arguments: tuple[str, ...], check: bool) -> subprocess.CompletedProcess[str]:
+def _forked(arguments: tuple[str, ...], check: bool, folder: Path) -> subprocess.CompletedProcess[str]:
     with NamedTemporaryFile("r", encoding="utf-8") as out, NamedTemporaryFile("r", encoding="utf-8") as err:
-        code = nursery.run(arguments, Path(out.name), Path(err.name), TIMEOUT_S)
+        code = nursery.run(arguments, Path(out.name), Path(err.name), TIMEOUT_S, folder)
         return _checked(subprocess.CompletedProcess(arguments, code, out.read(), err.read()), check)
 
 

@@ -32,12 +32,13 @@ def serves(arguments: tuple[str, ...]) -> bool:
     return arguments[0].endswith(".py") or arguments[:2] == ("-m", "megassm")
 
 
-def run(arguments: tuple[str, ...], out: Path, err: Path, timeout_s: float) -> int:
-    """The exit code of a program whose output goes to two files."""
+def run(arguments: tuple[str, ...], out: Path, err: Path, timeout_s: float, folder: Path = ROOT) -> int:
+    """The exit code of a program that is run in a folder and whose output goes to two files."""
     nursery = _nursery()
     assert nursery.stdin is not None
     assert nursery.stdout is not None
-    request = {"arguments": arguments, "out": str(out), "err": str(err), "environment": dict(os.environ)}
+    files = {"out": str(out), "err": str(err), "folder": str(folder)}
+    request = {"arguments": arguments, **files, "environment": dict(os.environ)}
     timer = threading.Timer(timeout_s, nursery.kill)
     timer.start()
     try:
@@ -75,8 +76,9 @@ def main() -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def _become(arguments: list[str], out: str, err: str, environment: dict[str, str]) -> None:
+def _become(arguments: list[str], out: str, err: str, folder: str, environment: dict[str, str]) -> None:
     """Is the program, and ends."""
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     for number, (path, mode) in enumerate(((os.devnull, os.O_RDONLY), (out, os.O_WRONLY), (err, os.O_WRONLY))):

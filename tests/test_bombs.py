@@ -9,11 +9,11 @@ from __future__ import annotations
 import bz2
 import contextlib
 import gzip
-import json
 import pickle
 import re
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -368,11 +368,17 @@ def test_a_bomb_is_refused_or_harmless(name: str, tmp_path: Path) -> None:
         assert len(cost.refusal or "") < 6000
 
 
+def busy(seconds: float) -> None:
+    """Takes a processor so long, however quick it is."""
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
 def test_a_process_of_its_own_is_measured(tmp_path: Path) -> None:
     """The bounds above can fail."""
     assert cost_of(bytes, 300 * 10**6).peak_bytes < MOST_BYTES, "memory that is not touched"
     assert cost_of(b"x".__mul__, 300 * 10**6).peak_bytes > MOST_BYTES
-    assert cost_of(sum, range(10**8)).cpu_s > MOST_S
+    assert cost_of(busy, 1.1 * MOST_S).cpu_s > MOST_S
     assert "ZeroDivisionError" in cost_of(divmod, 1, 0).fault
     assert "code -6" in cost_of(__import__("os").abort).fault
-    assert json.loads("[]") == []

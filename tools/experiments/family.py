@@ -27,7 +27,7 @@ def family_arms(config: Config) -> list[Arm]:
     """The elastic models first, then what they are held against, the sizes in order of K.
 
     Two families: budgets cut the channels and the feed-forward width, as `config` says, or the channels alone. Either
-    draws one K an update, as `config` says, or several: stratified ones, or log-uniform.
+    draws one K an update, as `config` says, or several: stratified ones, or log-uniform. Once the gate is another.
     """
     whole = _updated(config, ffn_elastic=None)
     sizes = {k: parameters(config.model, k) for k in config.eval_budgets()}
@@ -37,7 +37,7 @@ def family_arms(config: Config) -> list[Arm]:
     elastic, mixed = Arm("elastic"), hybrid(config, full)
     channels, mixed_channels = _channels_only(Arm(CHANNELS)), _channels_only(hybrid(config, full, HYBRID))
     arms = [_stratified(arm) for arm in (channels, mixed_channels, elastic)]
-    arms += [_stratified_over_three(config, channels), _log_uniform(config, channels)]
+    arms += [_stratified_over_three(config, channels), _log_uniform(config, channels), _softmax(_stratified(channels))]
     arms += [channels, mixed_channels, elastic, mixed]
     arms += [paper_layer(config, full)]
     arms += [_alone(config, k) for k in smaller] + [_alone(config, k, channels_only=True) for k in smaller]
@@ -92,6 +92,12 @@ def _log_uniform(config: Config, arm: Arm) -> Arm:
     """Any budget from the smallest of the list on, the small ones more often."""
     least = min(config.listed_budgets())
     return _several(arm, f"{arm.name}, log-uniform", budget__strategy="log_uniform", budget__min_k=least)
+
+
+def _softmax(arm: Arm) -> Arm:
+    """With a gate whose weights sum to 1 over the budget, without the paper's rescaling of its scores (Eq. 8b)."""
+    settings = overridden(model__gate="softmax", model__gate_rescale="false")
+    return arm._replace(name=f"{arm.name}, softmax gate", overrides=(*arm.overrides, *settings))
 
 
 def _several(arm: Arm, name: str, **draws: Any) -> Arm:

@@ -113,7 +113,8 @@ def test_arms_are_added_to_what_is_stored() -> None:
     assert [(part["command"], part["arms"]) for part in again.earlier] == [
         ("command", ["K=4"]), ("later", ["b", "c", "K=8"])
     ]  # fmt: skip
-    assert "Measured before, 2026-01-01; : b, c, K=8.\n\n```bash\nlater\n```" in page(again)
+    assert "```bash\nlater\n```\n\nMeasured 2026-01-01; : b; c; K=8.\n\n```bash\nlast\n```" in page(again)
+    assert "```bash\ncommand\n```\n\nMeasured 2026-01-01; .\n\nSeeds 0, 1, 2." in page(old)
     with pytest.raises(UserError, match=r"x\.json.*seeds \[0, 1, 2\], not \[0\]"):
         joined(old, replace(new, seeds=[0]))
     with pytest.raises(UserError, match=r"train\.steps 5, not 6"):

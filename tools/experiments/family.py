@@ -27,7 +27,7 @@ def family_arms(config: Config) -> list[Arm]:
     """The elastic models first, then what they are held against, the sizes in order of K.
 
     Two families: budgets cut the channels and the feed-forward width, as `config` says, or the channels alone. Either
-    draws one K an update, as `config` says, or several: stratified ones, or log-uniform. Once the gate is another.
+    draws one K an update, as `config` says, or several: stratified ones, or log-uniform. The gate is another in some.
     """
     whole = _updated(config, ffn_elastic=None)
     sizes = {k: parameters(config.model, k) for k in config.eval_budgets()}
@@ -37,7 +37,9 @@ def family_arms(config: Config) -> list[Arm]:
     elastic, mixed = Arm("elastic"), hybrid(config, full)
     channels, mixed_channels = _channels_only(Arm(CHANNELS)), _channels_only(hybrid(config, full, HYBRID))
     arms = [_stratified(arm) for arm in (channels, mixed_channels, elastic)]
-    arms += [_stratified_over_three(config, channels), _log_uniform(config, channels), _softmax(_stratified(channels))]
+    arms += [_stratified_over_three(config, channels), _log_uniform(config, channels)]
+    arms += [_softmax(_stratified(arm)) for arm in (channels, mixed_channels)]
+    arms += [_softmax(_alone(config, smaller[0], channels_only=True))]
     arms += [channels, mixed_channels, elastic, mixed]
     arms += [paper_layer(config, full)]
     arms += [_alone(config, k) for k in smaller] + [_alone(config, k, channels_only=True) for k in smaller]
@@ -94,10 +96,15 @@ def _log_uniform(config: Config, arm: Arm) -> Arm:
     return _several(arm, f"{arm.name}, log-uniform", budget__strategy="log_uniform", budget__min_k=least)
 
 
+def softmax_gate(name: str) -> str:
+    """What an arm is called whose gate's weights sum to 1 over the budget."""
+    return f"{name}, softmax gate"
+
+
 def _softmax(arm: Arm) -> Arm:
-    """With a gate whose weights sum to 1 over the budget, without the paper's rescaling of its scores (Eq. 8b)."""
+    """Without the paper's rescaling of the gate's scores (Eq. 8b)."""
     settings = overridden(model__gate="softmax", model__gate_rescale="false")
-    return arm._replace(name=f"{arm.name}, softmax gate", overrides=(*arm.overrides, *settings))
+    return arm._replace(name=softmax_gate(arm.name), overrides=(*arm.overrides, *settings), curves=())
 
 
 def _several(arm: Arm, name: str, **draws: Any) -> Arm:

@@ -15,11 +15,11 @@ from matplotlib import pyplot
 from megassm.cli.arguments import Parser, path_argument, run_tool
 from megassm.errors import UserError
 from megassm.files import write_atomically
-from tools.experiments.family import ALONE_CHANNELS, CHANNELS, HYBRID, stratified
+from tools.experiments.family import ALONE_CHANNELS, CHANNELS, HYBRID, softmax_gate, stratified
 from tools.experiments.measure import BITS, BY_SIZE
 from tools.experiments.results import Curve, Results, curves, read
 
-SPECTRAL, MIXED = stratified(CHANNELS), stratified(HYBRID)
+SPECTRAL, MIXED = (softmax_gate(stratified(name)) for name in (CHANNELS, HYBRID))
 SHOWN = {
     "transformer with taps of each size": ("transformer with taps, each size alone", "tab:gray", "s:"),
     stratified("transformer with taps, elastic width"): ("the same, elastic width: one training", "tab:gray", "o-"),

@@ -10,7 +10,7 @@ import io
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,10 +83,7 @@ def joined(old: Results, new: Results) -> Results:
     if others:
         raise UserError(f"{old.name}.json: the stored results are of {'; '.join(others)}; add what was measured as "
                         "they were, or leave out --add, and these take their place")  # fmt: skip
-    known = {arm for part in old.earlier for arm in part["arms"]}
-    last = {"arms": [arm for arm in old.arms if arm not in known], "command": old.command}
-    parts = (*old.earlier, {**last, "date": old.date, "hardware": old.hardware})
-    left = [{**part, "arms": [arm for arm in part["arms"] if arm not in new.arms]} for part in parts]
+    left = [{**part, "arms": [arm for arm in part["arms"] if arm not in new.arms]} for part in _parts(old)]
     points = dict(old.points)
     for curve, by_seed in new.points.items():
         shared = curve in old.points and curve not in new.arms
@@ -189,14 +186,9 @@ def page(results: Results) -> str:
         f"# {results.name}\n",
         f"{results.question}\n",
         f"*The paper (arXiv 2601.22488):* {results.claim}\n",
-        f"```bash\n{results.command}\n```\n",
-        f"Measured {results.date}; seeds {', '.join(map(str, results.seeds))}; {_facts(results.hardware)}. "
-        f"Every figure, and the whole configuration, is in [{results.name}.json]({results.name}.json).\n",
-        *(
-            f"Measured before, {part['date']}; {_facts(part['hardware'])}: {', '.join(part['arms'])}.\n\n"
-            f"```bash\n{part['command']}\n```\n"
-            for part in results.earlier
-        ),
+        *_sources(results),
+        f"Seeds {', '.join(map(str, results.seeds))}. Every figure, and the whole configuration, is in "
+        f"[{results.name}.json]({results.name}.json).\n",
         "| arm | differs from the configuration by |\n|---|---|",
         *(
             f"| {arm} | {' '.join(f'`{text}`' for text in overrides) or '-'} |"
@@ -208,8 +200,19 @@ def page(results: Results) -> str:
     return "\n".join([*parts, f"![{results.name}]({results.name}.png)\n\n"])
 
 
-def _facts(of_hardware: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}: {value}" for name, value in of_hardware.items())
+def _sources(results: Results) -> Iterator[str]:
+    """Commands, and when and on what they ran; of several also which arms are whose."""
+    for part in _parts(results):
+        facts = "; ".join(f"{name}: {value}" for name, value in part["hardware"].items())
+        yield f"```bash\n{part['command']}\n```\n"
+        yield f"Measured {part['date']}; {facts}" + f": {'; '.join(part['arms'])}" * bool(results.earlier) + ".\n"
+
+
+def _parts(results: Results) -> list[dict[str, Any]]:
+    """`earlier`, and what was measured last."""
+    known = {arm for part in results.earlier for arm in part["arms"]}
+    last = {"arms": [arm for arm in results.arms if arm not in known], "command": results.command}
+    return [*results.earlier, {**last, "date": results.date, "hardware": results.hardware}]
 
 
 def table(results: Results, metric: str) -> str:

@@ -84,7 +84,8 @@ class ModelConfig(Section):
     """Weights alpha_k of the channels: softmax of input-dependent scores over the budget (the paper's); 2 sigmoid of
     each score, so that a smaller budget leaves out summands and changes no other; none: 1 each; equal: 1/K each."""
     gate_rescale: bool = True
-    """RMS rescaling of the softmax gate's scores (paper, Eq. 8b); false is the ablation."""
+    """RMS rescaling of the softmax gate's scores (paper, Eq. 8b); false: none, the paper's ablation, which lost nothing
+    where it was tried."""
     gate_bias_init: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     """Bias of the gate's scores at the start; the authors' -2 makes a rescaled softmax nearly uniform there."""
     gate_init_scale: Positive = 1.0

@@ -59,8 +59,9 @@ def finalist_arms(config: Config) -> list[Arm]:
     """Of the family, those that the larger scale is worth: budgets of channels alone, beside what they are held to."""
     smallest, largest = min(config.eval_budgets()), max(config.eval_budgets())
     arms = _named(
-        config, CHANNELS, stratified(CHANNELS), f"spectral K={smallest}, channels only alone",
-        f"spectral K={largest} alone", HYBRID, stratified(HYBRID), "hybrid (SA) alone",
+        config, CHANNELS, stratified(CHANNELS), softmax_gate(stratified(CHANNELS)),
+        f"spectral K={smallest}, channels only alone", f"spectral K={largest} alone",
+        HYBRID, stratified(HYBRID), softmax_gate(stratified(HYBRID)), "hybrid (SA) alone",
         f"transformer of K={largest}'s size", f"transformer with taps of K={largest}'s size, channels only",
     )  # fmt: skip
     return [arm._replace(curves=tuple(curve for curve in arm.curves if curve != ALONE)) for arm in arms]

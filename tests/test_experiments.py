@@ -98,27 +98,35 @@ def test_arms_are_added_to_what_is_stored() -> None:
     def sizes(**by_k: float) -> list[list[Point]]:
         return [[Point(BITS, "", float(k[1:]), y) for k, y in by_k.items()]] * 3
 
-    old = results(a=[[1.0, 2.0]] * 3, b=[[3.0, 4.0]] * 3)
-    old = replace(old, arms={**old.arms, "K=4": []}, points={**old.points, "alone": sizes(k2=7.0, k4=8.0)})
-    new = results(b=[[5.0, 6.0]] * 3, c=[[0.0, 0.0]] * 3)
-    new = replace(
-        new, command="later", arms={**new.arms, "K=8": []}, points={**new.points, "alone": sizes(k8=9.0, k4=1.0)}
-    )
+    config = load_config(ROOT / FAMILY).model_dump(mode="json")
+
+    def found(command: str, more: dict[str, list[list[Point]]], *sizes: str, **points: list[list[float]]) -> Results:
+        arms = results(**points)
+        known = {**arms.arms, **{size: [] for size in sizes}}
+        return replace(arms, config=config, command=command, arms=known, points={**arms.points, **more})
+
+    old = found("first", {"alone": sizes(k2=7.0, k4=8.0)}, "K=4", a=[[1.0, 2.0]] * 3, b=[[3.0, 4.0]] * 3)
+    new = found("later", {"alone": sizes(k8=9.0, k4=1.0)}, "K=8", b=[[5.0, 6.0]] * 3, c=[[0.0, 0.0]] * 3)
     both = joined(old, new)
     assert list(both.arms) == ["a", "b", "K=4", "c", "K=8"]
     assert [point.y for point in both.points["b"][0]] == [5.0, 6.0]
     assert [(point.x, point.y) for point in both.points["alone"][2]] == [(2, 7.0), (4, 1.0), (8, 9.0)]
-    assert [(part["command"], part["arms"]) for part in both.earlier] == [("command", ["a", "K=4"])]
-    again = joined(both, replace(results(a=[[0.5, 0.5]] * 3), command="last"))
+    assert [(part["command"], part["arms"]) for part in both.earlier] == [("first", ["a", "K=4"])]
+    again = joined(both, found("last", {}, a=[[0.5, 0.5]] * 3))
     assert [(part["command"], part["arms"]) for part in again.earlier] == [
-        ("command", ["K=4"]), ("later", ["b", "c", "K=8"])
+        ("first", ["K=4"]), ("later", ["b", "c", "K=8"])
     ]  # fmt: skip
     assert "```bash\nlater\n```\n\nMeasured 2026-01-01; : b; c; K=8.\n\n```bash\nlast\n```" in page(again)
-    assert "```bash\ncommand\n```\n\nMeasured 2026-01-01; .\n\nSeeds 0, 1, 2." in page(old)
+    assert "```bash\nfirst\n```\n\nMeasured 2026-01-01; .\n\nSeeds 0, 1, 2." in page(old)
     with pytest.raises(UserError, match=r"x\.json.*seeds \[0, 1, 2\], not \[0\]"):
         joined(old, replace(new, seeds=[0]))
-    with pytest.raises(UserError, match=r"train\.steps 5, not 6"):
-        joined(*(replace(old, config={"train": {"steps": steps}}) for steps in (5, 6)))
+    changed = {**config, "train": {**config["train"], "steps": 6}}
+    with pytest.raises(UserError, match=r"train\.steps 2000, not 6"):
+        joined(old, replace(new, config=changed))
+    earlier = {**config, "model": {name: value for name, value in config["model"].items() if name != "selective"}}
+    assert joined(replace(old, config=earlier), new).points == both.points, "a knob that there was not yet"
+    with pytest.raises(UserError, match="its configuration cannot be read today"):
+        joined(replace(old, config={"data": {}}), new)
 
 
 def test_hybrids_have_equal_parameters() -> None:

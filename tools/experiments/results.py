@@ -10,7 +10,7 @@ import io
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from matplotlib import pyplot
 from scipy.stats import t as student_t
 
 from megassm import __version__
+from megassm.config.schema import Config
 from megassm.errors import UserError
 from megassm.files import write_atomically
 from tools.experiments.measure import Point
@@ -78,7 +79,7 @@ def joined(old: Results, new: Results) -> Results:
     Raises:
         UserError: they are not of the same seeds and configuration.
     """
-    before, now = ({"seeds": each.seeds, **_by_key(each.config)} for each in (old, new))
+    before, now = _knobs(old), _knobs(new)
     others = [f"{key} {before.get(key)}, not {value}" for key, value in now.items() if before.get(key) != value]
     if others:
         raise UserError(f"{old.name}.json: the stored results are of {'; '.join(others)}; add what was measured as "
@@ -92,8 +93,14 @@ def joined(old: Results, new: Results) -> Results:
     return replace(new, arms={**old.arms, **new.arms}, points=points, earlier=earlier)
 
 
-def _by_key(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
+def _knobs(results: Results) -> dict[str, Any]:
+    """Seeds and `section.key` of the configuration; knobs that there were not yet have what was done without them."""
+    try:
+        sections = Config.model_validate_json(json.dumps(results.config)).model_dump(mode="json")
+    except ValueError as error:
+        raise UserError(f"{results.name}.json: its configuration cannot be read today ({error})") from None
+    knobs = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    return {"seeds": results.seeds, **knobs}
 
 
 def _with(old: Sequence[Point], new: Sequence[Point]) -> list[Point]:

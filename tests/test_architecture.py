@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -52,8 +53,10 @@ def test_what_is_too_long_is_named() -> None:
 
 def test_no_tracked_file_is_a_link() -> None:
     """A link that somebody made in a checkout of theirs leads nowhere in the next."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout")
-    listed = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert listed
-    assert not [line for line in listed.splitlines() if line.startswith("120000")]
+    if shutil.which("git") is None:
+        pytest.skip("there is no git")
+    listed = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip(f"not a checkout that git reads: {listed.stderr.strip()}")
+    assert listed.stdout
+    assert not [line for line in listed.stdout.splitlines() if line.startswith("120000")]

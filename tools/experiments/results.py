@@ -80,7 +80,7 @@ def joined(old: Results, new: Results) -> Results:
         UserError: they are not of the same seeds and configuration.
     """
     before, now = _knobs(old), _knobs(new)
-    others = [f"{key} {before.get(key)}, not {value}" for key, value in now.items() if before.get(key) != value]
+    others = [f"{key} {before[key]}, not {value}" for key, value in now.items() if before[key] != value]
     if others:
         raise UserError(f"{old.name}.json: the stored results are of {'; '.join(others)}; add what was measured as "
                         "they were, or leave out --add, and these take their place")  # fmt: skip

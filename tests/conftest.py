@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -15,6 +16,10 @@ import pytest
 from megassm.config.load import load_config
 from megassm.config.schema import Config
 from tests import hub_mixins, nursery
+
+for ignored, act in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(ignored) is signal.SIG_IGN:  # by nohup, or behind a shell's `&`: what tests start would, too
+        signal.signal(ignored, act)
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 480

@@ -35,6 +35,10 @@ class Arm(NamedTuple):
     at: float = 0.0
     """Its x on those curves."""
 
+    def more(self, *overrides: str, name: str | None = None) -> Arm:
+        """With these after its own overrides."""
+        return self._replace(name=name or self.name, overrides=(*self.overrides, *overrides))
+
     @property
     def is_plain(self) -> bool:
         """Whether only the plain loop of `tools.experiments.plain` trains it."""

@@ -45,7 +45,7 @@ def family_arms(config: Config) -> list[Arm]:
     arms += [_alone(config, k) for k in smaller] + [_alone(config, k, channels_only=True) for k in smaller]
     arms += [_alone(config, largest)._replace(curves=(ALONE, ALONE_CHANNELS))]
     alone = hybrid(config, full, "hybrid (SA) alone")
-    arms += [alone._replace(overrides=(*alone.overrides, *overridden(**fixed(largest))))]
+    arms += [alone.more(*overridden(**fixed(largest)))]
     arms += [_transformer_of(config, k, size) for k, size in sizes.items()]
     taps = config.model.input_taps
     if taps > 1:
@@ -78,7 +78,7 @@ def _named(config: Config, *names: str) -> list[Arm]:
 
 
 def _channels_only(arm: Arm) -> Arm:
-    return arm._replace(overrides=(*arm.overrides, "model.ffn_elastic=null"))
+    return arm.more("model.ffn_elastic=null")
 
 
 def stratified(name: str) -> str:
@@ -105,20 +105,19 @@ def softmax_gate(name: str) -> str:
 def _softmax(arm: Arm) -> Arm:
     """Without the paper's rescaling of the gate's scores (Eq. 8b)."""
     settings = overridden(model__gate="softmax", model__gate_rescale="false")
-    return arm._replace(name=softmax_gate(arm.name), overrides=(*arm.overrides, *settings), curves=())
+    return arm.more(*settings, name=softmax_gate(arm.name))._replace(curves=())
 
 
 def _several(arm: Arm, name: str, **draws: Any) -> Arm:
     """Several budgets an update instead of one: on as many parts of the batch."""
-    settings = overridden(**draws, train__micro_batch_sequences=STRATIFIED_ROWS)
-    return arm._replace(name=name, overrides=(*arm.overrides, *settings))
+    return arm.more(*overridden(**draws, train__micro_batch_sequences=STRATIFIED_ROWS), name=name)
 
 
 def _stratified_over_three(config: Config, arm: Arm) -> Arm:
     """The two smallest budgets and the largest alone."""
     listed, all_ = config.listed_budgets(), _stratified(arm)
     few = overridden(budget__budgets=sorted({*listed[:2], listed[-1]}))
-    return arm._replace(name=f"{all_.name} over three", overrides=(*all_.overrides, *few))
+    return all_.more(*few, name=f"{all_.name} over three")
 
 
 def overridden(**values: Any) -> tuple[str, ...]:

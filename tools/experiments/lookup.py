@@ -104,9 +104,9 @@ def lookup_arms(config: Config) -> list[Arm]:
     k = config.model.num_channels
     size = parameters(config.model, k)
     elastic = hybrid(config, size)
-    alone = elastic._replace(name="hybrid (SA), K_max only", overrides=(*elastic.overrides, *overridden(**fixed(k))))
-    late = (*elastic.overrides, f"budget.full_steps={round(FULL_FIRST * config.train.steps)}")
-    first = elastic._replace(name="elastic hybrid (SA), K_max first", overrides=late)
+    alone = elastic.more(*overridden(**fixed(k)), name="hybrid (SA), K_max only")
+    late = f"budget.full_steps={round(FULL_FIRST * config.train.steps)}"
+    first = elastic.more(late, name="elastic hybrid (SA), K_max first")
     taps = transformer(config, "transformer with taps", size, input_taps=config.model.input_taps)
     width = width_of_size(config.model.model_copy(update={"selective": True}), size)
     fading = overridden(model__selective="true", model__d_ffn=width)

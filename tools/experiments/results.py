@@ -25,6 +25,7 @@ from matplotlib import pyplot
 from scipy.stats import t as student_t
 
 from megassm import __version__
+from megassm.config.changes import changes
 from megassm.config.schema import Config
 from megassm.errors import UserError
 from megassm.files import write_atomically
@@ -79,8 +80,9 @@ def joined(old: Results, new: Results) -> Results:
     Raises:
         UserError: they are not of the same seeds and configuration.
     """
-    before, now = _knobs(old), _knobs(new)
-    others = [f"{key} {before[key]}, not {value}" for key, value in now.items() if before[key] != value]
+    others = [f"{each.knob} {each.before}, not {each.now}" for each in changes(_config(old), _config(new))]
+    if old.seeds != new.seeds:
+        others.append(f"seeds {old.seeds}, not {new.seeds}")
     if others:
         raise UserError(f"{old.name}.json: the stored results are of {'; '.join(others)}; add what was measured as "
                         "they were, or leave out --add, and these take their place")  # fmt: skip
@@ -93,14 +95,12 @@ def joined(old: Results, new: Results) -> Results:
     return replace(new, arms={**old.arms, **new.arms}, points=points, earlier=earlier)
 
 
-def _knobs(results: Results) -> dict[str, Any]:
-    """Seeds and `section.key` of the configuration; knobs that there were not yet have what was done without them."""
+def _config(results: Results) -> Config:
+    """Knobs that there were not yet have what was done without them."""
     try:
-        sections = Config.model_validate_json(json.dumps(results.config)).model_dump(mode="json")
+        return Config.model_validate_json(json.dumps(results.config))
     except ValueError as error:
         raise UserError(f"{results.name}.json: its configuration cannot be read today ({error})") from None
-    knobs = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
-    return {"seeds": results.seeds, **knobs}
 
 
 def _with(old: Sequence[Point], new: Sequence[Point]) -> list[Point]:

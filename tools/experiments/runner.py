@@ -86,7 +86,7 @@ def run_experiment(name: str, options: Options, command: str, pool: Executor) ->
         raise UserError(f"no arm of {name} has {' or '.join(options.arms)} in its name; "
                         f"there are {', '.join(arm.name for arm in experiment.arms(base))}")  # fmt: skip
     rates = _tuned(name, arms, options, pool)
-    arms = [arm._replace(overrides=(*arm.overrides, *rates.get(arm.name, ()))) for arm in arms]
+    arms = [arm.more(*rates.get(arm.name, ())) for arm in arms]
     jobs = [_job(name, options, arm, seed) for arm in arms for seed in options.seeds]
     points = _curves(jobs, _all_done(name, jobs, pool), options.seeds)
     return Results(
@@ -132,8 +132,7 @@ def _tuned(name: str, arms: Sequence[Arm], options: Options, pool: Executor) -> 
     """
     rates = EXPERIMENTS[name].rates if options.rates is None else options.rates
     trials = [(arm, f"optim.lr={rate!r}") for arm in arms for rate in rates]
-    jobs = [_job(name, options, arm._replace(overrides=(*arm.overrides, rate)), options.seeds[0])
-            for arm, rate in trials]  # fmt: skip
+    jobs = [_job(name, options, arm.more(rate), options.seeds[0]) for arm, rate in trials]
     best: dict[str, tuple[float, str]] = {}
     for (arm, rate), points in zip(trials, _all_done(f"{name}, learning rates", jobs, pool), strict=True):
         metric = points[0].metric

@@ -50,7 +50,7 @@ def draw_arms(config: Config) -> list[Arm]:
     return [
         Arm("stratified", ELASTIC.overrides),
         weighted,
-        weighted._replace(name=f"{weighted.name}, one K an update", overrides=(*weighted.overrides, _at_once(config))),
+        weighted.more(_at_once(config), name=f"{weighted.name}, one K an update"),
         Arm("uniform", ("budget.strategy=uniform", least)),
         Arm("log-uniform", ("budget.strategy=log_uniform", least)),
         Arm("sandwich", ("budget.strategy=sandwich", least)),
@@ -82,7 +82,7 @@ def _four_spectral(config: Config) -> int:
 
 def _transformer(config: Config, name: str, size: int, **more: int) -> Arm:
     arm = transformer(config, name, size, input_taps=config.model.input_taps, **more)
-    return arm._replace(overrides=(*arm.overrides, _at_once(config)))
+    return arm.more(_at_once(config))
 
 
 def _at_once(config: Config) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from megassm.config.load import load_config
 from megassm.config.presets import PRESETS
 from megassm.cost import parameters
 from megassm.data.task import load_task
@@ -17,14 +16,14 @@ from megassm.errors import UserError
 from tests.conftest import ROOT
 from tests.small_sets import small_task, write_books
 from tools.experiments.arena import ARENA
-from tools.experiments.definitions import EXPERIMENTS, LOOKUP
+from tools.experiments.definitions import EXPERIMENTS
 from tools.experiments.passages import EDGE, WIDTH, passages, read_books, room, split_up
 
 
 def test_the_sets_are_those_of_the_experiments(tmp_path: Path) -> None:
     readme = (ROOT / "tools/experiments/README.md").read_text(encoding="utf-8")
     for name, wanted in ARENA.items():
-        config = load_config(ROOT / LOOKUP, EXPERIMENTS[name].settings)
+        config = EXPERIMENTS[name].configuration()
         assert f"make_task.py {wanted.arguments} --output {config.data.path}" in readme
         task = load_task(small_task(name, "", tmp_path) / "task.json").task
         assert task.length == config.model.seq_len
@@ -37,11 +36,11 @@ def test_the_sets_are_those_of_the_experiments(tmp_path: Path) -> None:
 
 def test_models_of_the_arena_have_equal_parameters() -> None:
     for name in ARENA:
-        base = load_config(ROOT / LOOKUP, EXPERIMENTS[name].settings)
+        base = EXPERIMENTS[name].configuration()
         wanted = parameters(base.model, base.model.num_channels)
         arms = EXPERIMENTS[name].arms(base)
         for arm in arms:
-            config = load_config(ROOT / LOOKUP, (*EXPERIMENTS[name].settings, *arm.overrides))
+            config = EXPERIMENTS[name].configuration(arm.overrides)
             assert parameters(config.model, config.model.num_channels) == pytest.approx(wanted, rel=0.01), arm.name
             if "preset" in arm.name:
                 layer = PRESETS["paper"]["model"]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from megassm.config.load import load_config
+from megassm.config.load import dump_config, load_config
 from megassm.config.schema import Config
 from megassm.cost import parameters, training_flops_per_token
 from megassm.data.task import load_task
@@ -130,11 +130,10 @@ def test_arms_are_added_to_what_is_stored() -> None:
 
 
 def test_hybrids_have_equal_parameters() -> None:
-    settings = EXPERIMENTS["hybrids"].settings
-    config = load_config(ROOT / FAMILY, settings)
-    counts = []
-    for arm in EXPERIMENTS["hybrids"].arms(config):
-        model = load_config(ROOT / FAMILY, (*settings, *arm.overrides)).model
+    experiment, counts = EXPERIMENTS["hybrids"], []
+    config = experiment.configuration()
+    for arm in experiment.arms(config):
+        model = experiment.configuration(arm.overrides).model
         counts.append(parameters(model, model.num_channels))
     assert len(counts) == 4
     assert max(counts) / min(counts) < 1.005
@@ -174,12 +173,21 @@ def test_a_policy_takes_its_share() -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_has_arms_that_are_configurations(name: str) -> None:
     experiment = EXPERIMENTS[name]
-    base = load_config(ROOT / experiment.config, experiment.settings)
-    arms = experiment.arms(base)
-    settings = [load_config(ROOT / experiment.config, (*experiment.settings, *arm.overrides)) for arm in arms]
+    arms = experiment.arms(experiment.configuration())
+    settings = [experiment.configuration(arm.overrides) for arm in arms]
     trainings = {(own.model_dump_json(), arm.basis) for own, arm in zip(settings, arms, strict=True)}
     assert len(trainings) == len(arms) >= 1
     assert experiment.question.endswith("?")
+
+
+def test_another_file_has_its_own_size(tmp_path: Path) -> None:
+    """And the experiment's question; the command line has the last word."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(dump_config(load_config(ROOT / FAMILY, ("model.d_model=160", "data.path=mine"))), encoding="utf-8")
+    config = EXPERIMENTS["hybrids"].configuration(("train.steps=7",), path)
+    assert (config.model.d_model, config.model.seq_len, config.train.steps) == (160, 256, 7)
+    assert EXPERIMENTS["hybrids"].configuration().model.d_model == 32
+    assert EXPERIMENTS["needle"].configuration((), path).data.path == "data/needle-sizes"
 
 
 def ends_of(experiment: Experiment, *own: str) -> Callable[[Config], list[Arm]]:
@@ -389,6 +397,9 @@ def test_every_arm_goes_on_at_its_best_rate(monkeypatch: pytest.MonkeyPatch, tmp
     assert [points[0].y for points in found.points["Mamba-2"]] == [4, 5]
     with ThreadPoolExecutor(1) as pool, pytest.raises(UserError, match="no arm of family has nothing in its name"):
         run_experiment("family", replace(options, arms=("nothing",)), "command", pool)
+    monkeypatch.delattr(runner, "carry_out")
+    with ThreadPoolExecutor(1) as pool, pytest.raises(UserError, match=r"seeds \[3, 4\], not \[5\]; add"):
+        run_experiment("family", replace(options, seeds=[5]), "command", pool, found)
 
 
 @pytest.mark.ranks
@@ -424,7 +435,7 @@ def test_what_is_looked_up_is_in_the_set_trained_on(tmp_path: Path) -> None:
     """The commands of the README make the sets that the experiments are about, and every size fits them."""
     readme = (ROOT / "tools/experiments/README.md").read_text(encoding="utf-8")
     for name, lookup in LOOKUPS.items():
-        config = load_config(ROOT / LOOKUP, EXPERIMENTS[name].settings)
+        config = EXPERIMENTS[name].configuration()
         assert f"make_task.py {lookup.arguments} --output {config.data.path} " in readme
         folder = small_task(name, "", tmp_path)
         task = load_task(folder / "task.json").task

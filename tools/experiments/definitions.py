@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
+from megassm.config.load import load_config
 from megassm.config.schema import Config
 from tools.experiments.arena import ARENA, arena_arms, arena_settings
 from tools.experiments.arms import Arm
@@ -65,8 +66,15 @@ class Experiment:
     rates: tuple[float, ...] = ()
     """Peak learning rates: each arm is trained at all of them at the first seed, and at the others at its best."""
     x_label: str = "budget K (spectral channels)"
+    size: tuple[str, ...] = ()
+    """`section.key=value` that make `config` as large as the experiment has it; another file is taken as it is."""
     settings: tuple[str, ...] = ()
-    """`section.key=value` of every arm, before those of the command line."""
+    """`section.key=value` that the question is of, with any file."""
+
+    def configuration(self, overrides: Sequence[str] = (), path: Path | None = None) -> Config:
+        """Its own, or from another file; `overrides` come last."""
+        own = self.size if path is None else ()
+        return load_config(path or Path(self.config), (*own, *self.settings, *overrides))
 
 
 ONE_FOR_ALL = Experiment(
@@ -83,9 +91,9 @@ def _arms(*arms: Arm) -> Callable[[Config], Sequence[Arm]]:
     return lambda config: arms
 
 
-def _tiny(question: str, claim: str, arms: Callable[[Config], Sequence[Arm]], *settings: str) -> Experiment:
+def _tiny(question: str, claim: str, arms: Callable[[Config], Sequence[Arm]], *size: str) -> Experiment:
     """On bytes of books, with today's layer, long enough for capacity to matter: a minute or two a training."""
-    return Experiment(question, claim, arms, config=FAMILY, settings=(*TINY, *settings))
+    return Experiment(question, claim, arms, config=FAMILY, size=(*TINY, *size))
 
 
 def _lookup(name: str, question: str) -> Experiment:
@@ -143,11 +151,12 @@ EXPERIMENTS = {
         "What does a budget cost in prefill, decoding and memory?",
         "Latency and memory fall with K.",
         _arms(
-            Arm("spectral (SSSS)", MEASURED_COST),
-            Arm("hybrid (SSSA)", (*MEASURED_COST, "model.pattern=SSSA")),
+            Arm("spectral (SSSS)"),
+            Arm("hybrid (SSSA)", ("model.pattern=SSSA",)),
         ),
         measure=cost_points,
         trains=False,
+        size=MEASURED_COST,
     ),
     "high_frequency": Experiment(
         "Do a few smooth channels carry signals of period 2 to 8?",
@@ -200,22 +209,22 @@ EXPERIMENTS = {
     "deadline": Experiment(
         "Does K by the load keep deadlines in a burst that full K cannot serve, and at what price in quality?",
         "Left open: online budgets.",
-        _arms(Arm("elastic, d=256", DECODED)),
+        _arms(Arm("elastic, d=256")),
         measure=deadline_points,
         x_label="arrivals in the burst over what full K serves",
+        size=DECODED,
     ),
     "control": Experiment(
         "Does K by the time there is keep a controller's deadlines, and its return?",
         "Left open: online, closed-loop budgets.",
-        _arms(Arm("controller", CONTROLLER)),
+        _arms(Arm("controller")),
         measure=control_points,
         trains=False,
         x_label="mean compute of a step over full K's",
+        size=CONTROLLER,
     ),
     "family": ONE_FOR_ALL,
-    "family_large": replace(
-        ONE_FOR_ALL, question="... and at four times the size?", arms=finalist_arms, settings=LARGE
-    ),
+    "family_large": replace(ONE_FOR_ALL, question="... and at four times the size?", arms=finalist_arms, size=LARGE),
     "family_cost": Experiment(
         "What do the members of the family cost in prefill, decoding and memory?",
         "Latency and memory fall with K.",

@@ -74,9 +74,8 @@ def read(path: Path) -> Results:
     return replace(stored, points=points)
 
 
-def joined(old: Results, new: Results) -> Results:
-    """Both, where arms of `new` take the place of those of their name; the first arm stays the first.
-
+def refuse_others(old: Results, new: Results) -> None:
+    """
     Raises:
         UserError: they are not of the same seeds and configuration.
     """
@@ -86,6 +85,15 @@ def joined(old: Results, new: Results) -> Results:
     if others:
         raise UserError(f"{old.name}.json: the stored results are of {'; '.join(others)}; add what was measured as "
                         "they were, or leave out --add, and these take their place")  # fmt: skip
+
+
+def joined(old: Results, new: Results) -> Results:
+    """Both, where arms of `new` take the place of those of their name; the first arm stays the first.
+
+    Raises:
+        UserError: as `refuse_others`.
+    """
+    refuse_others(old, new)
     left = [{**part, "arms": [arm for arm in part["arms"] if arm not in new.arms]} for part in _parts(old)]
     points = dict(old.points)
     for curve, by_seed in new.points.items():

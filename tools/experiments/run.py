@@ -39,7 +39,7 @@ def main() -> None:
     arguments = command_line.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))
     from tools.experiments.definitions import EXPERIMENTS
-    from tools.experiments.results import joined, read, write
+    from tools.experiments.results import read, write
     from tools.experiments.runner import Options, run_experiment, workers
 
     names = list(EXPERIMENTS) if arguments.names == ["all"] else arguments.names
@@ -61,11 +61,9 @@ def main() -> None:
         for name in names:
             command = shlex.join(["python", *sys.argv[:1], name, *_flags(sys.argv[1:], arguments.names)])
             try:
-                results = run_experiment(name, options, command, pool)
+                results = run_experiment(name, options, command, pool, stored.get(name))
             except ConfigError as error:
                 raise UserError(f"experiment {name}: {error}") from None
-            if arguments.add:
-                results = joined(stored[name], results)
             for path in write(results, arguments.output):
                 print(path, flush=True)
 

@@ -15,14 +15,13 @@ import multiprocessing
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from megassm.checkpoint.format import newest_checkpoint
-from megassm.config.load import load_config
 from megassm.config.schema import Config
 from megassm.data.dataset import open_dataset
 from megassm.errors import UserError
@@ -32,7 +31,7 @@ from megassm.train.loop import pretrain
 from tools.experiments.arms import Arm
 from tools.experiments.definitions import EXPERIMENTS
 from tools.experiments.measure import BY_SIZE, Point, more_is_better, plain_points
-from tools.experiments.results import Results
+from tools.experiments.results import Results, joined, refuse_others
 
 LOG = "train.log"
 
@@ -66,7 +65,7 @@ class Job(NamedTuple):
     device: str | None = None
 
 
-def run_experiment(name: str, options: Options, command: str, pool: Executor) -> Results:
+def run_experiment(name: str, options: Options, command: str, pool: Executor, stored: Results | None = None) -> Results:
     """Trains, measures, and returns what to write down.
 
     Args:
@@ -74,32 +73,37 @@ def run_experiment(name: str, options: Options, command: str, pool: Executor) ->
         options: how.
         command: what the user typed, kept with the results.
         pool: from `workers`; may serve several experiments.
+        stored: results to which these are added.
 
     Raises:
-        UserError: a training ended without its last checkpoint.
+        UserError: a training ended without its last checkpoint; `stored` is of other seeds or another configuration.
         ConfigError: a mistake in the configuration.
     """
     experiment = EXPERIMENTS[name]
-    base = _config(name, options, ())
+    base = experiment.configuration(options.overrides, options.config)
     arms = _chosen(experiment.arms(base), options.arms)
     if not arms:
         raise UserError(f"no arm of {name} has {' or '.join(options.arms)} in its name; "
                         f"there are {', '.join(arm.name for arm in experiment.arms(base))}")  # fmt: skip
-    rates = _tuned(name, arms, options, pool)
-    arms = [arm.more(*rates.get(arm.name, ())) for arm in arms]
-    jobs = [_job(name, options, arm, seed) for arm in arms for seed in options.seeds]
-    points = _curves(jobs, _all_done(name, jobs, pool), options.seeds)
-    return Results(
+    results = Results(
         name=name,
         question=experiment.question,
         claim=experiment.claim,
         command=command,
         x_label=experiment.x_label,
-        arms={arm.name: list(arm.overrides) for arm in arms},
+        arms={},
         seeds=list(options.seeds),
         config=base.model_dump(mode="json"),
-        points=points,
+        points={},
     )
+    if stored is not None:
+        refuse_others(stored, results)
+    rates = _tuned(name, arms, options, pool)
+    arms = [arm.more(*rates.get(arm.name, ())) for arm in arms]
+    jobs = [_job(name, options, arm, seed) for arm in arms for seed in options.seeds]
+    points = _curves(jobs, _all_done(name, jobs, pool), options.seeds)
+    results = replace(results, arms={arm.name: list(arm.overrides) for arm in arms}, points=points)
+    return results if stored is None else joined(stored, results)
 
 
 def _chosen(arms: Sequence[Arm], texts: Sequence[str]) -> list[Arm]:
@@ -154,17 +158,12 @@ def _all_done(what: str, jobs: Sequence[Job], pool: Executor) -> list[list[Point
     return [future.result() for future in running]
 
 
-def _config(name: str, options: Options, overrides: tuple[str, ...]) -> Config:
-    experiment = EXPERIMENTS[name]
-    path = options.config or Path(experiment.config)
-    return load_config(path, (*experiment.settings, *options.overrides, *overrides))
-
-
 def _job(name: str, options: Options, arm: Arm, seed: int) -> Job:
     runs = options.runs
     if arm.is_plain or options.device:
         runs = runs / "plain" / (arm.peer or arm.basis or "") / ("" if arm.recipe is None else repr(arm.recipe))
-    return Job(name, arm, seed, placed(_config(name, options, arm.overrides), runs, seed), options.device)
+    config = EXPERIMENTS[name].configuration((*options.overrides, *arm.overrides), options.config)
+    return Job(name, arm, seed, placed(config, runs, seed), options.device)
 
 
 def placed(config: Config, runs: Path, seed: int) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+import numpy as np
 import pytest
+import torch
 
 from megassm.config.load import load_config
 from megassm.config.schema import Config
@@ -55,6 +58,15 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("huggingface"))
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """What a test draws is the same alone, in any order and on any worker; MEGASSM_TEST_SEED gives it other numbers."""
+    seed = int(os.environ.get("MEGASSM_TEST_SEED", "0"))
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @pytest.fixture(scope="session")

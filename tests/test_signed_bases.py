@@ -196,10 +196,12 @@ def test_a_model_opened_small_grows_by_both_signs(basis: Basis, tmp_path: Path) 
     model = build_model(config(vocab_size=257, basis=basis, num_channels=7), 0).eval()
     write_model_folder(tmp_path, model, BytesTokenizer(), torch.float32)
     ids_BL = torch.randint(0, 257, (2, 60))
-    small = open_model(tmp_path, 3)
+    small, trained = open_model(tmp_path, 3), model.config.seq_len
     assert (small.config.num_channels, small.config.basis) == (3, basis)
-    torch.testing.assert_close(small(ids_BL), model(ids_BL, 3), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(small.grow(6)(ids_BL), model(ids_BL, 6), atol=1e-4, rtol=1e-4)
+    for k in (3, 6):
+        found, expected = small.grow(k)(ids_BL), model(ids_BL, k)
+        torch.testing.assert_close(found[:, :trained], expected[:, :trained], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)  # each has its own state beyond that
 
 
 def test_a_model_that_says_nothing_has_the_plain_filters() -> None:

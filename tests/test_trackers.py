@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from megassm.commands.journal import write
 from megassm.config.schema import Config
@@ -78,6 +79,7 @@ def test_wandb_has_one_run_after_five_restarts(small_config: Make, tmp_path: Pat
     run_dir = Path(config.run.dir)
     run_dir.mkdir()
     assert live(lambda done: WandbSink(config, done, print)) == []
+    wandb.teardown()  # as at the end of a process: its service may still be writing what has been finished
     files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
     assert len(files) == len(STARTS)
     runs, losses = [], []
@@ -123,6 +125,28 @@ def test_wandb_online_is_one_run_after_five_restarts(small_config: Make, tmp_pat
     if rewinds:
         assert [line["loss"] for line in lines] == list(TRUTH.values()), "as the checkpoints have it"
     assert told.operations.count("RewindRun") == sum(done > 0 for done, *_ in STARTS)
+
+
+SLOW = """
+import sys
+from megassm.config.schema import Config
+from megassm.run import wandb_log
+from megassm.run.tracker import Tracker
+wandb_log.FINISH_TIMEOUT_S = 2
+tracker = Tracker(wandb_log.WandbSink(Config.model_validate_json(sys.argv[1]), 0, print), print)
+tracker.tell({"step": 1, "loss": 2.0})
+tracker.close()
+"""
+
+
+def test_an_upload_that_does_not_end_is_said(small_config: Make, tmp_path: Path) -> None:
+    config = small_config("log.wandb=online")
+    Path(config.run.dir).mkdir()
+    with wandb_server(rewinds=True, takes_files=False) as (_, address):
+        given = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40, "HOME": str(tmp_path)}
+        said = run_python("-c", SLOW, config.model_dump_json(), **given)
+    assert said.stdout.count("\n") == 1
+    assert f"its server had not taken everything; `wandb sync {config.run.dir}/wandb/run-" in said.stdout
 
 
 def test_tensorboard_reads_one_curve_after_five_restarts(small_config: Make) -> None:

@@ -65,10 +65,11 @@ class WandbServer:
 
 
 @contextmanager
-def wandb_server(rewinds: bool) -> Iterator[tuple[WandbServer, str]]:
-    """(what it was told, its address); `rewinds` where it can cut a run's history, as wandb's own can."""
+def wandb_server(rewinds: bool, takes_files: bool = True) -> Iterator[tuple[WandbServer, str]]:
+    """(what it was told, its address); `rewinds` where it can cut a run's history, as wandb's own can. One that does
+    not take files never answers what sends them."""
     told = WandbServer(rewinds)
-    lock = threading.Lock()
+    lock, ended = threading.Lock(), threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -78,6 +79,9 @@ def wandb_server(rewinds: bool) -> Iterator[tuple[WandbServer, str]]:
             if self.headers.get("Content-Encoding") == "gzip":
                 raw = gzip.decompress(raw)
             body = json.loads(raw) if "json" in self.headers.get("Content-Type", "") else {}  # telemetry is not
+            if not takes_files and self.path != "/graphql":
+                self.close_connection = ended.wait()
+                return
             with lock:
                 if self.path == "/graphql":
                     found = re.search(r"(?:query|mutation)\s+(\w+)", body["query"])
@@ -104,5 +108,6 @@ def wandb_server(rewinds: bool) -> Iterator[tuple[WandbServer, str]]:
     try:
         yield told, f"http://127.0.0.1:{server.server_address[1]}"
     finally:
+        ended.set()
         server.shutdown()
         server.server_close()

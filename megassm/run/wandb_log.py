@@ -104,7 +104,12 @@ class WandbSink:
         self._run.log(flat(record) | _curve_over_budgets(record), step=record["step"])
 
     def close(self) -> None:
-        self._run.finish()
+        folder = Path(self._run.dir).parent
+        try:
+            self._run.finish()
+        except TimeoutError:
+            late = f"{FINISH_TIMEOUT_S} s after the end its server had not taken everything"
+            raise UserError(f"{late}; `wandb sync {folder}` sends it") from None
 
     def abandon(self) -> None:
         import wandb
@@ -146,7 +151,12 @@ class WandbSink:
             "config": config.model_dump(mode="json") | {"resumed_from_step": self._done_steps},
             "allow_val_change": True,  # what is changed where a run continues
             "settings": wandb.Settings(
-                silent=True, console="off", init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S, **PRIVATE
+                silent=True,
+                console="off",
+                init_timeout=INIT_TIMEOUT_S,
+                finish_timeout=FINISH_TIMEOUT_S,
+                finish_timeout_raises=True,
+                **PRIVATE,
             ),
         }
 

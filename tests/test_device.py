@@ -100,7 +100,7 @@ def test_the_real_limit_is_raised() -> None:
 @pytest.mark.end_to_end
 @pytest.mark.ranks
 def test_a_rank_that_refuses_alone_says_why(tmp_path: Path, data_path: Path) -> None:
-    """Its machine has no data: rank 0 knows nothing of it, and is ended by the launcher."""
+    """Its machine has no data: rank 0 knows nothing of it, and heeds the launcher's SIGTERM where it waits."""
     gone = tmp_path / "other machine"
     shutil.copytree(data_path, gone)
     shutil.rmtree(gone / "train")
@@ -117,6 +117,7 @@ def test_a_rank_that_refuses_alone_says_why(tmp_path: Path, data_path: Path) -> 
     )  # fmt: skip
     assert done.returncode == 1
     assert f"[rank 1 on {os.uname().nodename}] error: {gone}" in done.stderr
+    assert "SIGKILL" not in done.stderr
 
 
 def test_a_group_that_is_left_leaves_no_thread() -> None:

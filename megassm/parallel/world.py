@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -18,6 +20,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # see `leave_world`
+from torch._C._distributed_c10d import HashStore
 
 from megassm.cli.arguments import cores, error_text
 from megassm.config.schema import Config
@@ -129,17 +132,40 @@ def _join(device: Literal["auto", "cpu", "cuda"], timeout: timedelta) -> tuple[i
     raise_file_limit(size)
     cuda = place.type == "cuda"
     backend, bound = ("cpu:gloo,cuda:nccl", place) if cuda else ("gloo", None)
-    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        store = meet(rank, size, local_ranks(size) == size, timeout)
-    else:
-        rank, size, store = 0, 1, torch._C._distributed_c10d.HashStore()
-    try:
+    alone = "RANK" not in os.environ or "MASTER_ADDR" not in os.environ
+    if alone:
+        rank, size = 0, 1
+
+    def join() -> None:
+        store = HashStore() if alone else meet(rank, size, local_ranks(size) == size, timeout)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=_group_timeout(cuda, timeout), device_id=bound
         )
+
+    try:
+        heeding_signals(join)
     except dist.DistBackendError as error:
         raise shared_device(error, place) or error from None
     return dist.get_rank(), place
+
+
+def heeding_signals(call: Callable[[], None]) -> None:
+    """Runs what waits inside torch on a thread of its own: Python hears signals on this one, between two steps of it.
+
+    A launcher that tells a rank to end, because another has failed, would otherwise wait 30 s and kill it.
+    """
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    Thread(target=run, name="join", daemon=True).start()
+    done.result()
 
 
 def _group_timeout(cuda: bool, timeout: timedelta) -> timedelta:

@@ -144,6 +144,7 @@ def compiled_curves(configs: list[Config]) -> tuple[list[Curve], int, int]:
     return curves(configs), counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_on_ranks_and_with_every_stage(small_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     more = (*PAPER, "budget.distill_weight=0.5")

@@ -87,6 +87,7 @@ def test_links_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page}: {target}"
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_the_commands_of_the_pages_run(tmp_path: Path) -> None:
     """As a new user types them, in a folder that holds the project and a corpus."""

@@ -100,6 +100,7 @@ def check_curve(curve: Curve, truth: Curve, case: object = None) -> None:
     assert curve["norms"] == pytest.approx(truth["norms"], rel=1e-3), case
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_mesh_and_stage_equals_one_process(small_config: Make, truths: dict[str, Curve], size: int) -> None:

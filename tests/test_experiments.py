@@ -402,6 +402,7 @@ def test_every_arm_goes_on_at_its_best_rate(monkeypatch: pytest.MonkeyPatch, tmp
         run_experiment("family", replace(options, seeds=[5]), "command", pool, found)
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_experiments_run(tmp_path: Path, data_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them with their first arm and their last, in one worker; trainings in common are made once."""

@@ -76,6 +76,7 @@ JOURNEYS: list[list[Leg]] = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_a_run_continues_on_any_mesh_and_stage(small_config: Make, tmp_path: Path) -> None:
     truth = tmp_path / "truth"

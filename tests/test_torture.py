@@ -9,6 +9,7 @@ import pytest
 from tests.torture import Plan, compare, torture
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_two_kills_and_another_mesh(tmp_path: Path, data_path: Path) -> None:
     lives, summary = torture(tmp_path, data_path, Plan(kills=2, steps=120, same_mesh=1, seed=1))

@@ -59,6 +59,7 @@ def kill_at(step: int, number: signal.Signals, arguments: list[str], run_dir: Pa
     return process.wait(timeout=120)
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2)])
 def test_killed_run_continues_bit_for_bit(tmp_path: Path, data_path: Path, ranks: int, stage: int) -> None:

@@ -85,6 +85,7 @@ def check(job: Job, guilty: int, writers: set[int], *expected: str) -> None:
     assert (job.run_dir / FAILURE).read_text(encoding="utf-8") in errors[0] + "\n"
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_lost_ranks_are_named_and_the_same_command_continues(tmp_path: Path, data_path: Path) -> None:
     run_dir, overrides = tmp_path / "run", (*JOB, f"data.path={data_path}")
@@ -102,6 +103,7 @@ def test_lost_ranks_are_named_and_the_same_command_continues(tmp_path: Path, dat
     assert [row["step"] for row in read_records(run_dir)] == list(range(1, job.rows + 1))
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_a_rank_that_waits_for_its_data_is_named(tmp_path: Path, data_path: Path) -> None:
     with Job(tmp_path / "run", 3, (*JOB, f"data.path={data_path}"), "tests/faulty.py", FAULT="sleep:1:5") as job:
@@ -173,6 +175,7 @@ def test_the_store_listens_where_the_ranks_are_and_nowhere_else(monkeypatch: pyt
                 meet(0, 1, one_machine=True, timeout=timedelta(seconds=5))
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_the_rank_that_holds_the_store_is_named_too(tmp_path: Path, data_path: Path) -> None:
     run_dir = tmp_path / "run"

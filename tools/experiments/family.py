@@ -8,6 +8,7 @@ transformer has no taps, or the elastic model's; one with an elastic width draws
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,7 @@ def family_arms(config: Config) -> list[Arm]:
     arms += [_stratified_over_three(config, channels), _log_uniform(config, channels)]
     arms += [_softmax(_stratified(arm)) for arm in (channels, mixed_channels)]
     arms += [_softmax(_alone(config, smaller[0], channels_only=True))]
+    arms += [_nearly_closed(config, _stratified(channels))]
     arms += [channels, mixed_channels, elastic, mixed]
     arms += [paper_layer(config, full)]
     arms += [_alone(config, k) for k in smaller] + [_alone(config, k, channels_only=True) for k in smaller]
@@ -106,6 +108,13 @@ def _softmax(arm: Arm) -> Arm:
     """Without the paper's rescaling of the gate's scores (Eq. 8b)."""
     settings = overridden(model__gate="softmax", model__gate_rescale="false")
     return arm.more(*settings, name=softmax_gate(arm.name))._replace(curves=())
+
+
+def _nearly_closed(config: Config, arm: Arm) -> Arm:
+    """A gate of sigmoids that start where a softmax over all channels does, at 1/K_max, and need not sum to 1."""
+    k_max = config.model.num_channels
+    bias = round(-math.log(k_max - 1), 1) if k_max > 1 else 0.0
+    return arm.more(*overridden(model__gate_bias_init=bias), name=f"{arm.name}, gate from 1/{k_max}")
 
 
 def _several(arm: Arm, name: str, **draws: Any) -> Arm:

@@ -109,7 +109,11 @@ FOUR: Runs = {
 
 
 @pytest.mark.parametrize(("ranks", "runs"), [(1, ONE), (2, TWO), (4, FOUR)], ids=["one", "two", "four"])
-def test_every_kind_of_run_trains_saves_and_resumes(tmp_path: Path, data_path: Path, ranks: int, runs: Runs) -> None:
+def test_every_kind_of_run_trains_saves_and_resumes(
+    tmp_path: Path, data_path: Path, ranks: int, runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")  # one of them is compiled
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     given = [(name, own, others, (free_port(), free_port())) for name, (own, others) in runs.items()]
     for found in on_null_device(tmp_path, "train", str(data_path), str(tmp_path), json.dumps(given), ranks=ranks):
         assert found["illegal grids"] == 0

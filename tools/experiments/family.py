@@ -41,7 +41,7 @@ def family_arms(config: Config) -> list[Arm]:
     arms += [_stratified_over_three(config, channels), _log_uniform(config, channels)]
     arms += [_softmax(_stratified(arm)) for arm in (channels, mixed_channels)]
     arms += [_softmax(_alone(config, smaller[0], channels_only=True))]
-    arms += [_nearly_closed(config, _stratified(channels))]
+    arms += [_nearly_closed(config, _stratified(arm)) for arm in (channels, mixed_channels)]
     arms += [channels, mixed_channels, elastic, mixed]
     arms += [paper_layer(config, full)]
     arms += [_alone(config, k) for k in smaller] + [_alone(config, k, channels_only=True) for k in smaller]

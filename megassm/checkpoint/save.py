@@ -41,9 +41,10 @@ from megassm.cli.arguments import error_text
 from megassm.config.schema import Config
 from megassm.errors import UserError
 from megassm.parallel import state
+from megassm.parallel.background import in_background
 from megassm.parallel.engine import Engine
 from megassm.parallel.state import Kind, State
-from megassm.parallel.waiting import in_background, wait_for_all
+from megassm.parallel.waiting import wait_for_all
 from megassm.parallel.world import gather_texts
 from megassm.run.directory import CHECKPOINTS, step_name
 from megassm.run.fence import Fence

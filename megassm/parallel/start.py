@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megassm.model import LanguageModel
+from megassm.parallel.background import in_background
 from megassm.parallel.tensor import WeightSlice, set_parameter
-from megassm.parallel.waiting import in_background
 from megassm.parallel.world import World
 
 WeightSource = Callable[[str], Iterable[Tensor]]

@@ -1,11 +1,10 @@
-"""Work in a thread beside the main one, and all ranks waiting for theirs together: each sees that the others live."""
+"""All ranks waiting together for their work in the background: each sees that the others live."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from threading import Thread
 from typing import TypeVar
 
 from megassm.parallel.world import World, gather_rows
@@ -13,20 +12,6 @@ from megassm.parallel.world import World, gather_rows
 T = TypeVar("T")
 POLL_S = 2.0
 """Between two looks of all ranks at each other."""
-
-
-def in_background(work: Callable[[], T]) -> Future[T]:
-    """What `work` returns or raises, later. The thread keeps no process from its end."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # raised again where the result is asked for
-            future.set_exception(error)
-
-    Thread(target=run, name="background", daemon=True).start()
-    return future
 
 
 def wait_for_all(world: World, work: Future[T], place: str, headway: Callable[[], int], limit_s: float) -> list[int]:

@@ -8,11 +8,9 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from threading import Thread
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,6 +23,7 @@ from torch._C._distributed_c10d import HashStore
 from megassm.cli.arguments import cores, error_text
 from megassm.config.schema import Config
 from megassm.errors import UserError
+from megassm.parallel.background import in_background
 from megassm.parallel.device import pick_device, raise_file_limit, shared_device
 from megassm.parallel.job_store import meet
 from megassm.parallel.mesh import Coordinates, Mesh, mesh_of
@@ -142,30 +141,11 @@ def _join(device: Literal["auto", "cpu", "cuda"], timeout: timedelta) -> tuple[i
             backend, store=store, rank=rank, world_size=size, timeout=_group_timeout(cuda, timeout), device_id=bound
         )
 
-    try:
-        heeding_signals(join)
+    try:  # in the background, so that signals are heard here meanwhile: a launcher kills a deaf rank after 30 s
+        in_background(join).result()
     except dist.DistBackendError as error:
         raise shared_device(error, place) or error from None
     return dist.get_rank(), place
-
-
-def heeding_signals(call: Callable[[], None]) -> None:
-    """Runs what waits inside torch on a thread of its own: Python hears signals on this one, between two steps of it.
-
-    A launcher that tells a rank to end, because another has failed, would otherwise wait 30 s and kill it.
-    """
-    done: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            call()
-        except BaseException as error:
-            done.set_exception(error)
-        else:
-            done.set_result(None)
-
-    Thread(target=run, name="join", daemon=True).start()
-    done.result()
 
 
 def _group_timeout(cuda: bool, timeout: timedelta) -> timedelta:

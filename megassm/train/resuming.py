@@ -15,9 +15,10 @@ from megassm.checkpoint.identity import check_identity, run_identity
 from megassm.checkpoint.tensors import CheckedTensor, tensors_of
 from megassm.config.schema import Config
 from megassm.errors import UserError
+from megassm.parallel.background import in_background
 from megassm.parallel.engine import Engine
 from megassm.parallel.state import AVERAGE, Kind
-from megassm.parallel.waiting import in_background, wait_for_all
+from megassm.parallel.waiting import wait_for_all
 from megassm.parallel.world import World, gather_texts
 from megassm.run.directory import CHECKPOINTS, checkpoint_folders
 from megassm.run.events import Events

@@ -9,7 +9,7 @@ transformer has no taps, or the elastic model's; one with an elastic width draws
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megassm.config.schema import Config
@@ -39,9 +39,7 @@ def family_arms(config: Config) -> list[Arm]:
     channels, mixed_channels = _channels_only(Arm(CHANNELS)), _channels_only(hybrid(config, full, HYBRID))
     arms = [_stratified(arm) for arm in (channels, mixed_channels, elastic)]
     arms += [_stratified_over_three(config, channels), _log_uniform(config, channels)]
-    arms += [_softmax(_stratified(arm)) for arm in (channels, mixed_channels)]
-    arms += [_softmax(_alone(config, smaller[0], channels_only=True))]
-    arms += [_nearly_closed(config, _stratified(arm)) for arm in (channels, mixed_channels)]
+    arms += _other_gates(config, [_stratified(arm) for arm in (channels, mixed_channels)], list(sizes))
     arms += [channels, mixed_channels, elastic, mixed]
     arms += [paper_layer(config, full)]
     arms += [_alone(config, k) for k in smaller] + [_alone(config, k, channels_only=True) for k in smaller]
@@ -60,10 +58,10 @@ def family_arms(config: Config) -> list[Arm]:
 def finalist_arms(config: Config) -> list[Arm]:
     """Of the family, those that the larger scale is worth: budgets of channels alone, beside what they are held to."""
     smallest, largest = min(config.eval_budgets()), max(config.eval_budgets())
+    elastic = [stratified(CHANNELS), stratified(HYBRID)]
     arms = _named(
-        config, CHANNELS, stratified(CHANNELS), softmax_gate(stratified(CHANNELS)),
-        f"spectral K={smallest}, channels only alone", f"spectral K={largest} alone",
-        HYBRID, stratified(HYBRID), softmax_gate(stratified(HYBRID)), "hybrid (SA) alone",
+        config, CHANNELS, HYBRID, *elastic, *map(softmax_gate, elastic), *map(nearly_closed_gate, elastic),
+        f"spectral K={smallest}, channels only alone", f"spectral K={largest} alone", "hybrid (SA) alone",
         f"transformer of K={largest}'s size", f"transformer with taps of K={largest}'s size, channels only",
     )  # fmt: skip
     return [arm._replace(curves=tuple(curve for curve in arm.curves if curve != ALONE)) for arm in arms]
@@ -110,11 +108,28 @@ def _softmax(arm: Arm) -> Arm:
     return arm.more(*settings, name=softmax_gate(arm.name))._replace(curves=())
 
 
+def nearly_closed_gate(name: str) -> str:
+    """What an arm or a curve is called whose gate's sigmoids start at 1/K_max."""
+    return f"{name}, gate from 1/K_max"
+
+
 def _nearly_closed(config: Config, arm: Arm) -> Arm:
     """A gate of sigmoids that start where a softmax over all channels does, at 1/K_max, and need not sum to 1."""
     k_max = config.model.num_channels
     bias = round(-math.log(k_max - 1), 1) if k_max > 1 else 0.0
-    return arm.more(*overridden(model__gate_bias_init=bias), name=f"{arm.name}, gate from 1/{k_max}")
+    return arm.more(*overridden(model__gate_bias_init=bias), name=nearly_closed_gate(arm.name))
+
+
+def _other_gates(config: Config, elastic: Sequence[Arm], ks: Sequence[int]) -> list[Arm]:
+    """The elastic arms with a softmax and with nearly closed sigmoids, and each size of them alone; at K the gates are
+    the same as in the elastic model. A softmax of the smallest size only."""
+    alone = [_alone(config, k, channels_only=True) for k in ks]
+    by_size = (nearly_closed_gate(ALONE_CHANNELS),)
+    return [
+        *map(_softmax, [*elastic, alone[0]]),
+        *(_nearly_closed(config, arm) for arm in elastic),
+        *(_nearly_closed(config, arm)._replace(curves=by_size) for arm in alone),
+    ]
 
 
 def _several(arm: Arm, name: str, **draws: Any) -> Arm:

@@ -31,7 +31,7 @@ from tools.experiments import peers, plain, runner, scaling
 from tools.experiments.arms import Arm, Recipe
 from tools.experiments.batches import Batches
 from tools.experiments.definitions import EXPERIMENTS, FAMILY, LOOKUP, TEXT, Experiment
-from tools.experiments.headline import MIXED, SPECTRAL
+from tools.experiments.headline import ALONE, MIXED, SPECTRAL
 from tools.experiments.headline import draw as draw_headline
 from tools.experiments.lookup import LOOKUPS, examples
 from tools.experiments.measure import BITS, Point, plain_points, position_points
@@ -486,7 +486,7 @@ def test_the_readmes_headline_is_what_is_stored(tmp_path: Path) -> None:
     (caption,) = re.findall(r"figures/family.png\)\n\n\*(.*?)\*\n", text, re.DOTALL)
     mean = {curve.label: curve.mean for curve in curves(kept, BITS)}
     caption = caption.replace("\n", " ")
-    alone, elastic = mean["each size trained alone, channels only"], mean[SPECTRAL]
+    alone, elastic = mean[ALONE], mean[SPECTRAL]
     costs = [100 * (mine / single - 1) for mine, single in zip(elastic, alone, strict=True)]
     said = re.findall(r"(-?[\d.]+)%(?: bits per byte)? at (?:K = )?\d+", caption)
     assert [float(each) for each in said] == pytest.approx(costs, abs=0.06)

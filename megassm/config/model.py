@@ -87,8 +87,8 @@ class ModelConfig(Section):
     """RMS rescaling of the softmax gate's scores (paper, Eq. 8b); false: none, the paper's ablation, which lost nothing
     where it was tried."""
     gate_bias_init: Annotated[float, Field(allow_inf_nan=False)] = 0.0
-    """Bias of the gate's scores at the start; the authors' -2 makes a rescaled softmax nearly uniform there, -2.7 begins
-    each weight of a sigmoid gate at 1/8."""
+    """Bias of the gate's scores at the start; the authors' -2 makes a rescaled softmax nearly uniform there, -2.7
+    begins each weight of a sigmoid gate at 1/8."""
     gate_init_scale: Positive = 1.0
     """Standard deviation of the gate's matrices at the start times sqrt(inputs); the authors' is 0.577."""
     selective: bool = False

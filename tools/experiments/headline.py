@@ -15,15 +15,16 @@ from matplotlib import pyplot
 from megassm.cli.arguments import Parser, path_argument, run_tool
 from megassm.errors import UserError
 from megassm.files import write_atomically
-from tools.experiments.family import ALONE_CHANNELS, CHANNELS, HYBRID, softmax_gate, stratified
+from tools.experiments.family import ALONE_CHANNELS, CHANNELS, HYBRID, nearly_closed_gate, stratified
 from tools.experiments.measure import BITS, BY_SIZE
 from tools.experiments.results import Curve, Results, curves, read
 
-SPECTRAL, MIXED = (softmax_gate(stratified(name)) for name in (CHANNELS, HYBRID))
+SPECTRAL, MIXED = (nearly_closed_gate(stratified(name)) for name in (CHANNELS, HYBRID))
+ALONE = nearly_closed_gate(ALONE_CHANNELS)
 SHOWN = {
     "transformer with taps of each size": ("transformer with taps, each size alone", "tab:gray", "s:"),
     stratified("transformer with taps, elastic width"): ("the same, elastic width: one training", "tab:gray", "o-"),
-    ALONE_CHANNELS: ("spectral, each K trained alone", "tab:blue", "x:"),
+    ALONE: ("spectral, each K trained alone", "tab:blue", "x:"),
     SPECTRAL: ("elastic spectral: one training, cut to each K", "tab:blue", "o-"),
     MIXED: ("elastic hybrid with attention: one training", "tab:orange", "o-"),
     "Mamba-2": ("Mamba-2, one size", "tab:green", "D"),

@@ -121,8 +121,8 @@ def _nearly_closed(config: Config, arm: Arm) -> Arm:
 
 
 def _other_gates(config: Config, elastic: Sequence[Arm], ks: Sequence[int]) -> list[Arm]:
-    """The elastic arms with a softmax and with nearly closed sigmoids, and each size of them alone; at K the gates are
-    the same as in the elastic model. A softmax of the smallest size only."""
+    """With a softmax, and with nearly closed sigmoids: the elastic arms, and models of one size, whose sigmoids start
+    where the elastic model's do, whatever their K. With a softmax the smallest size only."""
     alone = [_alone(config, k, channels_only=True) for k in ks]
     by_size = (nearly_closed_gate(ALONE_CHANNELS),)
     return [

@@ -12,10 +12,11 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+
+from tests.archives import unpack
 
 FOLDER = Path(__file__).parents[1] / ".transformers-tests"
 STAND_INS = {
@@ -53,8 +54,7 @@ def fetch() -> None:
         pip = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers")
         subprocess.run([*pip, "--dest", download, wanted], check=True)
         (archive,) = Path(download).glob("*.tar.gz")
-        with tarfile.open(archive) as files:
-            files.extractall(download, filter="data")
+        unpack(archive, Path(download))
         (partial,) = Path(download).glob("transformers-*/tests")
         for name, text in STAND_INS.items():
             (partial / name).parent.mkdir(exist_ok=True)

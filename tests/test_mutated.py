@@ -23,6 +23,7 @@ from megassm.data.prepare.ids import IdFacts
 from megassm.data.prepare.inputs import find_inputs
 from megassm.data.prepare.source import TextSource
 from megassm.errors import UserError
+from tests.archives import unpack
 
 TEXTS = [f'{n} d\u00e9j\u00e0 vu "x" \\ \n' * (1 + n % 7) for n in range(40)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -120,8 +121,7 @@ def test_mutations_are_refused_or_read(tmp_path: Path, name: str) -> None:
 
 def test_mutated_tokens_and_their_lists_are_refused_or_read(tmp_path: Path) -> None:
     """What stands beside a file decides over it, and may be damaged as well."""
-    with tarfile.open(Path(__file__).with_name("token_samples.tar.xz")) as packed:
-        packed.extractall(tmp_path, filter="data")
+    unpack(Path(__file__).with_name("token_samples.tar.xz"), tmp_path)
     draw, refused, read = random.Random(5), 0, 0
     for name in ("megatron", "mds_zstd", "litdata_tokens", "litdata_dict"):
         folder = tmp_path / "samples" / name

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from megassm.data.prepare.pipeline import Prepared, PrepareJob, prepare
 from megassm.data.prepare.source import TextSource
 from megassm.data.tokenizer.base import BytesTokenizer
 from megassm.errors import UserError
+from tests.archives import unpack
 from tests.conftest import run_python
 
 EOD = BytesTokenizer.eod
@@ -38,8 +38,7 @@ TEXTS = [f"{n} one\n" * (1 + n % 3) for n in range(30)]
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("written")
-    with tarfile.open(Path(__file__).with_name("token_samples.tar.xz")) as packed:
-        packed.extractall(folder, filter="data")
+    unpack(Path(__file__).with_name("token_samples.tar.xz"), folder)
     return folder / "samples"
 
 

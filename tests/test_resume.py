@@ -97,7 +97,7 @@ def test_a_run_continues_on_any_mesh_and_stage(small_config: Make, tmp_path: Pat
         assert rows[-1]["valid"]["8"] == pytest.approx(expected[-1]["valid"]["8"], abs=1e-5)
         mine, true = (load_model(find_checkpoint(folder)).state_dict() for folder in (run_dir, truth))
         for name, weight in true.items():
-            assert torch.allclose(mine[name], weight, atol=1e-5), name
+            assert torch.allclose(mine[name], weight, atol=5e-5), name  # an update is up to 4e-3
 
 
 def test_draws_that_do_not_fit_the_mesh_are_refused_with_the_way_out(small_config: Make) -> None:

@@ -27,6 +27,8 @@ BASE = (
     "log.every_steps=1000",
 )  # fmt: skip
 CURVE = ("step", "tokens", "k", "lr")
+SAME_ROWS = 400
+"""Whose losses a job has to rounding on any number of nodes; how many more it makes depends on the machine."""
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +124,9 @@ def check_curve(job: Submitted, left_alone: LeftAlone) -> None:
     assert [[row[name] for name in CURVE] for row in rows] == [
         [row[name] for name in CURVE] for row in truth[: len(rows)]
     ]
-    losses = [row["loss"] for row in rows]
-    assert losses == pytest.approx([row["loss"] for row in truth[: len(rows)]], abs=1e-5)
+    losses, expected = ([row["loss"] for row in each[: len(rows)]] for each in (rows, truth))
+    assert losses[:SAME_ROWS] == pytest.approx(expected[:SAME_ROWS], abs=1e-5)
+    assert losses == pytest.approx(expected, abs=1e-2)
     assert losses[-1] < losses[0]
 
 

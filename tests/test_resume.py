@@ -22,7 +22,7 @@ Make = Callable[..., Config]
 BASE = (
     "model.vocab_size=259", "model.seq_len=128", "model.pattern=SA", "model.n_kv_heads=2", "budget.strategy=uniform",
     "budget.draws=2", "train.batch_sequences=8", "optim.grad_clip=0.3", "eval.budgets=[8]", "checkpoint.keep=99",
-    "model.base_width=16",
+    "model.base_width=16", "optim.eps=1e-6",  # 1e-8 makes much of how gradients near 0 are rounded
 )  # fmt: skip
 
 STEPS = 12
@@ -97,7 +97,7 @@ def test_a_run_continues_on_any_mesh_and_stage(small_config: Make, tmp_path: Pat
         assert rows[-1]["valid"]["8"] == pytest.approx(expected[-1]["valid"]["8"], abs=1e-5)
         mine, true = (load_model(find_checkpoint(folder)).state_dict() for folder in (run_dir, truth))
         for name, weight in true.items():
-            assert torch.allclose(mine[name], weight, atol=5e-5), name  # an update is up to 4e-3
+            assert torch.allclose(mine[name], weight, atol=1e-5), name
 
 
 def test_draws_that_do_not_fit_the_mesh_are_refused_with_the_way_out(small_config: Make) -> None:
